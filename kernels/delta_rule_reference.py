@@ -1,0 +1,162 @@
+"""The gated delta rule in plain PyTorch: the chunkwise form for training, the recurrence for generation.
+
+    S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        alpha_t = exp(g_t)
+    o_t = scale * S_t^T q_t
+
+(gated DeltaNet, arXiv 2412.06464, equation 10; DeltaNet, arXiv 2406.06484, is `g = None`.) With |k| = 1 the factor has the
+eigenvalue 1 - beta along k: beta in (0, 1) keeps it in [0, 1], beta in (0, 2) in [-1, 1] (arXiv 2411.12537).
+
+Everything is computed in float32, or in float64 for float64 inputs, whatever autocast says. The file depends on torch
+alone: it is copied as it is into exported model folders.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor | None]:
+    """Gated delta rule over whole sequences, by chunks; one token at a time where T is 1.
+
+    Args:
+        q, k: queries and keys [B, T, H, K], any float dtype; used as given, normalise them before.
+        v: values [B, T, H, V].
+        g: log-gates [B, T, H], at most 0; None for no gate.
+        beta: step sizes [B, T, H], in [0, 2].
+        scale: factor on the output; default K ** -0.5.
+        initial_state: [B, H, K, V], or None for zeros; not together with `cu_seqlens`.
+        cu_seqlens: int32 or int64 [N + 1], boundaries of documents in the flattened B * T tokens. The state is zero at
+            the start of each document. Every row must start a document.
+        chunk_size: tokens a chunk.
+
+    Returns:
+        o [B, T, H, V] in the dtype of v, and the final state [B, H, K, V] in float32 (float64 for float64 inputs); the
+        state is None with `cu_seqlens`.
+
+    Raises:
+        ValueError: shapes that do not fit, or `initial_state` together with `cu_seqlens`.
+    """
+    _check_shapes(q, k, v, g, beta, initial_state, cu_seqlens)
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast(q.device.type, enabled=False):
+        args = [None if x is None else x.to(dtype) for x in (q, k, v, g, beta, initial_state)]
+        if q.shape[1] == 1 and cu_seqlens is None:
+            o, state = _recurrent(*args, scale=scale)
+        else:
+            document = None if cu_seqlens is None else document_ids(cu_seqlens, *q.shape[:2])
+            o, state = _chunkwise(*args, scale=scale, document=document, chunk_size=chunk_size)
+    return o.to(v.dtype), state if cu_seqlens is None else None
+
+
+def document_ids(cu_seqlens: Tensor, batch_size: int, seq_len: int) -> Tensor:
+    """Number of the document that each token belongs to: int64 [B, T], non-decreasing along the flattened tokens."""
+    first = torch.zeros(batch_size * seq_len + 1, dtype=torch.int64, device=cu_seqlens.device)
+    # Empty documents share a boundary, so their marks add up; the last boundary falls behind the tokens.
+    first.index_add_(0, cu_seqlens.long(), torch.ones_like(cu_seqlens, dtype=torch.int64))
+    return first[:-1].cumsum(0).view(batch_size, seq_len)
+
+
+def _check_shapes(q, k, v, g, beta, initial_state, cu_seqlens):
+    if q.ndim != 4 or q.shape != k.shape or v.shape[:3] != q.shape[:3]:
+        raise ValueError(
+            f"q and k must be [B, T, H, K] and v [B, T, H, V]; got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+        )
+    for name, x in (("g", g), ("beta", beta)):
+        if x is not None and x.shape != q.shape[:3]:
+            raise ValueError(f"{name} must be [B, T, H] = {list(q.shape[:3])}; got {list(x.shape)}")
+    if initial_state is not None and cu_seqlens is not None:
+        raise ValueError("initial_state and cu_seqlens exclude each other: every document starts from a zero state")
+
+
+def _recurrent(q, k, v, g, beta, state, scale):
+    """The recurrence as it is written above, token by token."""
+    B, T, H, K = q.shape
+    S = q.new_zeros(B, H, K, v.shape[-1]) if state is None else state
+    out = []
+    for t in range(T):
+        if g is not None:
+            S = S * g[:, t].exp()[..., None, None]
+        error = v[:, t] - torch.einsum("bhkv,bhk->bhv", S, k[:, t])
+        S = S + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * error)
+        out.append(scale * torch.einsum("bhkv,bhk->bhv", S, q[:, t]))
+    return torch.stack(out, 1), S
+
+
+def _chunkwise(q, k, v, g, beta, state, scale, document, chunk_size):
+    """The same by chunks of C tokens (the WY form of arXiv 2406.06484, section 3, with gates as in 2412.06464, section 3.3).
+
+    Inside a chunk, with gamma_i the gate accumulated up to token i, G_ij = gamma_i / gamma_j and S the incoming state:
+        L = tril(diag(beta) (G . K K^T), -1)      [U | W] = (I + L)^-1 diag(beta) [V | gamma K]
+        N = U - W S                               O = scale (gamma Q S + tril(G . Q K^T) N)
+        S' = gamma_C S + (gamma_C / gamma . K)^T N
+    A document that starts inside the chunk cuts every product that would reach behind its start.
+    """
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    C = min(chunk_size, T)
+    n_chunks = -(-T // C)
+    pad = n_chunks * C - T  # padded tokens have beta = 0 and g = 0: the identity on the state
+
+    def chunks(x: Tensor) -> Tensor:  # [B, T, H, ...] -> [B, H, n, C, ...]
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad)) if pad else x
+        return x.unflatten(1, (n_chunks, C)).movedim(3, 1)
+
+    q, k, v, beta = chunks(q), chunks(k), chunks(v), chunks(beta)[..., None]
+    ones = torch.ones(C, C, dtype=torch.bool, device=q.device)
+    reaches = ones.tril()  # [C, C]: token i sees token j
+    from_start = to_end = passes = None  # which tokens see the incoming state, reach the outgoing one; does the state pass
+    if document is not None:
+        document = F.pad(document, (0, pad), mode="replicate") if pad else document
+        document = document.view(B, 1, n_chunks, C)
+        reaches = reaches & (document[..., :, None] == document[..., None, :])
+        incoming = torch.cat([document[:, :, :1, :1] - 1, document[:, :, :-1, -1:]], 2)
+        from_start = (document == incoming)[..., None]
+        to_end = (document == document[..., -1:])[..., None]
+        passes = (document[..., -1:] == incoming)[..., None]
+
+    if g is None:
+        decay = reaches.to(q.dtype)
+        gamma, rho, gamma_C = (1.0 if m is None else m.to(q.dtype) for m in (from_start, to_end, passes))
+    else:
+        # Sums of log-gates in float64: a gate of e^-80 would otherwise cost its neighbours three digits.
+        total = chunks(g).double().cumsum(-1)
+        between = (total[..., :, None] - total[..., None, :]).masked_fill(~reaches, float("-inf"))
+        decay = between.to(q.dtype).exp()
+
+        def gate(log: Tensor, mask: Tensor | None) -> Tensor:
+            log = log.to(q.dtype)[..., None]
+            return (log if mask is None else log.masked_fill(~mask, float("-inf"))).exp()
+
+        gamma = gate(total, from_start)
+        rho = gate(total[..., -1:] - total, to_end)
+        gamma_C = gate(total[..., -1:], passes)
+
+    lower = (beta * decay * (k @ k.mT)).tril(-1)
+    solved = torch.linalg.solve_triangular(
+        lower, torch.cat([beta * v, beta * gamma * k], -1), upper=False, unitriangular=True
+    )
+    u, w = solved.split([V, K], -1)
+
+    # Only this loop is sequential; unbind (not indexing) keeps its backward linear in the number of chunks.
+    S = q.new_zeros(B, H, K, V) if state is None else state
+    states, news = [], []
+    carried = [gamma_C] * n_chunks if isinstance(gamma_C, float) else gamma_C.unbind(2)
+    for u_n, w_n, k_n, carry in zip(u.unbind(2), w.unbind(2), (rho * k).unbind(2), carried, strict=True):
+        new = u_n - w_n @ S
+        states.append(S)
+        news.append(new)
+        S = carry * S + k_n.mT @ new
+    o = (gamma * q) @ torch.stack(states, 2) + (decay * (q @ k.mT)) @ torch.stack(news, 2)
+    o = (scale * o).movedim(1, 3).flatten(1, 2)[:, :T]
+    return o, S

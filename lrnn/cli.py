@@ -1,0 +1,50 @@
+"""The command line `lrnn`: one subcommand a job, each in the module that does the work.
+
+A command module has `add_arguments(parser)` and `main(args) -> int | None` (the exit status). Modules are imported only
+when their command is named.
+"""
+
+import argparse
+import importlib
+import sys
+
+from lrnn.errors import UserError
+
+COMMANDS = {
+    "corpus": ("lrnn.pretrain.build_corpus", "tokenise text or code into a corpus of Arrow shards"),
+    "pretrain": ("lrnn.pretrain.train", "pretrain a model, or resume a run"),
+    "export": ("lrnn.eval.export", "write a checkpoint as a Hugging Face model folder"),
+    "eval": ("lrnn.eval.evaluate", "run an evaluation suite of lm-eval on an exported model"),
+    "plot": ("lrnn.pretrain.plot", "plot the metrics of one or several runs"),
+    "bench": ("lrnn.pretrain.bench", "measure the data loader and the training loop"),
+    "quickstart": ("lrnn.quickstart", "the whole job on a laptop CPU: corpus, pretraining, resume, export, evaluation"),
+}
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
+    """Parse the command line; returns the namespace and the name of the command's module."""
+    parser = argparse.ArgumentParser(prog="lrnn", description="Pretrain linear RNNs that can track state.")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    named = next((a for a in argv if not a.startswith("-")), None)
+    for name, (module, summary) in COMMANDS.items():
+        sub = subparsers.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name == named:
+            command = importlib.import_module(module)
+            sub.description = command.__doc__
+            command.add_arguments(sub)
+    args = parser.parse_args(argv)
+    return args, COMMANDS[args.command][0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the `lrnn` program; returns the exit status (2 for bad input)."""
+    try:
+        args, module = parse(sys.argv[1:] if argv is None else argv)
+        return importlib.import_module(module).main(args) or 0
+    except UserError as error:
+        print(f"lrnn: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

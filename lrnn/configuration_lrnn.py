@@ -1,0 +1,82 @@
+"""Configuration of an lrnn model. Depends on transformers alone: copied as it is into exported model folders."""
+
+from transformers.configuration_utils import PretrainedConfig
+
+MIXERS = ("gated_deltanet", "deltanet")
+
+
+class LrnnConfig(PretrainedConfig):
+    """A stack of linear-RNN blocks (token mixer + SwiGLU MLP, pre-norm).
+
+    Args:
+        vocab_size: rows of the embedding.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: number of blocks.
+        mixer: "gated_deltanet" (arXiv 2412.06464) or "deltanet" (arXiv 2406.06484: no gate on the state, none on the output).
+        num_heads, head_dim: heads of the mixer and their key and value size; the recurrent state of a layer has
+            num_heads * head_dim ** 2 numbers.
+        allow_neg_eigval: eigenvalues of the state transition in [-1, 1] (beta = 2 sigmoid) rather than [0, 1]
+            (beta = sigmoid); arXiv 2411.12537.
+        conv_size: taps of the causal short convolutions on q, k and v.
+        intermediate_size: width of the SwiGLU MLP.
+        norm_eps: epsilon of every RMSNorm.
+        max_position_embeddings: sequence length in training, in tokens. There are no position embeddings; evaluation
+            tools read their window from it.
+        initializer_range: standard deviation of linear and embedding weights at the start.
+
+    Raises:
+        ValueError: an unknown mixer, or a size that is not positive.
+    """
+
+    model_type = "lrnn"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        vocab_size: int = 32000,
+        hidden_size: int = 2048,
+        num_hidden_layers: int = 24,
+        mixer: str = "gated_deltanet",
+        num_heads: int = 16,
+        head_dim: int = 128,
+        allow_neg_eigval: bool = True,
+        conv_size: int = 4,
+        intermediate_size: int = 5632,
+        norm_eps: float = 1e-6,
+        max_position_embeddings: int = 2048,
+        initializer_range: float = 0.02,
+        use_cache: bool = True,
+        pad_token_id: int | None = None,
+        bos_token_id: int | None = 1,
+        eos_token_id: int | None = 2,
+        tie_word_embeddings: bool = False,
+        **kwargs,
+    ):
+        if mixer not in MIXERS:
+            raise ValueError(f"mixer {mixer!r} is not one of {', '.join(MIXERS)}")
+        sizes = {
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+            "num_heads": num_heads,
+            "head_dim": head_dim,
+            "conv_size": conv_size,
+            "intermediate_size": intermediate_size,
+        }
+        for name, value in sizes.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer; got {value!r}")
+            setattr(self, name, value)
+        self.mixer = mixer
+        self.allow_neg_eigval = allow_neg_eigval
+        self.norm_eps = norm_eps
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
+        super().__init__(
+            pad_token_id=pad_token_id,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )
