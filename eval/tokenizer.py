@@ -1,0 +1,138 @@
+"""A SentencePiece BPE model as a Hugging Face tokenizer that gives the same ids.
+
+transformers' own conversion merges by vocabulary order rather than by score, and so tokenises runs of spaces (indentation)
+differently; and a fast tokenizer has to be told not to match control symbols in text.
+"""
+
+import json
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from lrnn.errors import UserError
+
+SPACE = "\u2581"  # SentencePiece writes a space as this character
+
+ODD_TEXTS = (
+    "",
+    " ",
+    "    indented\n\tby tab\r\n\r\n\n  ",
+    "  two leading, two trailing  ",
+    "x=1;y =2 ;\tz= 3",
+    "naïve café — “quotes” … ½ ﬁ Å",
+    "日本語 한국어 العربية עברית हिन्दी",
+    "🙂🙃👩‍👩‍👧 \U0001f3f4\u200d",
+    "zero\u0000byte \u200bwidth\ufeff \u2581 underscore",
+    "0123456789 3.14e-10 0xDEADBEEF 1_000",
+    "<s> and </s> and <unk> spelled out",
+    "a" * 300 + " " * 300,
+)
+
+
+def convert_sentencepiece(model_file: Path, max_length: int) -> PreTrainedTokenizerFast:
+    """The tokenizer of a SentencePiece BPE `.model`. It adds no bos and no eos by itself.
+
+    Every way to cut a piece into two pieces is a merge; merges are ranked by the score of the piece that they make, as
+    SentencePiece does.
+
+    Args:
+        model_file: the `.model` file.
+        max_length: `model_max_length`, in tokens.
+
+    Raises:
+        UserError: not a BPE model with byte fallback, or one that joins runs of spaces.
+    """
+    spec = sentencepiece_model_pb2.ModelProto.FromString(model_file.read_bytes())
+    if spec.trainer_spec.model_type != spec.trainer_spec.BPE or not spec.trainer_spec.byte_fallback:
+        raise UserError(f"{model_file} cannot be exported: only SentencePiece BPE models with byte fallback can")
+    if spec.normalizer_spec.remove_extra_whitespaces:
+        raise UserError(f"{model_file} cannot be exported: it removes extra white space, and with it indentation")
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    unk, eos = sp.id_to_piece(sp.unk_id()), sp.id_to_piece(sp.eos_id())
+    tokenizer = Tokenizer(models.BPE(*_vocabulary_and_merges(sp), unk_token=unk, fuse_unk=True, byte_fallback=True))
+    steps: list = []
+    if spec.normalizer_spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.normalizer_spec.precompiled_charsmap))
+    dummy_prefix = spec.normalizer_spec.add_dummy_prefix
+    if dummy_prefix:
+        steps.append(normalizers.Prepend(SPACE))
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    strip = [decoders.Strip(" ", 1, 0)] if dummy_prefix else []
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    tokenizer.add_tokens([AddedToken(s, normalized=False) for s in spec.trainer_spec.user_defined_symbols])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=sp.id_to_piece(sp.bos_id()) if sp.bos_id() >= 0 else None,
+        eos_token=eos,
+        unk_token=unk,
+        pad_token=eos,  # padding is masked; a token of its own would need a row of the embedding
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+        model_max_length=max_length,
+        split_special_tokens=True,  # "</s>" spelled out in a text is text
+    )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the tokenizer so that transformers 4 and 5 read it alike."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 5 writes a name that 4 does not know
+    config.pop("backend", None)
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def compare_with_sentencepiece(tokenizer: PreTrainedTokenizerFast, model_file: Path, texts: Iterable[str]) -> int:
+    """Encode texts with both; returns their number.
+
+    Raises:
+        UserError: a text gets different ids.
+    """
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    count = 0
+    for text in texts:
+        ours, theirs = tokenizer(text, add_special_tokens=False).input_ids, sp.encode(text)
+        if ours != theirs:
+            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+            raise UserError(
+                f"{model_file}: the converted tokenizer differs from SentencePiece at token {at} of {text[:60]!r}...: "
+                f"{tokenizer.convert_ids_to_tokens(ours[at : at + 4])} instead of "
+                f"{tokenizer.convert_ids_to_tokens(theirs[at : at + 4])}"
+            )
+        count += 1
+    return count
+
+
+def real_texts() -> list[str]:
+    """Text that every machine has: source files of the running Python in pieces, and odd strings."""
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    texts = list(ODD_TEXTS)
+    for name in ("argparse.py", "textwrap.py", "json/decoder.py", "LICENSE.txt", "pydoc_data/topics.py"):
+        path = stdlib / name
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")[:200_000]
+            texts += [text[i : i + 2000] for i in range(0, len(text), 2000)]
+    return texts
+
+
+def _vocabulary_and_merges(sp: sentencepiece.SentencePieceProcessor) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    n = sp.vocab_size()
+    vocabulary = {sp.id_to_piece(i): i for i in range(n)}
+    merges = []
+    for i in range(n):
+        if sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i) or sp.is_unused(i):
+            continue
+        piece = sp.id_to_piece(i)
+        for cut in range(1, len(piece)):
+            left, right = vocabulary.get(piece[:cut]), vocabulary.get(piece[cut:])
+            if left is not None and right is not None:
+                merges.append((-sp.get_score(i), i, left, right, (piece[:cut], piece[cut:])))
+    merges.sort(key=lambda m: m[:4])
+    return vocabulary, [m[4] for m in merges]

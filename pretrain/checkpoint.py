@@ -1,0 +1,243 @@
+"""Checkpoints: whole or invisible, verified when read, independent of the number of processes and of the ZeRO stage.
+
+    RUN/checkpoints/step-00001000/
+        state-00000-of-00002.safetensors   float32 parameters and Adam's moments, as fragments (one file a process)
+        config.json                        the model, as transformers writes it
+        run.yaml                           the run's resolved configuration
+        progress.json                      step, samples and tokens consumed, state of a streamed source
+        tokenizer/                         the corpus' tokenizer
+        manifest.json                      size and SHA-256 of every file above; written last
+    RUN/checkpoints/latest                 name of the newest one
+
+A checkpoint is written into a hidden folder, synced, and renamed.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lrnn.errors import UserError
+from lrnn.pretrain.distributed import Ranks
+from lrnn.pretrain.zero_state import KINDS, local_fragments
+
+FORMAT_VERSION = 1
+NAME = re.compile(r"^step-(\d{8})$")
+
+
+class BrokenCheckpoint(UserError):
+    """A checkpoint whose files are not what its manifest says."""
+
+
+def save(
+    run_dir: Path, engine: Any, ranks: Ranks, progress: dict[str, Any], texts: dict[str, str], tokenizer: Path | None
+) -> Path:
+    """Write a checkpoint of `progress["step"]`; to be called on all ranks. Returns its folder.
+
+    Args:
+        progress: what `progress.json` will hold.
+        texts: further small files, name to content (`config.json`, `run.yaml`).
+        tokenizer: folder to keep with it, or None.
+    """
+    folder = run_dir / "checkpoints" / f"step-{progress['step']:08d}"
+    partial = folder.with_name(f".{folder.name}")
+    if ranks.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    ranks.barrier()
+    name = f"state-{ranks.rank:05d}-of-{ranks.world_size:05d}.safetensors"
+    tensors = {
+        f"{kind}:{f.name}:{f.start}": f.tensors[kind].detach().to("cpu", copy=True)
+        for f in local_fragments(engine)
+        for kind in KINDS
+    }
+    safetensors.torch.save_file(tensors, partial / name)
+    del tensors
+    entries = ranks.gather((name, _seal(partial / name)))
+    if ranks.is_main:
+        files = dict(entries)
+        for text_name, text in {**texts, "progress.json": json.dumps(progress, indent=1)}.items():
+            (partial / text_name).write_text(text)
+            files[text_name] = _seal(partial / text_name)
+        if tokenizer is not None:
+            shutil.copytree(tokenizer, partial / "tokenizer")
+            for file in sorted((partial / "tokenizer").iterdir()):
+                files[f"tokenizer/{file.name}"] = _seal(file)
+        manifest = {"format_version": FORMAT_VERSION, "step": progress["step"], "files": files}
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        _sync(partial / "manifest.json")
+        _sync(partial)
+        shutil.rmtree(folder, ignore_errors=True)  # a broken one of the same step
+        partial.rename(folder)
+        _sync(folder.parent)
+        write_atomically(folder.parent / "latest", folder.name + "\n")
+    ranks.barrier()
+    return folder
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Folders of complete-looking checkpoints, oldest first."""
+    root = run_dir / "checkpoints"
+    found = [p for p in root.iterdir() if NAME.match(p.name)] if root.is_dir() else []
+    return sorted(p for p in found if (p / "manifest.json").is_file())
+
+
+def find_newest(run_dir: Path, warn: Callable[[str], None] = print) -> Path | None:
+    """The newest checkpoint that passes `verify`, or None where the run has none at all.
+
+    Broken ones are passed over with a warning each. Raises UserError where all are broken: starting anew over them would lose
+    the run.
+    """
+    checkpoints = list_checkpoints(run_dir)
+    errors = []
+    for folder in reversed(checkpoints):
+        try:
+            verify(folder)
+        except BrokenCheckpoint as error:
+            errors.append(str(error))
+            warn(f"checkpoint passed over: {error}")
+        else:
+            return folder
+    if errors:
+        raise UserError(f"no checkpoint of {run_dir} is intact: {errors[0]}; to start anew, choose another run_dir")
+    return None
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Check every file of a checkpoint against its manifest; returns the manifest.
+
+    Raises:
+        BrokenCheckpoint: no manifest, or a file that is missing, truncated or altered. The message names it.
+    """
+    manifest = _manifest(folder)
+    for name, entry in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise BrokenCheckpoint(f"{file} is missing")
+        size = file.stat().st_size
+        if size != entry["size"]:
+            raise BrokenCheckpoint(f"{file} has {size} bytes, the manifest says {entry['size']}")
+        if _sha256(file) != entry["sha256"]:
+            raise BrokenCheckpoint(f"{file} is altered: its SHA-256 differs from the manifest's")
+    return manifest
+
+
+def retain(run_dir: Path, keep_last: int, keep_every: int) -> None:
+    """Delete all but the last `keep_last` checkpoints and those of steps that `keep_every` divides (0: none)."""
+    checkpoints = list_checkpoints(run_dir)
+    for folder in checkpoints[:-keep_last]:
+        if not (keep_every and _step(folder) % keep_every == 0):
+            (folder / "manifest.json").unlink()  # first, so that a half-deleted one is no checkpoint
+            shutil.rmtree(folder)
+
+
+class SavedState:
+    """Reads parameters and moments out of a checkpoint, whoever wrote it: any slice of any parameter."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._files = {}
+        self._index: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
+        for name in _manifest(folder)["files"]:
+            if not name.startswith("state-"):
+                continue
+            self._files[name] = safetensors.safe_open(folder / name, framework="pt")
+            for key in self._files[name].keys():  # noqa: SIM118 (no mapping)
+                kind, parameter, start = key.split(":")
+                end = int(start) + self._files[name].get_slice(key).get_shape()[0]
+                self._index.setdefault((kind, parameter), []).append((int(start), end, name, key))
+
+    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of a flattened tensor, float32 on the CPU.
+
+        Raises:
+            BrokenCheckpoint: the checkpoint does not hold all of them.
+        """
+        out = torch.empty(numel)
+        missing = numel
+        for low, high, file, key in self._index.get((kind, name), []):
+            a, b = max(low, start), min(high, start + numel)
+            if a < b:
+                out[a - start : b - start] = self._files[file].get_slice(key)[a - low : b - low]
+                missing -= b - a
+        if missing:
+            raise BrokenCheckpoint(f"{self.folder} lacks {missing} of {numel} elements of {kind} {name} from {start} on")
+        return out
+
+    def parameters(self) -> set[str]:
+        """Names of the parameters that it holds something of."""
+        return {name for kind, name in self._index if kind == "param"}
+
+    def load_into(self, model: torch.nn.Module) -> None:
+        """Copy the float32 parameters into a model of the same architecture, not yet partitioned.
+
+        Raises:
+            BrokenCheckpoint: a parameter of either is unknown to the other, or incomplete.
+        """
+        parameters = dict(model.named_parameters())
+        unknown = sorted(self.parameters() ^ set(parameters))
+        if unknown:
+            raise BrokenCheckpoint(f"{self.folder} and the model do not share the parameter {unknown[0]}")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(self.read("param", name, 0, parameter.numel()).view_as(parameter))
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """The `progress.json` of a checkpoint."""
+    return json.loads((folder / "progress.json").read_text())
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file so that readers see the old or the new content, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    _sync(partial)
+    os.replace(partial, path)
+    _sync(path.parent)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        version = manifest["format_version"]
+    except FileNotFoundError:
+        raise BrokenCheckpoint(f"{folder} is no complete checkpoint: it has no manifest.json") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise BrokenCheckpoint(f"{folder}/manifest.json is damaged: {error}") from None
+    if version != FORMAT_VERSION:
+        raise BrokenCheckpoint(f"{folder} has checkpoint format {version}, this program reads {FORMAT_VERSION}")
+    return manifest
+
+
+def _step(folder: Path) -> int:
+    match = NAME.match(folder.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _seal(file: Path) -> dict[str, Any]:
+    _sync(file)
+    return {"size": file.stat().st_size, "sha256": _sha256(file)}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

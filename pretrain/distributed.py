@@ -1,0 +1,185 @@
+"""Processes: who they are, how they start, how they agree to stop."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from lrnn.errors import UserError
+
+STOPPED = 75  # exit status of a run that was told to stop and can be resumed (EX_TEMPFAIL of sysexits.h)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@dataclass
+class Ranks:
+    """This process among all: `rank` of `world_size`, its device, and a gloo group for agreements on the host."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    host_group: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` holds on any rank: the same answer everywhere."""
+        if self.world_size == 1:
+            return flag
+        votes = torch.tensor([int(flag)])
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.host_group)
+        return bool(votes.item())
+
+    def gather(self, value):
+        """The list of every rank's value, on every rank (any picklable object of our own making)."""
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.host_group)
+
+
+def is_worker() -> bool:
+    """Whether torchrun, srun or `launch` started this process as one of several."""
+    return "RANK" in os.environ or "SLURM_STEP_ID" in os.environ
+
+
+def slurm_environment(env: dict[str, str]) -> dict[str, str]:
+    """What torch.distributed reads, from what srun sets (one task a GPU)."""
+    hosts = subprocess.run(
+        ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
+    ).stdout.split()
+    return {
+        "RANK": env["SLURM_PROCID"],
+        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+        "MASTER_ADDR": hosts[0],
+        "MASTER_PORT": str(20000 + int(env["SLURM_JOB_ID"]) % 20000),
+    }
+
+
+def init_ranks() -> Ranks:
+    """Join the other processes: NCCL on GPUs, gloo on CPU. A process alone forms a group of one."""
+    if "RANK" not in os.environ:
+        if "SLURM_STEP_ID" in os.environ:
+            os.environ.update(slurm_environment(dict(os.environ)))
+        else:
+            os.environ.update(_local_environment(0, 1, _free_port()))
+    if torch.cuda.is_available():
+        # srun may show a task its own GPU alone; then the local rank is no index.
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed  # after DS_ACCELERATOR is set
+
+    deepspeed.logger.setLevel("ERROR")
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    deepspeed.init_distributed(verbose=False)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
+
+
+def default_processes() -> int:
+    """One process a visible GPU; one where there is none."""
+    return max(1, torch.cuda.device_count())
+
+
+def launch(n: int, arguments: list[str]) -> int:
+    """Run `lrnn ARGUMENTS` as n processes on this host, pass on stop signals, and return the job's exit status.
+
+    torchrun is not used here because it ends its workers 30 s after a signal, which is too short to save a large model.
+    If a process fails, the others are stopped: they would wait for it.
+    """
+    port = _free_port()
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
+    command = [sys.executable, "-m", "lrnn.cli", *arguments]
+    workers = [
+        subprocess.Popen(command, env={**os.environ, **_local_environment(i, n, port), "OMP_NUM_THREADS": threads})
+        for i in range(n)
+    ]
+
+    def forward(number, frame):
+        for worker in workers:
+            if worker.poll() is None:
+                worker.send_signal(number)
+
+    previous = {s: signal.signal(s, forward) for s in STOP_SIGNALS}
+    try:
+        while any(w.poll() is None for w in workers):
+            failed = [w for w in workers if w.poll() not in (None, 0, STOPPED)]
+            if failed:
+                _stop(workers)
+            time.sleep(0.1)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    codes = [w.returncode for w in workers]
+    # A process that was ended for another's failure has a negative code: report the failure itself.
+    return next((c for c in codes if c > 0 and c != STOPPED), next((c for c in codes if c != 0), 0))
+
+
+def _stop(workers: list[subprocess.Popen], grace_s: float = 10) -> None:
+    for signal_name in ("terminate", "kill"):
+        for worker in workers:
+            if worker.poll() is None:
+                getattr(worker, signal_name)()
+        deadline = time.monotonic() + grace_s
+        while time.monotonic() < deadline and any(w.poll() is None for w in workers):
+            time.sleep(0.1)
+
+
+def _local_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class StopRequest:
+    """Notes a stop signal; the loop acts on it at the end of a step, on all ranks together."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+
+    def __enter__(self) -> "StopRequest":
+        def note(number, frame):
+            if self.signal is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt  # a second Ctrl-C stops at once
+            self.signal = signal.Signals(number).name
+
+        self._previous = {s: signal.signal(s, note) for s in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def check_world(n: int) -> None:
+    """Raises UserError where `--nproc` asks for what is not there."""
+    if n < 1:
+        raise UserError(f"--nproc {n} should be at least 1")
+    if torch.cuda.is_available() and n > torch.cuda.device_count():
+        raise UserError(f"--nproc {n} is more than the {torch.cuda.device_count()} visible GPUs")

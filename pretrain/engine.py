@@ -1,0 +1,99 @@
+"""From configuration to a DeepSpeed engine around the model."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrnn import LrnnConfig, LrnnForCausalLM
+from lrnn.errors import UserError
+from lrnn.pretrain.config import Config, read_json
+from lrnn.pretrain.distributed import Ranks
+
+
+def load_model_config(path: str | Path) -> LrnnConfig:
+    """The model described by a Hugging Face `config.json`. Raises UserError for unknown fields and bad values."""
+    raw = read_json(path, "model configuration")
+    kind = raw.pop("model_type", LrnnConfig.model_type)
+    if kind != LrnnConfig.model_type:
+        raise UserError(f"model configuration {path}: model_type {kind!r} should be {LrnnConfig.model_type!r}")
+    unknown = sorted(set(raw) - set(LrnnConfig().to_dict()))
+    if unknown:
+        raise UserError(f"model configuration {path}: unknown field {', '.join(unknown)}")
+    try:
+        return LrnnConfig(**raw)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model configuration {path}: {error}") from None
+
+
+def build_model(model_config: LrnnConfig, seed: int, activation_checkpointing: bool) -> LrnnForCausalLM:
+    """The model with fresh float32 weights: a pure function of configuration and seed."""
+    torch.manual_seed(seed)
+    model = LrnnForCausalLM(model_config)
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise RuntimeError(f"{name} is not finite after initialisation")
+    if activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices; none on norms, A_log, dt_bias (one dimension) and the taps of the convolutions."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        (decayed if parameter.ndim == 2 and "conv1d" not in name else free).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed JSON with its batch sizes filled in.
+
+    Raises UserError for bf16 and fp16 modes: they cast every parameter, and `A_log` and `dt_bias` must stay float32.
+    `torch_autocast` computes in bf16 on float32 parameters, gradients and reductions.
+    """
+    raw = read_json(config.deepspeed, "DeepSpeed configuration")
+    for mode in ("bf16", "fp16"):
+        if raw.get(mode, {}).get("enabled"):
+            raise UserError(
+                f"{config.deepspeed}: {mode}.enabled casts A_log and dt_bias too; "
+                'use "torch_autocast": {"enabled": true, "dtype": "bfloat16", "lower_precision_safe_modules": []}'
+            )
+    autocast = raw.get("torch_autocast", {})
+    if autocast.get("enabled") and autocast.get("lower_precision_safe_modules") != []:
+        raise UserError(f"{config.deepspeed}: torch_autocast.lower_precision_safe_modules must be [], for float32 reduction")
+    for key in ("optimizer", "scheduler"):
+        if key in raw:
+            raise UserError(f"{config.deepspeed}: {key} is set by the run's configuration (optim, schedule), remove it")
+    stage = raw.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise UserError(f"{config.deepspeed}: zero_optimization.stage is {stage}; 1, 2 and 3 are supported")
+    samples = config.micro_batch_size * world_size
+    if config.global_batch_size % samples:
+        raise UserError(
+            f"global_batch_size {config.global_batch_size} is not a multiple of micro_batch_size "
+            f"{config.micro_batch_size} x {world_size} processes"
+        )
+    raw["train_micro_batch_size_per_gpu"] = config.micro_batch_size
+    raw["gradient_accumulation_steps"] = config.global_batch_size // samples
+    raw["train_batch_size"] = config.global_batch_size
+    raw.setdefault("steps_per_print", 10**9)
+    return raw
+
+
+def build_engine(model: LrnnForCausalLM, config: Config, ranks: Ranks) -> Any:
+    """Wrap the model: ZeRO as the JSON says, AdamW with float32 state."""
+    import deepspeed
+
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.optim.weight_decay),
+        lr=config.optim.lr,
+        betas=(config.optim.betas[0], config.optim.betas[1]),
+        eps=config.optim.eps,
+        fused=ranks.device.type == "cuda",
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=deepspeed_config(config, ranks.world_size), dist_init_required=False
+    )
+    return engine

@@ -1,0 +1,108 @@
+"""Plot the metrics of one or several runs: loss with held-out loss and resumes marked, learning rate, speed, eigenvalues."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lrnn.errors import UserError
+from lrnn.pretrain.metrics import read_metrics
+
+
+def split_records(records: list[dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], list[int]]:
+    """Records by step (where a resumed run repeated steps, the later one), and the steps at which the run resumed."""
+    by_step: dict[int, dict[str, Any]] = {}
+    resumed = []
+    for record in records:
+        if record.get("event") == "start":
+            if record["resumed"]:
+                resumed.append(record["step"])
+        elif "event" not in record:
+            by_step[record["step"]] = record
+    return dict(sorted(by_step.items())), resumed
+
+
+def plot_runs(run_dirs: list[Path], out: Path) -> None:
+    """Write a picture of the runs (PNG, PDF or SVG by the ending of `out`).
+
+    Raises:
+        UserError: a folder without metrics, a run without a single step, or an ending that matplotlib cannot write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs = {}
+    for run_dir in run_dirs:
+        by_step, resumed = split_records(read_metrics(run_dir))
+        if not by_step:
+            raise UserError(f"{run_dir}/metrics.jsonl holds no step yet")
+        runs[str(run_dir)] = (by_step, resumed)
+    figure, axes = plt.subplots(2, 2, figsize=(13, 8), layout="constrained")
+    for color, (name, (by_step, resumed)) in zip(_colors(), runs.items(), strict=False):
+        _lines(axes, name, by_step, resumed, color)
+    first, (by_step, _) = next(iter(runs.items()))
+    _eigenvalues(figure, axes[1, 1], by_step, first if len(runs) > 1 else "")
+    axes[0, 0].set(title="loss", xlabel="step", ylabel="nats a token")
+    axes[0, 0].legend(fontsize=8)
+    axes[0, 1].set(title="learning rate", xlabel="step")
+    axes[1, 0].set(title="speed", xlabel="step", ylabel="tokens/s a process")
+    axes[1, 0].set_ylim(bottom=0)
+    for axis in axes.flat[:3]:
+        axis.grid(alpha=0.3)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.savefig(out, dpi=120)
+    except ValueError as error:
+        raise UserError(f"--out {out}: {error}") from None
+    finally:
+        plt.close(figure)
+
+
+def _colors():
+    import itertools
+
+    return itertools.cycle(f"C{i}" for i in range(10))
+
+
+def _lines(axes: Any, name: str, by_step: dict[int, dict[str, Any]], resumed: list[int], color: str) -> None:
+    def series(key: str) -> tuple[list[int], list[float]]:
+        points = [(step, record[key]) for step, record in by_step.items() if record.get(key) is not None]
+        return [p[0] for p in points], [p[1] for p in points]
+
+    axes[0, 0].plot(*series("loss"), color=color, lw=1, label=f"{name} training")
+    heldout = series("heldout_loss")
+    if heldout[0]:
+        axes[0, 0].plot(*heldout, color=color, marker="o", ms=4, ls="--", lw=1, label=f"{name} held-out")
+    for i, step in enumerate(resumed):
+        axes[0, 0].axvline(step, color=color, ls=":", label=f"{name} resumed" if i == 0 else None)
+    axes[0, 1].plot(*series("lr"), color=color)
+    axes[1, 0].plot(*series("tokens_per_second_per_gpu"), color=color, lw=1)
+
+
+def _eigenvalues(figure: Any, axis: Any, by_step: dict[int, dict[str, Any]], name: str) -> None:
+    """Share of negative eigenvalues by layer over training."""
+    import numpy as np
+
+    points = [(s, r["eigenvalues"]["negative_fraction"]) for s, r in by_step.items() if r.get("eigenvalues")]
+    axis.set(title=f"share of eigenvalues 1 - beta below 0 {name}", xlabel="step", ylabel="layer")
+    if not points:
+        return
+    layers = sorted(points[0][1], key=int)
+    shares = np.array([[fractions[layer] for layer in layers] for _, fractions in points]).T
+    steps = np.array([s for s, _ in points])
+    image = axis.pcolormesh(steps, np.arange(len(layers)), shares, vmin=0, vmax=1, cmap="coolwarm", shading="nearest")
+    figure.colorbar(image, ax=axis)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="folders with a metrics.jsonl")
+    parser.add_argument("--out", type=Path, help="picture to write; default RUN_DIR/metrics.png of the first run")
+    parser.epilog = "example:\n  lrnn plot runs/340m runs/340m-positive --out ranges.png"
+
+
+def main(args: argparse.Namespace) -> int:
+    out = args.out or args.run_dirs[0] / "metrics.png"
+    plot_runs(args.run_dirs, out)
+    print(f"wrote {out}")
+    return 0
