@@ -1,22 +1,25 @@
-"""A SentencePiece BPE model as a Hugging Face tokenizer that gives the same ids.
+"""The tokenizer of an exported folder: a Hugging Face tokenizer that gives the ids which the model was trained on.
 
-transformers' own conversion merges by vocabulary order rather than by score, and so tokenises runs of spaces (indentation)
-differently; and a fast tokenizer has to be told not to match control symbols in text.
+transformers' own conversion of SentencePiece merges by vocabulary order rather than by score, and so tokenises runs of
+spaces (indentation) differently; and a fast tokenizer has to be told not to match control symbols in text.
 """
 
 import json
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, decoders, models, normalizers
+from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lrnn.errors import UserError
+from lrnn.pretrain.tokenizers_io import Tokenizer
 
 SPACE = "\u2581"  # SentencePiece writes a space as this character
+NO_LIMIT = int(1e30)  # transformers' value for "none": a recurrent model reads texts of any length
 
 ODD_TEXTS = (
     "",
@@ -34,7 +37,7 @@ ODD_TEXTS = (
 )
 
 
-def convert_sentencepiece(model_file: Path, max_length: int) -> PreTrainedTokenizerFast:
+def convert_sentencepiece(model_file: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a SentencePiece BPE `.model`. It adds no bos and no eos by itself.
 
     Every way to cut a piece into two pieces is a merge; merges are ranked by the score of the piece that they make, as
@@ -42,19 +45,20 @@ def convert_sentencepiece(model_file: Path, max_length: int) -> PreTrainedTokeni
 
     Args:
         model_file: the `.model` file.
-        max_length: `model_max_length`, in tokens.
 
     Raises:
-        UserError: not a BPE model with byte fallback, or one that joins runs of spaces.
+        UserError: not a BPE model with byte fallback, or one that treats white space otherwise than as it stands.
     """
     spec = sentencepiece_model_pb2.ModelProto.FromString(model_file.read_bytes())
     if spec.trainer_spec.model_type != spec.trainer_spec.BPE or not spec.trainer_spec.byte_fallback:
         raise UserError(f"{model_file} cannot be exported: only SentencePiece BPE models with byte fallback can")
     if spec.normalizer_spec.remove_extra_whitespaces:
         raise UserError(f"{model_file} cannot be exported: it removes extra white space, and with it indentation")
+    if spec.trainer_spec.treat_whitespace_as_suffix or not spec.normalizer_spec.escape_whitespaces:
+        raise UserError(f"{model_file} cannot be exported: it does not write a space as {SPACE} in front of a word")
     sp = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     unk, eos = sp.id_to_piece(sp.unk_id()), sp.id_to_piece(sp.eos_id())
-    tokenizer = Tokenizer(models.BPE(*_vocabulary_and_merges(sp), unk_token=unk, fuse_unk=True, byte_fallback=True))
+    tokenizer = Backend(models.BPE(*_vocabulary_and_merges(sp), unk_token=unk, fuse_unk=True, byte_fallback=True))
     steps: list = []
     if spec.normalizer_spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.normalizer_spec.precompiled_charsmap))
@@ -63,7 +67,8 @@ def convert_sentencepiece(model_file: Path, max_length: int) -> PreTrainedTokeni
         steps.append(normalizers.Prepend(SPACE))
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     strip = [decoders.Strip(" ", 1, 0)] if dummy_prefix else []
-    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    to_text = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    tokenizer.decoder = decoders.Sequence(to_text)
     tokenizer.add_tokens([AddedToken(s, normalized=False) for s in spec.trainer_spec.user_defined_symbols])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -74,9 +79,36 @@ def convert_sentencepiece(model_file: Path, max_length: int) -> PreTrainedTokeni
         clean_up_tokenization_spaces=False,
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
-        model_max_length=max_length,
+        model_max_length=NO_LIMIT,
         split_special_tokens=True,  # "</s>" spelled out in a text is text
     )
+
+
+def export_tokenizer(trained: Tokenizer, folder: Path) -> PreTrainedTokenizerFast:
+    """Write the tokenizer that a model was trained with into its exported folder, and compare the two on real text.
+
+    As in training, the written tokenizer adds neither bos nor eos, and a special token spelled out in a text is text.
+    It pads on the left. A SentencePiece `tokenizer.model` is kept beside it.
+
+    Args:
+        trained: the tokenizer, as `load_tokenizer` of the corpus gives it.
+        folder: where to write; made if missing.
+
+    Returns:
+        The tokenizer, read back from the folder.
+
+    Raises:
+        UserError: it cannot be converted, or a text gets other ids or reads differently when decoded.
+    """
+    trained.save(folder)
+    if trained.kind == "sentencepiece":
+        tokenizer = convert_sentencepiece(folder / "tokenizer.model")
+    else:
+        tokenizer = _as_in_training(AutoTokenizer.from_pretrained(folder))
+    save_tokenizer(tokenizer, folder)
+    written = PreTrainedTokenizerFast.from_pretrained(folder)
+    compare_tokenizers(written, trained, real_texts())
+    return written
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -85,29 +117,29 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
     config["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 5 writes a name that 4 does not know
-    config.pop("backend", None)
+    for key in ("backend", "add_bos_token", "add_eos_token", "is_local", "local_files_only"):
+        config.pop(key, None)
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def compare_with_sentencepiece(tokenizer: PreTrainedTokenizerFast, model_file: Path, texts: Iterable[str]) -> int:
-    """Encode texts with both; returns their number.
+def compare_tokenizers(tokenizer: PreTrainedTokenizerFast, trained: Tokenizer, texts: Sequence[str]) -> None:
+    """Encode and decode texts with both.
 
     Raises:
-        UserError: a text gets different ids.
+        UserError: a text gets different ids, or its ids are decoded differently.
     """
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
-    count = 0
-    for text in texts:
-        ours, theirs = tokenizer(text, add_special_tokens=False).input_ids, sp.encode(text)
+    for text, theirs in zip(texts, trained.encode_batch(texts), strict=True):
+        ours = tokenizer(text).input_ids
         if ours != theirs:
-            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+            shorter = min(len(ours), len(theirs))
+            at = next((i for i in range(shorter) if ours[i] != theirs[i]), shorter)
             raise UserError(
-                f"{model_file}: the converted tokenizer differs from SentencePiece at token {at} of {text[:60]!r}...: "
+                f"the exported tokenizer differs from the trained one at token {at} of {text[:60]!r}...: "
                 f"{tokenizer.convert_ids_to_tokens(ours[at : at + 4])} instead of "
                 f"{tokenizer.convert_ids_to_tokens(theirs[at : at + 4])}"
             )
-        count += 1
-    return count
+        if tokenizer.decode(ours) != trained.decode(theirs):
+            raise UserError(f"the exported tokenizer decodes the ids of {text[:60]!r}... unlike the trained one")
 
 
 def real_texts() -> list[str]:
@@ -120,6 +152,21 @@ def real_texts() -> list[str]:
             text = path.read_text(encoding="utf-8")[:200_000]
             texts += [text[i : i + 2000] for i in range(0, len(text), 2000)]
     return texts
+
+
+def _as_in_training(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Set a Hugging Face tokenizer as the corpus was encoded: special tokens neither added nor matched in text."""
+    if tokenizer.backend_tokenizer.encode("").ids:
+        tokenizer.backend_tokenizer.post_processor = None
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.split_special_tokens = True
+    tokenizer.padding_side = "left"
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.model_max_length = NO_LIMIT
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _vocabulary_and_merges(sp: sentencepiece.SentencePieceProcessor) -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -3,8 +3,8 @@
     S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        alpha_t = exp(g_t)
     o_t = scale * S_t^T q_t
 
-(gated DeltaNet, arXiv 2412.06464, equation 10; DeltaNet, arXiv 2406.06484, is `g = None`.) With |k| = 1 the factor has the
-eigenvalue 1 - beta along k: beta in (0, 1) keeps it in [0, 1], beta in (0, 2) in [-1, 1] (arXiv 2411.12537).
+(gated DeltaNet, arXiv 2412.06464, equation 10; DeltaNet, arXiv 2406.06484, is `g = None`.) With |k| = 1 the factor has
+the eigenvalue 1 - beta along k: beta in (0, 1) keeps it in [0, 1], beta in (0, 2) in [-1, 1] (arXiv 2411.12537).
 
 Everything is computed in float32, or in float64 for float64 inputs, whatever autocast says. The file depends on torch
 alone: it is copied as it is into exported model folders.
@@ -50,12 +50,13 @@ def gated_delta_rule(
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
-        args = [None if x is None else x.to(dtype) for x in (q, k, v, g, beta, initial_state)]
+        q, k, v_, beta = (x.to(dtype) for x in (q, k, v, beta))
+        g, state = (None if x is None else x.to(dtype) for x in (g, initial_state))
         if q.shape[1] == 1 and cu_seqlens is None:
-            o, state = _recurrent(*args, scale=scale)
+            o, state = _recurrent(q, k, v_, beta, g, state, scale)
         else:
-            document = None if cu_seqlens is None else document_ids(cu_seqlens, *q.shape[:2])
-            o, state = _chunkwise(*args, scale=scale, document=document, chunk_size=chunk_size)
+            document = None if cu_seqlens is None else document_ids(cu_seqlens, q.shape[0], q.shape[1])
+            o, state = _chunkwise(q, k, v_, beta, g, state, scale, document, chunk_size)
     return o.to(v.dtype), state if cu_seqlens is None else None
 
 
@@ -70,7 +71,8 @@ def document_ids(cu_seqlens: Tensor, batch_size: int, seq_len: int) -> Tensor:
 def _check_shapes(q, k, v, g, beta, initial_state, cu_seqlens):
     if q.ndim != 4 or q.shape != k.shape or v.shape[:3] != q.shape[:3]:
         raise ValueError(
-            f"q and k must be [B, T, H, K] and v [B, T, H, V]; got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+            "q and k must be [B, T, H, K] and v [B, T, H, V]; "
+            f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         )
     for name, x in (("g", g), ("beta", beta)):
         if x is not None and x.shape != q.shape[:3]:
@@ -79,7 +81,7 @@ def _check_shapes(q, k, v, g, beta, initial_state, cu_seqlens):
         raise ValueError("initial_state and cu_seqlens exclude each other: every document starts from a zero state")
 
 
-def _recurrent(q, k, v, g, beta, state, scale):
+def _recurrent(q, k, v, beta, g, state, scale):
     """The recurrence as it is written above, token by token."""
     B, T, H, K = q.shape
     S = q.new_zeros(B, H, K, v.shape[-1]) if state is None else state
@@ -93,8 +95,8 @@ def _recurrent(q, k, v, g, beta, state, scale):
     return torch.stack(out, 1), S
 
 
-def _chunkwise(q, k, v, g, beta, state, scale, document, chunk_size):
-    """The same by chunks of C tokens (the WY form of arXiv 2406.06484, section 3, with gates as in 2412.06464, section 3.3).
+def _chunkwise(q, k, v, beta, g, state, scale, document, chunk_size):
+    """The same by chunks of C tokens: the WY form of arXiv 2406.06484 (section 3), gated as in 2412.06464, section 3.3.
 
     Inside a chunk, with gamma_i the gate accumulated up to token i, G_ij = gamma_i / gamma_j and S the incoming state:
         L = tril(diag(beta) (G . K K^T), -1)      [U | W] = (I + L)^-1 diag(beta) [V | gamma K]
@@ -115,7 +117,9 @@ def _chunkwise(q, k, v, g, beta, state, scale, document, chunk_size):
     q, k, v, beta = chunks(q), chunks(k), chunks(v), chunks(beta)[..., None]
     ones = torch.ones(C, C, dtype=torch.bool, device=q.device)
     reaches = ones.tril()  # [C, C]: token i sees token j
-    from_start = to_end = passes = None  # which tokens see the incoming state, reach the outgoing one; does the state pass
+    from_start = to_end = passes = (
+        None  # which tokens see the incoming state, reach the outgoing one; does the state pass
+    )
     if document is not None:
         document = F.pad(document, (0, pad), mode="replicate") if pad else document
         document = document.view(B, 1, n_chunks, C)

@@ -14,7 +14,7 @@ COMMANDS = {
     "corpus": ("lrnn.pretrain.build_corpus", "tokenise text or code into a corpus of Arrow shards"),
     "pretrain": ("lrnn.pretrain.train", "pretrain a model, or resume a run"),
     "export": ("lrnn.eval.export", "write a checkpoint as a Hugging Face model folder"),
-    "eval": ("lrnn.eval.evaluate", "run an evaluation suite of lm-eval on an exported model"),
+    "eval": ("lrnn.eval.run_suite", "run an evaluation suite of lm-eval on an exported model"),
     "plot": ("lrnn.pretrain.plot", "plot the metrics of one or several runs"),
     "bench": ("lrnn.pretrain.bench", "measure the data loader and the training loop"),
     "quickstart": ("lrnn.quickstart", "the whole job on a laptop CPU: corpus, pretraining, resume, export, evaluation"),

@@ -12,7 +12,7 @@ class LrnnConfig(PretrainedConfig):
         vocab_size: rows of the embedding.
         hidden_size: width of the residual stream.
         num_hidden_layers: number of blocks.
-        mixer: "gated_deltanet" (arXiv 2412.06464) or "deltanet" (arXiv 2406.06484: no gate on the state, none on the output).
+        mixer: "gated_deltanet" (arXiv 2412.06464) or "deltanet" (arXiv 2406.06484: no gate on the state or the output).
         num_heads, head_dim: heads of the mixer and their key and value size; the recurrent state of a layer has
             num_heads * head_dim ** 2 numbers.
         allow_neg_eigval: eigenvalues of the state transition in [-1, 1] (beta = 2 sigmoid) rather than [0, 1]

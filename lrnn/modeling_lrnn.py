@@ -1,5 +1,5 @@
-"""The lrnn model. Depends on torch and transformers, and on the delta rule that lies in `lrnn.kernels` or, in an exported
-folder without lrnn, in the file beside this one.
+"""The lrnn model. Depends on torch and transformers, and on the delta rule that lies in `lrnn.kernels` or, in an
+exported folder without lrnn, in the file beside this one.
 
 Parameter names and shapes are those of `fla`'s `gated_deltanet` and `delta_net` models.
 """
@@ -21,7 +21,7 @@ from .configuration_lrnn import LrnnConfig
 try:
     from lrnn.kernels.delta_rule_reference import document_ids, gated_delta_rule
 except ImportError:  # an exported folder, loaded where lrnn is not installed
-    from .delta_rule_reference import document_ids, gated_delta_rule
+    from .delta_rule_reference import document_ids, gated_delta_rule  # type: ignore[import-not-found, no-redef]
 
 LOSS_CHUNK = 4096  # tokens whose logits exist at a time in training: [4096, 32000] in float32 is 0.5 GB
 
@@ -94,7 +94,7 @@ class RMSNorm(nn.Module):
 
 
 class ShortConvolution(nn.Module):
-    """Causal depthwise convolution over time followed by SiLU, in float32. Weight [D, 1, taps], as in `fla`."""
+    """Causal depthwise convolution over time, then SiLU, in float32. Weight [D, 1, taps], as in `fla`."""
 
     def __init__(self, size: int, taps: int):
         super().__init__()
@@ -106,7 +106,7 @@ class ShortConvolution(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, x: Tensor, before: Tensor | None, document: Tensor | None) -> Tensor:
-        """x [B, T, D]; before [B, taps - 1, D], the inputs ahead of x, or None for zeros; document int64 [B, T] or None.
+        """x [B, T, D]; before [B, taps - 1, D], the inputs ahead of x, None for zeros; document int64 [B, T] or None.
 
         Returns float32 [B, T, D]. No tap reaches into another document.
         """
@@ -160,7 +160,7 @@ class DeltaNet(nn.Module):
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def reset_parameters(self):
-        """Gates as in Mamba-2 and `fla`: A uniform in (0, 16), the step softplus(dt_bias) log-uniform in [0.001, 0.1]."""
+        """Gates as in Mamba-2 and `fla`: A uniform in (0, 16), step softplus(dt_bias) log-uniform in [0.001, 0.1]."""
         if not self.gated:
             return
         with torch.no_grad():
@@ -172,7 +172,12 @@ class DeltaNet(nn.Module):
                 self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def forward(
-        self, x: Tensor, cache: LrnnCache | None, mask: Tensor | None, cu_seqlens: Tensor | None, document: Tensor | None
+        self,
+        x: Tensor,
+        cache: LrnnCache | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        document: Tensor | None,
     ) -> Tensor:
         """x [B, T, hidden]; mask bool [B, T], False at padding; document is `document_ids(cu_seqlens, B, T)`.
 
@@ -184,10 +189,11 @@ class DeltaNet(nn.Module):
         before: list[Tensor | None] = [None] * 3
         state = None
         if cache is not None:
-            if cache.conv[self.layer_idx] is not None:
-                before = list(cache.conv[self.layer_idx].chunk(3, -1))
+            window = cache.conv[self.layer_idx]
+            if window is not None:
+                before = list(window.chunk(3, -1))
                 state = cache.state[self.layer_idx]
-            cache.conv[self.layer_idx] = self._last_inputs(torch.cat(inputs, -1), cache.conv[self.layer_idx])
+            cache.conv[self.layer_idx] = self._last_inputs(torch.cat(inputs, -1), window)
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         q, k, v = (
             conv(y, b, document).unflatten(-1, (self.num_heads, self.head_dim))
@@ -288,8 +294,8 @@ class LrnnModel(LrnnPreTrainedModel):
 
         Args:
             input_ids: int64 [B, T].
-            attention_mask: [B, >= T], 0 at padding (its last T columns count). Padding leaves the state as it is; pad on
-                the left, since the convolutions read the inputs next to them.
+            attention_mask: [B, >= T], 0 at padding (its last T columns count). Padding leaves the state as it is; pad
+                on the left, since the convolutions read the inputs next to them.
             past_key_values: the `LrnnCache` of the tokens before, or None.
             cu_seqlens: int32 [N + 1], boundaries of documents in the flattened B * T tokens; the state and the
                 convolutions start anew at each. Every row must start a document. Training only: it excludes the cache.
@@ -354,14 +360,15 @@ class LrnnForCausalLM(LrnnPreTrainedModel, GenerationMixin):
 
         Args:
             labels: int64 [B, T], -100 where there is none; shifted by one inside.
-            shift_labels: int64 [B, T], labels that are already shifted. Then no logits are returned, so that the logits of
-                the whole batch never exist at once.
+            shift_labels: int64 [B, T], labels that are already shifted. Then no logits are returned, so that the logits
+                of the whole batch never exist at once.
             num_items_in_batch: what the summed loss is divided by; default the number of labels.
 
         The other arguments are those of `LrnnModel.forward`.
         """
         out = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, cu_seqlens)
         h = out.last_hidden_state
+        loss: Tensor | None = None
         if shift_labels is not None:
             loss = self._loss(h, shift_labels, num_items_in_batch)
             return CausalLMOutputWithPast(loss=loss, past_key_values=out.past_key_values)
@@ -370,7 +377,6 @@ class LrnnForCausalLM(LrnnPreTrainedModel, GenerationMixin):
         else:
             h = h[:, logits_to_keep]
         logits = self.lm_head(h)
-        loss = None
         if labels is not None:
             shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
             loss = self._loss(out.last_hidden_state, shifted, num_items_in_batch)

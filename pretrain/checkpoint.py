@@ -39,14 +39,19 @@ class BrokenCheckpoint(UserError):
 
 
 def save(
-    run_dir: Path, engine: Any, ranks: Ranks, progress: dict[str, Any], texts: dict[str, str], tokenizer: Path | None
+    run_dir: Path,
+    engine: Any,
+    ranks: Ranks,
+    progress: dict[str, Any],
+    texts: dict[str, str],
+    save_tokenizer: Callable[[Path], object],
 ) -> Path:
     """Write a checkpoint of `progress["step"]`; to be called on all ranks. Returns its folder.
 
     Args:
         progress: what `progress.json` will hold.
         texts: further small files, name to content (`config.json`, `run.yaml`).
-        tokenizer: folder to keep with it, or None.
+        save_tokenizer: writes the tokenizer's files into a folder that it makes.
     """
     folder = run_dir / "checkpoints" / f"step-{progress['step']:08d}"
     partial = folder.with_name(f".{folder.name}")
@@ -68,10 +73,9 @@ def save(
         for text_name, text in {**texts, "progress.json": json.dumps(progress, indent=1)}.items():
             (partial / text_name).write_text(text)
             files[text_name] = _seal(partial / text_name)
-        if tokenizer is not None:
-            shutil.copytree(tokenizer, partial / "tokenizer")
-            for file in sorted((partial / "tokenizer").iterdir()):
-                files[f"tokenizer/{file.name}"] = _seal(file)
+        save_tokenizer(partial / "tokenizer")
+        for file in sorted((partial / "tokenizer").iterdir()):
+            files[f"tokenizer/{file.name}"] = _seal(file)
         manifest = {"format_version": FORMAT_VERSION, "step": progress["step"], "files": files}
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
         _sync(partial / "manifest.json")
@@ -94,8 +98,8 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 def find_newest(run_dir: Path, warn: Callable[[str], None] = print) -> Path | None:
     """The newest checkpoint that passes `verify`, or None where the run has none at all.
 
-    Broken ones are passed over with a warning each. Raises UserError where all are broken: starting anew over them would lose
-    the run.
+    Broken ones are passed over with a warning each. Raises UserError where all are broken: starting anew over them
+    would lose the run.
     """
     checkpoints = list_checkpoints(run_dir)
     errors = []
@@ -170,7 +174,9 @@ class SavedState:
                 out[a - start : b - start] = self._files[file].get_slice(key)[a - low : b - low]
                 missing -= b - a
         if missing:
-            raise BrokenCheckpoint(f"{self.folder} lacks {missing} of {numel} elements of {kind} {name} from {start} on")
+            raise BrokenCheckpoint(
+                f"{self.folder} lacks {missing} of {numel} elements of {kind} {name} from {start} on"
+            )
         return out
 
     def parameters(self) -> set[str]:

@@ -1,12 +1,13 @@
 """The configuration of a pretraining run: its schema, the YAML file and `key.sub=value` overrides.
 
-Unknown keys and wrong types stop the program with the key's full path. Model and engine are described by files that people
-already know: a Hugging Face `config.json` and a DeepSpeed JSON.
+Unknown keys and wrong types stop the program with the key's full path. Model and engine are described by files that
+people already know: a Hugging Face `config.json` and a DeepSpeed JSON.
 """
 
 import difflib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,8 +99,8 @@ class Config(Section):
     def schedule_fits(self):
         if self.schedule.warmup_steps + self.schedule.decay_steps > self.steps:
             raise ValueError(
-                f"schedule.warmup_steps {self.schedule.warmup_steps} + schedule.decay_steps {self.schedule.decay_steps} "
-                f"is more than steps {self.steps}"
+                f"schedule.warmup_steps {self.schedule.warmup_steps} + schedule.decay_steps "
+                f"{self.schedule.decay_steps} is more than steps {self.steps}"
             )
         return self
 
@@ -113,11 +114,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_config(path: str | Path, overrides: list[str] = ()) -> Config:  # type: ignore[assignment]  # () is an empty list
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a run's YAML file and apply `key.sub=value` overrides (values are YAML).
 
     Raises:
-        UserError: the file is missing or no YAML mapping, an override has no `=`, a key is unknown, a value has the wrong type.
+        UserError: the file is missing or no YAML mapping, an override has no `=`, a key is unknown, a value has the
+            wrong type.
     """
     path = Path(path)
     if not path.is_file():

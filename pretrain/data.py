@@ -1,85 +1,100 @@
 """The data of a run, from its configuration: corpora or a stream, the loader, and the held-out split."""
 
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
-from lrnn.pretrain.config import Config
+from lrnn.pretrain.config import Config, StreamSource
 from lrnn.pretrain.corpus import TokenCorpus, check_model_matches_corpora
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.loader import CorpusData, Loader, MicroBatch, accumulation_steps, heldout_batches
+from lrnn.pretrain.sources import DatasetArguments
+from lrnn.pretrain.stream import StreamData, StreamLoader
+from lrnn.pretrain.tokenizers_io import load_tokenizer
 
 
 @dataclass
 class Data:
-    """What a run trains on. `description` is what must not change when it resumes."""
+    """What a run trains on."""
 
-    source: CorpusData | Any
-    description: dict[str, Any]
-    tokenizer_dir: Path | None
-    seq_len: int
+    source: CorpusData | StreamData
+    description: dict[str, Any]  # what must not change when the run resumes
+    save_tokenizer: Callable[[Path], object]  # writes the tokenizer's files into a folder that it makes
     micro_batch_size: int
 
     def throwaway_batch(self) -> MicroBatch:
         """A micro-batch of full shape with one document a row, for the pass before step 1."""
-        ids = torch.zeros(self.micro_batch_size, self.seq_len, dtype=torch.int64)
-        starts = torch.arange(self.micro_batch_size + 1, dtype=torch.int32) * self.seq_len
-        cu_seqlens = starts if self.source.reset_at_document_boundaries else None
-        return MicroBatch(ids, ids.clone(), cu_seqlens, torch.full((self.micro_batch_size,), -1))
+        rows, seq_len = self.micro_batch_size, self.source.seq_len
+        ids = torch.zeros(rows, seq_len, dtype=torch.int64)
+        cu_seqlens = None
+        if self.source.reset_at_document_boundaries:
+            cu_seqlens = torch.arange(rows + 1, dtype=torch.int32) * seq_len
+        return MicroBatch(ids, ids.clone(), cu_seqlens, torch.full((rows,), -1))
 
 
 def open_data(config: Config, model_config: LrnnConfig, ranks: Ranks | None, processes: int = 1) -> Data:
-    """Open and check what `config.data` names. Without `ranks` (before processes start) shards are checked by size alone.
+    """Open and check what `config.data` names. Without `ranks`, before processes start, shards are checked by size.
 
     Raises:
-        UserError: see `TokenCorpus`, `check_model_matches_corpora`, and a sequence too long for the data.
+        UserError: see `TokenCorpus`, `StreamData`, `check_model_matches_corpora` and `accumulation_steps`.
     """
-    processes = ranks.world_size if ranks is not None else processes
+    accumulation_steps(
+        config.global_batch_size, config.micro_batch_size, ranks.world_size if ranks is not None else processes
+    )
     d = config.data
-    expected = getattr(model_config, "tokenizer_fingerprint", None)
-    if d.stream is not None:
-        from lrnn.pretrain.stream import StreamData
-        stream = StreamData(d.stream, d.seq_len, config.seed, d.reset_at_document_boundaries)
-        if stream.tokenizer.vocab_size > model_config.vocab_size:
-            raise UserError(
-                f"tokenizer {d.stream.tokenizer} has a vocabulary of {stream.tokenizer.vocab_size}, the model's embedding "
-                f"only vocab_size={model_config.vocab_size}"
-            )
-        description = {"stream": d.stream.model_dump(), "seq_len": d.seq_len, "seed": config.seed}
-        return Data(stream, description, None, d.seq_len, config.micro_batch_size)
-    # One process reads all checksums; the others look at the sizes.
-    verify: Any = True if ranks is not None and ranks.is_main else "size"
-    corpora = [TokenCorpus(c.path, verify=verify) for c in d.corpora]
-    check_model_matches_corpora(model_config.vocab_size, expected, corpora)
-    weights = [c.weight for c in d.corpora]
-    source = CorpusData(corpora, weights, d.seq_len, config.seed, d.reset_at_document_boundaries)
-    accumulation_steps(config.global_batch_size, config.micro_batch_size, processes)
-    description = {
-        "corpora": [c.fingerprint for c in corpora],
-        "weights": weights,
-        "tokenizer": corpora[0].tokenizer_fingerprint,
+    description: dict[str, Any] = {
         "seq_len": d.seq_len,
         "seed": config.seed,
         "reset_at_document_boundaries": d.reset_at_document_boundaries,
     }
-    return Data(source, description, Path(d.corpora[0].path) / "tokenizer", d.seq_len, config.micro_batch_size)
-
-
-def make_loader(data: Data, config: Config, ranks: Ranks, progress: Any) -> Loader:
-    """The loader of this rank, from the sample (or the state of the stream) where the run stands."""
-    shape = {
-        "global_batch_size": config.global_batch_size,
-        "micro_batch_size": config.micro_batch_size,
-        "rank": ranks.rank,
-        "world_size": ranks.world_size,
-        "pin_memory": ranks.device.type == "cuda",
+    if d.stream is not None:
+        return _open_stream(config, d.stream, model_config, description)
+    # One process reads all checksums; the others look at the sizes.
+    verify: Literal[True, "size"] = True if ranks is not None and ranks.is_main else "size"
+    corpora = [TokenCorpus(c.path, verify=verify) for c in d.corpora]
+    expected = getattr(model_config, "tokenizer_fingerprint", None)
+    check_model_matches_corpora(model_config.vocab_size, expected, corpora)
+    weights = [c.weight for c in d.corpora]
+    source = CorpusData(corpora, weights, d.seq_len, config.seed, d.reset_at_document_boundaries)
+    description |= {
+        "tokenizer": corpora[0].tokenizer_fingerprint,
+        "corpora": [c.fingerprint for c in corpora],
+        "weights": weights,
     }
-    return Loader(data.source, start_sample=progress.samples, **shape)
+    tokenizer = Path(d.corpora[0].path) / "tokenizer"
+    return Data(source, description, lambda folder: shutil.copytree(tokenizer, folder), config.micro_batch_size)
+
+
+def _open_stream(config: Config, stream: StreamSource, model_config: LrnnConfig, description: dict[str, Any]) -> Data:
+    tokenizer = load_tokenizer(stream.tokenizer)
+    if tokenizer.vocab_size > model_config.vocab_size:
+        raise UserError(
+            f"tokenizer {stream.tokenizer} has a vocabulary of {tokenizer.vocab_size}, the model's embedding only "
+            f"vocab_size={model_config.vocab_size}; set vocab_size to at least {tokenizer.vocab_size}"
+        )
+    arguments = DatasetArguments(stream.path, stream.name, stream.data_files, stream.split, stream.text_column)
+    d = config.data
+    source = StreamData(
+        arguments, tokenizer, d.seq_len, config.seed, stream.shuffle_buffer, d.reset_at_document_boundaries
+    )
+    description |= {"tokenizer": tokenizer.fingerprint, "stream": source.fingerprint}
+    return Data(source, description, tokenizer.save, config.micro_batch_size)
+
+
+def make_loader(data: Data, config: Config, ranks: Ranks, samples: int, stream: dict | None) -> Loader | StreamLoader:
+    """The loader of this rank, from where the run stands: `samples` consumed, and the position of a stream."""
+    sizes = (config.global_batch_size, config.micro_batch_size, ranks.rank, ranks.world_size)
+    pin_memory = ranks.device.type == "cuda"
+    if isinstance(data.source, StreamData):
+        return StreamLoader(data.source, *sizes, state=stream, pin_memory=pin_memory)
+    return Loader(data.source, *sizes, start_sample=samples, pin_memory=pin_memory)
 
 
 class HeldOut:
@@ -91,16 +106,20 @@ class HeldOut:
         if self._every:
             if config.data.stream is not None:
                 raise UserError("log.heldout_every needs corpora with a held-out split; a stream has none, set it to 0")
-            corpora = [TokenCorpus(c.path, "heldout", verify=True if ranks.is_main else "size") for c in config.data.corpora]
-            self._batches = list(heldout_batches(
-                corpora,
-                config.data.seq_len,
-                config.micro_batch_size,
-                config.log.heldout_batches,
-                ranks.rank,
-                ranks.world_size,
-                reset_at_document_boundaries=config.data.reset_at_document_boundaries,
-            ))
+            corpora = [
+                TokenCorpus(c.path, "heldout", verify=True if ranks.is_main else "size") for c in config.data.corpora
+            ]
+            self._batches = list(
+                heldout_batches(
+                    corpora,
+                    config.data.seq_len,
+                    config.micro_batch_size,
+                    config.log.heldout_batches,
+                    ranks.rank,
+                    ranks.world_size,
+                    reset_at_document_boundaries=config.data.reset_at_document_boundaries,
+                )
+            )
 
     def due(self, step: int) -> bool:
         """Whether the loss is wanted after `step` steps: every so often, and at the end."""

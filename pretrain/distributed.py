@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -97,15 +96,14 @@ def default_processes() -> int:
     return max(1, torch.cuda.device_count())
 
 
-def launch(n: int, arguments: list[str]) -> int:
-    """Run `lrnn ARGUMENTS` as n processes on this host, pass on stop signals, and return the job's exit status.
+def launch(n: int, command: list[str]) -> int:
+    """Run a command as n processes on this host, pass on stop signals, and return the job's exit status.
 
     torchrun is not used here because it ends its workers 30 s after a signal, which is too short to save a large model.
     If a process fails, the others are stopped: they would wait for it.
     """
     port = _free_port()
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
-    command = [sys.executable, "-m", "lrnn.cli", *arguments]
     workers = [
         subprocess.Popen(command, env={**os.environ, **_local_environment(i, n, port), "OMP_NUM_THREADS": threads})
         for i in range(n)

@@ -10,6 +10,7 @@ from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.errors import UserError
 from lrnn.pretrain.config import Config, read_json
 from lrnn.pretrain.distributed import Ranks
+from lrnn.pretrain.loader import accumulation_steps
 
 
 def load_model_config(path: str | Path) -> LrnnConfig:
@@ -41,7 +42,8 @@ def build_model(model_config: LrnnConfig, seed: int, activation_checkpointing: b
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on matrices; none on norms, A_log, dt_bias (one dimension) and the taps of the convolutions."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (decayed if parameter.ndim == 2 and "conv1d" not in name else free).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
@@ -62,21 +64,19 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
             )
     autocast = raw.get("torch_autocast", {})
     if autocast.get("enabled") and autocast.get("lower_precision_safe_modules") != []:
-        raise UserError(f"{config.deepspeed}: torch_autocast.lower_precision_safe_modules must be [], for float32 reduction")
+        raise UserError(
+            f"{config.deepspeed}: torch_autocast.lower_precision_safe_modules must be [], for float32 reduction"
+        )
     for key in ("optimizer", "scheduler"):
         if key in raw:
             raise UserError(f"{config.deepspeed}: {key} is set by the run's configuration (optim, schedule), remove it")
     stage = raw.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2, 3):
         raise UserError(f"{config.deepspeed}: zero_optimization.stage is {stage}; 1, 2 and 3 are supported")
-    samples = config.micro_batch_size * world_size
-    if config.global_batch_size % samples:
-        raise UserError(
-            f"global_batch_size {config.global_batch_size} is not a multiple of micro_batch_size "
-            f"{config.micro_batch_size} x {world_size} processes"
-        )
     raw["train_micro_batch_size_per_gpu"] = config.micro_batch_size
-    raw["gradient_accumulation_steps"] = config.global_batch_size // samples
+    raw["gradient_accumulation_steps"] = accumulation_steps(
+        config.global_batch_size, config.micro_batch_size, world_size
+    )
     raw["train_batch_size"] = config.global_batch_size
     raw.setdefault("steps_per_print", 10**9)
     return raw

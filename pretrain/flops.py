@@ -12,8 +12,9 @@ def train_flops_per_token(config: LrnnConfig) -> float:
     Forward, a multiply-add counting as two:
         2 x every weight of a linear map (projections, MLP, head; the embedding is a look-up),
         2 x taps for each channel of the three short convolutions,
-        6 K V a head for the recurrence: reading the state with k, writing k (v - S^T k)^T, reading it with q. This is what
-        the recurrence needs, whatever the chunk size; the chunkwise form and recomputation do more, which does not count.
+        6 K V a head for the recurrence: reading the state with k, writing k (v - S^T k)^T, reading it with q. This is
+        what the recurrence needs, whatever the chunk size; the chunkwise form and recomputation do more, which does
+        not count.
     """
     inner = config.num_heads * config.head_dim
     projections = 5 if config.mixer == "gated_deltanet" else 4  # q, k, v, o and the output gate

@@ -1,4 +1,4 @@
-"""The record of a run: `metrics.jsonl`, and the same numbers for TensorBoard and wandb; the line or bar that a person sees."""
+"""The record of a run: `metrics.jsonl`, the same numbers for TensorBoard and wandb, and what a person sees."""
 
 import json
 import sys
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lrnn.errors import UserError
+from lrnn.modeling_lrnn import DeltaNet
 from lrnn.pretrain.config import LogConfig
 
 EIGENVALUE_BINS = 20  # equal bins over [-1, 1]
@@ -90,7 +91,7 @@ class EigenvalueProbe:
         self.enabled = False
         self._counts: dict[int, Tensor] = {}
         for module in model.modules():
-            if hasattr(module, "b_proj"):
+            if isinstance(module, DeltaNet):
                 module.b_proj.register_forward_hook(self._hook(module.layer_idx, module.beta_range))
 
     def _hook(self, layer: int, beta_range: float):
@@ -144,6 +145,8 @@ def _start_wandb(project: str, run_dir: Path) -> Any:
     try:
         import wandb
     except ImportError:
-        raise UserError(f"log.wandb_project is {project!r} but wandb is not installed: pip install 'lrnn[wandb]'") from None
+        raise UserError(
+            f"log.wandb_project is {project!r} but wandb is not installed: pip install 'lrnn[wandb]'"
+        ) from None
     # The name is the identity, so that a resumed run goes on in the same record.
     return wandb.init(project=project, id=run_dir.resolve().name, dir=str(run_dir), resume="allow")

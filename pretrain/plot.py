@@ -1,4 +1,4 @@
-"""Plot the metrics of one or several runs: loss with held-out loss and resumes marked, learning rate, speed, eigenvalues."""
+"""Plot the metrics of one or several runs: loss (resumes marked), learning rate, speed, eigenvalues."""
 
 import argparse
 from pathlib import Path

@@ -8,8 +8,8 @@ from lrnn.pretrain.config import Config
 def learning_rate(step: int, config: Config) -> float:
     """Learning rate of the update that takes the model from `step` to `step + 1` (the first update has step 0).
 
-    Linear warm-up to `optim.lr`; then "cosine" decays to `min_lr_ratio` of it at the last step, and "wsd" stays at the peak
-    and decays linearly over the last `decay_steps` (arXiv 2405.18392).
+    Linear warm-up to `optim.lr`; then "cosine" decays to `min_lr_ratio` of it at the last step, and "wsd" stays at the
+    peak and decays linearly over the last `decay_steps` (arXiv 2405.18392).
     """
     peak, schedule, last = config.optim.lr, config.schedule, config.steps - 1
     if step < schedule.warmup_steps:

@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +78,19 @@ def train(config: Config, ranks: Ranks) -> int:
         run_dir.mkdir(parents=True, exist_ok=True)
         checkpoint.write_atomically(run_dir / "run.yaml", dump_config(config))
         log = MetricsLog(run_dir, config.log, config.steps, progress.step)
-        log.write({"event": "start", "step": progress.step, "processes": ranks.world_size, "resumed": saved is not None})
-        log.say(f"{'resuming ' + str(saved) if saved else 'new run ' + str(run_dir)}: {_describe(model, config, ranks)}")
+        log.write(
+            {"event": "start", "step": progress.step, "processes": ranks.world_size, "resumed": saved is not None}
+        )
+        log.say(
+            f"{'resuming ' + str(saved) if saved else 'new run ' + str(run_dir)}: {_describe(model, config, ranks)}"
+        )
 
     peak = peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
     flops = train_flops_per_token(model_config)
     bad_steps = 0
     stopping = False
     clock = time.perf_counter()
-    with StopRequest() as stop, make_loader(data, config, ranks, progress) as loader:
+    with StopRequest() as stop, make_loader(data, config, ranks, progress.samples, progress.stream) as loader:
         if progress.step < config.steps:
             warm_up(engine, data.throwaway_batch(), ranks)
         for micro_batches in loader if progress.step < config.steps else ():
@@ -100,7 +105,7 @@ def train(config: Config, ranks: Ranks) -> int:
             progress.step += 1
             progress.samples += config.global_batch_size
             progress.tokens += int(n_tokens)
-            progress.stream = getattr(loader, 'stream_state', None)
+            progress.stream = loader.stream_state
             if applied:
                 bad_steps = 0
             else:  # DeepSpeed skips, on all ranks, an update with a gradient that is not finite
@@ -152,12 +157,14 @@ def train(config: Config, ranks: Ranks) -> int:
                 break
 
     if log is not None:
-        log.say(f"stopped by {stop.signal or 'another process'}: run the same command to go on" if stopping else "done")
+        log.say("stopped by a signal: run the same command to go on" if stopping else "done")
         log.close()
     return STOPPED if stopping else 0
 
 
-def train_step(engine: Any, micro_batches: list[MicroBatch], ranks: Ranks, probe: EigenvalueProbe) -> tuple[Tensor, Tensor]:
+def train_step(
+    engine: Any, micro_batches: list[MicroBatch], ranks: Ranks, probe: EigenvalueProbe
+) -> tuple[Tensor, Tensor]:
     """Forward, backward and update. The loss is the mean over all labels of the step, however they are spread.
 
     Returns the loss and the number of labels of the whole step, as tensors on the device.
@@ -187,7 +194,7 @@ def model_inputs(batch: MicroBatch, device: torch.device) -> dict[str, Tensor]:
 
 
 def warm_up(engine: Any, batch: MicroBatch, ranks: Ranks) -> None:
-    """A forward and backward pass of full shape with all gradients zero, so that what is too large fails before step 1."""
+    """A forward and backward pass of full shape with all gradients zero: what is too large fails before step 1."""
     engine.set_gradient_accumulation_boundary(False)
     engine.backward(engine(**model_inputs(batch, ranks.device)).loss * 0.0, scale_wrt_gas=False)
     engine.optimizer.zero_grad()
@@ -198,8 +205,8 @@ def save(config: Config, engine: Any, ranks: Ranks, progress: Progress, model_co
     """Write a checkpoint and drop the ones that need not be kept. Returns its folder."""
     progress.optimizer_step = zero_state.optimizer_step(engine)
     contents = {"step": progress.step, "progress": asdict(progress), "data": data.description}
-    texts = {"config.json": json.dumps(model_config.to_dict(), indent=1), "run.yaml": dump_config(config)}
-    folder = checkpoint.save(Path(config.run_dir), engine, ranks, contents, texts, data.tokenizer_dir)
+    texts = {"config.json": model_config.to_json_string(use_diff=False), "run.yaml": dump_config(config)}
+    folder = checkpoint.save(Path(config.run_dir), engine, ranks, contents, texts, data.save_tokenizer)
     if ranks.is_main:
         checkpoint.retain(Path(config.run_dir), config.checkpoint.keep_last, config.checkpoint.keep_every)
     return folder
@@ -208,7 +215,7 @@ def save(config: Config, engine: Any, ranks: Ranks, progress: Progress, model_co
 def check_same_run(saved: Path, model_config: Any, description: dict[str, Any]) -> None:
     """Raises UserError where a checkpoint is of another model, or its position is one in other data."""
     before = json.loads((saved / "config.json").read_text())
-    now = model_config.to_dict()
+    now = json.loads(model_config.to_json_string(use_diff=False))
     ignored = {"transformers_version", "dtype"}
     for key in sorted((set(before) | set(now)) - ignored):
         if before.get(key) != now.get(key):
@@ -230,7 +237,7 @@ def _steps_since_log(step: int, config: Config) -> int:
 
 
 def _report_skipped(log: MetricsLog | None, ranks: Ranks, step: int, loss: float, batches: list[MicroBatch]) -> None:
-    samples = sorted(sum(ranks.gather([i for b in batches for i in b.sample_indices.tolist()]), []))
+    samples = sorted(chain.from_iterable(ranks.gather([i for b in batches for i in b.sample_indices.tolist()])))
     if log is not None:
         log.write({"event": "skipped_step", "step": step, "loss": str(loss), "samples": samples})
         log.say(f"step {step} skipped: loss {loss} or its gradient is not finite; samples {samples[:8]}...")
@@ -267,7 +274,7 @@ def main(args: argparse.Namespace) -> int:
         check_world(processes)
         preflight(config, processes)
         if processes > 1:
-            return launch(processes, ["pretrain", args.config, *args.overrides])
+            return launch(processes, [sys.executable, "-m", "lrnn.cli", "pretrain", args.config, *args.overrides])
     ranks = init_ranks()
     try:
         return train(config, ranks)

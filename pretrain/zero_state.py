@@ -1,9 +1,9 @@
 """The training state inside a ZeRO optimizer, as named fragments of parameters.
 
-ZeRO keeps, on each rank, flat slices of the float32 parameters and of Adam's moments. Here every slice is cut at parameter
-boundaries and named, so that what a rank holds is a set of (parameter, start, numel) fragments. Fragments can be saved by any
-number of ranks under any stage, and restored by any other: none of DeepSpeed's own checkpoint formats does that (a
-universal checkpoint of ZeRO-1 does not load under ZeRO-3), and nothing here is pickled.
+ZeRO keeps, on each rank, flat slices of the float32 parameters and of Adam's moments. Here every slice is cut at
+parameter boundaries and named, so that what a rank holds is a set of (parameter, start, numel) fragments. Fragments can
+be saved by any number of ranks under any stage, and restored by any other: none of DeepSpeed's own checkpoint formats
+does that (a universal checkpoint of ZeRO-1 does not load under ZeRO-3), and nothing here is pickled.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,7 +36,9 @@ def local_fragments(engine: Any) -> Iterator[Fragment]:
         state = _adam_state(zero.optimizer, flat)
         tensors = {"param": flat.data, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
         for parameter, start, numel, offset in pieces:
-            yield Fragment(names[id(parameter)], start, numel, {k: t.narrow(0, offset, numel) for k, t in tensors.items()})
+            yield Fragment(
+                names[id(parameter)], start, numel, {k: t.narrow(0, offset, numel) for k, t in tensors.items()}
+            )
 
 
 def optimizer_step(engine: Any) -> int:

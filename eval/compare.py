@@ -1,0 +1,57 @@
+"""Compare two result folders of the same suite by paired bootstrap over documents."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrnn.errors import UserError
+from lrnn.eval.report import RESAMPLES, SEED, bits_per_byte
+
+
+def compare(first: Path, second: Path) -> str:
+    """Markdown table of `second - first` for every metric that both folders hold, with a 95% interval.
+
+    Raises UserError if a folder holds no results, or if a task was not run on the same documents in both.
+    """
+    rows = ["| task | metric | first | second | difference | 95% interval | n |", "|---|---|---:|---:|---:|---:|---:|"]
+    metrics = [_results(first), _results(second)]
+    for key in (key for key in metrics[0] if key in metrics[1]):
+        task, metric, filter_name = key
+        a, b = _values(first, *key), _values(second, *key)
+        if a.keys() != b.keys():
+            raise UserError(f"{task} was run on other documents in {first} than in {second}: cannot be paired")
+        pair = np.array([[a[doc] for doc in a], [b[doc] for doc in a]], dtype=np.float64)
+        ratio = metric == "bits_per_byte"
+
+        def difference(pair: np.ndarray, ratio: bool = ratio) -> Any:
+            values = bits_per_byte(pair) if ratio else pair.mean(-1)
+            return values[1] - values[0]
+
+        rng, n = np.random.default_rng(SEED), pair.shape[1]
+        draws = [difference(pair[:, rng.integers(n, size=n)]) for _ in range(RESAMPLES)]
+        low, high = np.quantile(draws, [0.025, 0.975])
+        name = metric if filter_name == "none" else f"{metric} ({filter_name})"
+        rows.append(
+            f"| {task} | {name} | {metrics[0][key]:.4f} | {metrics[1][key]:.4f} | {difference(pair):+.4f} "
+            f"| [{low:+.4f}, {high:+.4f}] | {n} |"
+        )
+    if len(rows) == 2:
+        raise UserError(f"{first} and {second} have no metric in common")
+    return "\n".join(rows) + "\n"
+
+
+def _results(folder: Path) -> dict[tuple[str, str, str], float]:
+    path = folder / "results.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no results.json: not a result folder of `lrnn eval`")
+    metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
+    return {(row["task"], row["metric"], row["filter"]): row["value"] for row in metrics}
+
+
+def _values(folder: Path, task: str, metric: str, filter_name: str) -> dict[tuple[int, str], Any]:
+    """Value of every document by (its number, the hash of its text)."""
+    with (folder / f"samples_{task}.jsonl").open("rb") as file:
+        samples = [json.loads(line) for line in file]
+    return {(s["doc_id"], s["doc_hash"]): s[metric] for s in samples if s["filter"] == filter_name}

@@ -1,0 +1,114 @@
+"""Reading an exported folder back: does it load whole, and does it compute what the trained model computes?"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lrnn import LrnnForCausalLM
+from lrnn.eval.tokenizer import real_texts
+from lrnn.pretrain.tokenizers_io import Tokenizer
+
+TOLERANCE = 1e-4  # largest difference of logits between two float32 computations with the same weights
+BATCH, SEQ_LEN = 2, 150  # more than two chunks of the recurrence, the last one partial
+
+
+def sample_batch(tokenizer: Tokenizer) -> Tensor:
+    """Documents of real text: int64 [2, 150] (fewer columns where there is less text)."""
+    ids = list(chain.from_iterable(tokenizer.encode_batch(real_texts())))
+    prefix = tokenizer.document_prefix
+    length = min(SEQ_LEN, len(ids) // BATCH + len(prefix)) - len(prefix)
+    starts = [i * len(ids) // BATCH for i in range(BATCH)]
+    return torch.tensor([prefix + ids[start : start + length] for start in starts])
+
+
+@torch.no_grad()
+def logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Logits float32 [B, T, vocab], computed in the model's own dtype."""
+    return model(input_ids).logits.float()
+
+
+def check_hf_folder(
+    folder: Path, model: LrnnForCausalLM, tokenizer: Tokenizer, trained: Tensor, batch: Tensor
+) -> float:
+    """Load a folder with lrnn, and in a process without it, and compare.
+
+    Args:
+        folder: the exported folder.
+        model: what was written, with rounded weights; cast to float32 here.
+        tokenizer: the one that the model was trained with.
+        trained: logits of the trained float32 model, [B, T, vocab].
+        batch: the token ids that they belong to, [B, T].
+
+    Returns:
+        The largest difference between the logits of the folder, in its own dtype, and `trained`.
+
+    Raises:
+        RuntimeError: a weight is missing or unknown, or the logits in float32 are not those of the written weights.
+    """
+    truth = logits(model.float(), batch)
+    print("reloading with lrnn", flush=True)
+    with_lrnn = _load_with_lrnn(folder, batch)
+    print("reloading in a process without lrnn", flush=True)
+    texts = real_texts()
+    without_lrnn, ids = _load_without_lrnn(folder, batch, texts)
+    if ids != tokenizer.encode_batch(texts):
+        raise RuntimeError("the export is wrong: loaded without lrnn, its tokenizer gives other ids")
+    difference = 0.0
+    for who, got in (("with lrnn", with_lrnn), ("without lrnn", without_lrnn)):
+        error = _difference(got["float32"], truth)
+        if not error < TOLERANCE:
+            raise RuntimeError(f"the export is wrong: loaded {who}, its logits differ by {error:.3g} in float32")
+        difference = max(difference, _difference(got["native"], trained))
+    return difference
+
+
+def check_loading_info(info: dict[str, Any], who: str) -> None:
+    """Raises RuntimeError where `from_pretrained(..., output_loading_info=True)` reports a weight that is missing,
+    unexpected or of another shape: transformers itself fills it with random numbers and goes on."""
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info[problem]:
+            found = sorted(str(x) for x in info[problem])
+            raise RuntimeError(f"the export is wrong: {who} finds {problem.replace('_', ' ')}: {', '.join(found[:3])}")
+
+
+def _load_with_lrnn(folder: Path, batch: Tensor) -> dict[str, Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    check_loading_info(info, "transformers")
+    if type(model) is not LrnnForCausalLM:
+        raise RuntimeError(f"the export is wrong: transformers loads it as {type(model).__qualname__}")
+    return {"native": logits(model.eval(), batch), "float32": logits(model.float(), batch)}
+
+
+def _load_without_lrnn(folder: Path, batch: Tensor, texts: list[str]) -> tuple[dict[str, Tensor], list[list[int]]]:
+    """Logits as of `_load_with_lrnn`, and the ids of the texts, from reload_child.py."""
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        save_file({"input_ids": batch, "threads": torch.tensor(torch.get_num_threads())}, work / "in.safetensors")
+        (work / "texts.json").write_text(json.dumps(texts))
+        arguments = [folder.absolute(), work / "in.safetensors", work / "out.safetensors", work / "texts.json"]
+        done = subprocess.run(
+            [sys.executable, "-I", Path(__file__).with_name("reload_child.py"), *arguments],
+            cwd=work,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(work / "modules")},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            last = "\n".join(done.stderr.strip().splitlines()[-5:])
+            raise RuntimeError(f"the export is wrong: it does not load without lrnn:\n{last}")
+        return load_file(work / "out.safetensors"), json.loads((work / "texts.json").read_text())
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item() if a.shape == b.shape else float("inf")

@@ -1,0 +1,156 @@
+"""Models in the format of flash-linear-attention (`fla`), both ways.
+
+Names and shapes of the parameters are the same; only the configurations differ.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lrnn import LrnnConfig, LrnnForCausalLM
+from lrnn.errors import UserError
+from lrnn.eval.export_check import check_loading_info
+
+ARCHITECTURES = {"gated_deltanet": "GatedDeltaNetForCausalLM", "delta_net": "DeltaNetForCausalLM"}
+MIXER_OF = {"gated_deltanet": "gated_deltanet", "delta_net": "deltanet"}
+
+SHARED = (  # fields that mean the same in both
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_heads",
+    "allow_neg_eigval",
+    "conv_size",
+    "intermediate_size",
+    "norm_eps",
+    "max_position_embeddings",
+    "initializer_range",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+)
+
+# Settings of fla that change the function computed, and the one value of each that lrnn has.
+_COMMON = {"use_short_conv": True, "attn": None, "attnres_block_size": None, "hidden_act": "swish"}
+FIXED: dict[str, dict[str, Any]] = {
+    "gated_deltanet": {**_COMMON, "expand_v": 1.0, "use_gate": True},
+    "delta_net": {**_COMMON, "use_gate": False, "use_beta": True, "qk_norm": "l2", "qk_activation": "silu"},
+}
+
+
+def to_fla_config(config: LrnnConfig) -> dict[str, Any]:
+    """The `config.json` of fla's model that computes the same function with the same parameters."""
+    kind = next(k for k, mixer in MIXER_OF.items() if mixer == config.mixer)
+    fla = {"model_type": kind, "architectures": [ARCHITECTURES[kind]], **FIXED[kind]}
+    fla |= {name: getattr(config, name) for name in SHARED}
+    if kind == "gated_deltanet":
+        fla["head_dim"] = config.head_dim
+    else:
+        fla["expand_k"] = fla["expand_v"] = config.num_heads * config.head_dim / config.hidden_size
+    return fla
+
+
+def from_fla(folder: Path) -> tuple[LrnnConfig, dict[str, Tensor]]:
+    """Read a model folder of fla.
+
+    Returns:
+        The configuration, and the parameters by name, in the dtypes of the file.
+
+    Raises:
+        UserError: no folder of a `gated_deltanet` or `delta_net` model with safetensors; a setting that lrnn does not
+            have; parameters that do not fit the configuration.
+    """
+    config = _read_config(folder)
+    state = _read_weights(folder)
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    with torch.device("meta"):
+        expected = {name: p.shape for name, p in LrnnForCausalLM(config).named_parameters()}
+    odd = sorted(set(expected) ^ set(state))
+    if odd:
+        raise UserError(f"{folder}: parameter {odd[0]} is {'missing' if odd[0] in expected else 'unknown to lrnn'}")
+    for name, shape in expected.items():
+        if state[name].shape != shape:
+            got, wanted = list(state[name].shape), list(shape)
+            raise UserError(f"{folder}: {name} has shape {got}, its config.json asks for {wanted}")
+    return config, state
+
+
+def check_fla_folder(folder: Path, model: torch.nn.Module) -> None:
+    """Load a folder with fla, and compare names, shapes and values with `model` (its forward needs a GPU).
+
+    Raises:
+        RuntimeError: a parameter is missing, unknown, or has another shape or value.
+    """
+    import fla  # noqa: F401  registers its models
+    from transformers import AutoModelForCausalLM
+
+    loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    check_loading_info(info, "fla")
+    theirs = dict(loaded.named_parameters())
+    for name, parameter in model.named_parameters():
+        if not torch.equal(theirs.pop(name), parameter.float()):
+            raise RuntimeError(f"the export is wrong: fla reads other values of {name}")
+    if theirs:
+        raise RuntimeError(f"the export is wrong: fla has a parameter {min(theirs)} that the trained model lacks")
+
+
+def _read_config(folder: Path) -> LrnnConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is no model folder of fla: it has no config.json")
+    try:
+        kind = json.loads(path.read_text())["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no model configuration: {error!r}") from None
+    if kind not in ARCHITECTURES:
+        raise UserError(f"{path}: model_type {kind!r} cannot be read; lrnn has {' and '.join(ARCHITECTURES)}")
+    from fla.models import DeltaNetConfig, GatedDeltaNetConfig
+
+    # fla's classes, because a config.json leaves out what is fla's default.
+    fla = (GatedDeltaNetConfig if kind == "gated_deltanet" else DeltaNetConfig).from_pretrained(folder)
+    for field, value in FIXED[kind].items():
+        if getattr(fla, field) != value:
+            raise UserError(f"{path}: {field} is {getattr(fla, field)!r}; lrnn has {field} {value!r} alone")
+    fields = {name: getattr(fla, name) for name in SHARED}
+    if kind == "gated_deltanet":
+        if fla.num_v_heads not in (None, fla.num_heads):
+            raise UserError(f"{path}: num_v_heads is {fla.num_v_heads}; lrnn has as many as num_heads, {fla.num_heads}")
+        if fla.output_gate_activation not in ("swish", "silu"):
+            raise UserError(f"{path}: output_gate_activation is {fla.output_gate_activation!r}; lrnn has 'swish' alone")
+        head_dim = fla.head_dim
+    else:
+        if fla.expand_k != fla.expand_v:
+            raise UserError(f"{path}: expand_v is {fla.expand_v}; lrnn has it equal to expand_k, {fla.expand_k}")
+        head_dim = round(fla.hidden_size * fla.expand_k) // fla.num_heads
+    if fla.intermediate_size is None:  # fla's rule: 2/3 hidden_ratio hidden_size, up to a multiple of 256
+        ratio = 4 if fla.hidden_ratio is None else fla.hidden_ratio
+        fields["intermediate_size"] = 256 * -(-int(fla.hidden_size * ratio * 2 / 3) // 256)
+    kept = getattr(fla, "lrnn_training", None)
+    try:
+        return LrnnConfig(
+            mixer=MIXER_OF[kind], head_dim=head_dim, **fields, **({} if kept is None else {"lrnn_training": kept})
+        )
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} has no model.safetensors; weights in other formats are not read")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"{file} is missing; {index.name} names it")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state |= load_file(file)
+    return state

@@ -1,0 +1,139 @@
+"""The README.md of an exported folder, in the form that the Hugging Face hub reads."""
+
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+
+from lrnn import LrnnConfig
+
+PAPERS = {
+    "gated_deltanet": ("Gated DeltaNet", "2412.06464"),
+    "deltanet": ("DeltaNet", "2406.06484"),
+}
+
+
+def model_card(
+    name: str,
+    config: LrnnConfig,
+    *,
+    export_format: str,
+    dtype: str,
+    num_parameters: int,
+    training: dict[str, Any],
+    data: dict[str, Any] | None,
+    run: dict[str, Any] | None,
+    license: str | None,
+) -> str:
+    """The card as text.
+
+    Args:
+        name: title, the folder's name.
+        export_format: "hf" or "fla".
+        dtype: of the weights, "float32" or "bfloat16".
+        training: `lrnn_training` of the exported config.json.
+        data: what the checkpoint says of its data, or None.
+        run: the run's resolved configuration, or None.
+        license: SPDX identifier, or None.
+    """
+    front = ModelCardData(
+        license=license,
+        library_name="transformers" if export_format == "hf" else "fla",
+        pipeline_tag="text-generation",
+        tags=["linear-rnn", config.mixer, "state-tracking"],
+    )
+    # Documents begin with bos or, for a tokenizer that has none, with eos.
+    first_id = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
+    sections = [
+        f"---\n{front.to_yaml()}\n---",
+        f"# {name}",
+        _architecture(config, dtype, num_parameters),
+        _training(training, data, run),
+        _tokens(config, first_id, training),
+        _loading(name, export_format, dtype, first_id),
+        _limits(export_format),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _architecture(config: LrnnConfig, dtype: str, num_parameters: int) -> str:
+    title, paper = PAPERS[config.mixer]
+    low, factor = (-1, "2 sigmoid") if config.allow_neg_eigval else (0, "sigmoid")
+    rows = {
+        "token mixer": f"{title} (arXiv:{paper})",
+        "eigenvalues of the state transition": f"[{low}, 1]: beta = {factor} (arXiv:2411.12537)",
+        "parameters": f"{num_parameters:,} ({num_parameters / 1e6:.1f}M), {dtype}",
+        "layers, hidden size": f"{config.num_hidden_layers}, {config.hidden_size}",
+        "heads, head dimension": f"{config.num_heads}, {config.head_dim}",
+        "recurrent state": f"{config.num_hidden_layers * config.num_heads * config.head_dim**2:,} numbers a sequence",
+        "short convolution": f"{config.conv_size} taps",
+        "SwiGLU size": str(config.intermediate_size),
+        "vocabulary": f"{config.vocab_size:,}{', tied embeddings' if config.tie_word_embeddings else ''}",
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"A linear RNN: it keeps a state of fixed size and has no attention.\n\n| | |\n|---|---|\n{table}"
+
+
+def _training(training: dict[str, Any], data: dict[str, Any] | None, run: dict[str, Any] | None) -> str:
+    lines = ["## Training", ""]
+    if "tokens" in training:
+        lines.append(f"Pretrained with `lrnn` for {training['step']:,} steps on {training['tokens']:,} tokens.")
+    else:
+        lines.append("Converted from a model folder of `fla`; nothing is known here of its training.")
+    for title, content in (("Data", data), ("Configuration of the run", run)):
+        if content is not None:
+            text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True).strip()
+            lines += ["", f"{title}:", "", "```yaml", text, "```"]
+    return "\n".join(lines)
+
+
+def _tokens(config: LrnnConfig, first_id: int, training: dict[str, Any]) -> str:
+    text = (
+        f"## Tokens\n\nIn training a document was the ids `{first_id} text {config.eos_token_id}`. The tokenizer adds "
+        f"neither: put id {first_id} in front of a text that begins a document. A special token spelled out in "
+        "a text is encoded as text."
+    )
+    if "tokenizer_sha256" in training:
+        text += f"\n\nSHA-256 of the tokenizer's original file: `{training['tokenizer_sha256']}`."
+    return text
+
+
+def _loading(name: str, export_format: str, dtype: str, first_id: int) -> str:
+    if export_format == "fla":
+        first, flag = "import fla  # flash-linear-attention; needs a GPU", ""
+        evaluate = ""
+    else:
+        first, flag = "", ", trust_remote_code=True"
+        evaluate = f"""
+
+## Evaluation
+
+```bash
+lrnn eval {name} --suite fast  # with lrnn installed
+lm_eval --model hf --model_args pretrained={name},trust_remote_code=True,softmax_dtype=float32 --tasks lambada_openai
+```"""
+    start = f"{first}\n" if first else ""
+    return f"""## Loading
+
+```python
+{start}import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}"{flag})
+model = AutoModelForCausalLM.from_pretrained("{name}"{flag}, dtype=torch.{dtype})
+ids = torch.tensor([[{first_id}, *tokenizer("def fibonacci(n):").input_ids]])
+print(tokenizer.batch_decode(model.generate(ids, max_new_tokens=64)))
+```{evaluate}"""
+
+
+def _limits(export_format: str) -> str:
+    lines = [
+        "A base model: it continues text, and follows no instructions.",
+        "Pad on the left, and pass the attention mask (the tokenizer does both).",
+        "No assisted or speculative decoding: a recurrent state cannot be rolled back.",
+    ]
+    if export_format == "hf":
+        lines.append(
+            "The code beside the weights is plain PyTorch: it runs anywhere, and is slower on a GPU than fused kernels."
+        )
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)

@@ -1,0 +1,33 @@
+"""Load an exported folder as somebody does who has transformers alone, and write down what comes out.
+
+Run by the exporter in a fresh process: python -I reload_child.py FOLDER INPUT.safetensors OUTPUT.safetensors TEXTS.json
+"""
+
+import json
+import sys
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def main(folder: str, input_file: str, output_file: str, texts_file: str) -> None:
+    """Write `native` and `float32` logits [B, T, vocab] of `input_ids` [B, T]; replace the texts by their ids."""
+    given = load_file(input_file)
+    torch.set_num_threads(int(given["threads"]))  # another split of a sum is another rounding
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    logits = {}
+    with torch.no_grad():
+        logits["native"] = model(given["input_ids"]).logits.float()
+        logits["float32"] = model.float()(given["input_ids"]).logits
+    save_file(logits, output_file)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    with open(texts_file) as f:
+        texts = json.load(f)
+    with open(texts_file, "w") as f:
+        json.dump([tokenizer(text).input_ids for text in texts], f)
+
+
+if __name__ == "__main__":
+    sys.modules["lrnn"] = None  # type: ignore[assignment]  # makes `import lrnn` fail, also where it is installed
+    main(*sys.argv[1:])

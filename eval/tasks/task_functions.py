@@ -1,0 +1,114 @@
+"""Functions that the task files of this folder name with `!function`: data, prompts, scoring.
+
+lm-eval finds this file beside the task files, so the tasks work from `lrnn eval` and from plain
+`lm_eval --include_path` alike, in any current directory.
+"""
+
+import ast
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from lrnn.errors import UserError
+from lrnn.eval import sandbox
+from lrnn.eval.fetch_data import load_rows
+
+Doc = dict[str, Any]
+
+
+def fetched(file: str, **_: Any) -> dict[str, Dataset]:
+    """Data set of a fetched file; lm-eval passes a task's `dataset_kwargs` and `metadata` as keywords."""
+    return {"test": Dataset.from_list(load_rows(file))}
+
+
+def heldout(**_: Any) -> dict[str, Dataset]:
+    """Data set of the jsonl file `$LRNN_EVAL_HELDOUT`, rows {"text": str, ...}; empty texts are left out."""
+    name = os.environ.get("LRNN_EVAL_HELDOUT")
+    if not name:
+        raise UserError("the task lrnn_heldout_bpb needs a file: `lrnn eval DIR --heldout FILE`, or $LRNN_EVAL_HELDOUT")
+    return {"test": Dataset.from_list(read_heldout(Path(name)))}
+
+
+def read_heldout(path: Path) -> list[Doc]:
+    """Documents {"text": str} of a jsonl file; raises UserError for a missing file, a bad row or no text at all."""
+    if not path.is_file():
+        raise UserError(f"held-out file not found: {path}")
+    docs = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f'{path}, line {number}: expected a JSON object with "text", got {line[:80]!r}') from error
+        if not isinstance(text, str):
+            raise UserError(f'{path}, line {number}: "text" must be a string, got {type(text).__name__}')
+        if text:
+            docs.append({"text": text})
+    if not docs:
+        raise UserError(f"{path} holds no text")
+    return docs
+
+
+# Callables, not templates: lm-eval turns a rendered template such as "[1, 2]" into a list.
+def few_shot_context(doc: Doc) -> str:
+    return doc["context"]
+
+
+def zero_shot_context(doc: Doc) -> str:
+    return doc["question"]
+
+
+def continuation(doc: Doc) -> str:
+    return doc["continuation"]
+
+
+def text(doc: Doc) -> str:
+    return doc["text"]
+
+
+def gold_bits_per_byte(doc: Doc, results: list[tuple[float, bool]]) -> dict[str, tuple[float, int]]:
+    """(log-likelihood in nats, bytes of UTF-8) of the gold answer; lm-eval's aggregation sums both over documents.
+
+    lm-eval scores the blank space that ends a prompt together with the answer, so its bytes count too.
+    """
+    ((loglikelihood, _),) = results
+    blank = doc["context"][len(doc["context"].rstrip()) :]
+    return {"bits_per_byte": (loglikelihood, len((blank + doc["continuation"]).encode("utf-8")))}
+
+
+def humaneval_programs(resps: list[list[str]], docs: list[Doc]) -> list[list[str]]:
+    return [[doc["prompt"] + response for response in responses] for responses, doc in zip(resps, docs, strict=True)]
+
+
+def humaneval_pass_at_k(references: list[str], predictions: list[list[str]], k: list[int]) -> dict[str, float]:
+    return {f"pass@{one}": sandbox.pass_at_k(references, predictions, one) for one in k}
+
+
+def pass_at_1(references: list[str], predictions: list[str]) -> float:
+    return sandbox.pass_at_k(references, [[program] for program in predictions], 1)
+
+
+def mbpp_fewshot_samples() -> list[Doc]:
+    """lm-eval's own three examples. Read from its source: importing that file reaches for the hub."""
+    tree = ast.parse(_lm_eval_file("mbpp/utils.py").read_text(encoding="utf-8"))
+    (function,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "list_fewshot_samples")
+    (statement,) = function.body
+    assert isinstance(statement, ast.Return) and statement.value is not None
+    return ast.literal_eval(statement.value)
+
+
+def gsm8k_cot_fewshot_samples() -> list[Doc]:
+    """lm-eval's own eight examples, from its task file."""
+    import yaml
+
+    config = yaml.safe_load(_lm_eval_file("gsm8k/gsm8k-cot.yaml").read_text(encoding="utf-8"))
+    return config["fewshot_config"]["samples"]
+
+
+def _lm_eval_file(path: str) -> Path:
+    spec = find_spec("lm_eval")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent / "tasks" / path

@@ -1,0 +1,85 @@
+"""What the training loop costs beside forward, backward and update."""
+
+import gc
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from lrnn.pretrain.config import Config, load_config
+from lrnn.pretrain.data import make_loader, open_data
+from lrnn.pretrain.distributed import Ranks, init_ranks
+from lrnn.pretrain.engine import build_engine, build_model, load_model_config
+from lrnn.pretrain.metrics import read_metrics
+from lrnn.pretrain.train import model_inputs, train, warm_up
+
+SETTLING = 5  # first steps, not counted
+
+
+def bare_steps(config: Config, ranks: Ranks, steps: int) -> list[float]:
+    """Seconds of each step that is forward, backward and update alone, on micro-batches already on the device."""
+    model_config = load_model_config(config.model)
+    data = open_data(config, model_config, ranks)
+    engine = build_engine(
+        build_model(model_config, config.seed, config.activation_checkpointing).to(ranks.device), config, ranks
+    )
+    with make_loader(data, config, ranks, 0, None) as loader:
+        batches = next(loader)
+    inputs = [model_inputs(batch, ranks.device) for batch in batches]
+    share = torch.tensor(sum(int((b.labels != -100).sum()) for b in batches), device=ranks.device)
+    warm_up(engine, data.throwaway_batch(), ranks)
+    seconds = []
+    for _ in range(steps):
+        start = _now(ranks)
+        for i, arguments in enumerate(inputs):
+            engine.set_gradient_accumulation_boundary(i == len(inputs) - 1)
+            engine.backward(engine(**arguments, num_items_in_batch=share).loss, scale_wrt_gas=False)
+        engine.step()
+        seconds.append(_now(ranks) - start)
+    engine.destroy()
+    return seconds[SETTLING:]
+
+
+def whole_steps(config: Config, ranks: Ranks) -> list[float]:
+    """Seconds a step of the real loop, one figure for each record of `metrics.jsonl`."""
+    train(config, ranks)
+    records = [r for r in read_metrics(Path(config.run_dir)) if "event" not in r and r["step"] > SETTLING]
+    return [r["step_seconds"] for r in records]
+
+
+def bench_loop(path: str, overrides: list[str], steps: int) -> None:
+    """Print the table of `lrnn bench loop`: bare and whole steps in turn."""
+    ranks = init_ranks()
+    rows: list[tuple[str, list[float]]] = []
+    with tempfile.TemporaryDirectory(prefix="lrnn-bench-") as root:
+        for turn in range(2):
+            fixed = ["checkpoint.every=1000000", "log.heldout_every=0", f"steps={steps}", f"run_dir={root}/{turn}"]
+            config = load_config(path, [*overrides, *fixed, "schedule.warmup_steps=0", "schedule.decay_steps=0"])
+            rows.append(("forward, backward, update", bare_steps(config, ranks, steps)))
+            _free()
+            rows.append(("the whole loop", whole_steps(config, ranks)))
+            _free()
+    device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "CPU"
+    print(f"{path}: {device}, torch {torch.__version__}, {steps} steps, the first {SETTLING} left out")
+    print(f"{'milliseconds a step':28} {'min':>9} {'median':>9} {'max':>9}")
+    medians: dict[str, list[float]] = {}
+    for name, seconds in rows:
+        medians.setdefault(name, []).append(statistics.median(seconds))
+        print(f"{name:28} " + " ".join(f"{1e3 * x:9.2f}" for x in (min(seconds), medians[name][-1], max(seconds))))
+    bare, whole = (statistics.mean(m) for m in medians.values())
+    print(f"overhead of the loop: {100 * (whole / bare - 1):.2f}% of a step")
+
+
+def _now(ranks: Ranks) -> float:
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

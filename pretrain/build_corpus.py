@@ -1,0 +1,345 @@
+"""Tokenise text or code into a corpus: Arrow shards of token ids and a manifest.
+
+SOURCE is a folder, of which every file is a document, or anything that `datasets.load_dataset` takes, of which every
+row is one. The corpus appears under its name only when it is complete; a build that was cut off goes on when it is
+started again.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+
+import lrnn
+from lrnn.errors import UserError
+from lrnn.pretrain.corpus import FORMAT, FORMAT_VERSION
+from lrnn.pretrain.shard_writer import token_dtype, watch_parent, write_json, write_part
+from lrnn.pretrain.sources import DatasetArguments, DatasetSource, FolderSource, Source, StreamingSource
+from lrnn.pretrain.tokenizers_io import Tokenizer, load_tokenizer, train_sentencepiece
+
+LINE_SECONDS = 10.0  # between two lines of progress when not on a terminal
+
+EXAMPLES = """\
+examples:
+  # a folder of source code, with a tokenizer trained on it
+  lrnn corpus ~/src/linux --include '*.c' --include '*.h' --train-tokenizer 32000 --heldout 0.01 --out corpora/linux
+  # files of JSON lines, with the tokenizer of another corpus
+  lrnn corpus json --data-files 'web/*.jsonl.gz' --tokenizer corpora/linux/tokenizer --out corpora/web
+  # a data set of the hub, read as it comes
+  lrnn corpus HuggingFaceFW/fineweb-edu --config sample-10BT --streaming --tokenizer llama.model --out corpora/fineweb
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `lrnn corpus`."""
+    parser.epilog = EXAMPLES
+    parser.add_argument(
+        "source", metavar="SOURCE", help="a folder, or a name or builder that datasets.load_dataset takes"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the corpus, made by this command"
+    )
+    tokenizer = parser.add_mutually_exclusive_group(required=True)
+    tokenizer.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="SentencePiece .model, a tokenizer's folder (also CORPUS/tokenizer), or hub name",
+    )
+    tokenizer.add_argument(
+        "--train-tokenizer",
+        type=int,
+        metavar="VOCAB_SIZE",
+        help="train a SentencePiece BPE model on the train documents",
+    )
+    parser.add_argument(
+        "--tokenizer-sample-mb", type=float, default=10.0, metavar="MB", help="text that it is trained on (default 10)"
+    )
+    parser.add_argument(
+        "--heldout", type=float, default=0.0, metavar="FRACTION", help="hold out documents, chosen by hash (default 0)"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="default: every core"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the corpus DIR")
+    folder = parser.add_argument_group("folders")
+    folder.add_argument(
+        "--include", action="append", metavar="GLOB", help="files to take (default: all); may be repeated"
+    )
+    folder.add_argument("--exclude", action="append", metavar="GLOB", help="files to leave out; may be repeated")
+    folder.add_argument(
+        "--skip-bad-files", action="store_true", help="leave out files that are empty, unreadable or not UTF-8"
+    )
+    dataset = parser.add_argument_group("data sets")
+    dataset.add_argument("--data-files", action="append", metavar="GLOB", help="as in load_dataset; may be repeated")
+    dataset.add_argument("--config", metavar="NAME", help="the configuration of the data set")
+    dataset.add_argument("--split", default="train", help="default: train")
+    dataset.add_argument("--text-column", default="text", metavar="COLUMN", help="default: text")
+    dataset.add_argument("--streaming", action="store_true", help="read as it comes, store no copy")
+
+
+class _Progress:
+    """A bar on a terminal; otherwise a line every `LINE_SECONDS`."""
+
+    def __init__(self, total_bytes: int | None):
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=total_bytes,
+            unit="B",
+            unit_scale=True,
+            desc="tokenising",
+            disable=not sys.stderr.isatty(),
+            mininterval=0.5,
+        )
+        self._total, self._done = total_bytes, 0
+        self._start = self._last = time.monotonic()
+
+    def add(self, num_bytes: int) -> None:
+        self._bar.update(num_bytes)
+        self._done += num_bytes
+        now = time.monotonic()
+        if self._bar.disable and now - self._last >= LINE_SECONDS:
+            self._last = now
+            of = f" of {self._total / 1e6:,.0f}" if self._total else ""
+            print(f"tokenised {self._done / 1e6:,.0f}{of} MB in {now - self._start:.0f} s", flush=True)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _open_source(args: argparse.Namespace, map_files) -> Source:
+    path = Path(args.source)
+    is_dataset = args.data_files or args.config or args.streaming
+    for name in ("include", "exclude"):
+        if getattr(args, name) and (is_dataset or not path.is_dir()):
+            raise UserError(f"--{name} is for folders, and {args.source!r} is read as a data set")
+    if path.is_dir() and not is_dataset:
+        if args.out.resolve().is_relative_to(path.resolve()):
+            raise UserError(f"--out {args.out} lies inside of the source folder {path}; choose a folder outside")
+        return FolderSource(path, args.include or ["*"], args.exclude or [], args.skip_bad_files, map_files)
+    if path.is_file():
+        raise UserError(
+            f"source {path}: a file; give its folder, or name its kind: `lrnn corpus json --data-files {path}` "
+            "(or parquet, text)"
+        )
+    if not is_dataset and (path.is_absolute() or args.source.startswith((".", "~"))):
+        raise UserError(f"source {path}: there is no such folder")
+    arguments = DatasetArguments(args.source, args.config, args.data_files, args.split, args.text_column)
+    return StreamingSource(arguments) if args.streaming else DatasetSource(arguments)
+
+
+def _prepare_tokenizer(args: argparse.Namespace, source: Source, work: Path) -> Tokenizer:
+    """The tokenizer, from its copy in the unfinished corpus; that copy is made, or trained, if it is not there yet."""
+    folder = work / "tokenizer"
+    if not folder.is_dir():
+        temporary = work / "tokenizer.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        if args.tokenizer is not None:
+            load_tokenizer(args.tokenizer).save(temporary)
+        else:
+            temporary.mkdir()
+            start = time.monotonic()
+            texts = list(source.sample(int(args.tokenizer_sample_mb * 1e6), args.heldout))
+            num_bytes = sum(len(text.encode("utf-8")) for text in texts)
+            if num_bytes == 0:
+                raise UserError(f"empty corpus: {args.source!r} has no train document to train a tokenizer on")
+            print(f"training a tokenizer of {args.train_tokenizer} pieces on {num_bytes / 1e6:.1f} MB", flush=True)
+            train_sentencepiece(texts, args.train_tokenizer, temporary / "tokenizer.model")
+            print(f"trained in {time.monotonic() - start:.1f} s", flush=True)
+        os.replace(temporary, folder)
+    return load_tokenizer(folder)
+
+
+def _arguments_record(args: argparse.Namespace) -> dict:
+    """What decides the contents of the corpus, as the manifest records it."""
+    keys = (
+        "source include exclude skip_bad_files data_files config split text_column streaming "
+        "tokenizer train_tokenizer tokenizer_sample_mb heldout"
+    )
+    return {key: getattr(args, key) for key in keys.split()}
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    if not 0.0 <= args.heldout < 1.0:
+        raise UserError(f"--heldout {args.heldout}: a fraction, at least 0 and below 1")
+    if args.processes < 1:
+        raise UserError(f"--processes {args.processes}: at least 1")
+    if args.tokenizer_sample_mb <= 0:
+        raise UserError(f"--tokenizer-sample-mb {args.tokenizer_sample_mb}: more than 0")
+    if args.tokenizer is not None:
+        load_tokenizer(args.tokenizer)  # a wrong one should not cost a pass over the files first
+    if args.out.exists():
+        if not (args.out / "manifest.json").is_file() and (not args.out.is_dir() or any(args.out.iterdir())):
+            raise UserError(f"--out {args.out}: exists and is not a corpus")
+        if (args.out / "manifest.json").is_file() and not args.overwrite:
+            raise UserError(f"--out {args.out}: the corpus is there already; --overwrite replaces it")
+
+
+def _open_work(args: argparse.Namespace, source: Source) -> Path:
+    """The folder of the unfinished corpus: a new one, or one that the same arguments on the same source began."""
+    work = args.out.with_name(args.out.name + ".partial")
+    begun = {"arguments": _arguments_record(args), "source": source.fingerprint}
+    if work.exists():
+        try:
+            found = json.loads((work / "begun.json").read_text())
+        except (OSError, ValueError):
+            found = None
+        if found != begun and not args.overwrite:
+            raise UserError(
+                f"{work} is an unfinished corpus of other arguments or of a source that has changed since; "
+                "remove it, or give --overwrite"
+            )
+        if found != begun:
+            shutil.rmtree(work)
+        else:
+            print(f"going on with {work}", flush=True)
+            for leftover in work.glob("*/*.tmp*"):
+                leftover.unlink()
+    (work / "done").mkdir(parents=True, exist_ok=True)
+    for split in ["train", "heldout"] if args.heldout > 0 else ["train"]:
+        (work / split).mkdir(exist_ok=True)
+    write_json(work / "begun.json", begun)
+    return work
+
+
+def _tokenise(args: argparse.Namespace, source: Source, work: Path, pool) -> list[dict]:
+    """Write every part that is not there yet; returns the entries of all, in order."""
+    entries: dict[int, dict] = {}
+    running: dict[Future, int] = {}
+    sizes = [part.num_bytes for part in source.parts()] if source.num_parts else None
+    progress = _Progress(sum(sizes) if sizes else None)
+
+    def collect(at_most: int) -> None:
+        while len(running) > at_most:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                index = running.pop(future)
+                entries[index] = future.result()
+                progress.add(entries[index]["num_bytes"])
+
+    try:
+        for index, part in enumerate(source.parts()):
+            done = work / "done" / f"{index:05d}.json"
+            if done.exists():
+                entries[index] = json.loads(done.read_text())
+                progress.add(entries[index]["num_bytes"])
+            elif pool is None:
+                entries[index] = write_part(part, index, work, args.heldout)
+                progress.add(part.num_bytes)
+            else:
+                running[pool.submit(write_part, part, index, work, args.heldout)] = index
+                collect(at_most=2 * args.processes)  # a part may hold its text
+        collect(at_most=0)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process was killed (out of memory?); the same command goes on from here, "
+            "with fewer --processes if need be"
+        ) from error
+    finally:
+        progress.close()
+    return [entries[index] for index in range(len(entries))]
+
+
+def _finish_split(work: Path, split: str, dtype: str, entries: list[dict]) -> dict:
+    """Give the shards their final names and add what `datasets.load_from_disk` needs; returns the manifest's entry."""
+    shards = []
+    for index, entry in enumerate(entries):
+        name = f"{split}/data-{index:05d}-of-{len(entries):05d}.arrow"
+        written = work / split / f"part-{index:05d}.arrow"
+        if written.exists():  # not there when a run before this one was cut off below
+            os.replace(written, work / name)
+        shards.append({"file": name, **{k: v for k, v in entry["splits"][split].items() if k != "bytes"}})
+    features = {"tokens": {"feature": {"dtype": dtype, "_type": "Value"}, "_type": "List"}}
+    write_json(work / split / "dataset_info.json", {"features": features})
+    state = {
+        "_data_files": [{"filename": Path(shard["file"]).name} for shard in shards],
+        "_fingerprint": shards[0]["sha256"][:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": split,
+    }
+    write_json(work / split / "state.json", state)
+    return {
+        "documents": sum(shard["documents"] for shard in shards),
+        "tokens": sum(shard["tokens"] for shard in shards),
+        "bytes": sum(entry["splits"][split]["bytes"] for entry in entries),
+        "shards": shards,
+    }
+
+
+def _finish(args: argparse.Namespace, source: Source, work: Path, tokenizer: Tokenizer, entries: list[dict]) -> dict:
+    """Turn the finished parts into the corpus; returns its manifest."""
+    skipped = source.skipped + sum((Counter(entry["skipped"]) for entry in entries), Counter())
+    if sum(entry["splits"]["train"]["tokens"] for entry in entries) == 0:
+        raise UserError(
+            f"empty corpus: {args.source!r} gives no train document"
+            + (f" (left out: {dict(skipped)})" if skipped else "")
+            + (f" beside those held out by --heldout {args.heldout}" if args.heldout else "")
+        )
+    dtype = token_dtype(tokenizer.vocab_size)
+    splits = {split: _finish_split(work, split, dtype, entries) for split in entries[0]["splits"]}
+    if "heldout" in splits:
+        with open(work / "heldout.jsonl", "wb") as joined:
+            for index in range(len(entries)):
+                with open(work / "done" / f"{index:05d}.jsonl", "rb") as text:
+                    shutil.copyfileobj(text, joined)
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "tokenizer": tokenizer.description(),
+        "dtype": dtype,
+        "document_prefix": tokenizer.document_prefix,
+        "document_suffix": tokenizer.document_suffix,
+        "splits": splits,
+        "skipped": dict(skipped),
+        "arguments": _arguments_record(args),
+        "versions": {
+            "lrnn": lrnn.__version__,
+            **{name: version(name) for name in ("datasets", "pyarrow", "sentencepiece", "transformers")},
+        },
+    }
+    write_json(work / "manifest.json", manifest)
+    if args.out.exists():
+        shutil.rmtree(args.out)
+    os.replace(work, args.out)
+    # Only now: cut off before the rename, the next run still needs them.
+    shutil.rmtree(args.out / "done")
+    (args.out / "begun.json").unlink()
+    return manifest
+
+
+def main(args: argparse.Namespace) -> int:
+    """Build the corpus that `args` (see `add_arguments`) describe and print what it holds."""
+    start = time.monotonic()
+    _check_arguments(args)
+    # Spawned, not forked: a fork beside the threads of Arrow and of the tokenizers can hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.processes, context, watch_parent) if args.processes > 1 else nullcontext() as pool:
+        source = _open_source(args, map if pool is None else lambda f, xs: pool.map(f, xs, chunksize=64))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        work = _open_work(args, source)
+        tokenizer = _prepare_tokenizer(args, source, work)
+        entries = _tokenise(args, source, work, pool)
+    if not entries:
+        raise UserError(f"empty corpus: {args.source!r} has no documents")
+    manifest = _finish(args, source, work, tokenizer, entries)
+    for split, description in manifest["splits"].items():
+        bytes_a_token = description["bytes"] / max(1, description["tokens"])
+        print(
+            f"{split}: {description['documents']:,} documents, {description['tokens']:,} tokens, "
+            f"{description['bytes'] / 1e6:,.1f} MB of text, {bytes_a_token:.2f} bytes a token"
+        )
+    for reason, count in manifest["skipped"].items():
+        print(f"left out: {count:,} documents, {reason}")
+    print(f"wrote {args.out} in {time.monotonic() - start:.1f} s")
+    return 0

@@ -1,0 +1,128 @@
+"""Which window of which corpus a sample is: pure functions of the seed and the sample's number, no state.
+
+A run's samples are numbered 0, 1, 2, ... over its whole life. So the position in the data is one number, and it means
+the same on any number of processes.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lrnn.errors import UserError
+
+BLOCK = 4096  # samples within which several corpora are mixed
+_ROUNDS = 6
+_U64 = np.uint64
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64: a bijection of uint64 in which every input bit moves every output bit."""
+    # Arithmetic modulo 2**64 is meant; numpy warns of it for scalars only.
+    x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
+    return x ^ (x >> _U64(31))
+
+
+def _key(*parts: int | np.ndarray) -> np.ndarray:
+    """A hash of integers or 1-d arrays of them that broadcast: 1-d uint64."""
+    key = np.zeros(1, dtype=_U64)
+    for part in parts:
+        # Without the constant, zeros would give zero.
+        key = _mix((key ^ np.atleast_1d(part).astype(_U64)) + _U64(0x9E3779B97F4A7C15))
+    return key
+
+
+def window_index(seed: int, epoch: int | np.ndarray, i: int | np.ndarray, n: int) -> np.ndarray:
+    """The i-th element of a pseudo-random permutation of `range(n)`, one for each (seed, epoch), in O(1) memory.
+
+    A Feistel network permutes the numbers below a power of four; a result of n or more is put through it again until
+    it is below n ("cycle walking"), 4 times at most on average.
+
+    Args:
+        seed: at least 0.
+        epoch, i: integers or arrays of them that broadcast; `0 <= i < n`.
+        n: at least 1, at most 2**62.
+
+    Returns:
+        int64 array of the broadcast shape, each in `range(n)`.
+    """
+    i, epoch = np.broadcast_arrays(np.asarray(i, dtype=np.int64), np.asarray(epoch, dtype=np.int64))
+    assert n >= 1 and (i.size == 0 or (i.min() >= 0 and i.max() < n))
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    bits, mask = _U64(half), _U64((1 << half) - 1)
+    result = i.astype(_U64).ravel()
+    key = _key(seed, epoch.ravel())
+    todo = np.arange(result.size)
+    while todo.size:
+        x = result[todo]
+        left, right = x >> bits, x & mask
+        for r in range(_ROUNDS):
+            left, right = right, left ^ (_mix(right ^ (key[todo] + _U64(r << 56))) & mask)
+        x = (left << bits) | right
+        result[todo] = x
+        todo = todo[x >= _U64(n)]
+    return result.astype(np.int64).reshape(i.shape)
+
+
+class MixedOrder:
+    """The order of the samples of several corpora, mixed by weight.
+
+    After any whole block of `BLOCK` samples, each corpus has given within one sample of its exact share of all
+    samples so far; the order inside of a block is random. The k-th sample of a corpus of n windows is window `k % n`
+    of the permutation of its epoch `k // n`: every window once before any comes again.
+
+    Args:
+        num_windows: windows of each corpus, at least 1.
+        weights: share of the samples each corpus gives, relative to the others.
+        seed: at least 0.
+
+    Raises:
+        UserError: a weight is not positive, or so small that its corpus would not appear in every block.
+    """
+
+    def __init__(self, num_windows: Sequence[int], weights: Sequence[float], seed: int):
+        assert len(num_windows) == len(weights) >= 1 and min(num_windows) >= 1
+        if not (np.isfinite(weights).all() and min(weights) > 0):
+            raise UserError(f"corpus weights {list(weights)}: every one has to be a positive number")
+        shares = np.asarray(weights, dtype=np.float64) / np.sum(weights, dtype=np.float64)
+        if shares.min() < 2 / BLOCK:  # 1 / BLOCK would do, were it not for rounding
+            raise UserError(
+                f"corpus weights {list(weights)}: the smallest is {shares.min():.2g} of the whole, "
+                f"below 1/{BLOCK // 2}; give it more, or leave that corpus out"
+            )
+        self._num_windows = np.asarray(num_windows, dtype=np.int64)
+        self._edges = np.concatenate([[0.0], np.cumsum(shares)[:-1], [1.0]])
+        self._seed = seed
+
+    def _before(self, block: np.ndarray) -> np.ndarray:
+        """Samples that each corpus gives before a block: [..., corpora]."""
+        # Rounding the cumulative shares, not the shares, makes the counts of all corpora add up. A corpus's count never
+        # falls from one block to the next, because its share of a block is at least one sample.
+        edges = np.floor(block[..., None] * (BLOCK * self._edges) + 0.5).astype(np.int64)
+        return np.diff(edges, axis=-1)
+
+    def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(corpus, epoch, window) of each sample: int64 arrays of the shape of `samples`, a 1-d int64 array."""
+        samples = np.asarray(samples, dtype=np.int64)
+        if len(self._num_windows) == 1:
+            corpus, number = np.zeros_like(samples), samples
+        else:
+            block, slot = np.divmod(samples, BLOCK)
+            slot = window_index(_seed_of_mix(self._seed), block, slot, BLOCK)
+            before = self._before(block)
+            ends = np.cumsum(self._before(block + 1) - before, axis=-1)
+            corpus = (slot[..., None] >= ends).sum(axis=-1)
+            rows = np.arange(len(samples))
+            first = np.where(corpus > 0, ends[rows, corpus - 1], 0)
+            number = before[rows, corpus] + slot - first
+        epoch, within = np.divmod(number, self._num_windows[corpus])
+        window = np.empty_like(samples)
+        for c, n in enumerate(self._num_windows):
+            chosen = np.flatnonzero(corpus == c)
+            window[chosen] = window_index(int(_key(self._seed, c)[0]), epoch[chosen], within[chosen], int(n))
+        return corpus, epoch, window
+
+
+def _seed_of_mix(seed: int) -> int:
+    """A seed of its own for the order inside of a block."""
+    return int(_key(seed, 1 << 32)[0])

@@ -1,0 +1,218 @@
+"""A streamed data set, tokenised while training: for a first try on data that is not on disk.
+
+Every process reads and tokenises the whole stream and keeps its own micro-batches. So the samples are the same on any
+number of processes, at the price of that work on each of them; for a long run, build a corpus.
+"""
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import chain, islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lrnn.errors import UserError
+from lrnn.pretrain.data_order import window_index
+from lrnn.pretrain.loader import MicroBatch, Prefetcher, accumulation_steps, build_micro_batch, set_thread_device
+from lrnn.pretrain.sources import DatasetArguments, load_rows, text_of
+from lrnn.pretrain.tokenizers_io import Tokenizer
+
+BLOCK_DOCUMENTS = 256  # read, and tokenised, at once
+
+
+class _Block(NamedTuple):
+    """Some documents of the stream, and how to read them again."""
+
+    epoch: int
+    number: int  # of the block in its epoch
+    source: dict | None  # the data set's state before the block; None at the start of an epoch
+    tokens: np.ndarray  # [n] int64
+    starts: np.ndarray  # where its documents start, int64
+
+
+class StreamData:
+    """A streamed data set as an endless sequence of samples.
+
+    The documents of the stream stand one after the other, epoch after epoch; sample i is tokens
+    `[i * seq_len, (i + 1) * seq_len]` of that. With `shuffle_buffer`, runs of that many documents are put in random
+    order (seeded, not a sliding buffer, so that a position in them can be stored exactly). From the second epoch on,
+    `datasets` also puts the files of the stream in another order.
+
+    Args:
+        arguments: what to load.
+        tokenizer: encodes the documents.
+        seq_len: tokens of a sample.
+        seed: of the shuffling.
+        shuffle_buffer: documents held to be shuffled; 0 keeps the order of the stream.
+        reset_at_document_boundaries: give `cu_seqlens`.
+
+    Raises:
+        UserError: the data set cannot be loaded, is empty, or its position cannot be stored in a checkpoint.
+    """
+
+    def __init__(
+        self,
+        arguments: DatasetArguments,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        seed: int = 0,
+        shuffle_buffer: int = 0,
+        reset_at_document_boundaries: bool = False,
+    ):
+        self.arguments = arguments
+        self.tokenizer = tokenizer
+        self.seq_len = seq_len
+        self.seed = seed
+        self.shuffle_buffer = shuffle_buffer
+        self.reset_at_document_boundaries = reset_at_document_boundaries
+        self._rows = load_rows(arguments, streaming=True)
+        next(iter(self._rows))
+        self._source_state()  # that a stream cannot resume should be known before training
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over what decides the samples, the data behind the stream excepted: that cannot be checked."""
+        facts = [asdict(self.arguments), self.tokenizer.fingerprint, self.seq_len, self.seed, self.shuffle_buffer]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def _source_state(self) -> dict:
+        label = f"data set {self.arguments.path!r}"
+        try:
+            state = self._rows.state_dict()
+            stored = json.loads(json.dumps(state))
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{label}: its position cannot be stored in a checkpoint ({type(error).__name__}: {error}); "
+                "build a corpus from it with `lrnn corpus ... --streaming`"
+            ) from error
+        if stored != state:
+            raise UserError(
+                f"{label}: its position does not survive being stored as JSON; "
+                "build a corpus from it with `lrnn corpus ... --streaming`"
+            )
+        return stored
+
+    def _blocks(self, epoch: int, number: int, source: dict | None) -> Iterator[_Block]:
+        """The blocks of the stream from block `number` of `epoch` on, which stands at `source`."""
+        prefix, suffix = self.tokenizer.document_prefix, self.tokenizer.document_suffix
+        tokens_in_epoch = -1 if source else 0  # unknown when the epoch began before this run
+        while True:
+            self._rows.set_epoch(epoch)
+            self._rows.load_state_dict(source)
+            rows = iter(self._rows)
+            while read := list(islice(rows, self.shuffle_buffer or BLOCK_DOCUMENTS)):
+                texts = [text_of(row, self.arguments.text_column, self.arguments.path) for row in read]
+                if self.shuffle_buffer:
+                    order = window_index(self.seed, (epoch << 32) + number, np.arange(len(texts)), len(texts))
+                    texts = [texts[i] for i in order]
+                encoded = self.tokenizer.encode_batch([text for text in texts if text])
+                documents = [[*prefix, *ids, *suffix] for ids in encoded if ids]
+                lengths = np.array([len(document) for document in documents], dtype=np.int64)
+                tokens = np.fromiter(chain.from_iterable(documents), dtype=np.int64, count=int(lengths.sum()))
+                if documents:
+                    yield _Block(epoch, number, source, tokens, np.cumsum(lengths) - lengths)
+                    tokens_in_epoch = max(tokens_in_epoch, 0) + len(tokens)
+                number += 1
+                source = self._source_state()
+            if tokens_in_epoch == 0:
+                raise UserError(f"empty corpus: data set {self.arguments.path!r} gives no tokens")
+            epoch, number, source, tokens_in_epoch = epoch + 1, 0, None, 0
+
+    def steps(
+        self, state: dict | None, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
+    ) -> Iterator[tuple[list[MicroBatch], dict]]:
+        """Endless steps from `state` on: (micro-batches of the rank, the state after the step)."""
+        state = state or {"samples": 0, "epoch": 0, "block": 0, "source": None, "offset": 0}
+        blocks = self._blocks(state["epoch"], state["block"], state["source"])
+        pending: deque[_Block] = deque()
+        offset = state["offset"]  # of the next sample in pending[0]
+        sample = state["samples"]
+        while True:
+            batches = []
+            for micro in range(global_batch_size // micro_batch_size):
+                rows = []
+                for _ in range(micro_batch_size):
+                    while sum(len(block.tokens) for block in pending) - offset < self.seq_len + 1:
+                        pending.append(next(blocks))
+                    if micro % world_size == rank:
+                        rows.append(_cut(pending, offset, offset + self.seq_len + 1))
+                    offset += self.seq_len
+                    while offset >= len(pending[0].tokens):
+                        offset -= len(pending.popleft().tokens)
+                if rows:
+                    indices = np.arange(sample, sample + micro_batch_size)
+                    batches.append(build_micro_batch(rows, self.seq_len, indices, self.reset_at_document_boundaries))
+                sample += micro_batch_size
+            first = pending[0]
+            yield (
+                batches,
+                {
+                    "samples": sample,
+                    "epoch": first.epoch,
+                    "block": first.number,
+                    "source": first.source,
+                    "offset": offset,
+                },
+            )
+
+
+def _cut(blocks: deque[_Block], start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens `start` to `stop` of the blocks in a row, and where documents start in them."""
+    tokens, starts = [], []
+    base = 0
+    for block in blocks:
+        tokens.append(block.tokens[max(start - base, 0) : max(stop - base, 0)])
+        low, high = np.searchsorted(block.starts, [start - base, stop - base])
+        starts.append(block.starts[low:high] + (base - start))
+        base += len(block.tokens)
+        if base >= stop:
+            break
+    return np.concatenate(tokens), np.concatenate(starts)
+
+
+class StreamLoader(Prefetcher):
+    """The steps of one process, as `loader.Loader` gives them, from a stream.
+
+    Args:
+        data: the stream. It has one position, so one loader at a time may read it.
+        global_batch_size, micro_batch_size, rank, world_size, pin_memory, prefetch: as in `Loader`.
+        state: a former loader's `stream_state`, to go on from there, on any number of processes.
+
+    Attributes:
+        stream_state: the position after the last step taken from the loader (not the last one prepared), fit for
+            JSON; None at the very start.
+
+    Raises:
+        UserError: the sizes do not divide, or there are more processes than samples.
+    """
+
+    def __init__(
+        self,
+        data: StreamData,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        state: dict | None = None,
+        pin_memory: bool = False,
+        prefetch: int = 2,
+    ):
+        accumulation_steps(global_batch_size, micro_batch_size, world_size)
+        assert 0 <= rank < world_size
+        self.stream_state = state
+        device = torch.cuda.current_device() if pin_memory else None
+
+        def items() -> Iterator[tuple[list[MicroBatch], dict]]:
+            set_thread_device(device)
+            for batches, after in data.steps(state, global_batch_size, micro_batch_size, rank, world_size):
+                yield [batch.pin_memory() for batch in batches] if pin_memory else batches, after
+
+        super().__init__(items(), prefetch)
+
+    def __next__(self) -> list[MicroBatch]:
+        batches, self.stream_state = super().__next__()
+        return batches

@@ -1,0 +1,47 @@
+"""A tiny random model with its own tokenizer, the benchmark data, and an oracle that knows every answer."""
+
+import json
+
+import pytest
+import torch
+
+from lrnn.eval import fetch_data
+
+
+@pytest.fixture(scope="session")
+def eval_data():
+    """Folder of the real benchmark data; fetched once into the cache if it is not there."""
+    return fetch_data.fetch()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Folder of a random two-layer Llama with a byte-level tokenizer, as an export would leave it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["def f(x):\n    return x\n"] * 3, trainer)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "padding_side": "left"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=2048, **size)
+    config.bos_token_id, config.eos_token_id = 0, 1
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def heldout_file(tmp_path):
+    path = tmp_path / "heldout.jsonl"
+    # A text that looks like a list, one with a trailing newline, one that is not ASCII, one that is empty.
+    texts = ["[1, 2]", "def f(x):\n    return x\n", "\u00e4\u2028x", ""]
+    path.write_text("".join(json.dumps({"text": text, "source": "a"}) + "\n" for text in texts))
+    return path

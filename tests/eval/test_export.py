@@ -1,0 +1,478 @@
+"""Exported folders: what a stranger's process makes of them, fla both ways, and what must stop an export."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from lrnn import LrnnConfig, LrnnForCausalLM, cli
+from lrnn.errors import UserError
+from lrnn.eval import export as export_module
+from lrnn.eval.export import export, read_checkpoint
+from lrnn.eval.fla_format import from_fla, to_fla_config
+from lrnn.pretrain.tokenizers_io import train_sentencepiece
+
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 16, "intermediate_size": 48}
+VARIANTS = {
+    "gated": {},
+    "deltanet-tied": {"mixer": "deltanet", "tie_word_embeddings": True, "allow_neg_eigval": False},
+    "narrow-tied": {"num_heads": 3, "tie_word_embeddings": True},  # heads that do not add up to hidden_size
+    "deltanet-wide": {"mixer": "deltanet", "num_heads": 3, "conv_size": 3},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("spm") / "tokenizer.model"
+    texts = [(STDLIB / name).read_text() for name in ("argparse.py", "textwrap.py", "typing.py")]
+    train_sentencepiece(texts, 600, path)
+    return path
+
+
+def random_model(variant: str) -> LrnnForCausalLM:
+    """A model whose every parameter matters to its logits."""
+    torch.manual_seed(0)
+    model = LrnnForCausalLM(LrnnConfig(vocab_size=640, max_position_embeddings=64, **{**SIZE, **VARIANTS[variant]}))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 2:
+                p.normal_(std=0.2)
+            elif "norm" in name:
+                p.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_manifest(folder: Path):
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
+    files = {n: {"size": (folder / n).stat().st_size, "sha256": sha256(folder / n)} for n in names}
+    (folder / "manifest.json").write_text(json.dumps({"format_version": 1, "step": 10, "files": files}))
+
+
+def write_checkpoint(run: Path, model: LrnnForCausalLM, tokenizer: Path | None, step: int = 10) -> Path:
+    """A checkpoint in the format that lrnn.pretrain.checkpoint documents, as two processes would leave it."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    parts: list[dict] = [{}, {}]
+    for name, p in model.named_parameters():
+        flat = p.detach().flatten()
+        cut = flat.numel() // 3
+        for kind, x in (("param", flat), ("exp_avg", 0 * flat), ("exp_avg_sq", 0 * flat)):
+            for part, start, piece in ((0, 0, x[:cut]), (1, cut, x[cut:])):
+                if piece.numel():
+                    parts[part][f"{kind}:{name}:{start}"] = piece.clone()
+    for i, part in enumerate(parts):
+        save_file(part, folder / f"state-{i:05d}-of-00002.safetensors")
+    data = {"corpora": ["c0ffee"], "weights": [1.0], "seq_len": 64, "seed": 7}
+    if tokenizer is None:
+        data = {"stream": {"path": "json", "tokenizer": "my.model"}, "seq_len": 64, "seed": 7}
+    else:
+        (folder / "tokenizer").mkdir()
+        shutil.copy(tokenizer, folder / "tokenizer" / "tokenizer.model")
+    progress = {"step": step, "progress": {"step": step, "samples": 80, "tokens": 5000}, "data": data}
+    (folder / "progress.json").write_text(json.dumps(progress))
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict()))
+    (folder / "run.yaml").write_text("run_dir: runs/a\nsteps: 10\n")
+    write_manifest(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, sentencepiece_model):
+    """Two exported folders: gated DeltaNet in float32, and tied DeltaNet in bfloat16."""
+    root = tmp_path_factory.mktemp("exported")
+    for variant, dtype in (("gated", "float32"), ("deltanet-tied", "bfloat16")):
+        write_checkpoint(root / "runs" / variant, random_model(variant), sentencepiece_model)
+        options = ["--dtype", dtype, "--license", "apache-2.0"]
+        assert cli.main(["export", str(root / "runs" / variant), str(root / variant), *options]) == 0
+    return root
+
+
+# What somebody does with a folder, in float32 arithmetic; prints one JSON object a folder.
+USE = """
+import json, sys
+if sys.argv[1] == "blocked":
+    sys.modules["lrnn"] = None
+import torch
+torch.set_num_threads(1)
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+PROMPTS = ["def f(x):\\n    return", "import os", "class Parser:\\n    def __init__(self, prog=None, usage=None):\\n"]
+for folder in sys.argv[2:]:
+    r = {}
+    tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    r["module"] = type(model).__module__
+    r["dtypes"] = {n: str(p.dtype).removeprefix("torch.") for n, p in model.named_parameters()}
+    r["tied"] = model.lm_head.weight is model.model.embeddings.weight
+    r["base"] = type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__
+    model = model.float().eval()
+    free = dict(eos_token_id=-1, pad_token_id=tok.pad_token_id, max_new_tokens=12)
+    singles = []
+    r["cached"] = True
+    for prompt in PROMPTS:
+        e = tok(prompt, return_tensors="pt")
+        a = model.generate(**e, do_sample=False, **free)
+        r["cached"] &= torch.equal(a, model.generate(**e, do_sample=False, use_cache=False, **free))
+        singles.append(a[0, e.input_ids.shape[1]:].tolist())
+    r["distinct tokens"] = len({t for s in singles for t in s})
+    e = tok(PROMPTS, return_tensors="pt", padding=True)
+    r["left padded"] = model.generate(**e, do_sample=False, **free)[:, e.input_ids.shape[1]:].tolist() == singles
+    r["beam"] = list(model.generate(**e, num_beams=3, do_sample=False, **free).shape)
+    r["one beam per prompt"] = [
+        model.generate(**tok(p, return_tensors="pt"), num_beams=3, do_sample=False, **free)[0, -12:].tolist()
+        == model.generate(**e, num_beams=3, do_sample=False, **free)[i, -12:].tolist() for i, p in enumerate(PROMPTS)
+    ]
+    torch.manual_seed(0)
+    r["sample"] = list(model.generate(**e, do_sample=True, num_return_sequences=2, **free).shape)
+    try:
+        model.generate(**tok("a", return_tensors="pt"), assistant_model=model, do_sample=False, **free)
+        r["assisted"] = "ran"
+    except ValueError as error:
+        r["assisted"] = str(error)
+    with torch.no_grad():
+        rows = [torch.tensor([tok(p).input_ids]) for p in PROMPTS]
+        alone = [model(x).logits[0] for x in rows]
+        T = e.input_ids.shape[1]
+        right = model(torch.cat([torch.nn.functional.pad(x, (0, T - x.shape[1]), value=2) for x in rows])).logits
+        r["right padded"] = max((right[i, : len(a)] - a).abs().max().item() for i, a in enumerate(alone))
+        left = model(**e).logits
+        r["left padded logits"] = max((left[i, -len(a):] - a).abs().max().item() for i, a in enumerate(alone))
+        unmasked = model(input_ids=e.input_ids).logits
+        r["unmasked logits"] = max((unmasked[i, -len(a):] - a).abs().max().item() for i, a in enumerate(alone))
+        x = rows[2]
+        first = model(x[:, :5], use_cache=True)
+        rest = model(x[:, 5:], past_key_values=first.past_key_values, use_cache=True)
+        r["continued"] = (torch.cat([first.logits, rest.logits], 1) - alone[2]).abs().max().item()
+    print("RESULT", json.dumps(r))
+"""
+
+
+def use(tmp_path: Path, mode: str, folders: list[Path]) -> list[dict]:
+    """Run USE outside of the repository; returns its results."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-I", "-c", USE, mode, *map(str, folders)]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+
+
+@pytest.fixture(scope="module")
+def stranger(exported, tmp_path_factory):
+    """What a process finds that cannot import lrnn."""
+    variants = ("gated", "deltanet-tied")
+    results = use(tmp_path_factory.mktemp("stranger"), "blocked", [exported / v for v in variants])
+    return dict(zip(variants, results, strict=True))
+
+
+@pytest.mark.parametrize("variant", ["gated", "deltanet-tied"])
+class TestWithoutLrnn:
+    def test_remote_code_runs(self, stranger, variant):
+        assert stranger[variant]["module"].startswith("transformers_modules.")
+        assert stranger[variant]["base"] == "LrnnModel"
+
+    def test_dtypes_and_tying(self, stranger, variant):
+        dtype = {"gated": "float32", "deltanet-tied": "bfloat16"}[variant]
+        assert {d for n, d in stranger[variant]["dtypes"].items() if not n.endswith(("A_log", "dt_bias"))} == {dtype}
+        assert stranger[variant]["tied"] == (variant == "deltanet-tied")
+
+    def test_generation(self, stranger, variant):
+        found = stranger[variant]
+        assert found["distinct tokens"] > 5  # else equality says little
+        assert found["cached"], "greedy generation with and without the cache differ"
+        assert found["left padded"], "a left-padded batch generates other tokens than each prompt alone"
+        assert found["beam"][0] == 3 and all(found["one beam per prompt"])
+        assert found["sample"][0] == 6
+        assert "assisted generation" in found["assisted"]
+
+    def test_logits(self, stranger, variant):
+        found = stranger[variant]
+        for name in ("right padded", "left padded logits", "continued"):
+            assert found[name] < 1e-4, name
+        assert found["unmasked logits"] > 1e-2  # so the mask is what keeps padding out
+
+
+def test_a_process_with_lrnn_installed_that_has_not_imported_it(exported, tmp_path):
+    """`lm_eval --model hf` in our own environment: remote code that imports lrnn's kernels."""
+    (found,) = use(tmp_path, "free", [exported / "gated"])
+    assert found["cached"] and found["left padded"] and found["continued"] < 1e-4
+
+
+def test_contents_of_the_folder(exported, sentencepiece_model):
+    folder = exported / "gated"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "lrnn" and config["dtype"] == "float32"
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    training = config["lrnn_training"]
+    assert (training["step"], training["tokens"], training["seed"]) == (10, 5000, 7)
+    assert training["tokenizer_sha256"] == sha256(sentencepiece_model) == sha256(folder / "tokenizer.model")
+    run = exported / "runs/gated/checkpoints/step-00000010/run.yaml"
+    assert training["run_config_sha256"] == sha256(run)
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 2
+    card = (folder / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["license"] == "apache-2.0" and front["library_name"] == "transformers"
+    assert "[-1, 1]" in card and "5,000 tokens" in card and "c0ffee" in card and sha256(sentencepiece_model) in card
+    assert "[0, 1]" in (exported / "deltanet-tied" / "README.md").read_text()
+    repository = Path(export_module.__file__).parents[1]
+    assert sha256(folder / "modeling_lrnn.py") == sha256(repository / "modeling_lrnn.py")
+
+
+def test_weights_are_those_of_the_checkpoint(exported):
+    state = load_file(exported / "gated" / "model.safetensors")
+    for name, p in random_model("gated").named_parameters():
+        assert torch.equal(state[name], p), name
+    tied = load_file(exported / "deltanet-tied" / "model.safetensors")
+    assert "lm_head.weight" not in tied
+    for name, p in random_model("deltanet-tied").named_parameters():
+        assert torch.equal(tied[name], p.bfloat16()), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.filterwarnings("ignore:Triton is not supported")
+def test_names_and_shapes_are_those_of_fla(variant):
+    from fla.models import DeltaNetConfig, DeltaNetForCausalLM, GatedDeltaNetConfig, GatedDeltaNetForCausalLM
+
+    ours = random_model(variant)
+    config = to_fla_config(ours.config)
+    with torch.device("meta"):
+        if config["model_type"] == "gated_deltanet":
+            theirs = GatedDeltaNetForCausalLM(GatedDeltaNetConfig(**config))
+        else:
+            theirs = DeltaNetForCausalLM(DeltaNetConfig(**config))
+    shapes = {name: tuple(p.shape) for name, p in theirs.state_dict().items()}
+    assert shapes == {name: tuple(p.shape) for name, p in ours.state_dict().items()}
+    assert theirs.config.allow_neg_eigval == ours.config.allow_neg_eigval
+    mixer = theirs.model.layers[1].attn
+    assert mixer.allow_neg_eigval == ours.config.allow_neg_eigval and mixer.head_k_dim == mixer.head_v_dim == 16
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_round_trip_through_fla_is_bitwise(variant, tmp_path, sentencepiece_model):
+    model = random_model(variant)
+    run = tmp_path / "run"
+    write_checkpoint(run, model, sentencepiece_model)
+    assert cli.main(["export", str(run), str(tmp_path / "fla"), "--format", "fla"]) == 0
+    config, state = from_fla(tmp_path / "fla")
+    for field, value in model.config.to_dict().items():
+        if field not in ("architectures", "dtype", "pad_token_id"):
+            assert getattr(config, field) == value, field
+    assert set(state) == {name for name, _ in model.named_parameters()}
+    for name, p in model.named_parameters():
+        assert torch.equal(state[name], p), name
+    assert config.lrnn_training["tokens"] == 5000
+
+
+def test_a_model_made_by_fla_comes_in(tmp_path, sentencepiece_model):
+    """fla writes the folder itself; --from-fla makes an hf folder of it."""
+    from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
+
+    config = GatedDeltaNetConfig(
+        vocab_size=640, hidden_size=32, num_hidden_layers=2, num_heads=2, head_dim=16, expand_v=1.0
+    )
+    torch.manual_seed(0)
+    theirs = GatedDeltaNetForCausalLM(config)
+    theirs.save_pretrained(tmp_path / "fla")
+    shutil.copy(sentencepiece_model, tmp_path / "fla" / "tokenizer.model")
+    assert cli.main(["export", "--from-fla", str(tmp_path / "fla"), str(tmp_path / "out")]) == 0
+    ours = LrnnForCausalLM.from_pretrained(tmp_path / "out")
+    assert ours.config.intermediate_size == theirs.model.layers[0].mlp.intermediate_size
+    assert not ours.config.allow_neg_eigval and ours.config.norm_eps == config.norm_eps
+    for name, p in theirs.named_parameters():
+        assert torch.equal(ours.get_parameter(name), p), name
+
+
+@pytest.mark.parametrize(
+    "kind, field, value",
+    [
+        ("gated_deltanet", "num_v_heads", 4),
+        ("gated_deltanet", "expand_v", 2.0),
+        ("gated_deltanet", "use_gate", False),
+        ("gated_deltanet", "use_short_conv", False),
+        ("gated_deltanet", "attn", {"layers": [0], "num_heads": 2}),
+        ("gated_deltanet", "output_gate_activation", "sigmoid"),
+        ("gated_deltanet", "hidden_act", "powlu"),
+        ("delta_net", "qk_norm", "sum"),
+        ("delta_net", "qk_activation", "relu"),
+        ("delta_net", "use_gate", True),
+        ("delta_net", "use_beta", False),
+        ("delta_net", "expand_v", 2.0),
+        ("rwkv7", "model_type", "rwkv7"),
+    ],
+)
+def test_settings_of_fla_that_lrnn_lacks(kind, field, value, tmp_path):
+    config = {"model_type": kind, "hidden_size": 32, "num_heads": 2, "num_hidden_layers": 2, "vocab_size": 640}
+    if kind == "gated_deltanet":
+        config |= {"head_dim": 16, "expand_v": 1.0}
+    (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(UserError, match=field):
+        from_fla(tmp_path)
+
+
+def test_fla_weights_that_do_not_fit(tmp_path, sentencepiece_model):
+    model = random_model("gated")
+    (tmp_path / "config.json").write_text(json.dumps(to_fla_config(model.config)))
+    with pytest.raises(UserError, match=r"no model\.safetensors"):
+        from_fla(tmp_path)
+    state = {name: p.detach().clone() for name, p in model.named_parameters()}
+    save_file({**state, "model.layers.1.attn.D": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.layers\.1\.attn\.D is unknown"):
+        from_fla(tmp_path)
+    save_file({**state, "model.layers.1.attn.A_log": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.layers\.1\.attn\.A_log has shape \[3\]"):
+        from_fla(tmp_path)
+
+
+@pytest.fixture
+def checkpoint(tmp_path, sentencepiece_model):
+    return write_checkpoint(tmp_path / "run", random_model("gated"), sentencepiece_model)
+
+
+def refused(capsys, tmp_path, *arguments) -> str:
+    """The one error line of an export that must not succeed; nothing may be left where it was to be written."""
+    before = sorted(tmp_path.iterdir())
+    assert cli.main(["export", *map(str, arguments)]) == 2
+    assert sorted(tmp_path.iterdir()) == before
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("lrnn: error: ")]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+class TestRefused:
+    def test_truncated_state(self, checkpoint, tmp_path, capsys):
+        state = checkpoint / "state-00001-of-00002.safetensors"
+        state.write_bytes(state.read_bytes()[:-100])
+        assert str(state) in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
+
+    def test_altered_state(self, checkpoint, tmp_path, capsys):
+        state = checkpoint / "state-00000-of-00002.safetensors"
+        content = bytearray(state.read_bytes())
+        content[-1] ^= 1
+        state.write_bytes(content)
+        assert "SHA-256" in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
+
+    def test_no_manifest(self, checkpoint, tmp_path, capsys):
+        (checkpoint / "manifest.json").unlink()
+        assert "no complete checkpoint" in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
+
+    @pytest.mark.parametrize("lost", ["whole", "part"])
+    def test_missing_fragment(self, checkpoint, tmp_path, capsys, lost):
+        """A manifest that fits the files does not help where the files lack a parameter."""
+        name = "model.layers.1.attn.o_proj.weight"
+        for file in sorted(checkpoint.glob("state-*"))[0 if lost == "whole" else 1 :]:
+            save_file({k: v for k, v in load_file(file).items() if f"param:{name}:" not in k}, file)
+        write_manifest(checkpoint)
+        assert name in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
+
+    def test_neither_run_nor_checkpoint(self, tmp_path, capsys):
+        (tmp_path / "corpus").mkdir()
+        (tmp_path / "corpus" / "manifest.json").write_text("{}")
+        assert "neither a run folder" in refused(capsys, tmp_path, tmp_path / "corpus", tmp_path / "out")
+        assert "neither a run folder" in refused(capsys, tmp_path, tmp_path / "nowhere", tmp_path / "out")
+
+    def test_run_without_a_checkpoint(self, tmp_path, capsys):
+        (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+        assert "no complete checkpoint yet" in refused(capsys, tmp_path, tmp_path / "run", tmp_path / "out")
+
+    def test_out_is_not_empty(self, checkpoint, tmp_path, capsys):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").write_text("dear to somebody")
+        assert str(tmp_path / "out") in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
+        assert (tmp_path / "out" / "thesis.tex").read_text() == "dear to somebody"
+
+    def test_streamed_run_without_a_tokenizer(self, tmp_path, capsys, sentencepiece_model):
+        checkpoint = write_checkpoint(tmp_path / "run", random_model("gated"), None)
+        assert "--tokenizer my.model" in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
+        assert read_checkpoint(checkpoint, str(sentencepiece_model)).training["tokens"] == 5000
+
+    def test_tokenizer_given_twice_or_too_large(self, checkpoint, tmp_path, capsys, sentencepiece_model):
+        arguments = [checkpoint, tmp_path / "out", "--tokenizer", sentencepiece_model]
+        assert "leave it out" in refused(capsys, tmp_path, *arguments)
+        large = tmp_path / "large.model"
+        train_sentencepiece([(STDLIB / "argparse.py").read_text()], 700, large)
+        streamed = write_checkpoint(tmp_path / "streamed", random_model("gated"), None)
+        arguments = [streamed, tmp_path / "out", "--tokenizer", large]
+        assert "700 exceeds" in refused(capsys, tmp_path, *arguments)
+
+
+def test_the_newest_intact_checkpoint_of_a_run(tmp_path, sentencepiece_model, capsys):
+    model = random_model("gated")
+    write_checkpoint(tmp_path / "run", model, sentencepiece_model, step=10)
+    write_checkpoint(tmp_path / "run", model, sentencepiece_model, step=20)
+    broken = write_checkpoint(tmp_path / "run", model, sentencepiece_model, step=30) / "run.yaml"
+    broken.write_text("")
+    assert read_checkpoint(tmp_path / "run").training["step"] == 20
+    assert str(broken) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "harm, message", [("drop", "missing"), ("change", "differ"), ("shape", "mismatched|size|shape")]
+)
+def test_a_wrong_export_is_found_and_removed(harm, message, checkpoint, tmp_path, monkeypatch):
+    write = export_module.write_weights
+
+    def write_and_harm(model, folder):
+        write(model, folder)
+        file = folder / "model.safetensors"
+        state = load_file(file)
+        name = "model.layers.1.attn.b_proj.weight"
+        if harm == "drop":
+            del state[name]
+        elif harm == "change":
+            state[name] += 0.01
+        else:
+            state[name] = state[name][:1].clone()
+        save_file(state, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(export_module, "write_weights", write_and_harm)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(RuntimeError, match=message):
+        export(read_checkpoint(checkpoint), tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_code_that_needs_lrnn_is_found(checkpoint, tmp_path, monkeypatch):
+    """Without its third file the code runs only where lrnn is installed."""
+    monkeypatch.setattr(export_module, "CODE", ("configuration_lrnn.py", "modeling_lrnn.py"))
+    with pytest.raises(RuntimeError, match="does not load without lrnn"):
+        export(read_checkpoint(checkpoint), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_large_models_are_written_in_shards(tmp_path, monkeypatch, sentencepiece_model):
+    import huggingface_hub
+
+    save = huggingface_hub.save_torch_state_dict
+    monkeypatch.setattr(
+        huggingface_hub, "save_torch_state_dict", lambda *a, max_shard_size, **k: save(*a, max_shard_size="100KB", **k)
+    )
+    model = random_model("gated")
+    write_checkpoint(tmp_path / "run", model, sentencepiece_model)
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "fla"), "--format", "fla"]) == 0
+    assert (tmp_path / "fla" / "model.safetensors.index.json").is_file()
+    assert len(list((tmp_path / "fla").glob("model-*.safetensors"))) > 1
+    _, state = from_fla(tmp_path / "fla")
+    assert all(torch.equal(state[name], p) for name, p in model.named_parameters())
+    next((tmp_path / "fla").glob("model-00001*")).unlink()
+    with pytest.raises(UserError, match="model-00001"):
+        from_fla(tmp_path / "fla")

@@ -1,0 +1,66 @@
+"""Standard errors and paired comparison against closed forms and known truth."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from lrnn.errors import UserError
+from lrnn.eval import report
+from lrnn.eval.compare import compare
+
+
+def documents(n, seed, bits=2.0):
+    """(log-likelihood, bytes) of n documents of unequal length whose bits per byte scatter around `bits`."""
+    rng = np.random.default_rng(seed)
+    n_bytes = rng.integers(50, 500, size=n)
+    nats = -n_bytes * (bits + rng.normal(0, 0.3, size=n)) * math.log(2)
+    return np.stack([nats, n_bytes], axis=-1).astype(np.float64)
+
+
+def test_bits_per_byte_is_a_ratio_of_sums():
+    pairs = np.array([[-8 * math.log(2), 4], [-2 * math.log(2), 1]])
+    assert report.bits_per_byte(pairs) == pytest.approx(10 / 5)
+
+
+def test_bootstrap_error_is_the_scatter_over_fresh_samples():
+    estimates = [report.bits_per_byte(documents(200, seed)) for seed in range(1000, 1400)]
+    errors = [report.bits_per_byte_stderr(documents(200, seed)) for seed in range(10)]
+    assert np.mean(errors) == pytest.approx(np.std(estimates, ddof=1), rel=0.1)
+    assert report.bits_per_byte_stderr(documents(200, 0)) == errors[0], "the same for the same documents"
+    assert report.bits_per_byte_stderr(documents(1, 0)) is None
+
+
+def write_results(folder, pairs, doc_hash="h"):
+    folder.mkdir()
+    value = float(report.bits_per_byte(pairs))
+    row = {"task": "t", "metric": "bits_per_byte", "filter": "none", "value": value}
+    (folder / "results.json").write_text(json.dumps({"metrics": [row]}))
+    samples = [
+        {"doc_id": i, "doc_hash": f"{doc_hash}{i}", "filter": "none", "bits_per_byte": pair}
+        for i, pair in enumerate(pairs.tolist())
+    ]
+    (folder / "samples_t.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+
+
+def test_paired_comparison_sees_a_difference_smaller_than_either_error(tmp_path):
+    first = documents(300, 0)
+    noise = np.random.default_rng(1).normal(0, 0.001, size=300)
+    second = first.copy()
+    second[:, 0] -= first[:, 1] * (0.005 + noise) * math.log(2)  # 0.005 bits a byte worse on every document
+    write_results(tmp_path / "a", first)
+    write_results(tmp_path / "b", second)
+    assert report.bits_per_byte_stderr(first) > 0.01
+    cells = compare(tmp_path / "a", tmp_path / "b").splitlines()[-1].split("|")
+    low, high = json.loads(cells[6].replace("+", ""))
+    assert float(cells[5]) == pytest.approx(0.005, abs=2e-4) and 0.004 < low < 0.005 < high < 0.006
+
+
+def test_only_the_same_documents_can_be_compared(tmp_path):
+    write_results(tmp_path / "a", documents(10, 0))
+    write_results(tmp_path / "b", documents(10, 0), doc_hash="other")
+    with pytest.raises(UserError, match="other documents"):
+        compare(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(UserError, match=r"no results\.json"):
+        compare(tmp_path / "a", tmp_path)

@@ -1,0 +1,113 @@
+"""SentencePiece and Hugging Face tokenizers behind one interface, compared with the libraries themselves."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from lrnn.errors import UserError
+from lrnn.pretrain.tokenizers_io import load_tokenizer, train_sentencepiece
+
+TEXTS = ["def f(x):\n    return x\n", "a </s> b <s>", "日本 🎉", " ", "\n\n\t", "x" * 300]
+
+
+@pytest.fixture(scope="module")
+def huggingface_folder(tmp_path_factory) -> Path:
+    """A byte-level BPE with bos and eos that, used plainly, adds a bos, truncates to 16 ids and pads."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(TEXTS * 3, trainer)
+    backend.enable_truncation(16)
+    backend.enable_padding()
+    folder = tmp_path_factory.mktemp("hf")
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+def test_sentencepiece(sentencepiece_model, tmp_path):
+    tokenizer = load_tokenizer(sentencepiece_model)
+    truth = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
+    assert tokenizer.encode_batch(TEXTS) == [truth.encode(text) for text in TEXTS]
+    assert (tokenizer.kind, tokenizer.vocab_size) == ("sentencepiece", truth.vocab_size())
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert tokenizer.decode(tokenizer.encode_batch(["some text"])[0]) == "some text"
+    assert tokenizer.fingerprint == hashlib.sha256(sentencepiece_model.read_bytes()).hexdigest()
+    tokenizer.save(tmp_path / "copy")
+    again = load_tokenizer(tmp_path / "copy")
+    assert again.description() == tokenizer.description()
+    assert again.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
+
+
+def test_huggingface(huggingface_folder, tmp_path):
+    tokenizer = load_tokenizer(huggingface_folder)
+    truth = AutoTokenizer.from_pretrained(huggingface_folder)
+    ids = tokenizer.encode_batch(TEXTS)
+    assert ids == [truth(text, add_special_tokens=False, split_special_tokens=True).input_ids for text in TEXTS]
+    assert [tokenizer.decode(i) for i in ids] == TEXTS  # whole, however long
+    assert tokenizer.kind == "huggingface" and tokenizer.vocab_size == len(truth)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (truth.bos_token_id, truth.eos_token_id)
+    assert tokenizer.fingerprint == hashlib.sha256((huggingface_folder / "tokenizer.json").read_bytes()).hexdigest()
+    tokenizer.save(tmp_path / "copy")
+    again = load_tokenizer(tmp_path / "copy")
+    assert again.description() == tokenizer.description() and again.encode_batch(TEXTS) == ids
+
+
+def test_special_tokens_in_text_are_text(huggingface_folder, sentencepiece_model):
+    plain = AutoTokenizer.from_pretrained(huggingface_folder)
+    assert plain.eos_token_id in plain("a </s> b", add_special_tokens=False).input_ids  # what has to be avoided
+    for path in (huggingface_folder, sentencepiece_model):
+        tokenizer = load_tokenizer(path)
+        (ids,) = tokenizer.encode_batch(["a </s> b <s>"])
+        assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids)
+        assert tokenizer.decode(ids) == "a </s> b <s>"
+
+
+def test_unusable_tokenizers(tmp_path, huggingface_folder):
+    with pytest.raises(UserError, match="'nobody/nothing': neither"):
+        load_tokenizer("nobody/nothing")
+    with pytest.raises(UserError, match="neither"):
+        load_tokenizer(tmp_path)
+    backend = Tokenizer.from_file(str(huggingface_folder / "tokenizer.json"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>").save_pretrained(tmp_path / "no_eos")
+    with pytest.raises(UserError, match="no eos_token"):
+        load_tokenizer(tmp_path / "no_eos")
+    words = Tokenizer(models.WordLevel({"[U]": 0, "END": 1}, unk_token="[U]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="END").save_pretrained(tmp_path / "word")
+    with pytest.raises(UserError, match="literal text 'END' is encoded as its end-of-document id 1"):
+        load_tokenizer(tmp_path / "word")
+    (tmp_path / "x.model").write_bytes(b"\x00")
+    with pytest.raises(UserError, match="not a SentencePiece model"):
+        load_tokenizer(tmp_path / "x.model")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["some words to learn from"] * 10),
+        model_prefix=str(tmp_path / "no_eos"),
+        vocab_size=30,
+        hard_vocab_limit=False,
+        eos_id=-1,
+        minloglevel=2,
+    )
+    with pytest.raises(UserError, match="no end-of-sentence id"):
+        load_tokenizer(tmp_path / "no_eos.model")
+
+
+def test_training_is_repeatable_and_learns_newlines_and_indentation(tmp_path):
+    text = "".join(f"def f{i}(x):\n    if x:\n        return {i}\n\n" for i in range(500))
+    for name in ("a", "b"):
+        train_sentencepiece([text, text[:1000]], 310, tmp_path / f"{name}.model")
+    assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
+    tokenizer = load_tokenizer(tmp_path / "a.model")
+    (ids,) = tokenizer.encode_batch([text])
+    assert tokenizer.decode(ids) == text
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "a.model"))
+    pieces = [processor.id_to_piece(i) for i in set(ids)]
+    assert any(piece.endswith(":\n") for piece in pieces) and "▁▁▁▁" in pieces
+    assert not any(len(piece) > 1 and any(c.isdigit() for c in piece) for piece in pieces)  # digits stand alone

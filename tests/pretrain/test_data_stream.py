@@ -1,0 +1,156 @@
+"""A streamed data set: its samples against the documents tokenised in one go, and resuming at every step."""
+
+import json
+from itertools import chain, islice
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+from lrnn.errors import UserError
+from lrnn.pretrain.sources import DatasetArguments
+from lrnn.pretrain.stream import StreamData, StreamLoader
+from lrnn.pretrain.tokenizers_io import load_tokenizer
+
+SEQ_LEN = 32
+G, MICRO = 8, 2
+
+
+@pytest.fixture
+def jsonl(tmp_path) -> tuple[Path, list[str]]:
+    """Two files of documents, one of them much longer than a sample, some empty."""
+    texts = [f"document {i} " + "some words " * (i % 7) for i in range(120)]
+    texts[5], texts[100] = "", ""
+    texts[60] = "a long one " * 300
+    for part in range(2):
+        rows = [json.dumps({"text": text}) for text in texts[part * 60 : part * 60 + 60]]
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(rows))
+    return tmp_path / "*.jsonl", texts
+
+
+@pytest.fixture
+def stream(jsonl, sentencepiece_model):
+    """`stream(**options)`: a new `StreamData` over the same files."""
+
+    def make(**options) -> StreamData:
+        arguments = DatasetArguments("json", data_files=[str(jsonl[0])])
+        return StreamData(arguments, load_tokenizer(sentencepiece_model), SEQ_LEN, **options)
+
+    return make
+
+
+def take(data, steps, rank=0, ranks=1, state=None):
+    """Steps of a rank, and the state after each, as a checkpoint would store it."""
+    with StreamLoader(data, G, MICRO, rank, ranks, state=state) as loader:
+        taken = []
+        for batches in islice(loader, steps):
+            taken.append((batches, json.loads(json.dumps(loader.stream_state))))
+        return taken
+
+
+def same(a, b) -> bool:
+    assert (a.cu_seqlens is None) == (b.cu_seqlens is None)
+    names = ["input_ids", "labels", "sample_indices"] + (["cu_seqlens"] if a.cu_seqlens is not None else [])
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
+
+
+def test_samples_are_the_documents_in_a_row(stream, jsonl, sentencepiece_model):
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
+    documents = [[1, *processor.encode(text), 2] for text in jsonl[1] if text]
+    epoch = [(id_, place) for document in documents for place, id_ in enumerate(document)]
+    steps = len(epoch) // (G * SEQ_LEN)
+    assert steps > 10
+    batches = list(chain.from_iterable(b for b, _ in take(stream(reset_at_document_boundaries=True), steps)))
+    inputs = torch.cat([b.input_ids.flatten() for b in batches])
+    labels = torch.cat([b.labels.flatten() for b in batches])
+    n = steps * G * SEQ_LEN
+    assert inputs.tolist() == [id_ for id_, _ in epoch[:n]]
+    after = [*epoch, (1, 0)][1 : n + 1]  # the next epoch begins with a bos
+    assert labels.tolist() == [-100 if place == 0 else id_ for id_, place in after]
+    assert torch.cat([b.sample_indices for b in batches]).tolist() == list(range(steps * G))
+    for number, batch in enumerate(batches):
+        first = number * MICRO * SEQ_LEN
+        starts = {i for i in range(MICRO * SEQ_LEN) if epoch[first + i][1] == 0} | {0, SEQ_LEN}
+        assert batch.cu_seqlens.tolist() == [*sorted(starts), MICRO * SEQ_LEN]
+
+
+@pytest.mark.parametrize("shuffle_buffer", [0, 50])
+def test_resume_at_every_step(stream, shuffle_buffer):
+    options = {"shuffle_buffer": shuffle_buffer, "reset_at_document_boundaries": True, "seed": 3}
+    whole = take(stream(**options), 90)
+    assert {state["epoch"] for _, state in whole} >= {0, 1}  # past the end of the files
+    for step in [*range(12), *range(12, 85, 7)]:
+        resumed = take(stream(**options), 4, state=whole[step][1])
+        for (a, state_a), (b, state_b) in zip(whole[step + 1 :], resumed, strict=False):
+            assert all(map(same, a, b)) and state_a["offset"] == state_b["offset"]
+        again = take(stream(**options), 2, state=resumed[2][1])  # a resume of a resume
+        assert all(map(same, whole[step + 4][0], again[0][0]))
+
+
+def test_ranks_share_the_same_micro_batches(stream):
+    whole = take(stream(), 20)
+    for ranks in (2, 4):
+        parts = [take(stream(), 20, rank, ranks) for rank in range(ranks)]
+        for step in range(20):
+            batches = sorted(
+                chain.from_iterable(part[step][0] for part in parts), key=lambda b: int(b.sample_indices[0])
+            )
+            assert len(batches) == G // MICRO and all(map(same, whole[step][0], batches))
+            assert all(part[step][1] == whole[step][1] for part in parts)
+    # And resumed on another number of processes.
+    resumed = [take(stream(), 3, rank, 2, state=whole[9][1]) for rank in range(2)]
+    assert same(whole[10][0][1], resumed[1][0][0][0]) and same(whole[12][0][2], resumed[0][2][0][1])
+
+
+def test_state_is_that_of_the_step_taken(stream):
+    with StreamLoader(stream(), G, MICRO) as loader:
+        assert loader.stream_state is None
+        next(loader)
+        assert loader.stream_state["samples"] == G  # though more steps are prepared
+        next(loader)
+        assert loader.stream_state["samples"] == 2 * G
+
+
+def test_shuffling(stream, jsonl):
+    def rows(**options):
+        return [row for b, _ in take(stream(**options), 40) for batch in b for row in batch.input_ids.tolist()]
+
+    plain, shuffled = rows(), rows(shuffle_buffer=60, seed=1)
+    assert shuffled == rows(shuffle_buffer=60, seed=1)
+    assert shuffled != plain and shuffled != rows(shuffle_buffer=60, seed=2)
+    tokens = [np.bincount(list(chain.from_iterable(r)), minlength=400) for r in (plain, shuffled)]
+    assert tokens[0].sum() == tokens[1].sum()
+
+
+def test_fingerprint(stream):
+    base = stream().fingerprint
+    assert base == stream(reset_at_document_boundaries=True).fingerprint
+    assert len({base, stream(seed=1).fingerprint, stream(shuffle_buffer=5).fingerprint}) == 3
+
+
+def test_streams_that_cannot_resume_are_refused(stream, monkeypatch):
+    def no_state(self):
+        raise NotImplementedError("no state here")
+
+    for state_dict in (no_state, lambda self: {"rng": object()}, lambda self: {"shard": {1: 2}}):
+        with monkeypatch.context() as patch:
+            patch.setattr(datasets.IterableDataset, "state_dict", state_dict)
+            with pytest.raises(UserError, match=r"position.*`lrnn corpus \.\.\. --streaming`"):
+                stream()
+
+
+def test_bad_streams(stream, tmp_path, sentencepiece_model):
+    tokenizer = load_tokenizer(sentencepiece_model)
+    empty = tmp_path / "empty"
+    empty.write_text("")
+    with pytest.raises(UserError, match="empty corpus"):
+        StreamData(DatasetArguments("json", data_files=[str(empty)]), tokenizer, SEQ_LEN)
+    empty.write_text('{"text": ""}\n{"text": ""}')
+    data = StreamData(DatasetArguments("json", data_files=[str(empty)]), tokenizer, SEQ_LEN)
+    with pytest.raises(UserError, match="gives no tokens"):
+        next(StreamLoader(data, G, MICRO))  # the thread's error comes out here
+    with pytest.raises(UserError, match="too few samples for 8 processes"):
+        StreamLoader(stream(), G, MICRO, 0, 8)

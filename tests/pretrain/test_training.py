@@ -1,0 +1,149 @@
+"""Whole trainings on CPU over gloo: stopped anywhere and resumed they are bitwise what they would have been."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from lrnn.cli import main as lrnn
+from lrnn.pretrain import checkpoint
+from lrnn.pretrain.distributed import STOPPED, launch
+from lrnn.pretrain.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("training_worker.py")
+STEPS = 6
+
+
+@pytest.fixture(scope="session")
+def corpora(tmp_path_factory):
+    """Two small corpora of the standard library's source with one tokenizer, made by the command line."""
+    import sysconfig
+
+    root = tmp_path_factory.mktemp("corpora")
+    stdlib = sysconfig.get_paths()["stdlib"]
+    common = ["corpus", stdlib, "--skip-bad-files", "--processes", "1", "--heldout", "0.2"]
+    assert lrnn([*common, "--include", "json/*.py", "--train-tokenizer", "400", "--out", str(root / "a")]) == 0
+    tokenizer = str(root / "a" / "tokenizer")
+    assert lrnn([*common, "--include", "email/*.py", "--tokenizer", tokenizer, "--out", str(root / "b")]) == 0
+    return root
+
+
+@pytest.fixture(scope="session")
+def model_json(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "config.json"
+    path.write_text(
+        json.dumps({
+            "model_type": "lrnn", "vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2,
+            "head_dim": 16, "intermediate_size": 48, "max_position_embeddings": 64,
+        })
+    )  # fmt: skip
+    return path
+
+
+@pytest.fixture
+def base(corpora, model_json, tmp_path):
+    """The configuration of a run in `tmp_path/run`; a copy can be changed freely."""
+
+    def make(run="run", stage=2, **changes):
+        config = {
+            "run_dir": str(tmp_path / run),
+            "model": str(model_json),
+            "deepspeed": str(ROOT / f"configs/deepspeed/zero{stage}.json"),
+            "steps": STEPS,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "data": {
+                "seq_len": 64,
+                "reset_at_document_boundaries": True,
+                "corpora": [
+                    {"path": str(corpora / "a"), "weight": 1.0},
+                    {"path": str(corpora / "b"), "weight": 2.0},
+                ],
+            },
+            "optim": {"lr": 0.01, "weight_decay": 0.1},
+            "schedule": {"warmup_steps": 2},
+            "checkpoint": {"every": 100, "keep_last": 10},
+            "log": {"every": 1, "heldout_every": 3, "heldout_batches": 4, "tensorboard": False},
+        }
+        return {**config, **changes}
+
+    return make
+
+
+def run_group(tmp_path, specs, processes=2):
+    """Run the specs one after the other in one group of processes; returns their statuses."""
+    path = tmp_path / f"spec-{len(list(tmp_path.glob('spec-*')))}.json"
+    path.write_text(json.dumps(specs))
+    code = launch(processes, [sys.executable, str(WORKER), str(path)])
+    assert code == 0, f"worker ended with {code}"
+    return [json.loads(line)["status"] for line in Path(f"{path}.status").read_text().splitlines()]
+
+
+def losses(config):
+    """Loss by step, the last record of each step, and gradient norm and held-out loss with it."""
+    records = {r["step"]: r for r in read_metrics(Path(config["run_dir"])) if "event" not in r}
+    return {step: (r["loss"], r["grad_norm"], r.get("heldout_loss")) for step, r in sorted(records.items())}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_stop_and_resume_is_bitwise_the_same(base, tmp_path, stage):
+    """A run stopped after every single step, against one that never stopped."""
+    straight, stopped = base("straight", stage), base("stopped", stage)
+    stops = [1, 2, 4] if stage != 2 else range(1, STEPS)
+    specs = [{"config": straight}] + [{"config": stopped, "stop_at": k} for k in stops] + [{"config": stopped}]
+    statuses = run_group(tmp_path, specs)
+    assert statuses == [0] + [STOPPED] * len(stops) + [0]
+    truth = losses(straight)
+    assert list(truth) == list(range(1, STEPS + 1)) and truth == losses(stopped)
+    assert truth[STEPS][0] < truth[1][0], "the loss should fall"
+    assert read_metrics(Path(stopped["run_dir"]))[-2]["tokens"] == read_metrics(Path(straight["run_dir"]))[-2]["tokens"]
+    events = [r for r in read_metrics(Path(stopped["run_dir"])) if r.get("event") == "start"]
+    assert [e["resumed"] for e in events] == [False] + [True] * len(stops)
+
+
+@pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-5), (True, 5e-4)])
+def test_other_numbers_of_processes_and_stages_agree(base, tmp_path, autocast, tolerance):
+    """2 processes at ZeRO-2 go on as 1 process at ZeRO-3 and as 2 at ZeRO-1: same samples, losses within rounding.
+
+    In float32 that is the order of sums. Under bf16 autocast a difference in the last bit of a weight can flip a
+    rounding of 2^-9, so there only the size of such flips can be asked for.
+    """
+
+    def config(run, stage):
+        path = tmp_path / f"zero{stage}.json"
+        engine = json.loads((ROOT / f"configs/deepspeed/zero{stage}.json").read_text())
+        engine["torch_autocast"]["enabled"] = autocast
+        path.write_text(json.dumps(engine))
+        return base(run, deepspeed=str(path))
+
+    straight, moved = config("straight", 2), config("moved", 2)
+    assert run_group(tmp_path, [{"config": straight}, {"config": moved, "stop_at": 2}]) == [0, STOPPED]
+    assert run_group(tmp_path, [{"config": config("moved", 3), "stop_at": 4}], processes=1) == [STOPPED]
+    assert run_group(tmp_path, [{"config": config("moved", 1)}]) == [0]
+    truth, found = losses(straight), losses(moved)
+    assert list(truth) == list(found) and found[2] == truth[2]
+    for step in truth:
+        assert found[step][0] == pytest.approx(truth[step][0], rel=tolerance), step
+        assert found[step][1] == pytest.approx(truth[step][1], rel=10 * tolerance), step
+    final = [r for r in read_metrics(Path(moved["run_dir"])) if r.get("step") == STEPS and "event" not in r]
+    assert final[-1]["samples"] == STEPS * 8
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(base, tmp_path):
+    """NaN in one rank's gradient: the step is skipped on all ranks, counted, and its samples are named."""
+    clean, poisoned = base("clean", steps=3), base("poisoned", steps=3)
+    assert run_group(tmp_path, [{"config": clean}, {"config": poisoned, "poison_at": 2}]) == [0, 0]
+    skipped = [r for r in read_metrics(Path(poisoned["run_dir"])) if r.get("event") == "skipped_step"]
+    assert len(skipped) == 1 and skipped[0]["step"] == 2 and skipped[0]["samples"] == list(range(8, 16))
+    state = checkpoint.SavedState(checkpoint.find_newest(Path(poisoned["run_dir"])))
+    assert all(state.read("param", n, 0, 2).isfinite().all() for n in state.parameters())
+    progress = checkpoint.read_progress(state.folder)["progress"]
+    assert progress["step"] == 3 and progress["optimizer_step"] == 2 and progress["skipped_steps"] == 1
+
+
+def test_too_many_bad_steps_stop_the_run(base, tmp_path):
+    config = base(steps=3, max_skipped_steps=1)
+    (status,) = run_group(tmp_path, [{"config": config, "poison_at": 1}], processes=1)
+    assert "not finite in 1 steps in a row" in status and "metrics.jsonl" in status
