@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -118,8 +119,8 @@ class HuggingFaceTokenizer(Tokenizer):
             tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"tokenizer {name!r}: neither a SentencePiece .model file, nor a folder with tokenizer.model or "
-                f"tokenizer.json, nor a tokenizer on the hub that can be reached ({str(error).splitlines()[0]})"
+                f"tokenizer {name!r}: neither here nor a tokenizer on the hub that can be reached "
+                f"({str(error).splitlines()[0]})"
             ) from error
         if "tokenizer.json" not in self._files or not tokenizer.is_fast:
             raise UserError(f"tokenizer {name!r}: it has no tokenizer.json; give its SentencePiece .model file instead")
@@ -164,8 +165,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     local = Path(path)
     if local.is_file() and local.suffix == ".model":
         return SentencePieceTokenizer(local)
-    if local.is_dir() and not (local / "tokenizer.json").exists() and (local / "tokenizer.model").exists():
+    if local.is_dir() and (local / "tokenizer.json").exists():
+        return HuggingFaceTokenizer(str(path))
+    if local.is_dir() and (local / "tokenizer.model").exists():
         return SentencePieceTokenizer(local / "tokenizer.model")
+    # The hub is asked only for what can be a name there: offline, the answer takes minutes.
+    if local.exists() or local.suffix in (".model", ".json") or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
+        raise UserError(
+            f"tokenizer {path}: neither a SentencePiece .model file nor a folder with tokenizer.model or tokenizer.json"
+        )
     return HuggingFaceTokenizer(str(path))
 
 

@@ -25,10 +25,11 @@ STDLIB = Path(sysconfig.get_paths()["stdlib"])
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 16, "intermediate_size": 48}
 VARIANTS = {
     "gated": {},
-    "deltanet-tied": {"mixer": "deltanet", "tie_word_embeddings": True, "allow_neg_eigval": False},
-    "narrow-tied": {"num_heads": 3, "tie_word_embeddings": True},  # heads that do not add up to hidden_size
-    "deltanet-wide": {"mixer": "deltanet", "num_heads": 3, "conv_size": 3},
+    "gated-tied": {"tie_word_embeddings": True, "num_heads": 3},  # heads that do not add up to hidden_size
+    "deltanet": {"mixer": "deltanet", "allow_neg_eigval": False},
+    "deltanet-tied": {"mixer": "deltanet", "tie_word_embeddings": True, "num_heads": 3, "conv_size": 3},
 }
+EXPORTED = {"gated-tied": "bfloat16", "deltanet": "float32"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,9 +98,9 @@ def write_checkpoint(run: Path, model: LrnnForCausalLM, tokenizer: Path | None, 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, sentencepiece_model):
-    """Two exported folders: gated DeltaNet in float32, and tied DeltaNet in bfloat16."""
+    """Folder of two exported models: tied gated DeltaNet in bfloat16, and DeltaNet in float32."""
     root = tmp_path_factory.mktemp("exported")
-    for variant, dtype in (("gated", "float32"), ("deltanet-tied", "bfloat16")):
+    for variant, dtype in EXPORTED.items():
         write_checkpoint(root / "runs" / variant, random_model(variant), sentencepiece_model)
         options = ["--dtype", dtype, "--license", "apache-2.0"]
         assert cli.main(["export", str(root / "runs" / variant), str(root / variant), *options]) == 0
@@ -178,21 +179,21 @@ def use(tmp_path: Path, mode: str, folders: list[Path]) -> list[dict]:
 @pytest.fixture(scope="module")
 def stranger(exported, tmp_path_factory):
     """What a process finds that cannot import lrnn."""
-    variants = ("gated", "deltanet-tied")
-    results = use(tmp_path_factory.mktemp("stranger"), "blocked", [exported / v for v in variants])
-    return dict(zip(variants, results, strict=True))
+    results = use(tmp_path_factory.mktemp("stranger"), "blocked", [exported / v for v in EXPORTED])
+    return dict(zip(EXPORTED, results, strict=True))
 
 
-@pytest.mark.parametrize("variant", ["gated", "deltanet-tied"])
+@pytest.mark.parametrize("variant", EXPORTED)
 class TestWithoutLrnn:
     def test_remote_code_runs(self, stranger, variant):
         assert stranger[variant]["module"].startswith("transformers_modules.")
         assert stranger[variant]["base"] == "LrnnModel"
 
     def test_dtypes_and_tying(self, stranger, variant):
-        dtype = {"gated": "float32", "deltanet-tied": "bfloat16"}[variant]
-        assert {d for n, d in stranger[variant]["dtypes"].items() if not n.endswith(("A_log", "dt_bias"))} == {dtype}
-        assert stranger[variant]["tied"] == (variant == "deltanet-tied")
+        for name, dtype in stranger[variant]["dtypes"].items():
+            gate = name.endswith(("A_log", "dt_bias"))
+            assert dtype == ("float32" if gate else EXPORTED[variant]), name
+        assert stranger[variant]["tied"] == (variant == "gated-tied")
 
     def test_generation(self, stranger, variant):
         found = stranger[variant]
@@ -212,39 +213,40 @@ class TestWithoutLrnn:
 
 def test_a_process_with_lrnn_installed_that_has_not_imported_it(exported, tmp_path):
     """`lm_eval --model hf` in our own environment: remote code that imports lrnn's kernels."""
-    (found,) = use(tmp_path, "free", [exported / "gated"])
+    (found,) = use(tmp_path, "free", [exported / "gated-tied"])
     assert found["cached"] and found["left padded"] and found["continued"] < 1e-4
 
 
 def test_contents_of_the_folder(exported, sentencepiece_model):
-    folder = exported / "gated"
+    folder = exported / "gated-tied"
     config = json.loads((folder / "config.json").read_text())
-    assert config["model_type"] == "lrnn" and config["dtype"] == "float32"
+    assert config["model_type"] == "lrnn" and config["dtype"] == "bfloat16"
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     training = config["lrnn_training"]
     assert (training["step"], training["tokens"], training["seed"]) == (10, 5000, 7)
     assert training["tokenizer_sha256"] == sha256(sentencepiece_model) == sha256(folder / "tokenizer.model")
-    run = exported / "runs/gated/checkpoints/step-00000010/run.yaml"
+    run = exported / "runs/gated-tied/checkpoints/step-00000010/run.yaml"
     assert training["run_config_sha256"] == sha256(run)
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 2
     card = (folder / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["license"] == "apache-2.0" and front["library_name"] == "transformers"
     assert "[-1, 1]" in card and "5,000 tokens" in card and "c0ffee" in card and sha256(sentencepiece_model) in card
-    assert "[0, 1]" in (exported / "deltanet-tied" / "README.md").read_text()
+    assert "[0, 1]" in (exported / "deltanet" / "README.md").read_text()
     repository = Path(export_module.__file__).parents[1]
     assert sha256(folder / "modeling_lrnn.py") == sha256(repository / "modeling_lrnn.py")
 
 
 def test_weights_are_those_of_the_checkpoint(exported):
-    state = load_file(exported / "gated" / "model.safetensors")
-    for name, p in random_model("gated").named_parameters():
+    state = load_file(exported / "deltanet" / "model.safetensors")
+    for name, p in random_model("deltanet").named_parameters():
         assert torch.equal(state[name], p), name
-    tied = load_file(exported / "deltanet-tied" / "model.safetensors")
+    tied = load_file(exported / "gated-tied" / "model.safetensors")
     assert "lm_head.weight" not in tied
-    for name, p in random_model("deltanet-tied").named_parameters():
-        assert torch.equal(tied[name], p.bfloat16()), name
+    for name, p in random_model("gated-tied").named_parameters():
+        gate = name.endswith(("A_log", "dt_bias"))
+        assert torch.equal(tied[name], p if gate else p.bfloat16()), name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -273,13 +275,14 @@ def test_round_trip_through_fla_is_bitwise(variant, tmp_path, sentencepiece_mode
     write_checkpoint(run, model, sentencepiece_model)
     assert cli.main(["export", str(run), str(tmp_path / "fla"), "--format", "fla"]) == 0
     config, state = from_fla(tmp_path / "fla")
-    for field, value in model.config.to_dict().items():
-        if field not in ("architectures", "dtype", "pad_token_id"):
-            assert getattr(config, field) == value, field
+    before, after = model.config.to_dict(), config.to_dict()
+    assert after.pop("lrnn_training")["tokens"] == 5000
+    for field in set(before) | set(after):
+        if field not in ("architectures", "dtype"):
+            assert after[field] == before[field], field
     assert set(state) == {name for name, _ in model.named_parameters()}
     for name, p in model.named_parameters():
         assert torch.equal(state[name], p), name
-    assert config.lrnn_training["tokens"] == 5000
 
 
 def test_a_model_made_by_fla_comes_in(tmp_path, sentencepiece_model):

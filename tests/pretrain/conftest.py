@@ -1,7 +1,7 @@
 """Small corpora for the tests of this folder."""
 
-import os
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,11 +9,17 @@ import pytest
 
 from lrnn.cli import main
 
-# Else `datasets` counts its loads on the hub, and waits for a name server where there is no network.
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 WORDS = ["def", "return", "self", "for", "in", "if", "else", "import", "print", "value", "index", "0", "1", "42", "=="]
 WORDS += ["+=", "#", "é", "日本", "🎉", "<s>", "</s>", "{}", "[]", ":", "\n", "\n   ", "\t"]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test asks the hub. (`datasets` would, to count its loads, and wait for a name server where there is none.)"""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for processes that are started
+    for name in ("huggingface_hub.constants", "datasets.config"):
+        if name in sys.modules:
+            monkeypatch.setattr(sys.modules[name], "HF_HUB_OFFLINE", True)
 
 
 def random_text(rng: random.Random, words: int) -> str:

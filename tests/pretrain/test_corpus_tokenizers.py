@@ -71,10 +71,11 @@ def test_special_tokens_in_text_are_text(huggingface_folder, sentencepiece_model
 
 
 def test_unusable_tokenizers(tmp_path, huggingface_folder):
-    with pytest.raises(UserError, match="'nobody/nothing': neither"):
+    with pytest.raises(UserError, match="'nobody/nothing': neither here nor a tokenizer on the hub"):
         load_tokenizer("nobody/nothing")
-    with pytest.raises(UserError, match="neither"):
-        load_tokenizer(tmp_path)
+    for path in [tmp_path, tmp_path / "none", "none.model", "./none", "a/b/c"]:
+        with pytest.raises(UserError, match="neither a SentencePiece"):
+            load_tokenizer(path)
     backend = Tokenizer.from_file(str(huggingface_folder / "tokenizer.json"))
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>").save_pretrained(tmp_path / "no_eos")
     with pytest.raises(UserError, match="no eos_token"):

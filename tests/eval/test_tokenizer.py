@@ -1,0 +1,182 @@
+"""The exported tokenizer gives the ids of the tokenizer that the corpus was encoded with."""
+
+import json
+import random
+import sysconfig
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from lrnn.errors import UserError
+from lrnn.eval.tokenizer import (
+    ODD_TEXTS,
+    compare_tokenizers,
+    convert_sentencepiece,
+    export_tokenizer,
+    real_texts,
+)
+from lrnn.pretrain.tokenizers_io import load_tokenizer, train_sentencepiece
+
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+
+
+def training_texts() -> list[str]:
+    return [(STDLIB / name).read_text() for name in ("typing.py", "ast.py", "pdb.py")]
+
+
+def other_texts() -> list[str]:
+    """Text that neither the tokenizer was trained on nor the exporter compares."""
+    texts = [(STDLIB / name).read_text() for name in ("tarfile.py", "re/_parser.py", "site.py")]
+    return [text[i : i + 3000] for text in texts for i in range(0, len(text), 3000)]
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("spm") / "tokenizer.model"
+    train_sentencepiece(training_texts(), 2000, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(model_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    export_tokenizer(load_tokenizer(model_file), folder)
+    return folder
+
+
+def sentencepiece_with(tmp_path, **options) -> Path:
+    defaults = {"model_type": "bpe", "byte_fallback": True, "remove_extra_whitespaces": False, "vocab_size": 500}
+    model = tmp_path / "tokenizer.model"
+    with model.open("wb") as f:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(training_texts()[0].splitlines(keepends=True)),
+            model_writer=f,
+            minloglevel=2,
+            **{**defaults, **options},
+        )
+    return model
+
+
+@pytest.mark.parametrize("cls", [AutoTokenizer, PreTrainedTokenizerFast])
+def test_ids_are_those_of_sentencepiece_on_unseen_text(exported, model_file, cls):
+    tokenizer = cls.from_pretrained(exported)
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    texts = [*other_texts(), *ODD_TEXTS]
+    assert sum(map(len, texts)) > 100_000
+    for text in texts:
+        ids = tokenizer(text).input_ids
+        assert ids == sp.encode(text)
+        assert tokenizer.decode(ids) == sp.decode(ids)
+
+
+def test_text_survives(exported):
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    for text in other_texts():
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+@pytest.mark.parametrize("order", ["shuffled", "by vocabulary"])
+def test_wrong_merges_are_found(exported, model_file, tmp_path, order):
+    """Also the order that transformers' own conversion takes: by the ids of the parts instead of by score."""
+    content = json.loads((exported / "tokenizer.json").read_text())
+    merges, vocabulary = content["model"]["merges"], content["model"]["vocab"]
+    if order == "shuffled":
+        random.Random(0).shuffle(merges)
+    else:
+        merges.sort(key=lambda m: (vocabulary[m[0]], vocabulary[m[1]]))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), split_special_tokens=True)
+    with pytest.raises(UserError, match=r"differs from the trained one at token \d+ of"):
+        compare_tokenizers(tokenizer, load_tokenizer(model_file), real_texts())
+
+
+def test_a_wrong_decoder_is_found(model_file):
+    tokenizer = convert_sentencepiece(model_file)
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    with pytest.raises(UserError, match="decodes"):
+        compare_tokenizers(tokenizer, load_tokenizer(model_file), real_texts())
+
+
+def test_special_tokens_are_neither_added_nor_matched(exported):
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    for text in ("", "x = 1", "<s>[INST]</s><unk>"):
+        assert not {0, 1, 2} & set(tokenizer(text).input_ids)
+    assert (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+    assert tokenizer.decode([1, *tokenizer("x = 1").input_ids, 2], skip_special_tokens=True) == "x = 1"
+
+
+def test_padding_is_on_the_left_and_masked(exported):
+    batch = AutoTokenizer.from_pretrained(exported)(["x", "def f(x): return x"], padding=True)
+    assert set(batch) == {"input_ids", "attention_mask"}
+    n = len(batch["input_ids"][0])
+    assert batch["attention_mask"][0][0] == 0 and batch["attention_mask"][0][-1] == 1
+    assert batch["attention_mask"][1] == [1] * n
+
+
+def test_files(exported, model_file):
+    config = json.loads((exported / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"  # the name that transformers 4 knows too
+    assert (exported / "tokenizer.model").read_bytes() == model_file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"normalization_rule_name": "identity", "user_defined_symbols": ["<|code|>", "    "]},
+        {"normalization_rule_name": "identity", "add_dummy_prefix": False},
+        {"normalization_rule_name": "identity", "bos_id": -1, "eos_id": 0, "unk_id": 1},
+    ],
+    ids=lambda options: next(reversed(options)),
+)
+def test_other_sentencepiece_models(tmp_path, options):
+    model = sentencepiece_with(tmp_path, **options)
+    tokenizer = export_tokenizer(load_tokenizer(model), tmp_path / "out")
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    for text in [*other_texts()[:20], "<|code|>x <|code|> y", "ﬁne ①  ｗｉｄｅ\u3000 x"]:
+        assert tokenizer(text).input_ids == sp.encode(text)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"model_type": "unigram"}, "only SentencePiece BPE"),
+        ({"byte_fallback": False}, "byte fallback"),
+        ({"remove_extra_whitespaces": True}, "extra white space"),
+        ({"treat_whitespace_as_suffix": True}, "space"),
+    ],
+)
+def test_models_that_cannot_be_converted(tmp_path, options, message):
+    model = sentencepiece_with(tmp_path, **options)
+    with pytest.raises(UserError, match=message):
+        convert_sentencepiece(model)
+
+
+def test_hugging_face_tokenizer_of_a_corpus(tmp_path):
+    """A byte-level tokenizer that adds a bos by itself and has no pad token, as many on the hub."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = [AddedToken("<|begin|>", special=True), AddedToken("<|end|>", special=True)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(training_texts(), trainer)
+    plain = Tokenizer.from_str(backend.to_str())
+    plain.encode_special_tokens = True
+    backend.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
+    original = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|begin|>", eos_token="<|end|>")
+    original.save_pretrained(tmp_path / "hub")
+    assert AutoTokenizer.from_pretrained(tmp_path / "hub")("x").input_ids[0] == 0
+
+    export_tokenizer(load_tokenizer(tmp_path / "hub"), tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in [*other_texts()[:20], *ODD_TEXTS, "<|begin|>x<|end|>"]:
+        assert tokenizer(text).input_ids == plain.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 1)
+    assert tokenizer.padding_side == "left"

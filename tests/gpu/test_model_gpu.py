@@ -1,0 +1,72 @@
+"""On a GPU: the reference against a float64 recurrence, and the model's logits against those of fla's model."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lrnn import LrnnConfig, LrnnForCausalLM
+from lrnn.eval.fla_format import to_fla_config
+from lrnn.kernels.delta_rule_reference import gated_delta_rule
+
+SIZES = {"vocab_size": 500, "hidden_size": 256, "num_hidden_layers": 3, "head_dim": 128, "num_heads": 2}
+
+
+def error(x, truth):
+    return ((x.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+def float64_recurrence(q, k, v, g, beta):
+    q, k, v, g, beta = (x.double() for x in (q, k, v, g, beta))
+    S = q.new_zeros(*q.shape[:1], q.shape[2], q.shape[3], v.shape[3])
+    out = []
+    for t in range(q.shape[1]):
+        S = S * g[:, t].exp()[..., None, None]
+        S = S - beta[:, t, :, None, None] * k[:, t, :, :, None] * (k[:, t, :, None] @ S)
+        S = S + beta[:, t, :, None, None] * k[:, t, :, :, None] * v[:, t, :, None]
+        out.append((S.mT @ q[:, t, :, :, None])[..., 0] / q.shape[3] ** 0.5)
+    return torch.stack(out, 1)
+
+
+@pytest.mark.parametrize("T", [1, 63, 64, 1000])
+def test_reference_matches_float64(T):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, T, 2, 128, device="cuda") for _ in range(3))
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    g, beta = -0.2 * torch.rand(2, T, 2, device="cuda"), 2 * torch.rand(2, T, 2, device="cuda")
+    o, _ = gated_delta_rule(q, k, v, g, beta)
+    assert error(o, float64_recurrence(q, k, v, g, beta)) < 1e-5
+
+
+@pytest.mark.parametrize("mixer", ["gated_deltanet", "deltanet"])
+@pytest.mark.parametrize("negative", [True, False])
+@pytest.mark.parametrize(("T", "tolerance"), [(50, 1e-4), (700, 1e-2)])
+def test_logits_match_fla(mixer, negative, T, tolerance):
+    """Float32 weights. Up to 64 tokens fla runs its recurrence in float32; beyond, its chunked kernel, in tf32."""
+    import fla.models  # noqa: F401, registers the models
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = LrnnConfig(**SIZES, intermediate_size=512, mixer=mixer, allow_neg_eigval=negative)
+    ours = LrnnForCausalLM(config).cuda().eval()
+    with torch.no_grad():  # larger weights than at the start: the states should matter
+        for name, parameter in ours.named_parameters():
+            if parameter.ndim == 2 and "embeddings" not in name:
+                parameter.mul_(3)
+    fields = to_fla_config(config)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).cuda().eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    ids = torch.randint(0, 500, (2, T), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    with torch.no_grad():
+        found = error(theirs(ids, use_cache=False).logits, ours(ids, use_cache=False).logits)
+    print(f"{mixer}, negative {negative}, T {T}: relative difference of the logits {found:.1e}")
+    assert found < tolerance
+
+
+def test_generation_on_the_gpu_equals_the_whole_pass():
+    torch.manual_seed(0)
+    model = LrnnForCausalLM(LrnnConfig(**SIZES, intermediate_size=512)).cuda().eval()
+    prompt = torch.randint(3, 500, (2, 70), device="cuda")
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": -1, "pad_token_id": 2}
+    mask = torch.ones_like(prompt)
+    cached = model.generate(prompt, attention_mask=mask, **options)
+    assert torch.equal(cached, model.generate(prompt, attention_mask=mask, use_cache=False, **options))
