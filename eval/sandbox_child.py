@@ -88,7 +88,7 @@ def become_program(config: dict, source: bytes) -> None:
         os.setgid(NOBODY)
         os.setuid(NOBODY)
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
-    for name, value in ():
+    for name, value in config["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))
     os.write(config["status_fd"], b"R")
     # One thread each: a BLAS that reserves memory for 64 threads would not fit into the limit.

@@ -20,6 +20,13 @@ from lrnn.pretrain.tokenizers_io import Tokenizer
 
 SPACE = "\u2581"  # SentencePiece writes a space as this character
 NO_LIMIT = int(1e30)  # transformers' value for "none": a recurrent model reads texts of any length
+SETTINGS = {
+    "clean_up_tokenization_spaces": False,
+    "padding_side": "left",
+    "model_input_names": ["input_ids", "attention_mask"],
+    "model_max_length": NO_LIMIT,
+    "split_special_tokens": True,  # "</s>" spelled out in a text is text
+}
 
 ODD_TEXTS = (
     "",
@@ -76,11 +83,7 @@ def convert_sentencepiece(model_file: Path) -> PreTrainedTokenizerFast:
         eos_token=eos,
         unk_token=unk,
         pad_token=eos,  # padding is masked; a token of its own would need a row of the embedding
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
-        model_input_names=["input_ids", "attention_mask"],
-        model_max_length=NO_LIMIT,
-        split_special_tokens=True,  # "</s>" spelled out in a text is text
+        **SETTINGS,
     )
 
 
@@ -104,10 +107,15 @@ def export_tokenizer(trained: Tokenizer, folder: Path) -> PreTrainedTokenizerFas
     if trained.kind == "sentencepiece":
         tokenizer = convert_sentencepiece(folder / "tokenizer.model")
     else:
-        tokenizer = _as_in_training(AutoTokenizer.from_pretrained(folder))
+        tokenizer = AutoTokenizer.from_pretrained(folder, **SETTINGS)
+        if tokenizer.backend_tokenizer.encode("").ids:  # it adds bos or eos
+            tokenizer.backend_tokenizer.post_processor = None
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
     save_tokenizer(tokenizer, folder)
     written = PreTrainedTokenizerFast.from_pretrained(folder)
-    compare_tokenizers(written, trained, real_texts())
+    spelled_out = [f"{token}a{token}b {token} {token}" for token in written.get_added_vocab()]
+    compare_tokenizers(written, trained, real_texts() + spelled_out)
     return written
 
 
@@ -152,21 +160,6 @@ def real_texts() -> list[str]:
             text = path.read_text(encoding="utf-8")[:200_000]
             texts += [text[i : i + 2000] for i in range(0, len(text), 2000)]
     return texts
-
-
-def _as_in_training(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Set a Hugging Face tokenizer as the corpus was encoded: special tokens neither added nor matched in text."""
-    if tokenizer.backend_tokenizer.encode("").ids:
-        tokenizer.backend_tokenizer.post_processor = None
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    tokenizer.split_special_tokens = True
-    tokenizer.padding_side = "left"
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    tokenizer.model_max_length = NO_LIMIT
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def _vocabulary_and_merges(sp: sentencepiece.SentencePieceProcessor) -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -1,6 +1,7 @@
 """Measure parts of the training path.
 
-`lrnn bench data` measures how fast one process makes training batches of a corpus, in the random order of training.
+`lrnn bench data` measures how fast one process makes training batches of a corpus, in the random order of training;
+`lrnn bench loop` how much of a training step passes outside of forward, backward and update.
 """
 
 import argparse
@@ -15,6 +16,7 @@ EXAMPLES = """\
 examples:
   lrnn bench data
   lrnn bench data --corpus corpora/linux --seq-len 8192 --micro-batch-size 4
+  lrnn bench loop configs/340m.yaml global_batch_size=16
 """
 
 
@@ -30,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--micro-batch-size", type=int, default=8, help="samples of a micro-batch (default 8)")
     data.add_argument("--global-batch-size", type=int, default=64, help="samples of a step (default 64)")
     data.add_argument("--seconds", type=float, default=5.0, help="of each of the measurements (default 5)")
+
+    loop = parts.add_parser("loop", help="what the training loop costs beside forward, backward and update")
+    loop.add_argument("run", metavar="CONFIG", help="YAML file of a run")
+    loop.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the configuration")
+    loop.add_argument("--steps", type=int, default=30, help="of each of the measurements (default 30)")
 
 
 def write_synthetic_corpus(path: Path, num_tokens: int, seed: int = 0) -> None:
@@ -143,5 +150,10 @@ def _cpu_name() -> str:
 
 def main(args: argparse.Namespace) -> int:
     """Run the measurement that `args.part` names."""
-    bench_data(args)
+    if args.part == "data":
+        bench_data(args)
+    else:
+        from lrnn.pretrain.bench_loop import bench_loop
+
+        bench_loop(args.run, args.overrides, args.steps)
     return 0

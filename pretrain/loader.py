@@ -293,9 +293,8 @@ class Loader(Prefetcher):
             first = start_sample
             while True:
                 stop = first + ahead * global_batch_size
-                indices = np.arange(first, stop, dtype=np.int64).reshape(ahead, -1, micro_batch_size)[
-                    :, rank::world_size
-                ]
+                numbers = np.arange(first, stop, dtype=np.int64).reshape(ahead, -1, micro_batch_size)
+                indices = numbers[:, rank::world_size]
                 corpus, window = (found.reshape(indices.shape) for found in data.locate(indices.ravel()))
                 for step in range(ahead):
                     batches = list(map(data.gather, corpus[step], window[step], indices[step]))

@@ -11,7 +11,8 @@ lrnn corpus "$text" --train-tokenizer 32000 --heldout 0.02 --skip-bad-files --ou
 
 pretrain=(pretrain configs/340m.yaml "run_dir=$work/run" "data.corpora=[{path: $work/corpus}]" steps=300
     global_batch_size=16 optim.lr=1e-3 schedule.warmup_steps=30 log.every=5 log.heldout_every=50 log.heldout_batches=8)
-lrnn "${pretrain[@]}" &
+echo "\$ lrnn ${pretrain[*]}"
+python3 -m lrnn.cli "${pretrain[@]}" & # not the function: the signal has to reach Python itself
 run=$!
 until grep -qs '"step": 150, "loss"' "$work/run/metrics.jsonl"; do
     kill -0 $run # ends the script if the run has failed

@@ -62,8 +62,10 @@ os.read(read, 1)
 @pytest.mark.parametrize("then", ["", "time.sleep(60)"], ids=["after the end", "at the time limit"])
 def test_nothing_outlives_the_program(then):
     token = uuid.uuid4().hex
+    start = time.monotonic()
     outcome = sandbox.run(FORK_AND_WAIT.format(token=token, then=then), timeout_s=3.0)
     assert outcome.passed is (then == "") and outcome.timed_out is (then != ""), outcome
+    assert time.monotonic() - start < 20, "waited for what the program left behind"
     deadline = time.monotonic() + 2
     while alive := [p for p in Path("/proc").glob("[0-9]*/cmdline") if token in _read(p)]:
         assert time.monotonic() < deadline, f"still running: {alive}"

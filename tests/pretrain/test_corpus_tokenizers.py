@@ -29,6 +29,7 @@ def huggingface_folder(tmp_path_factory) -> Path:
     backend.enable_padding()
     folder = tmp_path_factory.mktemp("hf")
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    backend.save(str(folder / "tokenizer.json"))  # save_pretrained drops truncation and padding
     return folder
 
 
@@ -51,7 +52,11 @@ def test_huggingface(huggingface_folder, tmp_path):
     truth = AutoTokenizer.from_pretrained(huggingface_folder)
     ids = tokenizer.encode_batch(TEXTS)
     assert ids == [truth(text, add_special_tokens=False, split_special_tokens=True).input_ids for text in TEXTS]
-    assert [tokenizer.decode(i) for i in ids] == TEXTS  # whole, however long
+    assert [tokenizer.decode(i) for i in ids] == TEXTS
+    every = "".join(map(chr, range(33, 120)))
+    plain = AutoTokenizer.from_pretrained(huggingface_folder).backend_tokenizer
+    assert len(plain.encode(every).ids) == 16  # what it does when left alone
+    assert tokenizer.decode(tokenizer.encode_batch([every])[0]) == every
     assert tokenizer.kind == "huggingface" and tokenizer.vocab_size == len(truth)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (truth.bos_token_id, truth.eos_token_id)
     assert tokenizer.fingerprint == hashlib.sha256((huggingface_folder / "tokenizer.json").read_bytes()).hexdigest()

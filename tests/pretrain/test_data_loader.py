@@ -87,6 +87,19 @@ def test_every_window_and_every_boundary(corpora):
     assert lengths.min() >= 1 and lengths.max() <= SEQ_LEN and lengths.sum() == batch.input_ids.numel()
 
 
+def test_a_document_that_starts_where_the_next_window_does(corpora):
+    (corpus, _) = corpora
+    documents = datasets.load_from_disk(str(corpus.path / "train"))["tokens"][:]
+    length = len(documents[0])
+    assert corpus.num_tokens > 2 * length
+    data = CorpusData([corpus], [1.0], length, seed=0, reset_at_document_boundaries=True)
+    window = MixedOrder([data.num_windows], [1.0], 0)(np.arange(data.num_windows))[2].tolist()
+    batch = data.batch(np.array([window.index(0), window.index(1)]))
+    assert batch.labels[0].tolist() == [*documents[0][1:], -100]
+    assert batch.input_ids[1, 0] == documents[1][0] and batch.labels[1, 0] == documents[1][1]
+    assert batch.cu_seqlens[:2].tolist() == [0, length]
+
+
 def steps_of(data, ranks, start=0, count=3, g=24, micro=2):
     """Per step, the micro-batches of all ranks, in the order of their samples."""
     loaders = [Loader(data, g, micro, rank, ranks, start_sample=start) for rank in range(ranks)]
