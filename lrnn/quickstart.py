@@ -81,7 +81,9 @@ def _summary(out: Path, run: Path, seconds: float) -> None:
     resumed = [r["step"] for r in read_metrics(run) if r.get("event") == "start" and r["resumed"]]
     negative = records[-1]["eigenvalues"]["negative_fraction"].values()
     print(f"\nDone in {seconds / 60:.1f} minutes.\n")
-    print(f"training loss            {losses[0]:.3f} -> {losses[-1]:.3f} nats a token, {records[-1]['tokens']:,} tokens")
+    print(
+        f"training loss            {losses[0]:.3f} -> {losses[-1]:.3f} nats a token, {records[-1]['tokens']:,} tokens"
+    )
     print(f"held-out loss            {heldout[0]:.3f} -> {heldout[-1]:.3f}")
     print(f"resumed at step          {', '.join(map(str, resumed))}")
     print(f"eigenvalues below zero   {', '.join(f'{100 * x:.0f}%' for x in negative)} by layer\n")

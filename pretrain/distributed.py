@@ -5,8 +5,10 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from lrnn.errors import UserError
 
 STOPPED = 75  # exit status of a run that was told to stop and can be resumed (EX_TEMPFAIL of sysexits.h)
+T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -38,11 +41,23 @@ class Ranks:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.host_group)
         return bool(votes.item())
 
-    def gather(self, value):
+    def gather(self, value: Any) -> list[Any]:
         """The list of every rank's value, on every rank (any picklable object of our own making)."""
-        values = [None] * self.world_size
+        values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.host_group)
         return values
+
+    def together(self, action: Callable[[], T]) -> T:
+        """`action()` on every rank. Where one raises UserError, all raise the first one, and none waits for it."""
+        error = None
+        try:
+            value = action()
+        except UserError as raised:
+            error = str(raised)
+        errors = [e for e in self.gather(error) if e is not None]
+        if errors:
+            raise UserError(errors[0])
+        return value
 
     def barrier(self) -> None:
         dist.barrier(group=self.host_group)
@@ -105,7 +120,12 @@ def launch(n: int, command: list[str]) -> int:
     port = _free_port()
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
     workers = [
-        subprocess.Popen(command, env={**os.environ, **_local_environment(i, n, port), "OMP_NUM_THREADS": threads})
+        # A session of its own: otherwise Ctrl-C would reach a worker twice, from the terminal and from here.
+        subprocess.Popen(
+            command,
+            env={**os.environ, **_local_environment(i, n, port), "OMP_NUM_THREADS": threads},
+            start_new_session=True,
+        )
         for i in range(n)
     ]
 

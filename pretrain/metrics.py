@@ -1,8 +1,11 @@
 """The record of a run: `metrics.jsonl`, the same numbers for TensorBoard and wandb, and what a person sees."""
 
 import json
+import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lrnn import LrnnConfig
 from lrnn.errors import UserError
 from lrnn.modeling_lrnn import DeltaNet
-from lrnn.pretrain.config import LogConfig
+from lrnn.pretrain.config import Config
+from lrnn.pretrain.distributed import Ranks
+from lrnn.pretrain.flops import peak_flops, train_flops_per_token
 
 EIGENVALUE_BINS = 20  # equal bins over [-1, 1]
 
@@ -24,20 +30,22 @@ class MetricsLog:
     Only the main process makes one.
     """
 
-    def __init__(self, run_dir: Path, config: LogConfig, steps: int, start_step: int):
+    def __init__(self, config: Config, start_step: int, resumed: bool, ranks: Ranks):
+        run_dir, self._steps = Path(config.run_dir), config.steps
         self._file = (run_dir / "metrics.jsonl").open("a")
         self._tensorboard = self._wandb = None
-        if config.tensorboard:
+        if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
-        if config.wandb_project is not None:
-            self._wandb = _start_wandb(config.wandb_project, run_dir)
-        self._bar = tqdm(total=steps, initial=start_step, unit="step") if sys.stderr.isatty() else None
-        self._started, self._start_step, self._steps = time.monotonic(), start_step, steps
+        if config.log.wandb_project is not None:
+            self._wandb = _start_wandb(config.log.wandb_project, run_dir)
+        self._bar = tqdm(total=self._steps, initial=start_step, unit="step") if sys.stderr.isatty() else None
+        self._started, self._start_step = time.monotonic(), start_step
+        self.write({"event": "start", "step": start_step, "processes": ranks.world_size, "resumed": resumed})
 
     def write(self, record: dict[str, Any]) -> None:
-        """`record` must be JSON; numbers among its values, also inside dictionaries, become curves."""
+        """Record and, where it has a loss, show. `record` must be JSON; its numbers, nested ones too, become curves."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if "step" not in record or "event" in record:
@@ -48,8 +56,10 @@ class MetricsLog:
                 self._tensorboard.add_scalar(name, value, record["step"])
         if self._wandb:
             self._wandb.log(numbers, step=record["step"])
+        if "loss" in record:
+            self._show(record)
 
-    def show(self, record: dict[str, Any]) -> None:
+    def _show(self, record: dict[str, Any]) -> None:
         """The bar on a terminal, a line elsewhere."""
         step = record["step"]
         if self._bar is not None:
@@ -79,6 +89,47 @@ class MetricsLog:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+
+
+class Speed:
+    """Times steps: whole ones, and the part of them that is forward, backward and update."""
+
+    def __init__(self, config: Config, model_config: LrnnConfig, ranks: Ranks):
+        self._tokens = config.global_batch_size * config.data.seq_len / ranks.world_size  # a step and process
+        self._flops = train_flops_per_token(model_config)
+        self._device = ranks.device
+        self._peak = peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
+        self._steps, self._inside_s, self._whole_s = 0, 0.0, 0.0
+        self.skip()
+
+    def skip(self) -> None:
+        """Leave the time since the last step out: a held-out loss, a checkpoint."""
+        self._mark = time.perf_counter()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around forward, backward and update. What lies between two of them counts to the later one."""
+        start = time.perf_counter()
+        yield
+        now = time.perf_counter()
+        self._inside_s += now - start
+        self._whole_s += now - self._mark
+        self._mark = now
+        self._steps += 1
+
+    def read(self, wait_s: float) -> dict[str, Any]:
+        """Averages over the steps since the last call, of which `wait_s` seconds were spent waiting for data."""
+        step_s, inside_s = self._whole_s / self._steps, self._inside_s / self._steps
+        record = {
+            "step_seconds": round(step_s, 5),
+            "loop_seconds": round(step_s - inside_s, 5),  # outside of forward, backward and update
+            "data_wait_seconds": round(wait_s / self._steps, 5),
+            "tokens_per_second_per_gpu": round(self._tokens / step_s, 1),
+            "mfu": round(self._tokens / step_s * self._flops / self._peak, 4) if self._peak else None,
+            "memory_gb": round(_peak_memory(self._device) / 1e9, 3),
+        }
+        self._steps, self._inside_s, self._whole_s = 0, 0.0, 0.0
+        return record
 
 
 class EigenvalueProbe:
@@ -131,6 +182,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return records
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Peak bytes allocated on the GPU, or resident in this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _numbers(record: dict[str, Any], prefix: str = ""):

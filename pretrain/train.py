@@ -6,9 +6,7 @@ others. SIGTERM, SIGUSR1 and Ctrl-C finish the step, write a checkpoint and exit
 
 import argparse
 import json
-import shutil
 import sys
-import time
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -18,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lrnn import LrnnConfig
 from lrnn.errors import UserError
 from lrnn.pretrain import checkpoint, zero_state
 from lrnn.pretrain.config import Config, dump_config, load_config
-from lrnn.pretrain.data import HeldOut, make_loader, open_data
+from lrnn.pretrain.data import Data, HeldOut, make_loader, open_data
 from lrnn.pretrain.distributed import (
     STOPPED,
     Ranks,
@@ -33,9 +32,8 @@ from lrnn.pretrain.distributed import (
     launch,
 )
 from lrnn.pretrain.engine import build_engine, build_model, deepspeed_config, load_model_config
-from lrnn.pretrain.flops import peak_flops, train_flops_per_token
 from lrnn.pretrain.loader import MicroBatch
-from lrnn.pretrain.metrics import EigenvalueProbe, MetricsLog
+from lrnn.pretrain.metrics import EigenvalueProbe, MetricsLog, Speed
 from lrnn.pretrain.schedule import learning_rate
 
 
@@ -53,108 +51,61 @@ class Progress:
 
 def train(config: Config, ranks: Ranks) -> int:
     """The training loop. Returns 0 when the last step is done, `STOPPED` after a stop signal."""
-    run_dir = Path(config.run_dir)
-    model_config = load_model_config(config.model)
-    deepspeed_config(config, ranks.world_size)  # its errors come before any work
-    data = open_data(config, model_config, ranks)
-    saved = ranks.gather(checkpoint.find_newest(run_dir) if ranks.is_main else None)[0]
-    progress = Progress()
-    if saved is not None:
-        check_same_run(saved, model_config, data.description)
-        progress = Progress(**checkpoint.read_progress(saved)["progress"])
+    run = open_run(config, ranks)
+    progress, data = run.progress, run.data
+    engine, probe = start_engine(run, config, ranks)
+    log = MetricsLog(config, progress.step, progress.step > 0, ranks) if ranks.is_main else None
+    if log is not None:
+        log.say(_describe(run, config, ranks))
+    speed = Speed(config, run.model_config, ranks)
+    bad_steps, stopping = 0, False
 
-    model = build_model(model_config, config.seed, config.activation_checkpointing)
-    state = checkpoint.SavedState(saved) if saved is not None else None
-    if state is not None:
-        state.load_into(model)
-    probe = EigenvalueProbe(model)
-    engine = build_engine(model.to(ranks.device), config, ranks)
-    if state is not None:
-        zero_state.restore(engine, state.read, progress.optimizer_step)
-    heldout = HeldOut(data, config, ranks)
-
-    log = None
-    if ranks.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomically(run_dir / "run.yaml", dump_config(config))
-        log = MetricsLog(run_dir, config.log, config.steps, progress.step)
-        log.write(
-            {"event": "start", "step": progress.step, "processes": ranks.world_size, "resumed": saved is not None}
-        )
-        log.say(
-            f"{'resuming ' + str(saved) if saved else 'new run ' + str(run_dir)}: {_describe(model, config, ranks)}"
-        )
-
-    peak = peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
-    flops = train_flops_per_token(model_config)
-    bad_steps = 0
-    stopping = False
-    clock = time.perf_counter()
     with StopRequest() as stop, make_loader(data, config, ranks, progress.samples, progress.stream) as loader:
         if progress.step < config.steps:
             warm_up(engine, data.throwaway_batch(), ranks)
-        for micro_batches in loader if progress.step < config.steps else ():
+        speed.skip()
+        while progress.step < config.steps and not stopping:
+            micro_batches = next(loader)
             logging = (progress.step + 1) % config.log.every == 0 or progress.step + 1 == config.steps
-            probe.enabled = logging
             lr = learning_rate(progress.step, config)
             for group in engine.optimizer.param_groups:
                 group["lr"] = lr
-            loss, n_tokens = train_step(engine, micro_batches, ranks, probe)
+            probe.enabled = logging
+            with speed.step():
+                loss, n_tokens = train_step(engine, micro_batches, ranks, probe)
 
-            applied = engine.was_step_applied()
             progress.step += 1
             progress.samples += config.global_batch_size
-            progress.tokens += int(n_tokens)
+            progress.tokens += n_tokens
             progress.stream = loader.stream_state
-            if applied:
-                bad_steps = 0
-            else:  # DeepSpeed skips, on all ranks, an update with a gradient that is not finite
-                bad_steps += 1
+            bad_steps = 0 if engine.was_step_applied() else bad_steps + 1
+            if bad_steps:  # DeepSpeed skips, on all ranks, an update with a gradient that is not finite
                 progress.skipped_steps += 1
-                _report_skipped(log, ranks, progress.step, float(loss), micro_batches)
+                report_skipped(log, ranks, progress.step, float(loss), micro_batches)
                 if bad_steps >= config.max_skipped_steps:
                     raise RuntimeError(
                         f"loss or gradient not finite in {bad_steps} steps in a row, up to step {progress.step}; "
-                        f"the samples stand in {run_dir}/metrics.jsonl under event skipped_step"
+                        f"the samples stand in {config.run_dir}/metrics.jsonl under event skipped_step"
                     )
 
             record: dict[str, Any] = {}
             if logging:
-                now = time.perf_counter()
-                step_s, clock = (now - clock) / _steps_since_log(progress.step, config), now
-                wait_s = loader.take_wait_s() / _steps_since_log(progress.step, config)
-                tokens_per_s = config.global_batch_size * config.data.seq_len / step_s / ranks.world_size
-                record = {
-                    "step": progress.step,
-                    "loss": float(loss),
-                    "lr": lr,
-                    "grad_norm": float(engine.get_global_grad_norm()),
-                    "tokens": progress.tokens,
-                    "samples": progress.samples,
-                    "step_seconds": round(step_s, 5),
-                    "tokens_per_second_per_gpu": round(tokens_per_s, 1),
-                    "mfu": round(tokens_per_s * flops / peak, 4) if peak else None,
-                    "data_wait_seconds": round(wait_s, 5),
-                    "memory_gb": round(_peak_memory(ranks.device) / 1e9, 3),
-                    "skipped_steps": progress.skipped_steps,
-                    "eigenvalues": probe.read(),
-                }
-            if heldout.due(progress.step):
-                record |= {"step": progress.step, "heldout_loss": heldout.loss(engine)}
-                clock = time.perf_counter() if logging else clock
+                record = {"step": progress.step, "loss": float(loss), "lr": lr}
+                record |= {"grad_norm": float(engine.get_global_grad_norm()), "tokens": progress.tokens}
+                record |= {"samples": progress.samples, "skipped_steps": progress.skipped_steps}
+                record |= speed.read(loader.take_wait_s())
+                record["eigenvalues"] = probe.read()
+            if run.heldout.due(progress.step):
+                record |= {"step": progress.step, "heldout_loss": run.heldout.loss(engine)}
+                speed.skip()
             if log is not None and record:
                 log.write(record)
-                if logging:
-                    log.show(record)
-
             stopping = ranks.any(stop.signal is not None)
             if stopping or progress.step % config.checkpoint.every == 0 or progress.step == config.steps:
-                folder = save(config, engine, ranks, progress, model_config, data)
+                folder = save(config, engine, ranks, run)
                 if log is not None:
                     log.write({"event": "checkpoint", "step": progress.step, "path": str(folder)})
-                clock = time.perf_counter()
-            if stopping or progress.step == config.steps:
-                break
+                speed.skip()
 
     if log is not None:
         log.say("stopped by a signal: run the same command to go on" if stopping else "done")
@@ -162,12 +113,58 @@ def train(config: Config, ranks: Ranks) -> int:
     return STOPPED if stopping else 0
 
 
+@dataclass
+class Run:
+    """What a run needs before there is an engine; all of it is checked."""
+
+    model_config: LrnnConfig
+    data: Data
+    heldout: HeldOut
+    saved: Path | None  # the checkpoint to go on from
+    progress: Progress
+
+
+def open_run(config: Config, ranks: Ranks) -> Run:
+    """Find and check model, data and checkpoint. Raises UserError on all ranks for whatever is wrong with them."""
+    run_dir = Path(config.run_dir)
+
+    def open_parts() -> Run:
+        model_config = load_model_config(config.model)
+        deepspeed_config(config, ranks.world_size)
+        data = open_data(config, model_config, ranks)
+        saved = checkpoint.find_newest(run_dir) if ranks.is_main else None  # it reads all checksums
+        return Run(model_config, data, HeldOut(data, config, ranks), saved, Progress())
+
+    run = ranks.together(open_parts)
+    run.saved = ranks.gather(run.saved)[0]
+    if run.saved is not None:
+        check_same_run(run.saved, run.model_config, run.data.description)
+        run.progress = Progress(**checkpoint.read_progress(run.saved)["progress"])
+    if ranks.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_atomically(run_dir / "run.yaml", dump_config(config))
+    return run
+
+
+def start_engine(run: Run, config: Config, ranks: Ranks) -> tuple[Any, EigenvalueProbe]:
+    """The model, with the checkpoint's weights and moments where there is one, in a DeepSpeed engine."""
+    model = build_model(run.model_config, config.seed, config.activation_checkpointing)
+    state = checkpoint.SavedState(run.saved) if run.saved is not None else None
+    if state is not None:
+        state.load_into(model)
+    probe = EigenvalueProbe(model)
+    engine = build_engine(model.to(ranks.device), config, ranks)
+    if state is not None:
+        zero_state.restore(engine, state.read, run.progress.optimizer_step)
+    return engine, probe
+
+
 def train_step(
     engine: Any, micro_batches: list[MicroBatch], ranks: Ranks, probe: EigenvalueProbe
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, int]:
     """Forward, backward and update. The loss is the mean over all labels of the step, however they are spread.
 
-    Returns the loss and the number of labels of the whole step, as tensors on the device.
+    Returns the loss, a tensor on the device, and the number of labels of the whole step.
     """
     n_tokens = torch.tensor(sum(int((b.labels != -100).sum()) for b in micro_batches), device=ranks.device)
     dist.all_reduce(n_tokens)
@@ -182,7 +179,7 @@ def train_step(
         loss += part.detach() / ranks.world_size
     engine.step()
     dist.all_reduce(loss)
-    return loss, n_tokens
+    return loss, int(n_tokens)  # on a GPU this waits for the step to end
 
 
 def model_inputs(batch: MicroBatch, device: torch.device) -> dict[str, Tensor]:
@@ -194,25 +191,25 @@ def model_inputs(batch: MicroBatch, device: torch.device) -> dict[str, Tensor]:
 
 
 def warm_up(engine: Any, batch: MicroBatch, ranks: Ranks) -> None:
-    """A forward and backward pass of full shape with all gradients zero: what is too large fails before step 1."""
+    """A forward and backward pass of full shape, all gradients zero: what is too large fails before step 1."""
     engine.set_gradient_accumulation_boundary(False)
     engine.backward(engine(**model_inputs(batch, ranks.device)).loss * 0.0, scale_wrt_gas=False)
     engine.optimizer.zero_grad()
     ranks.barrier()
 
 
-def save(config: Config, engine: Any, ranks: Ranks, progress: Progress, model_config: Any, data: Any) -> Path:
+def save(config: Config, engine: Any, ranks: Ranks, run: Run) -> Path:
     """Write a checkpoint and drop the ones that need not be kept. Returns its folder."""
-    progress.optimizer_step = zero_state.optimizer_step(engine)
-    contents = {"step": progress.step, "progress": asdict(progress), "data": data.description}
-    texts = {"config.json": model_config.to_json_string(use_diff=False), "run.yaml": dump_config(config)}
-    folder = checkpoint.save(Path(config.run_dir), engine, ranks, contents, texts, data.save_tokenizer)
+    run.progress.optimizer_step = zero_state.optimizer_step(engine)
+    contents = {"step": run.progress.step, "progress": asdict(run.progress), "data": run.data.description}
+    texts = {"config.json": run.model_config.to_json_string(use_diff=False), "run.yaml": dump_config(config)}
+    folder = checkpoint.save(Path(config.run_dir), engine, ranks, contents, texts, run.data.save_tokenizer)
     if ranks.is_main:
         checkpoint.retain(Path(config.run_dir), config.checkpoint.keep_last, config.checkpoint.keep_every)
     return folder
 
 
-def check_same_run(saved: Path, model_config: Any, description: dict[str, Any]) -> None:
+def check_same_run(saved: Path, model_config: LrnnConfig, description: dict[str, Any]) -> None:
     """Raises UserError where a checkpoint is of another model, or its position is one in other data."""
     before = json.loads((saved / "config.json").read_text())
     now = json.loads(model_config.to_json_string(use_diff=False))
@@ -227,37 +224,26 @@ def check_same_run(saved: Path, model_config: Any, description: dict[str, Any]) 
     for key in sorted(set(data_before) | set(description)):
         if data_before.get(key) != description.get(key):
             raise UserError(
-                f"{saved} was trained on data with {key} = {data_before.get(key)!r}, now it is {description.get(key)!r}; "
-                "the position in the data would mean something else: restore it, or choose another run_dir"
+                f"{saved} was trained on data with {key} = {data_before.get(key)!r}, now it is {description.get(key)!r}; the "
+                "position in the data would mean something else: restore it, or choose another run_dir"
             )
 
 
-def _steps_since_log(step: int, config: Config) -> int:
-    return (step - 1) % config.log.every + 1
-
-
-def _report_skipped(log: MetricsLog | None, ranks: Ranks, step: int, loss: float, batches: list[MicroBatch]) -> None:
-    samples = sorted(chain.from_iterable(ranks.gather([i for b in batches for i in b.sample_indices.tolist()])))
+def report_skipped(
+    log: MetricsLog | None, ranks: Ranks, step: int, loss: float, micro_batches: list[MicroBatch]
+) -> None:
+    """Record which samples the skipped step was made of; to be called on all ranks."""
+    samples = sorted(chain.from_iterable(ranks.gather([i for b in micro_batches for i in b.sample_indices.tolist()])))
     if log is not None:
         log.write({"event": "skipped_step", "step": step, "loss": str(loss), "samples": samples})
         log.say(f"step {step} skipped: loss {loss} or its gradient is not finite; samples {samples[:8]}...")
 
 
-def _peak_memory(device: torch.device) -> int:
-    """Peak bytes allocated on the GPU, or resident in this process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _describe(model: torch.nn.Module, config: Config, ranks: Ranks) -> str:
+def _describe(run: Run, config: Config, ranks: Ranks) -> str:
+    start = f"resuming {run.saved}" if run.saved is not None else f"new run {config.run_dir}"
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
-    # Under ZeRO-3 a parameter's own numel is that of its part.
-    n = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     tokens = config.global_batch_size * config.data.seq_len
-    return f"{n / 1e6:.1f}M parameters, {ranks.world_size} x {device}, {tokens:,} tokens a step, {config.steps} steps"
+    return f"{start}: {ranks.world_size} x {device}, {tokens:,} tokens a step, {config.steps} steps"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -272,26 +258,16 @@ def main(args: argparse.Namespace) -> int:
     if not is_worker():
         processes = default_processes() if args.nproc is None else args.nproc
         check_world(processes)
-        preflight(config, processes)
+        load_model_config(config.model)  # the cheap checks come before processes start
+        deepspeed_config(config, processes)
         if processes > 1:
             return launch(processes, [sys.executable, "-m", "lrnn.cli", "pretrain", args.config, *args.overrides])
     ranks = init_ranks()
     try:
         return train(config, ranks)
-    except UserError as error:
+    except UserError:
         if ranks.is_main:
             raise
-        print(f"rank {ranks.rank}: {error}", file=sys.stderr)
-        return 2
+        return 2  # the main process says it
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def preflight(config: Config, processes: int) -> None:
-    """What can be wrong with the input, found in one process before others start. Raises UserError."""
-    model_config = load_model_config(config.model)
-    deepspeed_config(config, processes)
-    open_data(config, model_config, None, processes)
-    if shutil.disk_usage(Path(config.run_dir).absolute().anchor).free == 0:
-        raise UserError(f"no space left for run_dir {config.run_dir}")
+        dist.destroy_process_group()

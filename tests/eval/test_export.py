@@ -429,7 +429,8 @@ def test_the_newest_intact_checkpoint_of_a_run(tmp_path, sentencepiece_model, ca
 
 
 @pytest.mark.parametrize(
-    "harm, message", [("drop", "missing"), ("change", "differ"), ("shape", "mismatched|size|shape")]
+    "harm, message",
+    [("drop", "missing"), ("change", "with lrnn, its logits differ"), ("shape", "mismatched|size|shape")],
 )
 def test_a_wrong_export_is_found_and_removed(harm, message, checkpoint, tmp_path, monkeypatch):
     write = export_module.write_weights
@@ -452,6 +453,21 @@ def test_a_wrong_export_is_found_and_removed(harm, message, checkpoint, tmp_path
     with pytest.raises(RuntimeError, match=message):
         export(read_checkpoint(checkpoint), tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_code_that_computes_something_else_is_found(checkpoint, tmp_path, monkeypatch):
+    write = export_module._write_texts
+
+    def write_and_harm(trained, folder, *rest):
+        write(trained, folder, *rest)
+        code = (folder / "modeling_lrnn.py").read_text()
+        assert code.count("2.0 if config.allow_neg_eigval") == 1
+        (folder / "modeling_lrnn.py").write_text(code.replace("2.0 if", "1.9 if"))
+
+    monkeypatch.setattr(export_module, "_write_texts", write_and_harm)
+    with pytest.raises(RuntimeError, match="without lrnn, its logits differ"):
+        export(read_checkpoint(checkpoint), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_code_that_needs_lrnn_is_found(checkpoint, tmp_path, monkeypatch):

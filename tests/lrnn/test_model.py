@@ -380,6 +380,17 @@ def test_gates_start_finite_with_many_heads(seed):
     assert dt.min() > 0.99e-3 and dt.max() < 0.101 and abs(dt.log().mean() - np.log(0.01)) < 0.1  # log-uniform
 
 
+def test_gates_start_finite_at_the_ends_of_their_ranges(monkeypatch):
+    """uniform_(0, 16) returns exactly 0 now and then, and its logarithm would be minus infinity."""
+    attn = make_model().model.layers[0].attn
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, low, high: self.fill_(low))
+    for parameter in (attn.A_log, attn.dt_bias):
+        parameter.data.fill_(float("nan"))
+        parameter._is_hf_initialized = False
+    attn.reset_parameters()
+    assert attn.A_log.isfinite().all() and attn.dt_bias.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gates_are_float32_in_a_low_precision_model(tmp_path, dtype):
     model = make_model()
