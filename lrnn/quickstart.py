@@ -45,7 +45,9 @@ def main(args: argparse.Namespace) -> int:
     _lrnn("plot", str(run), "--out", str(out / "loss.png"))
     _lrnn("export", str(run), str(export))
     evaluate = ["eval", str(export), "--suite", "quick", "--heldout", str(corpus / "heldout.jsonl")]
-    _lrnn(*evaluate, "--limit", "50", "--out", str(out / "eval"))
+    _lrnn(
+        *evaluate, "--limit", "164", "--max-length", "2048", "--out", str(out / "eval")
+    )  # all held-out files and HumanEval, part of GSM8K
     _summary(out, run, time.monotonic() - started)
     return 0
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from lrnn.pretrain.config import Config, load_config
 from lrnn.pretrain.data import make_loader, open_data
@@ -42,34 +43,36 @@ def bare_steps(config: Config, ranks: Ranks, steps: int) -> list[float]:
     return seconds[SETTLING:]
 
 
-def whole_steps(config: Config, ranks: Ranks) -> list[float]:
-    """Seconds a step of the real loop, one figure for each record of `metrics.jsonl`."""
+def whole_steps(config: Config, ranks: Ranks) -> tuple[list[float], list[float]]:
+    """Seconds a step of the real loop, and those of them outside of forward, backward and update, of each record."""
     train(config, ranks)
     records = [r for r in read_metrics(Path(config.run_dir)) if "event" not in r and r["step"] > SETTLING]
-    return [r["step_seconds"] for r in records]
+    return [r["step_seconds"] for r in records], [r["loop_seconds"] for r in records]
 
 
 def bench_loop(path: str, overrides: list[str], steps: int) -> None:
     """Print the table of `lrnn bench loop`: bare and whole steps in turn."""
     ranks = init_ranks()
     rows: list[tuple[str, list[float]]] = []
+    shares = []
     with tempfile.TemporaryDirectory(prefix="lrnn-bench-") as root:
         for turn in range(2):
             fixed = ["checkpoint.every=1000000", "log.heldout_every=0", f"steps={steps}", f"run_dir={root}/{turn}"]
             config = load_config(path, [*overrides, *fixed, "schedule.warmup_steps=0", "schedule.decay_steps=0"])
-            rows.append(("forward, backward, update", bare_steps(config, ranks, steps)))
+            rows.append(("bare steps", bare_steps(config, ranks, steps)))
             _free()
-            rows.append(("the whole loop", whole_steps(config, ranks)))
+            whole, outside = whole_steps(config, ranks)
+            rows += [("the loop's steps", whole), ("  outside of the step", outside)]
+            shares.append(sum(outside) / sum(whole))
             _free()
+    dist.destroy_process_group()
     device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "CPU"
     print(f"{path}: {device}, torch {torch.__version__}, {steps} steps, the first {SETTLING} left out")
     print(f"{'milliseconds a step':28} {'min':>9} {'median':>9} {'max':>9}")
-    medians: dict[str, list[float]] = {}
     for name, seconds in rows:
-        medians.setdefault(name, []).append(statistics.median(seconds))
-        print(f"{name:28} " + " ".join(f"{1e3 * x:9.2f}" for x in (min(seconds), medians[name][-1], max(seconds))))
-    bare, whole = (statistics.mean(m) for m in medians.values())
-    print(f"overhead of the loop: {100 * (whole / bare - 1):.2f}% of a step")
+        figures = (min(seconds), statistics.median(seconds), max(seconds))
+        print(f"{name:28} " + " ".join(f"{1e3 * x:9.2f}" for x in figures))
+    print("outside of forward, backward and update: " + ", ".join(f"{100 * s:.2f}%" for s in shares) + " of a step")
 
 
 def _now(ranks: Ranks) -> float:

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -99,6 +100,8 @@ def init_ranks() -> Ranks:
     import deepspeed  # after DS_ACCELERATOR is set
 
     deepspeed.logger.setLevel("ERROR")
+    # DeepSpeed calls names that newer versions of torch deprecate; its users can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))

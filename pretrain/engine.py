@@ -1,5 +1,6 @@
 """From configuration to a DeepSpeed engine around the model."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ def build_model(model_config: LrnnConfig, seed: int, activation_checkpointing: b
         if not parameter.isfinite().all():
             raise RuntimeError(f"{name} is not finite after initialisation")
     if activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with warnings.catch_warnings():  # the new name of this method is not in every version we admit
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
 
 

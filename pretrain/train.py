@@ -56,7 +56,7 @@ def train(config: Config, ranks: Ranks) -> int:
     engine, probe = start_engine(run, config, ranks)
     log = MetricsLog(config, progress.step, progress.step > 0, ranks) if ranks.is_main else None
     if log is not None:
-        log.say(_describe(run, config, ranks))
+        log.say(_describe(run, config, ranks, engine))
     speed = Speed(config, run.model_config, ranks)
     bad_steps, stopping = 0, False
 
@@ -224,8 +224,9 @@ def check_same_run(saved: Path, model_config: LrnnConfig, description: dict[str,
     for key in sorted(set(data_before) | set(description)):
         if data_before.get(key) != description.get(key):
             raise UserError(
-                f"{saved} was trained on data with {key} = {data_before.get(key)!r}, now it is {description.get(key)!r}; the "
-                "position in the data would mean something else: restore it, or choose another run_dir"
+                f"{saved} was trained on data with {key} = {data_before.get(key)!r}, now it is "
+                f"{description.get(key)!r}; the position in the data would mean something else: restore it, or choose "
+                "another run_dir"
             )
 
 
@@ -239,11 +240,14 @@ def report_skipped(
         log.say(f"step {step} skipped: loss {loss} or its gradient is not finite; samples {samples[:8]}...")
 
 
-def _describe(run: Run, config: Config, ranks: Ranks) -> str:
+def _describe(run: Run, config: Config, ranks: Ranks, engine: Any) -> str:
     start = f"resuming {run.saved}" if run.saved is not None else f"new run {config.run_dir}"
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+    # Under ZeRO-3 a parameter's own numel is that of its part.
+    n = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     tokens = config.global_batch_size * config.data.seq_len
-    return f"{start}: {ranks.world_size} x {device}, {tokens:,} tokens a step, {config.steps} steps"
+    shape = f"{ranks.world_size} x {device}, {tokens:,} tokens a step, {config.steps} steps"
+    return f"{start}: {n / 1e6:.1f}M parameters, {shape}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
