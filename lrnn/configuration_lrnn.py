@@ -23,6 +23,8 @@ class LrnnConfig(PretrainedConfig):
         max_position_embeddings: sequence length in training, in tokens. There are no position embeddings; evaluation
             tools read their window from it.
         initializer_range: standard deviation of linear and embedding weights at the start.
+        tokenizer_fingerprint: SHA-256 of the tokenizer's `tokenizer.model` or `tokenizer.json`, as a corpus' manifest
+            has it. Where it is given, corpora made with another tokenizer are refused.
 
     Raises:
         ValueError: an unknown mixer, or a size that is not positive.
@@ -45,6 +47,7 @@ class LrnnConfig(PretrainedConfig):
         norm_eps: float = 1e-6,
         max_position_embeddings: int = 2048,
         initializer_range: float = 0.02,
+        tokenizer_fingerprint: str | None = None,
         use_cache: bool = True,
         pad_token_id: int | None = None,
         bos_token_id: int | None = 1,
@@ -72,6 +75,7 @@ class LrnnConfig(PretrainedConfig):
         self.norm_eps = norm_eps
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
+        self.tokenizer_fingerprint = tokenizer_fingerprint
         self.use_cache = use_cache
         super().__init__(
             pad_token_id=pad_token_id,

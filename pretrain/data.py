@@ -59,8 +59,7 @@ def open_data(config: Config, model_config: LrnnConfig, ranks: Ranks | None, pro
     # One process reads all checksums; the others look at the sizes.
     verify: Literal[True, "size"] = True if ranks is not None and ranks.is_main else "size"
     corpora = [TokenCorpus(c.path, verify=verify) for c in d.corpora]
-    expected = getattr(model_config, "tokenizer_fingerprint", None)
-    check_model_matches_corpora(model_config.vocab_size, expected, corpora)
+    check_model_matches_corpora(model_config.vocab_size, model_config.tokenizer_fingerprint, corpora)
     weights = [c.weight for c in d.corpora]
     source = CorpusData(corpora, weights, d.seq_len, config.seed, d.reset_at_document_boundaries)
     description |= {
@@ -78,6 +77,12 @@ def _open_stream(config: Config, stream: StreamSource, model_config: LrnnConfig,
         raise UserError(
             f"tokenizer {stream.tokenizer} has a vocabulary of {tokenizer.vocab_size}, the model's embedding only "
             f"vocab_size={model_config.vocab_size}; set vocab_size to at least {tokenizer.vocab_size}"
+        )
+    expected = model_config.tokenizer_fingerprint
+    if expected not in (None, tokenizer.fingerprint):
+        raise UserError(
+            f"tokenizer {stream.tokenizer} (fingerprint {tokenizer.fingerprint[:12]}...) is another one than the "
+            f"model's ({expected[:12]}...); give the model's tokenizer"
         )
     arguments = DatasetArguments(stream.path, stream.name, stream.data_files, stream.split, stream.text_column)
     d = config.data
