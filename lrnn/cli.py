@@ -32,7 +32,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
             command = importlib.import_module(module)
             sub.description = command.__doc__
             command.add_arguments(sub)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and hasattr(args, "overrides") and not any(word.startswith("-") for word in rest):
+        args.overrides += rest  # argparse takes no more of them once an option stood between
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args, COMMANDS[args.command][0]
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from lrnn.pretrain.config import Config, load_config
 from lrnn.pretrain.data import make_loader, open_data
-from lrnn.pretrain.distributed import Ranks, init_ranks
+from lrnn.pretrain.distributed import Ranks, StopRequest, init_ranks
 from lrnn.pretrain.engine import build_engine, build_model, load_model_config
 from lrnn.pretrain.metrics import read_metrics
 from lrnn.pretrain.train import model_inputs, train, warm_up
@@ -45,7 +45,7 @@ def bare_steps(config: Config, ranks: Ranks, steps: int) -> list[float]:
 
 def whole_steps(config: Config, ranks: Ranks) -> tuple[list[float], list[float]]:
     """Seconds a step of the real loop, and those of them outside of forward, backward and update, of each record."""
-    train(config, ranks)
+    train(config, ranks, StopRequest())
     records = [r for r in read_metrics(Path(config.run_dir)) if "event" not in r and r["step"] > SETTLING]
     return [r["step_seconds"] for r in records], [r["loop_seconds"] for r in records]
 

@@ -56,7 +56,8 @@ def save(
     folder = run_dir / "checkpoints" / f"step-{progress['step']:08d}"
     partial = folder.with_name(f".{folder.name}")
     if ranks.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in folder.parent.glob(".step-*"):  # of a process that was killed
+            shutil.rmtree(leftover)
         partial.mkdir(parents=True)
     ranks.barrier()
     name = f"state-{ranks.rank:05d}-of-{ranks.world_size:05d}.safetensors"
@@ -89,10 +90,9 @@ def save(
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Folders of complete-looking checkpoints, oldest first."""
+    """Folders of checkpoints, intact or not, oldest first."""
     root = run_dir / "checkpoints"
-    found = [p for p in root.iterdir() if NAME.match(p.name)] if root.is_dir() else []
-    return sorted(p for p in found if (p / "manifest.json").is_file())
+    return sorted(p for p in root.iterdir() if NAME.match(p.name)) if root.is_dir() else []
 
 
 def find_newest(run_dir: Path, warn: Callable[[str], None] = print) -> Path | None:
@@ -123,6 +123,9 @@ def verify(folder: Path) -> dict[str, Any]:
         BrokenCheckpoint: no manifest, or a file that is missing, truncated or altered. The message names it.
     """
     manifest = _manifest(folder)
+    for file in folder.glob("state-*"):
+        if file.name not in manifest["files"]:
+            raise BrokenCheckpoint(f"{folder}/manifest.json is damaged: it lacks {file.name}")
     for name, entry in manifest["files"].items():
         file = folder / name
         if not file.is_file():
@@ -135,13 +138,17 @@ def verify(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def retain(run_dir: Path, keep_last: int, keep_every: int) -> None:
-    """Delete all but the last `keep_last` checkpoints and those of steps that `keep_every` divides (0: none)."""
-    checkpoints = list_checkpoints(run_dir)
+def retain(newest: Path, keep_last: int, keep_every: int) -> None:
+    """Delete checkpoints older than `newest`, the one just written.
+
+    The last `keep_last` stay, `newest` among them, and those of steps that `keep_every` divides (0: none). Later ones,
+    which the run passed over as broken when it resumed, are left alone and do not count.
+    """
+    checkpoints = [p for p in list_checkpoints(newest.parent.parent) if p.name <= newest.name]
     for folder in checkpoints[:-keep_last]:
         if not (keep_every and _step(folder) % keep_every == 0):
-            (folder / "manifest.json").unlink()  # first, so that a half-deleted one is no checkpoint
-            shutil.rmtree(folder)
+            hidden = folder.rename(folder.with_name(f".{folder.name}"))  # first: a half-deleted one is no checkpoint
+            shutil.rmtree(hidden)
 
 
 class SavedState:
@@ -216,10 +223,12 @@ def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         version = manifest["format_version"]
+        if version == FORMAT_VERSION and not all({"size", "sha256"} <= set(e) for e in manifest["files"].values()):
+            raise ValueError("a file without size or sha256")
     except FileNotFoundError:
         raise BrokenCheckpoint(f"{folder} is no complete checkpoint: it has no manifest.json") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise BrokenCheckpoint(f"{folder}/manifest.json is damaged: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BrokenCheckpoint(f"{folder}/manifest.json is damaged: {error!r}") from None
     if version != FORMAT_VERSION:
         raise BrokenCheckpoint(f"{folder} has checkpoint format {version}, this program reads {FORMAT_VERSION}")
     return manifest

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,7 +18,7 @@ from lrnn.errors import UserError
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class CorpusSource(Section):
@@ -53,8 +53,8 @@ class DataConfig(Section):
 
 class OptimConfig(Section):
     lr: float = Field(gt=0)  # peak learning rate
-    betas: list[float] = [0.9, 0.95]
-    eps: float = 1e-8
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.95], min_length=2, max_length=2)
+    eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0)  # on matrices alone
 
 
@@ -91,7 +91,7 @@ class Config(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     activation_checkpointing: bool = False
     max_skipped_steps: int = Field(5, gt=0)  # non-finite steps in a row after which the run stops
 
@@ -124,14 +124,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"configuration {path} does not exist; give the path of a YAML file such as configs/tiny.yaml")
-    raw = _parse_yaml(path.read_text(), str(path))
+    try:
+        raw = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"configuration {path} is not UTF-8 text: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"configuration {path} is not a mapping of keys to values")
     for override in overrides:
         key, sep, value = override.partition("=")
-        if not sep:
+        if not (key and sep):
             raise UserError(f"override {override!r} should look like key.sub=value")
-        _assign(raw, key, _parse_yaml(value, override))
+        _assign(raw, key, _parse_yaml(value, f"override {override}: the value"))
     return validate(raw, str(path))
 
 
@@ -154,18 +157,27 @@ def read_json(path: str | Path, what: str) -> dict:
         value = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{what} {path} does not exist") from None
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read ({error.strerror})") from None
+    except ValueError as error:
         raise UserError(f"{what} {path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{what} {path} should hold a JSON object, not {type(value).__name__}")
     return value
 
 
+def name_hint(name: str, valid: Sequence[str]) -> str:
+    """What an unknown name should have been."""
+    near = difflib.get_close_matches(name, valid, n=1)
+    return f"did you mean {near[0]}?" if near else f"valid: {', '.join(valid)}"
+
+
 def _parse_yaml(text: str, origin: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"{origin} is not YAML: {error}") from None
+        reason = " ".join(str(error).split())  # PyYAML explains in several lines
+        raise UserError(f"{origin} is not YAML: {reason}") from None
 
 
 def _assign(raw: dict, key: str, value: Any) -> None:
@@ -181,9 +193,7 @@ def _explain(error: Any, origin: str) -> str:
     path = ".".join(str(p) for p in error["loc"])
     if error["type"] == "extra_forbidden":
         names = list(_section_at(error["loc"][:-1]).model_fields)
-        near = difflib.get_close_matches(str(error["loc"][-1]), names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(names)}"
-        return f"{origin}: unknown key {path}; {hint}"
+        return f"{origin}: unknown key {path}; {name_hint(str(error['loc'][-1]), names)}"
     if error["type"] == "missing":
         return f"{origin}: key {path} is missing"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")

@@ -14,7 +14,14 @@ from lrnn.errors import UserError
 from lrnn.pretrain.config import Config, StreamSource
 from lrnn.pretrain.corpus import TokenCorpus, check_model_matches_corpora
 from lrnn.pretrain.distributed import Ranks
-from lrnn.pretrain.loader import CorpusData, Loader, MicroBatch, accumulation_steps, heldout_batches
+from lrnn.pretrain.loader import (
+    CorpusData,
+    Loader,
+    MicroBatch,
+    accumulation_steps,
+    check_enough_samples,
+    heldout_batches,
+)
 from lrnn.pretrain.sources import DatasetArguments
 from lrnn.pretrain.stream import StreamData, StreamLoader
 from lrnn.pretrain.tokenizers_io import load_tokenizer
@@ -39,15 +46,14 @@ class Data:
         return MicroBatch(ids, ids.clone(), cu_seqlens, torch.full((rows,), -1))
 
 
-def open_data(config: Config, model_config: LrnnConfig, ranks: Ranks | None, processes: int = 1) -> Data:
-    """Open and check what `config.data` names. Without `ranks`, before processes start, shards are checked by size.
+def open_data(config: Config, model_config: LrnnConfig, ranks: Ranks) -> Data:
+    """Open and check what `config.data` names.
 
     Raises:
-        UserError: see `TokenCorpus`, `StreamData`, `check_model_matches_corpora` and `accumulation_steps`.
+        UserError: see `TokenCorpus`, `StreamData`, `check_model_matches_corpora`, `accumulation_steps` and
+            `check_enough_samples`.
     """
-    accumulation_steps(
-        config.global_batch_size, config.micro_batch_size, ranks.world_size if ranks is not None else processes
-    )
+    accumulation_steps(config.global_batch_size, config.micro_batch_size, ranks.world_size)
     d = config.data
     description: dict[str, Any] = {
         "seq_len": d.seq_len,
@@ -57,11 +63,12 @@ def open_data(config: Config, model_config: LrnnConfig, ranks: Ranks | None, pro
     if d.stream is not None:
         return _open_stream(config, d.stream, model_config, description)
     # One process reads all checksums; the others look at the sizes.
-    verify: Literal[True, "size"] = True if ranks is not None and ranks.is_main else "size"
+    verify: Literal[True, "size"] = True if ranks.is_main else "size"
     corpora = [TokenCorpus(c.path, verify=verify) for c in d.corpora]
     check_model_matches_corpora(model_config.vocab_size, model_config.tokenizer_fingerprint, corpora)
     weights = [c.weight for c in d.corpora]
     source = CorpusData(corpora, weights, d.seq_len, config.seed, d.reset_at_document_boundaries)
+    check_enough_samples(source, ranks.world_size)
     description |= {
         "tokenizer": corpora[0].tokenizer_fingerprint,
         "corpora": [c.fingerprint for c in corpora],

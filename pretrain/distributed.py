@@ -122,15 +122,7 @@ def launch(n: int, command: list[str]) -> int:
     """
     port = _free_port()
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
-    workers = [
-        # A session of its own: otherwise Ctrl-C would reach a worker twice, from the terminal and from here.
-        subprocess.Popen(
-            command,
-            env={**os.environ, **_local_environment(i, n, port), "OMP_NUM_THREADS": threads},
-            start_new_session=True,
-        )
-        for i in range(n)
-    ]
+    workers: list[subprocess.Popen] = []
 
     def forward(number, frame):
         for worker in workers:
@@ -139,12 +131,17 @@ def launch(n: int, command: list[str]) -> int:
 
     previous = {s: signal.signal(s, forward) for s in STOP_SIGNALS}
     try:
+        for i in range(n):
+            environment = {**os.environ, **_local_environment(i, n, port), "OMP_NUM_THREADS": threads}
+            # A session of its own: otherwise Ctrl-C would reach a worker twice, from the terminal and from here.
+            workers.append(subprocess.Popen(command, env=environment, start_new_session=True))
         while any(w.poll() is None for w in workers):
             failed = [w for w in workers if w.poll() not in (None, 0, STOPPED)]
             if failed:
                 _stop(workers)
             time.sleep(0.1)
     finally:
+        _stop(workers)
         for number, handler in previous.items():
             signal.signal(number, handler)
     codes = [w.returncode for w in workers]

@@ -1,5 +1,6 @@
 """From configuration to a DeepSpeed engine around the model."""
 
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from torch import nn
 
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.errors import UserError
-from lrnn.pretrain.config import Config, read_json
+from lrnn.pretrain.config import Config, name_hint, read_json
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.loader import accumulation_steps
 
@@ -20,9 +21,16 @@ def load_model_config(path: str | Path) -> LrnnConfig:
     kind = raw.pop("model_type", LrnnConfig.model_type)
     if kind != LrnnConfig.model_type:
         raise UserError(f"model configuration {path}: model_type {kind!r} should be {LrnnConfig.model_type!r}")
-    unknown = sorted(set(raw) - set(LrnnConfig().to_dict()))
-    if unknown:
-        raise UserError(f"model configuration {path}: unknown field {', '.join(unknown)}")
+    types = inspect.get_annotations(LrnnConfig.__init__)
+    known = LrnnConfig().to_dict()
+    for name, value in raw.items():
+        if name not in known:
+            hint = name_hint(name, list(types))
+            raise UserError(f"model configuration {path}: unknown field {name}; {hint}")
+        # transformers checks no types: the string "false" would be true.
+        kind = types.get(name)
+        if kind in (bool, int, float) and type(value) not in ((int, float) if kind is float else (kind,)):
+            raise UserError(f"model configuration {path}: {name} = {value!r} should be {kind.__name__}")
     try:
         return LrnnConfig(**raw)
     except (ValueError, TypeError) as error:
@@ -59,6 +67,9 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     `torch_autocast` computes in bf16 on float32 parameters, gradients and reductions.
     """
     raw = read_json(config.deepspeed, "DeepSpeed configuration")
+    for section in ("bf16", "fp16", "torch_autocast", "zero_optimization"):
+        if not isinstance(raw.get(section, {}), dict):
+            raise UserError(f"{config.deepspeed}: {section} is {raw[section]!r}; it should be a JSON object")
     for mode in ("bf16", "fp16"):
         if raw.get(mode, {}).get("enabled"):
             raise UserError(
@@ -75,7 +86,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
             raise UserError(f"{config.deepspeed}: {key} is set by the run's configuration (optim, schedule), remove it")
     stage = raw.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2, 3):
-        raise UserError(f"{config.deepspeed}: zero_optimization.stage is {stage}; 1, 2 and 3 are supported")
+        raise UserError(f"{config.deepspeed}: zero_optimization.stage is {stage!r}; 1, 2 and 3 are supported")
     raw["train_micro_batch_size_per_gpu"] = config.micro_batch_size
     raw["gradient_accumulation_steps"] = accumulation_steps(
         config.global_batch_size, config.micro_batch_size, world_size

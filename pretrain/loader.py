@@ -167,6 +167,15 @@ def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size
     return global_batch_size // (micro_batch_size * world_size)
 
 
+def check_enough_samples(data: CorpusData, world_size: int) -> None:
+    """Raises UserError where there are more processes than samples."""
+    if data.num_windows < world_size:
+        raise UserError(
+            f"{world_size} processes, but the corpora have only {data.num_windows} samples of "
+            f"seq_len={data.seq_len}; use fewer processes, a shorter seq_len or more text"
+        )
+
+
 def set_thread_device(device: int | None) -> None:
     """Make `device` that of the calling thread: pinning memory in a new thread would else open a context on GPU 0."""
     if device is not None:
@@ -278,11 +287,7 @@ class Loader(Prefetcher):
         prefetch: int = 2,
     ):
         accumulation_steps(global_batch_size, micro_batch_size, world_size)
-        if data.num_windows < world_size:
-            raise UserError(
-                f"{world_size} processes, but the corpora have only {data.num_windows} samples of "
-                f"seq_len={data.seq_len}; use fewer processes, a shorter seq_len or more text"
-            )
+        check_enough_samples(data, world_size)
         assert 0 <= rank < world_size
         device = torch.cuda.current_device() if pin_memory else None
 

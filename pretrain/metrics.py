@@ -32,7 +32,11 @@ class MetricsLog:
 
     def __init__(self, config: Config, start_step: int, resumed: bool, ranks: Ranks):
         run_dir, self._steps = Path(config.run_dir), config.steps
-        self._file = (run_dir / "metrics.jsonl").open("a")
+        path = run_dir / "metrics.jsonl"
+        cut = path.exists() and not path.read_bytes().endswith(b"\n")
+        self._file = path.open("a")
+        if cut:  # by a crash: what follows must not become part of that line
+            self._file.write("\n")
         self._tensorboard = self._wandb = None
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -167,7 +171,7 @@ class EigenvalueProbe:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All records of a run in the order they were written; a last line cut short by a crash is left out.
+    """All records of a run in the order they were written; a line cut short by a crash is left out.
 
     Raises:
         UserError: the folder holds no metrics.

@@ -49,8 +49,8 @@ class Progress:
     stream: dict[str, Any] | None = None  # position in a streamed source
 
 
-def train(config: Config, ranks: Ranks) -> int:
-    """The training loop. Returns 0 when the last step is done, `STOPPED` after a stop signal."""
+def train(config: Config, ranks: Ranks, stop: StopRequest) -> int:
+    """The training loop. Returns 0 when the last step is done, `STOPPED` after the step in which `stop` came."""
     run = open_run(config, ranks)
     progress, data = run.progress, run.data
     engine, probe = start_engine(run, config, ranks)
@@ -60,7 +60,7 @@ def train(config: Config, ranks: Ranks) -> int:
     speed = Speed(config, run.model_config, ranks)
     bad_steps, stopping = 0, False
 
-    with StopRequest() as stop, make_loader(data, config, ranks, progress.samples, progress.stream) as loader:
+    with make_loader(data, config, ranks, progress.samples, progress.stream) as loader:
         if progress.step < config.steps:
             warm_up(engine, data.throwaway_batch(), ranks)
         speed.skip()
@@ -140,9 +140,15 @@ def open_run(config: Config, ranks: Ranks) -> Run:
     if run.saved is not None:
         check_same_run(run.saved, run.model_config, run.data.description)
         run.progress = Progress(**checkpoint.read_progress(run.saved)["progress"])
-    if ranks.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomically(run_dir / "run.yaml", dump_config(config))
+
+    def write_config() -> None:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_atomically(run_dir / "run.yaml", dump_config(config))
+        except OSError as error:
+            raise UserError(f"run_dir {run_dir} cannot be written ({error.strerror}: {error.filename})") from None
+
+    ranks.together(write_config if ranks.is_main else lambda: None)
     return run
 
 
@@ -205,7 +211,7 @@ def save(config: Config, engine: Any, ranks: Ranks, run: Run) -> Path:
     texts = {"config.json": run.model_config.to_json_string(use_diff=False), "run.yaml": dump_config(config)}
     folder = checkpoint.save(Path(config.run_dir), engine, ranks, contents, texts, run.data.save_tokenizer)
     if ranks.is_main:
-        checkpoint.retain(Path(config.run_dir), config.checkpoint.keep_last, config.checkpoint.keep_every)
+        checkpoint.retain(folder, config.checkpoint.keep_last, config.checkpoint.keep_every)
     return folder
 
 
@@ -268,7 +274,8 @@ def main(args: argparse.Namespace) -> int:
             return launch(processes, [sys.executable, "-m", "lrnn.cli", "pretrain", args.config, *args.overrides])
     ranks = init_ranks()
     try:
-        return train(config, ranks)
+        with StopRequest() as stop:  # before the engine starts: a signal during that must not end the run for good
+            return train(config, ranks, stop)
     except UserError:
         if ranks.is_main:
             raise

@@ -1,7 +1,9 @@
-"""Small corpora for the tests of this folder."""
+"""Small corpora, and runs on them, for the tests of this folder."""
 
+import json
 import random
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 
 from lrnn.cli import main
 
+ROOT = Path(__file__).parents[2]
 WORDS = ["def", "return", "self", "for", "in", "if", "else", "import", "print", "value", "index", "0", "1", "42", "=="]
 WORDS += ["+=", "#", "é", "日本", "🎉", "<s>", "</s>", "{}", "[]", ":", "\n", "\n   ", "\t"]
 
@@ -69,3 +72,57 @@ def build_corpus(sentencepiece_model: Path, tmp_path: Path) -> Callable[..., Pat
         return tmp_path / out
 
     return build
+
+
+@pytest.fixture(scope="session")
+def corpora(tmp_path_factory):
+    """Two small corpora of the standard library's source with one tokenizer, made by the command line."""
+    root = tmp_path_factory.mktemp("corpora")
+    stdlib = sysconfig.get_paths()["stdlib"]
+    common = ["corpus", stdlib, "--skip-bad-files", "--processes", "1", "--heldout", "0.2"]
+    assert main([*common, "--include", "json/*.py", "--train-tokenizer", "400", "--out", str(root / "a")]) == 0
+    tokenizer = str(root / "a" / "tokenizer")
+    assert main([*common, "--include", "email/*.py", "--tokenizer", tokenizer, "--out", str(root / "b")]) == 0
+    return root
+
+
+@pytest.fixture(scope="session")
+def model_json(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "config.json"
+    path.write_text(
+        json.dumps({
+            "model_type": "lrnn", "vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2,
+            "head_dim": 16, "intermediate_size": 48, "max_position_embeddings": 64,
+        })
+    )  # fmt: skip
+    return path
+
+
+@pytest.fixture
+def base(corpora, model_json, tmp_path):
+    """The configuration of a run in `tmp_path/run`; a copy can be changed freely."""
+
+    def make(run="run", stage=2, **changes):
+        config = {
+            "run_dir": str(tmp_path / run),
+            "model": str(model_json),
+            "deepspeed": str(ROOT / f"configs/deepspeed/zero{stage}.json"),
+            "steps": 6,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "data": {
+                "seq_len": 64,
+                "reset_at_document_boundaries": True,
+                "corpora": [
+                    {"path": str(corpora / "a"), "weight": 1.0},
+                    {"path": str(corpora / "b"), "weight": 2.0},
+                ],
+            },
+            "optim": {"lr": 0.01, "weight_decay": 0.1},
+            "schedule": {"warmup_steps": 2},
+            "checkpoint": {"every": 100, "keep_last": 10},
+            "log": {"every": 1, "heldout_every": 3, "heldout_batches": 4, "tensorboard": False},
+        }
+        return {**config, **changes}
+
+    return make

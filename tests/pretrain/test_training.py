@@ -2,11 +2,11 @@
 
 import json
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 
-from lrnn.cli import main as lrnn
 from lrnn.pretrain import checkpoint
 from lrnn.pretrain.distributed import STOPPED, launch
 from lrnn.pretrain.metrics import read_metrics
@@ -14,62 +14,6 @@ from lrnn.pretrain.metrics import read_metrics
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("training_worker.py")
 STEPS = 6
-
-
-@pytest.fixture(scope="session")
-def corpora(tmp_path_factory):
-    """Two small corpora of the standard library's source with one tokenizer, made by the command line."""
-    import sysconfig
-
-    root = tmp_path_factory.mktemp("corpora")
-    stdlib = sysconfig.get_paths()["stdlib"]
-    common = ["corpus", stdlib, "--skip-bad-files", "--processes", "1", "--heldout", "0.2"]
-    assert lrnn([*common, "--include", "json/*.py", "--train-tokenizer", "400", "--out", str(root / "a")]) == 0
-    tokenizer = str(root / "a" / "tokenizer")
-    assert lrnn([*common, "--include", "email/*.py", "--tokenizer", tokenizer, "--out", str(root / "b")]) == 0
-    return root
-
-
-@pytest.fixture(scope="session")
-def model_json(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "config.json"
-    path.write_text(
-        json.dumps({
-            "model_type": "lrnn", "vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2,
-            "head_dim": 16, "intermediate_size": 48, "max_position_embeddings": 64,
-        })
-    )  # fmt: skip
-    return path
-
-
-@pytest.fixture
-def base(corpora, model_json, tmp_path):
-    """The configuration of a run in `tmp_path/run`; a copy can be changed freely."""
-
-    def make(run="run", stage=2, **changes):
-        config = {
-            "run_dir": str(tmp_path / run),
-            "model": str(model_json),
-            "deepspeed": str(ROOT / f"configs/deepspeed/zero{stage}.json"),
-            "steps": STEPS,
-            "global_batch_size": 8,
-            "micro_batch_size": 2,
-            "data": {
-                "seq_len": 64,
-                "reset_at_document_boundaries": True,
-                "corpora": [
-                    {"path": str(corpora / "a"), "weight": 1.0},
-                    {"path": str(corpora / "b"), "weight": 2.0},
-                ],
-            },
-            "optim": {"lr": 0.01, "weight_decay": 0.1},
-            "schedule": {"warmup_steps": 2},
-            "checkpoint": {"every": 100, "keep_last": 10},
-            "log": {"every": 1, "heldout_every": 3, "heldout_batches": 4, "tensorboard": False},
-        }
-        return {**config, **changes}
-
-    return make
 
 
 def run_group(tmp_path, specs, processes=2):
@@ -147,3 +91,44 @@ def test_too_many_bad_steps_stop_the_run(base, tmp_path):
     config = base(steps=3, max_skipped_steps=1)
     (status,) = run_group(tmp_path, [{"config": config, "poison_at": 1}], processes=1)
     assert "not finite in 1 steps in a row" in status and "metrics.jsonl" in status
+
+
+def test_a_stream_resumes_bitwise(base, corpora, tmp_path):
+    """Tokenised while training; stopped while the engine starts (one step is done then), and again in the second epoch."""
+    folder = Path(sysconfig.get_paths()["stdlib"]) / "json"
+    texts = [path.read_text() for path in sorted(folder.glob("*.py"))]
+    for part in range(2):
+        rows = [json.dumps({"text": text[:1500]}) for text in texts[part::2]]
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(rows))
+
+    def config(run):
+        files = [str(tmp_path / f"{part}.jsonl") for part in range(2)]
+        stream = {
+            "path": "json",
+            "data_files": files,
+            "tokenizer": str(corpora / "a" / "tokenizer"),
+            "shuffle_buffer": 3,
+        }
+        changed = base(run, steps=10)
+        data = {"seq_len": 64, "reset_at_document_boundaries": True, "stream": stream}
+        return {**changed, "data": data, "log": changed["log"] | {"heldout_every": 0}}
+
+    straight, stopped = config("straight"), config("stopped")
+    stops = [{"config": stopped, "stop_at": k} for k in (0, 3, 8)]
+    assert run_group(tmp_path, [{"config": straight}, *stops, {"config": stopped}]) == [0] + [STOPPED] * 3 + [0]
+    starts = [r["step"] for r in read_metrics(Path(stopped["run_dir"])) if r.get("event") == "start"]
+    assert starts == [0, 1, 3, 8]
+    truth = losses(straight)
+    assert list(truth) == list(range(1, 11)) and truth == losses(stopped)
+    newest = checkpoint.find_newest(Path(stopped["run_dir"]))
+    assert checkpoint.read_progress(newest)["progress"]["stream"]["epoch"] > 0, "the second epoch was not reached"
+
+
+def test_the_pass_before_the_first_step_changes_nothing(base, tmp_path):
+    """Also after a resume, where moments stand that a stray gradient would move."""
+    for stage in (2, 3):
+        with_pass, without = base(f"with-{stage}", stage), base(f"without-{stage}", stage)
+        specs = [{"config": with_pass, "stop_at": 2}, {"config": with_pass}]
+        specs += [{"config": without, "no_warm_up": True, "stop_at": 2}, {"config": without, "no_warm_up": True}]
+        assert run_group(tmp_path, specs) == [STOPPED, 0] * 2
+        assert losses(with_pass) == losses(without) and len(losses(without)) == STEPS

@@ -1,7 +1,9 @@
 """One process of a group: runs trainings one after the other, as `training_worker.py SPEC.json` under `launch`.
 
-SPEC is a list of {"config": {...}, "stop_at": step or null, "poison_at": step or null}. At `stop_at` the last rank gets
-the signal that announces a pre-emption; at `poison_at` one gradient of the last rank becomes NaN.
+SPEC is a list of {"config": {...}} with, where wanted,
+    "stop_at": at this step the last rank gets the signal that announces a pre-emption; 0: while the engine starts;
+    "poison_at": at this step one gradient of the last rank becomes NaN;
+    "no_warm_up": true leaves the throw-away pass before the first step out.
 """
 
 import json
@@ -14,9 +16,11 @@ import torch
 from lrnn.errors import UserError
 from lrnn.pretrain import train as train_module
 from lrnn.pretrain.config import validate
-from lrnn.pretrain.distributed import init_ranks
+from lrnn.pretrain.distributed import StopRequest, init_ranks
 
 original_step = train_module.train_step
+original_start = train_module.start_engine
+original_warm_up = train_module.warm_up
 
 
 def main() -> None:
@@ -39,9 +43,17 @@ def main() -> None:
                 handle.remove()
             return result
 
+        def start(run, config, ranks, spec=spec):
+            if spec.get("stop_at") == 0 and ranks.rank == ranks.world_size - 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return original_start(run, config, ranks)
+
         train_module.train_step = step
+        train_module.start_engine = start
+        train_module.warm_up = (lambda *args: None) if spec.get("no_warm_up") else original_warm_up
         try:
-            status = train_module.train(config, ranks)
+            with StopRequest() as stop:
+                status = train_module.train(config, ranks, stop)
         except (UserError, RuntimeError) as error:
             status = f"{type(error).__name__}: {error}"
         if ranks.is_main:

@@ -1,0 +1,95 @@
+"""The command line: help with an example for every command, and errors that take one line."""
+
+import argparse
+import re
+import types
+
+import pytest
+
+from lrnn import cli
+from lrnn.errors import UserError
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: lrnn {command}")
+    examples = re.search(r"^examples?:\n((?:  .*\n?)+)", text, re.MULTILINE)
+    assert examples, text
+    lines = [line.strip() for line in examples[1].splitlines()]
+    assert any(line.startswith(f"lrnn {command}") for line in lines)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_examples_are_accepted_by_the_parser(command, capsys):
+    """An example with an option that is not there would mislead."""
+    import shlex
+
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    text = capsys.readouterr().out.replace("\\\n", " ")
+    examples = [line.strip() for line in text.splitlines() if re.match(rf"  +lrnn {command}\b", line)]
+    assert examples
+    for example in examples:
+        arguments = shlex.split(example.partition("  #")[0])[1:]
+        args, _ = cli.parse([a for a in arguments if a != "..."])
+        assert args.command == command
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(f" {name} {summary}" in text for name, (_, summary) in cli.COMMANDS.items())
+
+
+@pytest.mark.parametrize("arguments", [[], ["pretrian", "x.yaml"], ["pretrain"], ["plot", "--ouput", "x", "y"]])
+def test_wrong_arguments(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.startswith("usage: lrnn") and "error:" in output.err
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """`command(main)`: makes `lrnn probe` run the function."""
+
+    def install(main) -> None:
+        module = types.ModuleType("lrnn_probe", "A command.")
+        module.add_arguments = lambda parser: parser.add_argument("word")  # type: ignore[attr-defined]
+        module.main = main  # type: ignore[attr-defined]
+        monkeypatch.setitem(__import__("sys").modules, "lrnn_probe", module)
+        monkeypatch.setitem(cli.COMMANDS, "probe", ("lrnn_probe", "a probe"))
+
+    return install
+
+
+def test_user_errors_take_one_line(command, capsys):
+    def fail(args: argparse.Namespace) -> int:
+        raise UserError(f"{args.word} is wrong; it should be right")
+
+    command(fail)
+    assert cli.main(["probe", "this"]) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and output.err == "lrnn: error: this is wrong; it should be right\n"
+
+
+def test_other_errors_are_not_hidden(command):
+    def fail(args: argparse.Namespace) -> int:
+        raise ValueError("a defect of the program")
+
+    command(fail)
+    with pytest.raises(ValueError, match="a defect"):
+        cli.main(["probe", "this"])
+
+
+@pytest.mark.parametrize(("result", "status"), [(None, 0), (0, 0), (75, 75)])
+def test_exit_status(command, result, status):
+    command(lambda args: result)
+    assert cli.main(["probe", "this"]) == status

@@ -1,0 +1,56 @@
+"""Runs command lines of `lrnn` one after the other: a process that imports once, for tests of many short commands.
+
+Each line of its input is a JSON list of arguments; for each it prints a line with [status, stdout, stderr].
+"""
+
+import json
+import os
+import sys
+import tempfile
+import traceback
+
+import torch
+
+from lrnn.cli import main
+
+
+def run(arguments: list[str]) -> int:
+    """The exit status that `python -m lrnn.cli` would have."""
+    environment = dict(os.environ)
+    try:
+        return main(arguments)
+    except SystemExit as end:
+        return end.code
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:  # `init_ranks` adds the place in the group of processes
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def captured(arguments: list[str]) -> tuple[int, str, str]:
+    """Status, stdout and stderr, with what libraries write below Python."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        kept = os.dup(1), os.dup(2)
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        try:
+            status = run(arguments)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.dup2(kept[0], 1)
+            os.dup2(kept[1], 2)
+            os.close(kept[0])
+            os.close(kept[1])
+        out.seek(0)
+        err.seek(0)
+        return status, out.read(), err.read()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.distributed.destroy_process_group = lambda: None  # DeepSpeed cannot begin a second one
+    for line in sys.stdin:
+        print(json.dumps(captured(json.loads(line))), flush=True)

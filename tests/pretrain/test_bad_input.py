@@ -1,0 +1,347 @@
+"""Bad input to `lrnn pretrain`: one line that names it, status 2, and nothing lost or overwritten."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from lrnn.cli import main
+from lrnn.errors import UserError
+from lrnn.pretrain.config import validate
+from lrnn.pretrain.data import open_data
+from lrnn.pretrain.distributed import Ranks
+from lrnn.pretrain.engine import load_model_config
+from lrnn.pretrain.metrics import read_metrics
+
+SERVER = Path(__file__).with_name("command_server.py")
+
+
+@pytest.fixture(scope="module")
+def lrnn():
+    """`lrnn(*arguments)` -> (status, stdout, stderr) of a command line, run in another process."""
+    server = subprocess.Popen([sys.executable, str(SERVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        server.stdin.write(json.dumps([str(a) for a in arguments]) + "\n")
+        server.stdin.flush()
+        return tuple(json.loads(server.stdout.readline()))
+
+    yield run
+    server.stdin.close()
+    server.wait(20)
+
+
+@pytest.fixture
+def pretrain(lrnn, base, tmp_path):
+    """`pretrain(*overrides, **changes)` trains in one process; `changes` replace keys of `base()`."""
+
+    def run(*overrides: str, nproc: int = 1, **changes) -> tuple[int, str, str]:
+        (tmp_path / "run.yaml").write_text(json.dumps(base(**changes)))
+        return lrnn("pretrain", tmp_path / "run.yaml", "--nproc", nproc, *overrides)
+
+    return run
+
+
+@pytest.fixture
+def refused(pretrain):
+    """`refused(...)`: the one line that the command fails with."""
+
+    def run(*overrides: str, **options) -> str:
+        status, _, stderr = pretrain(*overrides, **options)
+        assert status == 2 and stderr.startswith("lrnn: error: ") and stderr.count("\n") == 1, stderr
+        return stderr
+
+    return run
+
+
+def content(folder: Path) -> dict[str, str]:
+    """sha256 of every file."""
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+# --- configuration and files ------------------------------------------------------------------------------------------
+
+
+def test_configuration(refused, tmp_path):
+    assert "unknown key optim.learning_rate; valid: lr, " in refused("optim.learning_rate=1")
+    assert "key steps = 'many': should be a valid integer" in refused("steps=many")
+    assert f"model configuration {tmp_path / 'm.json'} does not exist" in refused(f"model={tmp_path / 'm.json'}")
+    assert "DeepSpeed configuration none.json does not exist" in refused("deepspeed=none.json")
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_such_configuration(lrnn, tmp_path):
+    status, _, stderr = lrnn("pretrain", tmp_path / "x.yaml")
+    assert status == 2
+    assert stderr == (
+        f"lrnn: error: configuration {tmp_path / 'x.yaml'} does not exist; "
+        "give the path of a YAML file such as configs/tiny.yaml\n"
+    )
+
+
+@pytest.mark.parametrize("below", ["", "/run"])
+def test_run_folder_that_cannot_be_written(refused, tmp_path, below):
+    (tmp_path / "taken").write_text("mine")
+    message = refused(f"run_dir={tmp_path}/taken{below}")
+    assert f"run_dir {tmp_path}/taken{below} cannot be written" in message
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def test_more_processes_than_sequences(refused, base):
+    assert "global_batch_size=8 has too few samples for 5 processes" in refused(nproc=5)
+    assert "global_batch_size=8 is not a multiple of micro_batch_size=2 times 3 processes" in refused(nproc=3)
+    assert "--nproc 0 should be at least 1" in refused(nproc=0)
+
+
+def test_more_processes_than_samples_of_the_corpora(base):
+    raw = base()
+    config = validate(raw, "test")
+    model_config = load_model_config(config.model)
+    lone = Ranks(0, 1, torch.device("cpu"), None)
+    corpus = open_data(config, model_config, lone).source.corpora[0]
+    raw["data"] |= {"seq_len": corpus.num_tokens // 2, "corpora": raw["data"]["corpora"][:1]}  # one sample and a half
+    config = validate(raw, "test")
+    open_data(config, model_config, lone)
+    with pytest.raises(UserError, match="2 processes, but the corpora have only 1 samples"):
+        open_data(config, model_config, Ranks(1, 2, torch.device("cpu"), None))
+
+
+# --- corpora ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def corpus(corpora, tmp_path):
+    """A copy of corpus `a`, to be damaged, and its first shard."""
+    shutil.copytree(corpora / "a", tmp_path / "corpus")
+    return tmp_path / "corpus", next((tmp_path / "corpus" / "train").glob("*.arrow"))
+
+
+@pytest.fixture(scope="module")
+def foreign_corpus(tmp_path_factory):
+    """A corpus with a tokenizer of its own, of a smaller vocabulary."""
+    out = tmp_path_factory.mktemp("foreign") / "corpus"
+    stdlib = sysconfig.get_paths()["stdlib"]
+    options = ["--include", "json/*.py", "--skip-bad-files", "--processes", "1", "--train-tokenizer", "350"]
+    assert main(["corpus", stdlib, *options, "--out", str(out)]) == 0
+    return out
+
+
+def flip_byte(file: Path) -> None:
+    """Change a byte in the middle; the size stays."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    file.write_bytes(data)
+
+
+def test_corpora_with_different_tokenizers(refused, corpora, foreign_corpus, tmp_path):
+    message = refused(f"data.corpora=[{{path: {corpora}/a}}, {{path: {foreign_corpus}}}]")
+    assert f"corpora {corpora}/a and {foreign_corpus} were made with different tokenizers" in message
+    assert f"--tokenizer {corpora}/a/tokenizer" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_corpus_of_another_tokenizer_than_the_model(refused, pretrain, corpora, foreign_corpus, model_json, tmp_path):
+    manifest = json.loads((corpora / "a" / "manifest.json").read_text())
+    own = manifest["tokenizer"]["fingerprint"]
+    (tmp_path / "m.json").write_text(json.dumps(json.loads(model_json.read_text()) | {"tokenizer_fingerprint": own}))
+    model = f"model={tmp_path / 'm.json'}"
+    message = refused(model, f"data.corpora=[{{path: {foreign_corpus}}}]", "log.heldout_every=0")
+    assert f"corpus {foreign_corpus}: made with another tokenizer than the model's" in message and own[:12] in message
+    stream = f"data.stream={{path: json, data_files: x.jsonl, tokenizer: {foreign_corpus}/tokenizer}}"
+    message = refused(model, "data.corpora=[]", stream, "log.heldout_every=0")
+    assert f"tokenizer {foreign_corpus}/tokenizer" in message and "give the model's tokenizer" in message
+
+
+def test_vocabulary_larger_than_the_embedding(refused, corpora, model_json, tmp_path):
+    (tmp_path / "m.json").write_text(json.dumps(json.loads(model_json.read_text()) | {"vocab_size": 399}))
+    message = refused(f"model={tmp_path / 'm.json'}")
+    assert f"corpus {corpora}/a: its tokenizer has a vocabulary of 400" in message
+    assert "vocab_size=399; set vocab_size to at least 400" in message
+    stream = f"data.stream={{path: json, data_files: x.jsonl, tokenizer: {corpora}/a/tokenizer}}"
+    message = refused(f"model={tmp_path / 'm.json'}", "data.corpora=[]", stream, "log.heldout_every=0")
+    assert "has a vocabulary of 400" in message and "vocab_size=399; set vocab_size to at least 400" in message
+
+
+def test_damaged_corpus(refused, corpus):
+    path, shard = corpus
+    override = f"data.corpora=[{{path: {path}}}]"
+    name = f"corpus {path}: shard train/{shard.name}"
+    good = shard.read_bytes()
+    flip_byte(shard)
+    assert f"{name} is corrupt (sha256 " in refused(override)
+    shard.write_bytes(good[:-8])
+    assert f"{name} has {len(good) - 8} bytes, the manifest says {len(good)}" in refused(override)
+    shard.unlink()
+    assert f"{name} cannot be read (No such file" in refused(override)
+    shard.write_bytes(good)
+    heldout = next((path / "heldout").glob("*.arrow"))
+    flip_byte(heldout)
+    assert f"corpus {path}: shard heldout/{heldout.name} is corrupt" in refused(override)
+
+
+def test_no_corpus(refused, corpus, tmp_path):
+    path, _ = corpus
+    (tmp_path / "empty").mkdir()
+    for missing in ("empty", "nowhere"):
+        message = refused(f"data.corpora=[{{path: {tmp_path / missing}}}]")
+        assert f"corpus {tmp_path / missing}: no manifest.json" in message and "make one with `lrnn corpus`" in message
+    (path / "manifest.json").write_text("{")
+    assert f"corpus {path}: manifest.json is not JSON" in refused(f"data.corpora=[{{path: {path}}}]")
+
+
+def test_too_little_text(refused, corpus):
+    path, _ = corpus
+    message = refused(f"data.corpora=[{{path: {path}}}]", "data.seq_len=10000000")
+    assert f"corpus {path}: split 'train' has " in message and "too few for one sample of seq_len=10000000" in message
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["splits"]["train"] |= {"tokens": 0, "documents": 0, "shards": []}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert f"corpus {path}: split 'train' is empty" in refused(f"data.corpora=[{{path: {path}}}]")
+
+
+def test_no_heldout_split(refused, foreign_corpus):
+    message = refused(f"data.corpora=[{{path: {foreign_corpus}}}]")
+    assert f"corpus {foreign_corpus}: no split 'heldout'" in message and "--heldout FRACTION" in message
+
+
+def test_streams(refused, corpora, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "some words"}\n' * 20)
+
+    def stream(**changes) -> str:
+        fields = {"path": "json", "data_files": f"{tmp_path}/rows.jsonl", "tokenizer": f"{corpora}/a/tokenizer"}
+        return f"data.stream={json.dumps(fields | changes)}"
+
+    off = ["data.corpora=[]", "log.heldout_every=0"]
+    assert "log.heldout_every needs corpora with a held-out split" in refused("data.corpora=[]", stream())
+    assert "either corpora" in refused(stream())
+    assert "column 'body'" in refused(*off, stream(text_column="body"))
+    assert "none.jsonl" in refused(*off, stream(data_files=f"{tmp_path}/none.jsonl"))
+    assert "none.model" in refused(*off, stream(tokenizer=f"{tmp_path}/none.model"))
+
+
+def test_error_that_only_the_main_process_sees(base, corpus, tmp_path):
+    """Of two processes the main one alone reads checksums; the other must not wait for it."""
+    path, shard = corpus
+    flip_byte(shard)
+    (tmp_path / "run.yaml").write_text(json.dumps(base()))
+    command = [sys.executable, "-m", "lrnn.cli", "pretrain", str(tmp_path / "run.yaml"), "--nproc", "2"]
+    done = subprocess.run(
+        [*command, f"data.corpora=[{{path: {path}}}]"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"lrnn: error: corpus {path}: shard train/{shard.name} is corrupt")
+    assert done.stderr.count("\n") == 1
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return tmp_path_factory.mktemp("trained") / "run"
+
+
+@pytest.fixture
+def run(trained, pretrain, tmp_path):
+    """A copy of a run of 2 steps, with a checkpoint of each, in the folder that `base()` names."""
+    if not trained.exists():
+        status, _, stderr = pretrain("steps=2", "checkpoint.every=1", f"run_dir={trained}")
+        assert status == 0, stderr
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def state_file(run: Path, step: int) -> Path:
+    (file,) = (run / "checkpoints" / f"step-{step:08d}").glob("state-*")
+    return file
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def losses(run: Path) -> dict[int, list[float]]:
+    found: dict[int, list[float]] = {}
+    for record in read_metrics(run):
+        if "loss" in record and "event" not in record:
+            found.setdefault(record["step"], []).append(record["loss"])
+    return found
+
+
+def test_truncated_newest_checkpoint(run, pretrain):
+    """The run goes on from the one before, says so, and does the lost step again as it was."""
+    truncate(state_file(run, 2))
+    status, stdout, stderr = pretrain("steps=3")
+    assert status == 0, stderr
+    (warning,) = [line for line in stdout.splitlines() if "passed over" in line]
+    assert str(state_file(run, 2)) in warning
+    assert f"resuming {run}/checkpoints/step-00000001" in stdout
+    found = losses(run)
+    assert list(map(len, found.values())) == [1, 2, 1] and found[2][0] == found[2][1]
+
+
+def test_no_intact_checkpoint(run, refused):
+    for step in (1, 2):
+        truncate(state_file(run, step))
+    before = content(run)
+    message = refused("steps=3")
+    assert f"no checkpoint of {run} is intact: {state_file(run, 2)} has " in message
+    assert "choose another run_dir" in message
+    assert content(run) == before
+
+
+def test_lost_manifests(run, refused):
+    """Without them the run looks like a new one; it must not start anew over its checkpoints."""
+    for step in (1, 2):
+        (run / "checkpoints" / f"step-{step:08d}" / "manifest.json").unlink()
+    before = content(run)
+    assert f"no checkpoint of {run} is intact" in refused("steps=3")
+    assert content(run) == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("allow_neg_eigval", False), ("norm_eps", 1e-3), ("num_hidden_layers", 3), ("mixer", "deltanet")],
+)
+def test_resume_with_a_changed_model(run, refused, model_json, tmp_path, field, value):
+    (tmp_path / "m.json").write_text(json.dumps(json.loads(model_json.read_text()) | {field: value}))
+    before = content(run)
+    message = refused("steps=3", f"model={tmp_path / 'm.json'}")
+    assert f"{run}/checkpoints/step-00000002 was trained with {field} = " in message
+    assert f"says {value!r}" in message and "choose another run_dir" in message
+    assert content(run) == before
+
+
+def test_resume_with_changed_data(run, refused, corpora, foreign_corpus, tmp_path):
+    before = content(run)
+
+    def changed(key: str, *overrides: str) -> str:
+        message = refused("steps=3", "log.heldout_every=0", *overrides)
+        assert f"{run}/checkpoints/step-00000002 was trained on data with {key} = " in message, message
+        assert "choose another run_dir" in message and content(run) == before
+        return message
+
+    assert "seq_len = 64, now it is 32" in changed("seq_len", "data.seq_len=32")
+    assert "seed = 0, now it is 1" in changed("seed", "seed=1")
+    changed("reset_at_document_boundaries", "data.reset_at_document_boundaries=false")
+    changed("weights", f"data.corpora=[{{path: {corpora}/a}}, {{path: {corpora}/b}}]")
+    changed("corpora", f"data.corpora=[{{path: {corpora}/b}}, {{path: {corpora}/a, weight: 2}}]")
+    # The same text with another tokenizer: other tokens, so other corpora as well.
+    changed("corpora", f"data.corpora=[{{path: {foreign_corpus}}}]")
+
+
+def test_resume_with_changed_run_settings_is_fine(run, pretrain):
+    status, stdout, stderr = pretrain("steps=3", "optim.lr=0.001", "micro_batch_size=4", "global_batch_size=4")
+    assert status == 0, stderr
+    assert f"resuming {run}/checkpoints/step-00000002" in stdout
+    assert [r["samples"] for r in read_metrics(run) if "samples" in r] == [8, 16, 20]

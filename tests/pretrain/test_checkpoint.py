@@ -1,0 +1,413 @@
+"""Checkpoints: whole or invisible, every kind of damage seen, any slice read back from any partition."""
+
+import json
+import random
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from lrnn.errors import UserError
+from lrnn.pretrain import checkpoint
+from lrnn.pretrain.checkpoint import BrokenCheckpoint, SavedState, find_newest, retain, verify
+from lrnn.pretrain.distributed import Ranks
+from lrnn.pretrain.zero_state import KINDS, Fragment
+
+SHAPES = {"embed.weight": (7, 5), "norm.weight": (5,), "A_log": (1,)}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """This process alone."""
+    file = tmp_path_factory.mktemp("group") / "file"
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    yield Ranks(0, 1, torch.device("cpu"), dist.new_group(backend="gloo"))
+    dist.destroy_process_group()
+
+
+class ThreadRank:
+    """One of several ranks that are threads of this process."""
+
+    def __init__(self, rank: int, values: list, meeting: threading.Barrier):
+        self.rank, self.world_size, self.is_main = rank, len(values), rank == 0
+        self.barrier, self._values = meeting.wait, values
+
+    def gather(self, value):
+        self._values[self.rank] = value
+        self.barrier()
+        gathered = list(self._values)
+        self.barrier()
+        return gathered
+
+
+def state_of(seed: int) -> dict[tuple[str, str], torch.Tensor]:
+    """A parameter and its moments, flat, by (kind, name)."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {name: torch.Size(shape).numel() for name, shape in SHAPES.items()}
+    return {(kind, name): torch.randn(n, generator=generator) for kind in KINDS for name, n in sizes.items()}
+
+
+@pytest.fixture
+def save(ranks, tmp_path, monkeypatch):
+    """`save(step)` writes a checkpoint of `state_of(step)` into tmp_path and returns its folder."""
+
+    def fragments(engine):
+        for name, shape in SHAPES.items():
+            n = torch.Size(shape).numel()
+            yield Fragment(name, 0, n, {kind: engine[kind, name] for kind in KINDS})
+
+    monkeypatch.setattr(checkpoint, "local_fragments", fragments)
+
+    def tokenizer(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "tokenizer.model").write_bytes(b"pieces" * 50)
+        (folder / "tokenizer_config.json").write_text("{}")
+
+    def write(step: int) -> Path:
+        texts = {"config.json": json.dumps({"hidden_size": 5}), "run.yaml": f"steps: {step}\n"}
+        progress = {"step": step, "progress": {"step": step, "samples": 8 * step}}
+        return checkpoint.save(tmp_path, state_of(step), ranks, progress, texts, tokenizer)
+
+    return write
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+FILES = [
+    "config.json", "manifest.json", "progress.json", "run.yaml", "state-00000-of-00001.safetensors",
+    "tokenizer/tokenizer.model", "tokenizer/tokenizer_config.json",
+]  # fmt: skip
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_contents(save, tmp_path):
+    folder = save(12)
+    assert folder == tmp_path / "checkpoints" / "step-00000012" and files_of(folder) == FILES
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["latest", "step-00000012"]
+    assert (folder.parent / "latest").read_text() == "step-00000012\n"
+    assert set(verify(folder)["files"]) == set(FILES) - {"manifest.json"}
+    assert checkpoint.read_progress(folder)["progress"] == {"step": 12, "samples": 96}
+    state = SavedState(folder)
+    assert state.parameters() == set(SHAPES)
+    for (kind, name), values in state_of(12).items():
+        assert torch.equal(state.read(kind, name, 0, values.numel()), values)
+    save(13)
+    assert (folder.parent / "latest").read_text() == "step-00000013\n"
+
+
+def test_load_into_a_model(save):
+    folder = save(1)
+    model = torch.nn.Module()
+    model.embed, model.norm = torch.nn.Embedding(7, 5), torch.nn.Module()
+    model.norm.weight = torch.nn.Parameter(torch.zeros(5))
+    with pytest.raises(BrokenCheckpoint, match="do not share the parameter A_log"):
+        SavedState(folder).load_into(model)
+    model.A_log = torch.nn.Parameter(torch.zeros(1))
+    SavedState(folder).load_into(model)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.detach(), state_of(1)["param", name].view(SHAPES[name]))
+    model.more = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(BrokenCheckpoint, match="do not share the parameter more"):
+        SavedState(folder).load_into(model)
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def truncate_half(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+def lengthen(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"\0")
+
+
+def flip(file: Path, bit: int | None = None) -> None:
+    """Change one bit: the middle one, or the given one."""
+    content = bytearray(file.read_bytes())
+    bit = len(content) * 4 if bit is None else bit
+    content[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, truncate_half, empty, remove, lengthen, flip])
+@pytest.mark.parametrize("name", FILES)
+def test_every_damage_is_seen(save, tmp_path, name, damage):
+    before, newest = save(1), save(2)
+    damage(newest / name)
+    with pytest.raises(BrokenCheckpoint) as error:
+        verify(newest)
+    assert str(newest) in str(error.value) and (name in str(error.value) or name == "manifest.json")
+    warnings: list[str] = []
+    assert find_newest(tmp_path, warnings.append) == before
+    assert len(warnings) == 1 and str(error.value) in warnings[0]
+    # The run goes on and writes the step again.
+    assert find_newest(tmp_path, warnings.append) != save(2) == find_newest(tmp_path, warnings.append)
+
+
+def test_any_bit_of_any_file(save):
+    """A bit flipped anywhere is seen, or it stands where nothing is read (the step in the manifest)."""
+    folder = save(1)
+    truth = verify(folder)
+    rng = random.Random(0)
+    for name in FILES:
+        content = (folder / name).read_bytes()
+        bits = range(8 * len(content)) if name == "manifest.json" else rng.sample(range(8 * len(content)), 16)
+        for bit in bits:
+            flip(folder / name, bit)
+            try:
+                seen = verify(folder)
+            except BrokenCheckpoint:
+                seen = None
+            assert seen is None or (name == "manifest.json" and seen["files"] == truth["files"]), (name, bit)
+            (folder / name).write_bytes(content)
+    assert verify(folder) == truth
+
+
+def test_a_manifest_that_names_one_file_twice(save):
+    """One flipped bit makes the entry of rank 0 a second one of rank 1; JSON readers take the last."""
+    folder = save(1)
+    shutil.copy(folder / "state-00000-of-00001.safetensors", folder / "state-00001-of-00001.safetensors")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["state-00001-of-00001.safetensors"] = manifest["files"].pop("state-00000-of-00001.safetensors")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        BrokenCheckpoint, match=r"manifest\.json is damaged: it lacks state-00000-of-00001\.safetensors"
+    ):
+        verify(folder)
+
+
+def test_all_broken(save, tmp_path):
+    one, two = save(1), save(2)
+    truncate(one / "run.yaml")
+    remove(two / "manifest.json")
+    warnings: list[str] = []
+    with pytest.raises(UserError, match=f"no checkpoint of {tmp_path} is intact.*choose another run_dir") as error:
+        find_newest(tmp_path, warnings.append)
+    assert str(two) in str(error.value) and len(warnings) == 2
+    assert one.is_dir() and two.is_dir()
+
+
+def test_no_checkpoint_at_all(tmp_path):
+    assert find_newest(tmp_path) is None and find_newest(tmp_path / "nowhere") is None
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text("x")
+    assert find_newest(tmp_path) is None
+
+
+def test_another_format(save):
+    folder = save(1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format_version": 2, "files": None}))
+    with pytest.raises(BrokenCheckpoint, match="has checkpoint format 2, this program reads 1"):
+        verify(folder)
+
+
+# --- a process that is killed -----------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("place", ["save_file", "_seal", "_sync", "rename", "write_atomically"])
+def test_killed_while_saving(save, tmp_path, monkeypatch, place):
+    """Wherever the process is killed, the newest checkpoint is a whole one, and the next save works and clears up."""
+    before = save(1)
+
+    def kill(*args, **kwargs):
+        raise Killed
+
+    holder = {"save_file": checkpoint.safetensors.torch, "rename": Path}.get(place, checkpoint)
+    with monkeypatch.context() as patch:
+        patch.setattr(holder, place, kill)
+        with pytest.raises(Killed):
+            save(2)
+    newest = find_newest(tmp_path)
+    if place == "write_atomically":  # after the rename it is there, whatever `latest` says
+        assert newest is not None and newest.name == "step-00000002"
+    else:
+        assert newest == before
+        assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-00000001"]
+    after = save(3)  # a run that was resumed need not stop at the same step
+    assert find_newest(tmp_path) == after
+    assert not list(after.parent.glob(".*")), "a partial checkpoint stays for ever"
+
+
+def test_killed_while_deleting(save, tmp_path, monkeypatch):
+    folders = [save(step) for step in (1, 2, 3)]
+    original = shutil.rmtree
+
+    def kill(path, *args, **kwargs):
+        (Path(path) / "progress.json").unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", kill)
+        with pytest.raises(Killed):
+            retain(folders[2], 2, 0)
+    assert checkpoint.shutil.rmtree is original
+    assert checkpoint.list_checkpoints(tmp_path) == folders[1:]
+    retain(save(4), 2, 0)
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_latest_is_never_half_written(tmp_path, monkeypatch):
+    checkpoint.write_atomically(tmp_path / "latest", "old\n")
+
+    def kill(*args):
+        raise Killed
+
+    monkeypatch.setattr(checkpoint.os, "replace", kill)
+    with pytest.raises(Killed):
+        checkpoint.write_atomically(tmp_path / "latest", "new\n")
+    assert (tmp_path / "latest").read_text() == "old\n"
+    monkeypatch.undo()
+    checkpoint.write_atomically(tmp_path / "latest", "new\n")
+    assert (tmp_path / "latest").read_text() == "new\n" and len(list(tmp_path.iterdir())) == 1
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [int(p.name[5:]) for p in checkpoint.list_checkpoints(run_dir)]
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "kept"),
+    [
+        (1, 0, [70]),
+        (2, 0, [60, 70]),
+        (3, 20, [20, 40, 50, 60, 70]),
+        (1, 30, [30, 60, 70]),
+        (9, 0, [10, 20, 30, 40, 50, 60, 70]),
+        (7, 0, [10, 20, 30, 40, 50, 60, 70]),
+    ],
+)
+def test_retain(save, tmp_path, keep_last, keep_every, kept):
+    folders = [save(step) for step in range(10, 80, 10)]
+    retain(folders[-1], keep_last, keep_every)
+    assert steps(tmp_path) == kept
+    assert all(verify(p) for p in checkpoint.list_checkpoints(tmp_path))
+
+
+def test_retain_as_the_run_goes(save, tmp_path):
+    for step in range(1, 13):
+        retain(save(step), 2, 5)
+    assert steps(tmp_path) == [5, 10, 11, 12]
+
+
+def test_broken_checkpoints_do_not_push_out_intact_ones(save, tmp_path):
+    """A run that fell back to step 10 stops at step 15: that checkpoint is older than the broken ones of 20 and 30."""
+    _, second, third = (save(step) for step in (10, 20, 30))
+    flip(second / "run.yaml")
+    flip(third / "run.yaml")
+    warnings: list[str] = []
+    assert find_newest(tmp_path, warnings.append).name == "step-00000010"
+    newest = save(15)
+    retain(newest, 2, 0)
+    assert find_newest(tmp_path, warnings.append) == newest
+    assert steps(tmp_path) == [10, 15, 20, 30]
+
+
+# --- slices -----------------------------------------------------------------------------------------------------------
+
+
+def write_partitioned(folder: Path, state: dict, rng: random.Random, files: int) -> None:
+    """Save a state as `files` processes would that hold random pieces of every tensor."""
+    parts: list[dict[str, torch.Tensor]] = [{} for _ in range(files)]
+    for (kind, name), values in state.items():
+        n = values.numel()
+        cuts = sorted({0, n, *(rng.randint(0, n) for _ in range(rng.randint(0, 6)))})
+        for low, high in zip(cuts, cuts[1:], strict=False):
+            parts[rng.randrange(files)][f"{kind}:{name}:{low}"] = values[low:high].clone()
+    folder.mkdir(parents=True)
+    names = [f"state-{i:05d}-of-{files:05d}.safetensors" for i in range(files)]
+    for name, part in zip(names, parts, strict=True):
+        save_file(part, folder / name)
+    entries = {name: {"size": (folder / name).stat().st_size, "sha256": ""} for name in names}
+    (folder / "manifest.json").write_text(json.dumps({"format_version": 1, "step": 1, "files": entries}))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_slices_of_random_partitions(tmp_path, seed):
+    rng = random.Random(seed)
+    state = {key: torch.randn(rng.choice([1, 2, 9, 200])) for key in state_of(0)}
+    write_partitioned(tmp_path / "c", state, rng, files=rng.randint(1, 5))
+    saved = SavedState(tmp_path / "c")
+    for (kind, name), values in state.items():
+        n = values.numel()
+        assert torch.equal(saved.read(kind, name, 0, n), values)
+        for _ in range(20):
+            start = rng.randint(0, n)
+            numel = rng.randint(0, n - start)
+            found = saved.read(kind, name, start, numel)
+            assert found.dtype == torch.float32 and torch.equal(found, values[start : start + numel])
+
+
+def test_a_missing_fragment(tmp_path):
+    state = {("param", "a"): torch.arange(10.0)}
+    write_partitioned(tmp_path / "c", state, random.Random(3), files=1)
+    file = tmp_path / "c" / "state-00000-of-00001.safetensors"
+    save_file({"param:a:0": torch.arange(4.0), "param:a:6": torch.arange(6.0, 10.0)}, file)
+    saved = SavedState(tmp_path / "c")
+    assert torch.equal(saved.read("param", "a", 0, 4), torch.arange(4.0))
+    assert torch.equal(saved.read("param", "a", 6, 4), torch.arange(6.0, 10.0))
+    with pytest.raises(BrokenCheckpoint, match="lacks 2 of 8 elements of param a from 1 on"):
+        saved.read("param", "a", 1, 8)
+    with pytest.raises(BrokenCheckpoint, match="lacks 1 of 2 elements of param a from 9 on"):
+        saved.read("param", "a", 9, 2)
+    with pytest.raises(BrokenCheckpoint, match="lacks 3 of 3 elements of exp_avg a"):
+        saved.read("exp_avg", "a", 0, 3)
+
+
+def test_checkpoint_of_several_processes(tmp_path, monkeypatch):
+    """Three processes save; what one alone reads back is the whole."""
+    state = state_of(5)
+    flat_names = list(SHAPES)
+
+    def fragments(rank: int):
+        for name in flat_names:  # thirds, the last one shorter
+            n = torch.Size(SHAPES[name]).numel()
+            part = -(-n // 3)
+            low, high = min(n, rank * part), min(n, (rank + 1) * part)
+            if low < high:
+                yield Fragment(name, low, high - low, {kind: state[kind, name][low:high] for kind in KINDS})
+
+    monkeypatch.setattr(checkpoint, "local_fragments", fragments)
+    meeting, values = threading.Barrier(3, timeout=20), [None] * 3
+    with ThreadPoolExecutor(3) as pool:
+        saving = [
+            pool.submit(checkpoint.save, tmp_path, rank, ThreadRank(rank, values, meeting), {"step": 7}, {}, Path.mkdir)
+            for rank in range(3)
+        ]
+        (folder,) = {s.result() for s in saving}
+    assert [f for f in files_of(folder) if f.startswith("state")] == [
+        f"state-0000{i}-of-00003.safetensors" for i in range(3)
+    ]
+    verify(folder)
+    saved = SavedState(folder)
+    for (kind, name), values in state.items():
+        assert torch.equal(saved.read(kind, name, 0, values.numel()), values)

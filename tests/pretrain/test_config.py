@@ -1,0 +1,315 @@
+"""A run's configuration: what is wrong is named by its full path, and what would be right is said."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lrnn import LrnnConfig
+from lrnn.errors import UserError
+from lrnn.pretrain.config import Config, dump_config, load_config
+from lrnn.pretrain.engine import deepspeed_config, load_model_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def raw():
+    """A small valid configuration, as parsed YAML."""
+    return {
+        "run_dir": "runs/x",
+        "model": "model.json",
+        "deepspeed": "zero.json",
+        "steps": 100,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "data": {"seq_len": 64, "corpora": [{"path": "a"}, {"path": "b", "weight": 2}]},
+        "optim": {"lr": 0.001},
+    }
+
+
+@pytest.fixture
+def load(raw, tmp_path):
+    """`load(*overrides)`: the configuration in `raw`, written to run.yaml and read."""
+
+    def load(*overrides: str) -> Config:
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
+        return load_config(tmp_path / "run.yaml", overrides)
+
+    return load
+
+
+def error_of(function, *arguments) -> str:
+    """The message of the UserError, one line."""
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_valid(load):
+    config = load()
+    assert config.data.corpora[1].weight == 2.0 and isinstance(config.data.corpora[1].weight, float)
+    assert config.schedule.name == "cosine" and config.log.every == 10
+
+
+@pytest.mark.parametrize("name", ["tiny", "340m", "1.3b"])
+def test_shipped_configurations(name):
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    model = load_model_config(ROOT / config.model)
+    assert model.max_position_embeddings == config.data.seq_len
+    for world_size in (1, 2):
+        settings = deepspeed_config(config.model_copy(update={"deepspeed": str(ROOT / config.deepspeed)}), world_size)
+        per_step = settings["train_micro_batch_size_per_gpu"] * settings["gradient_accumulation_steps"] * world_size
+        assert per_step == settings["train_batch_size"] == config.global_batch_size
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "hint"),
+    [
+        ("step=3", "step", "did you mean steps?"),
+        ("optim.learning=3", "optim.learning", "valid: lr, betas, eps, weight_decay"),
+        ("optim.weight_decy=0.1", "optim.weight_decy", "did you mean weight_decay?"),
+        ("checkpoint.keep_lst=2", "checkpoint.keep_lst", "did you mean keep_last?"),
+        ("log.heldout_evry=2", "log.heldout_evry", "did you mean heldout_every?"),
+        ("data.corpora=[{path: a}, {path: b, wieght: 2}]", "data.corpora.1.wieght", "did you mean weight?"),
+        ("data.stream={path: a, tokeniser: b}", "data.stream.tokeniser", "did you mean tokenizer?"),
+        ("schedules.name=wsd", "schedules", "did you mean schedule?"),
+    ],
+)
+def test_unknown_key(load, override, key, hint):
+    message = error_of(load, override)
+    assert f"unknown key {key}; {hint}" in message and "run.yaml" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "start"),
+    [
+        ("steps='100'", "key steps = '100': should be a valid integer"),
+        ("steps=true", "key steps = True: should be a valid integer"),
+        ("steps=100.0", "key steps = 100.0: should be a valid integer"),
+        ("steps=1e2", "key steps = 100.0: should be a valid integer"),
+        ("steps=0", "key steps = 0: should be greater than 0"),
+        ("steps=", "key steps = None: should be a valid integer"),
+        ("seed=-1", "key seed = -1: should be greater than or equal to 0"),
+        ("optim.lr='3e-4'", "key optim.lr = '3e-4': should be a valid number"),
+        ("optim.lr=true", "key optim.lr = True: should be a valid number"),
+        ("optim.lr=.inf", "key optim.lr = inf: should be a finite number"),
+        ("optim.lr=.nan", "key optim.lr = nan: should be "),
+        ("optim.eps=0.0", "key optim.eps = 0.0: should be greater than 0"),
+        ("optim.betas=[0.9]", "key optim.betas = [0.9]: List should have at least 2 items"),
+        ("optim.betas=[0.9, 0.95, 0.99]", "key optim.betas = [0.9, 0.95, 0.99]: List should have at most 2 items"),
+        ("optim.betas=[0.9, 1.0]", "key optim.betas.1 = 1.0: should be less than 1"),
+        ("log.tensorboard=1", "key log.tensorboard = 1: should be a valid boolean"),
+        ("data.seq_len=two", "key data.seq_len = 'two': should be a valid integer"),
+        ("data.corpora=[{path: a}, {path: b, weight: 0}]", "key data.corpora.1.weight = 0: should be greater than 0"),
+        ("data.corpora=[{path: 3}]", "key data.corpora.0.path = 3: should be a valid string"),
+        ("data.corpora=a", "key data.corpora = 'a': should be a valid list"),
+        ("schedule.name=linear", "key schedule.name = 'linear': should be 'cosine' or 'wsd'"),
+        ("log=", "key log = None: should be a valid dictionary"),
+    ],
+)
+def test_wrong_value(load, override, start):
+    assert start in error_of(load, override)
+
+
+def test_missing_keys(raw, load):
+    del raw["optim"]["lr"]
+    assert "key optim.lr is missing" in error_of(load)
+    del raw["run_dir"]
+    assert all(f"key {key} is missing" in error_of(load) for key in ("optim.lr", "run_dir"))
+    assert "key data.corpora.0.path is missing" in error_of(load, "data.corpora=[{weight: 2}]")
+
+
+def test_all_errors_are_named_at_once(load):
+    message = error_of(load, "optim.lr=-1", "stpes=3")
+    assert "optim.lr = -1" in message and "stpes; did you mean steps?" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("steps", "override 'steps' should look like key.sub=value"),
+        ("steps.x=3", "override steps.x: steps holds a value, not a section"),
+        ("data.corpora.0.path=c", "override data.corpora.0.path: corpora holds a value, not a section"),
+        ("optim.lr=[1", "override optim.lr=[1: the value is not YAML"),
+        ("=3", "override '=3' should look like key.sub=value"),
+    ],
+)
+def test_bad_override(load, override, message):
+    assert message in error_of(load, override)
+
+
+def test_overrides_are_yaml(load):
+    config = load("optim.lr=3e-4", "schedule.name=wsd", "log.wandb_project=a=b", "data.corpora=[{path: c}]", "seed=7")
+    assert config.optim.lr == 3e-4 and config.schedule.name == "wsd" and config.seed == 7
+    assert config.log.wandb_project == "a=b"
+    assert [(c.path, c.weight) for c in config.data.corpora] == [("c", 1.0)]
+    assert load("optim.lr=1", "optim.lr=2").optim.lr == 2.0  # the last one counts
+
+
+@pytest.mark.parametrize("text", ["3e-4", "3.0e-4", "3E-4", "0.3e-3", ".3e-3", "3.e-4", "+3e-4", "0.0003"])
+def test_floats_without_a_dot(load, text, raw, tmp_path):
+    assert load(f"optim.lr={text}").optim.lr == 3e-4
+    del raw["optim"]
+    (tmp_path / "f.yaml").write_text(yaml.safe_dump(raw) + f"optim:\n  lr: {text}\n")
+    assert load_config(tmp_path / "f.yaml").optim.lr == 3e-4
+
+
+@pytest.mark.parametrize("text", ["e4", "3e", "1e4x", "a3e4", "0x3e4z", "commit-3e4"])
+def test_words_stay_words(load, text):
+    assert load(f"run_dir={text}").run_dir == text
+
+
+def test_one_source_of_data(raw, load):
+    assert "either corpora" in error_of(load, "data.stream={path: json, tokenizer: t}")
+    assert "key data = " in error_of(load, "data.corpora=[]")
+    assert "not neither" in error_of(load, "data.corpora=[]")
+    assert load("data.corpora=[]", "data.stream={path: json, tokenizer: t}").data.stream.split == "train"
+
+
+def test_schedule_must_fit(load):
+    load("schedule.warmup_steps=60", "schedule.decay_steps=40", "schedule.name=wsd")
+    message = error_of(load, "schedule.warmup_steps=60", "schedule.decay_steps=41", "schedule.name=wsd")
+    assert "schedule.warmup_steps 60 + schedule.decay_steps 41 is more than steps 100" in message
+    assert "schedule.warmup_steps 101" in error_of(load, "schedule.warmup_steps=101")
+
+
+def test_bad_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    assert f"configuration {file} does not exist" in error_of(load_config, file)
+    file.write_text("- a\n- b\n")
+    assert "is not a mapping of keys to values" in error_of(load_config, file)
+    file.write_text("")
+    assert "is not a mapping of keys to values" in error_of(load_config, file)
+    file.write_text("a: [1\nb: {\n")
+    assert f"{file} is not YAML" in error_of(load_config, file)
+    file.write_bytes(b"steps: \xff\xfe")
+    assert f"{file} is not UTF-8 text" in error_of(load_config, file)
+
+
+def test_dump_is_the_whole_configuration(load, tmp_path):
+    config = load("optim.lr=3e-7", "data.corpora=[]", "data.stream={path: json, tokenizer: t, data_files: [x, y]}")
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+# --- the model's JSON -------------------------------------------------------------------------------------------------
+
+MODEL = {"model_type": "lrnn", "vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2}
+
+
+def model_error(tmp_path, changes) -> str:
+    (tmp_path / "model.json").write_text(json.dumps({**MODEL, **changes}))
+    message = error_of(load_model_config, tmp_path / "model.json")
+    assert f"model configuration {tmp_path / 'model.json'}" in message
+    return message
+
+
+def test_model_is_what_the_file_says(tmp_path):
+    (tmp_path / "model.json").write_text(json.dumps({**MODEL, "allow_neg_eigval": False, "norm_eps": 1e-5}))
+    model = load_model_config(tmp_path / "model.json")
+    assert (model.vocab_size, model.num_heads, model.allow_neg_eigval, model.norm_eps) == (400, 2, False, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden": 32}, "unknown field hidden; did you mean hidden_size?"),
+        ({"num_head": 2}, "unknown field num_head; did you mean num_heads?"),
+        ({"zzz": 1}, "unknown field zzz; valid: vocab_size, hidden_size"),
+        ({"model_type": "llama"}, "model_type 'llama' should be 'lrnn'"),
+        ({"mixer": "mamba"}, "mixer 'mamba' is not one of gated_deltanet, deltanet"),
+        ({"hidden_size": 0}, "hidden_size must be a positive integer; got 0"),
+        ({"hidden_size": "32"}, "hidden_size = '32' should be int"),
+        ({"vocab_size": True}, "vocab_size = True should be int"),
+        ({"allow_neg_eigval": "false"}, "allow_neg_eigval = 'false' should be bool"),
+        ({"allow_neg_eigval": 0}, "allow_neg_eigval = 0 should be bool"),
+        ({"norm_eps": "1e-6"}, "norm_eps = '1e-6' should be float"),
+        ({"initializer_range": None}, "initializer_range = None should be float"),
+        ({"max_position_embeddings": 512.5}, "max_position_embeddings = 512.5 should be int"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings = 'no' should be bool"),
+    ],
+)
+def test_bad_model(tmp_path, changes, message):
+    assert message in model_error(tmp_path, changes)
+
+
+def test_model_file_of_a_saved_model_is_accepted(tmp_path):
+    LrnnConfig(vocab_size=400, hidden_size=32).save_pretrained(tmp_path)
+    assert load_model_config(tmp_path / "config.json").hidden_size == 32
+
+
+def test_model_file_itself(tmp_path):
+    assert "model.json does not exist" in error_of(load_model_config, tmp_path / "model.json")
+    (tmp_path / "model.json").write_text('{"a": 1,}')
+    assert "model.json is not JSON" in error_of(load_model_config, tmp_path / "model.json")
+    (tmp_path / "model.json").write_text("[1]")
+    assert "should hold a JSON object, not list" in error_of(load_model_config, tmp_path / "model.json")
+    (tmp_path / "folder").mkdir()
+    assert "folder cannot be read" in error_of(load_model_config, tmp_path / "folder")
+
+
+# --- DeepSpeed's JSON -------------------------------------------------------------------------------------------------
+
+ZERO = {"zero_optimization": {"stage": 2}}
+
+
+@pytest.fixture
+def deepspeed(load, tmp_path):
+    """`deepspeed(changes, world_size)`: the settings made of a JSON with these changes."""
+
+    def make(changes: dict, world_size: int = 1) -> dict:
+        (tmp_path / "zero.json").write_text(json.dumps({**ZERO, **changes}))
+        return deepspeed_config(load(f"deepspeed={tmp_path / 'zero.json'}"), world_size)
+
+    return make
+
+
+def test_deepspeed_batch_sizes(deepspeed):
+    settings = deepspeed({"gradient_clipping": 0.5}, world_size=2)
+    assert settings["gradient_clipping"] == 0.5 and settings["zero_optimization"] == {"stage": 2}
+    assert settings["train_batch_size"] == 8 and settings["train_micro_batch_size_per_gpu"] == 2
+    assert settings["gradient_accumulation_steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        (
+            {"bf16": {"enabled": True}},
+            ["bf16.enabled casts A_log and dt_bias too", '"torch_autocast": {"enabled": true'],
+        ),
+        ({"fp16": {"enabled": True}}, ["fp16.enabled", "torch_autocast"]),
+        ({"bf16": True}, ["bf16 is True", "JSON object"]),
+        ({"zero_optimization": 2}, ["zero_optimization is 2", "JSON object"]),
+        ({"optimizer": {"type": "Adam"}}, ["optimizer is set by the run's configuration (optim, schedule), remove it"]),
+        ({"scheduler": {}}, ["scheduler is set by", "remove it"]),
+        ({"zero_optimization": {"stage": 0}}, ["zero_optimization.stage is 0; 1, 2 and 3 are supported"]),
+        ({"zero_optimization": {}}, ["zero_optimization.stage is 0"]),
+        ({"zero_optimization": {"stage": "2"}}, ["zero_optimization.stage is '2'; 1, 2 and 3"]),
+        (
+            {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+            ["torch_autocast.lower_precision_safe_modules must be [], for float32 reduction"],
+        ),
+        (
+            {"torch_autocast": {"enabled": True, "lower_precision_safe_modules": ["torch.nn.Linear"]}},
+            ["torch_autocast.lower_precision_safe_modules must be []"],
+        ),
+    ],
+)
+def test_bad_deepspeed(deepspeed, tmp_path, changes, parts):
+    message = error_of(deepspeed, changes)
+    assert str(tmp_path / "zero.json") in message
+    assert all(part in message for part in parts), message
+
+
+def test_disabled_modes_are_fine(deepspeed):
+    deepspeed({"bf16": {"enabled": False}, "torch_autocast": {"enabled": False}})
+
+
+def test_batches_that_processes_cannot_share(deepspeed):
+    assert "global_batch_size=8 has too few samples for 5 processes" in error_of(deepspeed, {}, 5)
+    assert "global_batch_size=8 is not a multiple of micro_batch_size=2 times 3 processes" in error_of(deepspeed, {}, 3)

@@ -1,0 +1,192 @@
+"""Starting processes: exit statuses, signals, and what SLURM tells."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lrnn.errors import UserError
+from lrnn.pretrain import distributed
+from lrnn.pretrain.distributed import STOPPED, StopRequest, check_world, is_worker, launch, slurm_environment
+
+# A worker: notes its environment and each signal it gets in a folder, and ends as the code that follows says.
+WORKER = """
+import os, signal, sys, time
+from pathlib import Path
+rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
+def note(number, frame):
+    with open(folder / f"signals-{rank}", "a") as f:
+        f.write(signal.Signals(number).name + "\\n")
+for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    signal.signal(s, note)
+(folder / f"ready-{rank}").write_text(" ".join(os.environ[k] for k in
+    ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")))
+def noted(n):
+    file = folder / f"signals-{rank}"
+    return file.exists() and len(file.read_text().split()) >= n
+def wait_until(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+"""
+
+
+@pytest.fixture
+def command(tmp_path):
+    """`command(code)`: a worker that runs `code` after it has said that it is ready."""
+    return lambda code: [sys.executable, "-c", WORKER + textwrap.dedent(code), str(tmp_path)]
+
+
+def signals(folder: Path, rank: int) -> list[str]:
+    file = folder / f"signals-{rank}"
+    return file.read_text().split() if file.exists() else []
+
+
+def test_environment_of_the_workers(command, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert launch(3, command("")) == 0
+    seen = [(tmp_path / f"ready-{rank}").read_text().split() for rank in range(3)]
+    assert [s[:4] for s in seen] == [[str(r), str(r), "3", "127.0.0.1"] for r in range(3)]
+    assert len({s[4] for s in seen}) == 1 and int(seen[0][4]) > 1023
+    assert {s[5] for s in seen} == {"2"}  # cores are shared out
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert launch(1, command("")) == 0
+    assert (tmp_path / "ready-0").read_text().split()[5] == "5"
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("sys.exit(0)", 0),
+        (f"sys.exit({STOPPED})", STOPPED),
+        (f"sys.exit({STOPPED} if rank else 0)", STOPPED),
+        ("sys.exit(2)", 2),
+        (f"sys.exit(3 if rank else {STOPPED})", 3),  # a failure is not a stop that can be resumed
+    ],
+)
+def test_exit_status(command, code, status):
+    assert launch(2, command(code)) == status
+
+
+def test_a_failed_worker_ends_the_others(command):
+    start = time.monotonic()
+    code = launch(
+        3, command("sys.exit(9) if rank == 1 else signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(60)")
+    )
+    assert code == 9 and time.monotonic() - start < 8
+
+
+def test_others_that_ignore_the_signal_are_killed(command, monkeypatch):
+    monkeypatch.setattr(distributed._stop, "__defaults__", (1.0,))  # seconds of grace
+    start = time.monotonic()
+    assert (
+        launch(2, command("wait_until(lambda: (folder / 'ready-0').exists()); sys.exit(4) if rank else time.sleep(60)"))
+        == 4
+    )
+    assert time.monotonic() - start < 10
+
+
+def test_a_killed_worker_is_a_failure(command, monkeypatch):
+    monkeypatch.setattr(distributed._stop, "__defaults__", (1.0,))
+    code = launch(2, command("os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(60)"))
+    assert code not in (0, STOPPED)
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+def test_signals_are_passed_on_once(command, tmp_path, name):
+    """The launcher (here: this process) gets a signal; each worker gets it once, and the job's status is theirs."""
+    code = f"""
+    if rank == 0:
+        wait_until(lambda: (folder / "ready-1").exists())
+        os.kill(os.getppid(), signal.{name})
+    wait_until(lambda: noted(1)); time.sleep(0.5); sys.exit({STOPPED})
+    """
+    assert launch(2, command(code)) == STOPPED
+    assert [signals(tmp_path, rank) for rank in range(2)] == [[name], [name]]
+
+
+def test_ctrl_c_reaches_a_worker_once(command, tmp_path):
+    """A terminal sends it to all processes of the group, the launcher passes it on: that would be twice."""
+    code = f"wait_until(lambda: noted(1)); time.sleep(0.5); sys.exit({STOPPED})"
+    program = f"import sys; from lrnn.pretrain.distributed import launch; sys.exit(launch(2, {command(code)!r}))"
+    launcher = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not all((tmp_path / f"ready-{r}").exists() for r in range(2)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(launcher.pid, signal.SIGINT)
+        assert launcher.wait(30) == STOPPED
+    finally:
+        launcher.kill()
+    assert [signals(tmp_path, rank) for rank in range(2)] == [["SIGINT"], ["SIGINT"]]
+
+
+def test_handlers_are_put_back(command):
+    before = [signal.getsignal(s) for s in distributed.STOP_SIGNALS]
+    launch(1, command(""))
+    assert [signal.getsignal(s) for s in distributed.STOP_SIGNALS] == before
+    with StopRequest() as stop:
+        assert stop.signal is None
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.signal == "SIGUSR1"
+        with pytest.raises(KeyboardInterrupt):  # a second time, by Ctrl-C
+            os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(s) for s in distributed.STOP_SIGNALS] == before
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """An `scontrol` that expands one list of hosts."""
+    (tmp_path / "bin").mkdir()
+    stub = tmp_path / "bin" / "scontrol"
+    stub.write_text(
+        "#!/usr/bin/env bash\n"
+        '[ "$*" = "show hostnames gpu[07-09]" ] || { echo "unexpected: $*" >&2; exit 1; }\n'
+        "printf 'gpu07\\ngpu08\\ngpu09\\n'\n"
+    )
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+
+def test_slurm_environment(scontrol):
+    env = {
+        "SLURM_PROCID": "13", "SLURM_LOCALID": "5", "SLURM_STEP_NUM_TASKS": "24", "SLURM_STEP_NODELIST": "gpu[07-09]",
+        "SLURM_JOB_ID": "1234567", "SLURM_STEP_ID": "0",
+    }  # fmt: skip
+    found = slurm_environment(env)
+    port = found.pop("MASTER_PORT")
+    assert found == {"RANK": "13", "LOCAL_RANK": "5", "WORLD_SIZE": "24", "MASTER_ADDR": "gpu07"}
+    # Two jobs of one host must not meet at a port; all tasks of a job must.
+    assert 1024 < int(port) < 65536 and port == slurm_environment({**env, "SLURM_PROCID": "2"})["MASTER_PORT"]
+    assert port != slurm_environment({**env, "SLURM_JOB_ID": "1234568"})["MASTER_PORT"]
+
+
+def test_who_is_a_worker(monkeypatch):
+    for name in ("RANK", "SLURM_STEP_ID", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert not is_worker()
+    monkeypatch.setenv("SLURM_JOB_ID", "5")  # inside of a job, yet not started by srun
+    assert not is_worker()
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert is_worker()
+    monkeypatch.delenv("SLURM_STEP_ID")
+    monkeypatch.setenv("RANK", "0")  # torchrun
+    assert is_worker()
+
+
+def test_number_of_processes(monkeypatch):
+    check_world(3)
+    with pytest.raises(UserError, match="--nproc 0 should be at least 1"):
+        check_world(0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_world(2)
+    with pytest.raises(UserError, match="--nproc 3 is more than the 2 visible GPUs"):
+        check_world(3)

@@ -1,0 +1,338 @@
+"""The record of a run: what is written, read back, averaged and drawn."""
+
+import json
+import re
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lrnn import LrnnConfig, LrnnForCausalLM
+from lrnn.cli import main
+from lrnn.errors import UserError
+from lrnn.pretrain import metrics
+from lrnn.pretrain.config import validate
+from lrnn.pretrain.distributed import Ranks
+from lrnn.pretrain.metrics import EIGENVALUE_BINS, EigenvalueProbe, MetricsLog, Speed, read_metrics
+from lrnn.pretrain.plot import split_records
+
+RANKS = Ranks(0, 2, torch.device("cpu"), None)  # type: ignore[arg-type]  # no group: nothing here talks to others
+MODEL = LrnnConfig(
+    vocab_size=64, hidden_size=8, num_hidden_layers=2, num_heads=4, head_dim=4, intermediate_size=8, tie_word_embeddings=False
+)  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path):
+    return validate(
+        {
+            "run_dir": str(tmp_path), "model": "x", "deepspeed": "x", "steps": 100, "global_batch_size": 12,
+            "micro_batch_size": 1, "data": {"seq_len": 50, "corpora": [{"path": "x"}]}, "optim": {"lr": 1.0},
+        },
+        "test",
+    )  # fmt: skip
+
+
+def step_record(step: int, loss: float, **more) -> dict:
+    """A record as the loop writes it."""
+    record = {"step": step, "loss": loss, "lr": 0.001 * step, "grad_norm": 1.5, "tokens": 600 * step}
+    record |= {"tokens_per_second_per_gpu": 1000.0 + step, "mfu": None}
+    share = step / 1000
+    record["eigenvalues"] = {"negative_fraction": {"0": share, "1": 1 - share}, "histogram": [[0.5] * 2] * 2}
+    return record | more
+
+
+def scalars(folder) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard would show of a folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+# --- metrics.jsonl ----------------------------------------------------------------------------------------------------
+
+
+def test_log_writes_lines_and_scalars(config, tmp_path, capsys):
+    log = MetricsLog(config, 0, False, RANKS)
+    records = [step_record(10, 3.0), step_record(20, 2.5, heldout_loss=2.75), {"step": 25, "heldout_loss": 2.5}]
+    for record in records:
+        log.write(record)
+    log.write({"event": "checkpoint", "step": 25, "path": "x"})
+    log.close()
+    assert read_metrics(tmp_path) == [
+        {"event": "start", "step": 0, "processes": 2, "resumed": False},
+        *records,
+        {"event": "checkpoint", "step": 25, "path": "x"},
+    ]
+    shown = scalars(tmp_path / "tensorboard")
+    assert shown["loss"] == [(10, 3.0), (20, 2.5)] and shown["heldout_loss"] == [(20, 2.75), (25, 2.5)]
+    assert [step for step, _ in shown["eigenvalues/negative_fraction/1"]] == [10, 20]
+    assert shown["eigenvalues/negative_fraction/1"][0][1] == pytest.approx(0.99)
+    assert not {"step", "mfu", "path"} & set(shown)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "held-out 2.7500" in lines[1]
+    assert re.match(r"step 10/100  loss 3\.0000  lr 1\.00e-02  \|grad\| 1\.500  1,010 tokens/s/process", lines[0])
+
+
+def test_a_resumed_run_appends(config, tmp_path):
+    log = MetricsLog(config, 0, False, RANKS)
+    for step in (10, 20, 30):
+        log.write(step_record(step, 3.0))
+    log.close()
+    log = MetricsLog(config, 15, True, RANKS)
+    log.write(step_record(20, 2.0))
+    log.close()
+    assert [r["step"] for r in read_metrics(tmp_path)] == [0, 10, 20, 30, 15, 20]
+    # TensorBoard drops what the resumed run repeats.
+    assert scalars(tmp_path / "tensorboard")["loss"] == [(10, 3.0), (20, 2.0)]
+
+
+def test_a_line_cut_by_a_crash(config, tmp_path):
+    log = MetricsLog(config, 0, False, RANKS)
+    log.write(step_record(10, 3.0))
+    log.write(step_record(20, 2.0))
+    log.close()
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(file.read_text()[:-30])
+    assert [r["step"] for r in read_metrics(tmp_path)] == [0, 10]
+    log = MetricsLog(config, 10, True, RANKS)  # the next line must not be lost with it
+    log.close()
+    assert [(r["step"], r.get("resumed")) for r in read_metrics(tmp_path)] == [(0, False), (10, None), (10, True)]
+
+
+def test_no_metrics(tmp_path):
+    with pytest.raises(UserError, match="holds no metrics.jsonl; give the run_dir of a run"):
+        read_metrics(tmp_path)
+
+
+def test_wandb_that_is_not_there(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    settings = config.model_copy(update={"log": config.log.model_copy(update={"wandb_project": "p"})})
+    with pytest.raises(UserError, match=r"log\.wandb_project is 'p'.*pip install 'lrnn\[wandb\]'"):
+        MetricsLog(settings, 0, False, RANKS)
+
+
+def test_wandb_gets_the_same_numbers(config, tmp_path, monkeypatch):
+    started, logged, finished = [], [], []
+
+    def init(**arguments):
+        started.append(arguments)
+        return SimpleNamespace(
+            log=lambda numbers, step: logged.append((step, numbers)), finish=lambda: finished.append(1)
+        )
+
+    monkeypatch.setitem(__import__("sys").modules, "wandb", SimpleNamespace(init=init))
+    settings = config.model_copy(update={"log": config.log.model_copy(update={"wandb_project": "p"})})
+    log = MetricsLog(settings, 0, False, RANKS)
+    log.write(step_record(10, 3.0))
+    log.close()
+    assert started[0]["project"] == "p" and started[0]["id"] == tmp_path.name and started[0]["resume"] == "allow"
+    ((step, numbers),) = logged
+    assert step == 10 and numbers["loss"] == 3.0 and numbers["eigenvalues/negative_fraction/0"] == 0.01
+    assert finished == [1]
+
+
+def test_later_records_of_a_step_count():
+    records = [
+        {"event": "start", "step": 0, "resumed": False},
+        *({"step": s, "loss": 1.0} for s in (10, 20, 30)),
+        {"event": "checkpoint", "step": 30, "path": "x"},
+        {"event": "start", "step": 15, "resumed": True},
+        {"step": 20, "loss": 2.0},
+    ]
+    by_step, resumed = split_records(records)
+    assert resumed == [15]
+    assert {s: r["loss"] for s, r in by_step.items()} == {10: 1.0, 20: 2.0, 30: 1.0}
+    assert list(by_step) == [10, 20, 30]
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+
+def test_speed(config, monkeypatch):
+    """Two steps of 2 s and 4 s inside, 1 s and 2 s between them, and a pause that does not count."""
+    clock = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
+    speed = Speed(config, MODEL, RANKS)
+
+    def step(before: float, inside: float) -> None:
+        clock[0] += before
+        with speed.step():
+            clock[0] += inside
+
+    clock[0] += 50  # warm-up pass
+    speed.skip()
+    step(1, 2)
+    clock[0] += 70  # a checkpoint
+    speed.skip()
+    step(2, 4)
+    record = speed.read(wait_s=1.0)
+    assert (record["step_seconds"], record["loop_seconds"], record["data_wait_seconds"]) == (4.5, 1.5, 0.5)
+    assert record["tokens_per_second_per_gpu"] == pytest.approx(12 * 50 / 2 / 4.5, abs=0.1)  # of two processes
+    assert record["mfu"] is None  # no peak is known for a CPU
+    step(0, 1)  # an average begins anew
+    assert speed.read(0.0)["step_seconds"] == 1.0
+
+
+def test_mfu(config, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
+    speed = Speed(config, MODEL, RANKS)
+    monkeypatch.setattr(speed, "_peak", 1e9)
+    with speed.step():
+        clock[0] += 0.1
+    flops = metrics.train_flops_per_token(MODEL) * 12 * 50 / 2 / 0.1
+    assert 0.01 < flops / 1e9
+    assert speed.read(0.0)["mfu"] == pytest.approx(flops / 1e9, abs=1e-4)
+
+
+def test_memory_is_that_of_this_process(config):
+    speed = Speed(config, MODEL, RANKS)
+    with speed.step():
+        pass
+    peak_kib = int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1])  # noqa: SIM115
+    assert speed.read(0.0)["memory_gb"] == pytest.approx(peak_kib * 1024 / 1e9, rel=0.05)
+
+
+# --- eigenvalues ------------------------------------------------------------------------------------------------------
+
+
+def probed(allow_neg_eigval: bool, logits: dict[int, list[float]], tokens: int = 6):
+    """The probe of a model whose layers have these logits of beta, head by head, at every token."""
+    config = LrnnConfig(**{**MODEL.to_dict(), "allow_neg_eigval": allow_neg_eigval})
+    model = LrnnForCausalLM(config)
+    with torch.no_grad():
+        for i, layer in enumerate(model.model.layers):
+            # The norm of a constant vector is a vector of ones, so a column of logit / width gives the logit.
+            layer.attn_norm.register_forward_hook(lambda module, args, out: torch.ones_like(out))
+            layer.attn.b_proj.weight.copy_(torch.tensor(logits[i])[:, None].expand(-1, config.hidden_size) / 8)
+    probe = EigenvalueProbe(model)
+    ids = torch.zeros(2, tokens, dtype=torch.int64)
+    assert probe.read() == {}
+    model(ids)
+    assert probe.read() == {}  # not enabled: nothing noted
+    probe.enabled = True
+    model(ids)
+    return probe, model, ids
+
+
+def expected_histogram(eigenvalues: list[float]) -> list[float]:
+    """Fractions of `EIGENVALUE_BINS` bins over [-1, 1], by arithmetic on each value."""
+    counts = Counter(int((x + 1) / 2 * EIGENVALUE_BINS) for x in eigenvalues)
+    return [counts[b] / len(eigenvalues) for b in range(EIGENVALUE_BINS)]
+
+
+def test_eigenvalues_in_both_halves():
+    # 1 - 2 sigmoid(x): -0.523, 0.117, 0.976, -0.995; and 0.245, 0.717, -0.04, -0.716.
+    logits = {0: [1.16, -0.235, -4.4, 6.0], 1: [-0.5, -1.8, 0.08, 1.8]}
+    eigenvalues = [[-float(np.tanh(x / 2)) for x in row] for row in logits.values()]
+    found = probed(True, logits)[0].read()
+    assert found["negative_fraction"] == {"0": 0.5, "1": 0.5}
+    assert found["histogram"] == [expected_histogram(row) for row in eigenvalues]
+
+
+def test_eigenvalues_above_zero_alone():
+    logits = {0: [1.16, -0.235, -4.4, 6.0], 1: [50.0, 50.0, 50.0, 50.0]}
+    eigenvalues = [[float(1 / (1 + np.exp(x))) for x in row] for row in logits.values()]
+    found = probed(False, logits)[0].read()
+    assert found["negative_fraction"] == {"0": 0.0, "1": 0.0}
+    assert found["histogram"] == [expected_histogram(row) for row in eigenvalues]
+
+
+def test_the_ends_of_the_range_are_counted():
+    found = probed(True, {0: [200.0, 200.0, 200.0, -200.0], 1: [-200.0] * 4})[0].read()
+    assert found["negative_fraction"] == {"0": 0.75, "1": 0.0}
+    assert found["histogram"][0][0] == 0.75 and found["histogram"][0][-1] == 0.25
+
+
+def test_the_last_pass_counts():
+    probe, model, ids = probed(True, {0: [1.0] * 4, 1: [1.0] * 4})
+    assert probe.read()["negative_fraction"] == {"0": 1.0, "1": 1.0}
+    with torch.no_grad():
+        model.model.layers[1].attn.b_proj.weight.neg_()
+    model(ids)
+    assert probe.read()["negative_fraction"] == {"0": 1.0, "1": 0.0}
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def write_run(folder, records) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+START = {"event": "start", "step": 0, "processes": 1, "resumed": False}
+
+
+def test_plot_of_two_runs(tmp_path, capsys):
+    resumed = {"event": "start", "step": 300, "processes": 1, "resumed": True}
+    for run, base in (("a", 4.0), ("b", 3.0)):
+        records = [step_record(s, base - s / 1000, heldout_loss=base) for s in range(100, 1000, 100)]
+        write_run(tmp_path / run, [START, *records[:4], resumed, *records[3:]])
+    out = tmp_path / "new" / "ranges.png"
+    assert main(["plot", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out)]) == 0
+    assert str(out) in capsys.readouterr().out
+    image = np.asarray(Image.open(out).convert("RGB")).astype(int)
+    assert image.shape[0] > 500 and image.shape[1] > 1000
+    panels = [image[: len(image) // 2], image[len(image) // 2 :]]
+    for half in (
+        p[:, side] for p in panels for side in (slice(0, len(image[0]) // 2), slice(len(image[0]) // 2, None))
+    ):
+        assert (half.sum(-1) < 740).mean() > 0.01  # every panel has something drawn
+    blue, orange = ([31, 119, 180], [255, 127, 14])  # the first two colours of matplotlib's cycle
+    for color in (blue, orange):
+        assert (abs(image - np.array(color)).sum(-1) < 30).sum() > 200, "a run is missing"
+
+
+def test_what_is_drawn(tmp_path, monkeypatch):
+    """The numbers of the lines, and a line where the run was resumed."""
+    import matplotlib.figure
+
+    figures = []
+    original = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda self, *a, **k: (figures.append(self), original(self, *a, **k))
+    )
+    resumed = {"event": "start", "step": 25, "processes": 1, "resumed": True}
+    records = [START, step_record(10, 4.0), step_record(20, 3.0, heldout_loss=3.5), resumed]
+    write_run(tmp_path, [*records, {"step": 30, "heldout_loss": 2.5}, step_record(40, 2.0, mfu=0.5)])
+    assert main(["plot", str(tmp_path)]) == 0
+    assert (tmp_path / "metrics.png").stat().st_size > 10_000
+    loss, lr, speed = figures[0].axes[:3]
+    lines = {line.get_label(): line.get_xydata().tolist() for line in loss.lines}
+    assert lines[f"{tmp_path} training"] == [[10, 4.0], [20, 3.0], [40, 2.0]]
+    assert lines[f"{tmp_path} held-out"] == [[20, 3.5], [30, 2.5]]
+    assert [point[0] for point in lines[f"{tmp_path} resumed"]] == [25, 25]
+    assert lr.lines[0].get_xydata().tolist() == [[10, 0.01], [20, 0.02], [40, 0.04]]
+    assert speed.lines[0].get_xydata().tolist() == [[10, 1010], [20, 1020], [40, 1040]]
+    mesh = figures[0].axes[3].collections[0].get_array()
+    assert np.allclose(mesh, [[0.01, 0.02, 0.04], [0.99, 0.98, 0.96]])
+
+
+@pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
+def test_a_run_of_one_step(tmp_path, ending):
+    write_run(tmp_path, [START, step_record(1, 4.0)])
+    assert main(["plot", str(tmp_path), "--out", str(tmp_path / f"x.{ending}")]) == 0
+    assert (tmp_path / f"x.{ending}").stat().st_size > 1000
+
+
+def test_bad_input(tmp_path, capsys):
+    def error(*arguments) -> str:
+        assert main(["plot", *map(str, arguments)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("lrnn: error: ")
+        return line
+
+    write_run(tmp_path / "run", [START, step_record(1, 4.0)])
+    write_run(tmp_path / "new", [START])
+    (tmp_path / "empty").mkdir()
+    assert f"{tmp_path / 'empty'} holds no metrics.jsonl" in error(tmp_path / "run", tmp_path / "empty")
+    assert f"{tmp_path / 'new'}/metrics.jsonl holds no step yet" in error(tmp_path / "new")
+    message = error(tmp_path / "run", "--out", tmp_path / "x.xyz")
+    assert "--out" in message and "x.xyz" in message and "png" in message

@@ -1,0 +1,131 @@
+"""The learning rate against closed forms, and the FLOP formula against a count over the model's own modules."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lrnn import LrnnConfig, LrnnForCausalLM
+from lrnn.modeling_lrnn import DeltaNet, ShortConvolution
+from lrnn.pretrain.config import validate
+from lrnn.pretrain.engine import load_model_config
+from lrnn.pretrain.flops import peak_flops, train_flops_per_token
+from lrnn.pretrain.schedule import learning_rate
+
+ROOT = Path(__file__).parents[2]
+
+
+def rates(steps: int, lr: float = 0.5, **schedule) -> list[float]:
+    """Learning rate of every step of a run."""
+    raw = {
+        "run_dir": "x", "model": "x", "deepspeed": "x", "steps": steps, "global_batch_size": 1, "micro_batch_size": 1,
+        "data": {"seq_len": 1, "corpora": [{"path": "x"}]}, "optim": {"lr": lr}, "schedule": schedule,
+    }  # fmt: skip
+    config = validate(raw, "test")
+    return [learning_rate(step, config) for step in range(steps)]
+
+
+@pytest.mark.parametrize("name", ["cosine", "wsd"])
+def test_warm_up_is_a_line_from_zero(name):
+    found = rates(100, name=name, warmup_steps=8)
+    assert found[:8] == pytest.approx([0.5 / 8, 1 / 8, 1.5 / 8, 0.25, 2.5 / 8, 3 / 8, 3.5 / 8, 0.5])
+    assert found[8] == pytest.approx(0.5)
+    assert rates(100, name=name)[0] == 0.5  # no warm-up: the peak at once
+
+
+def test_cosine():
+    """Of 101 steps after a warm-up of 20, the first is at the peak, the middle half-way, the last at the minimum."""
+    found = rates(121, name="cosine", warmup_steps=20, min_lr_ratio=0.2)
+    assert found[20] == pytest.approx(0.5) and found[70] == pytest.approx(0.3) and found[120] == pytest.approx(0.1)
+    # cos(pi/3) and cos(2 pi/3) are 1/2 and -1/2 (steps that divide 101 - 1 do not: take 91 of them).
+    found = rates(111, name="cosine", warmup_steps=20, min_lr_ratio=0.0)
+    assert found[50] == pytest.approx(0.5 * 0.75) and found[80] == pytest.approx(0.5 * 0.25)
+    assert found[110] == pytest.approx(0, abs=1e-15)
+    # The slope of cosine is steepest in the middle: pi/2 times that of the straight line.
+    step = max(a - b for a, b in zip(found[20:], found[21:], strict=False))
+    assert step == pytest.approx(0.5 / 90 * math.pi / 2, rel=1e-3)
+    assert all(a > b for a, b in zip(found[20:], found[21:], strict=False))
+
+
+def test_wsd():
+    """A plateau, then a line that would reach the minimum one step after the last."""
+    found = rates(100, name="wsd", warmup_steps=10, decay_steps=19, min_lr_ratio=0.2)
+    assert found[9:81] == [0.5] * 72
+    line = [0.5 - 0.4 * k / 20 for k in range(20)]
+    assert found[80:] == pytest.approx(line) and found[-1] == pytest.approx(0.12)
+    assert rates(50, name="wsd", warmup_steps=5)[5:] == [0.5] * 45  # no decay at all
+
+
+@pytest.mark.parametrize("schedule", [{"name": "cosine"}, {"name": "wsd", "decay_steps": 200}])
+def test_no_jumps(schedule):
+    found = rates(1000, warmup_steps=100, min_lr_ratio=0.1, **schedule)
+    assert max(abs(a - b) for a, b in zip(found, found[1:], strict=False)) <= 0.5 / 100 + 1e-12
+    assert min(found[100:]) >= 0.05 - 1e-12 and max(found) == 0.5
+
+
+@pytest.mark.parametrize("schedule", [{"name": "cosine"}, {"name": "wsd", "decay_steps": 1}])
+def test_short_runs(schedule):
+    assert rates(1, warmup_steps=0, **schedule)[0] > 0
+    assert rates(2, warmup_steps=1, **schedule)[0] == 0.5
+    assert rates(3, warmup_steps=1, **schedule)[1] == 0.5
+
+
+# --- FLOPs ------------------------------------------------------------------------------------------------------------
+
+
+def counted_flops(config: LrnnConfig) -> float:
+    """Forward and backward FLOPs of one token, counted over the modules that exist."""
+    with torch.device("meta"):
+        model = LrnnForCausalLM(config)
+    multiply_adds = 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            multiply_adds += module.in_features * module.out_features
+        elif isinstance(module, ShortConvolution):
+            channels, _, taps = module.weight.shape
+            multiply_adds += channels * taps
+        elif isinstance(module, DeltaNet):
+            for _head in range(module.num_heads):
+                read_with_k = write = read_with_q = module.head_dim * module.head_dim
+                multiply_adds += read_with_k + write + read_with_q
+    return 3 * 2 * multiply_adds
+
+
+@pytest.mark.parametrize("mixer", ["gated_deltanet", "deltanet"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(vocab_size=97, hidden_size=24, num_hidden_layers=3, num_heads=5, head_dim=7, intermediate_size=31),
+        dict(vocab_size=11, hidden_size=40, num_hidden_layers=1, num_heads=2, head_dim=16, conv_size=3),
+    ],
+)
+def test_flops(mixer, sizes):
+    config = LrnnConfig(mixer=mixer, **sizes)
+    assert train_flops_per_token(config) == counted_flops(config)
+
+
+@pytest.mark.parametrize("name", ["tiny", "340m", "1.3b"])
+def test_flops_of_the_shipped_models(name):
+    config = load_model_config(ROOT / "configs" / "models" / f"{name}.json")
+    assert train_flops_per_token(config) == counted_flops(config)
+    with torch.device("meta"):
+        parameters = LrnnForCausalLM(config).num_parameters()
+    # The rule of thumb, 6 x parameters, differs by the embedding and the state.
+    assert 0.75 < train_flops_per_token(config) / (6 * parameters) < 1.1
+
+
+def test_a_tied_head_counts_as_a_head():
+    tied, untied = (LrnnConfig(vocab_size=50, num_hidden_layers=1, tie_word_embeddings=t) for t in (True, False))
+    assert train_flops_per_token(tied) == train_flops_per_token(untied)
+
+
+def test_peak_flops():
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA L40S") == 362e12
+    assert peak_flops("NVIDIA B200") == 2250e12
+    assert peak_flops("NVIDIA GeForce RTX 4090") is None

@@ -1,0 +1,141 @@
+"""The batch scripts, run by bash with stubs of SLURM's commands: what they start, and when they requeue."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SLURM = Path(__file__).parents[2] / "slurm"
+NAMES = ("train", "eval")
+
+
+@pytest.fixture
+def sbatch(tmp_path):
+    """`sbatch(name, *arguments, srun_status=0, **environment)` runs a script; gives (status, calls, output).
+
+    A call of a stubbed command is a list of its name and arguments.
+    """
+    stubs, calls = tmp_path / "bin", tmp_path / "calls"
+    stubs.mkdir()
+    for name in ("srun", "scontrol", "lrnn"):
+        # srun runs nothing: its arguments say what it would have run. One argument a line, a blank one at the end.
+        stub = f'#!/usr/bin/env bash\nprintf "%s\\0" {name} "$@" >> "{calls}"; printf "\\n" >> "{calls}"\n'
+        (stubs / name).write_text(stub + ('exit "$SRUN_STATUS"\n' if name == "srun" else ""))
+        (stubs / name).chmod(0o755)
+
+    def run(name: str, *arguments: str, srun_status: int = 0, **environment: str):
+        calls.unlink(missing_ok=True)
+        env = {"PATH": f"{stubs}:{os.environ['PATH']}", "SRUN_STATUS": str(srun_status), "SLURM_JOB_ID": "4711"}
+        done = subprocess.run(
+            ["bash", str(SLURM / f"{name}.sbatch"), *arguments],
+            env={**env, **environment}, cwd=tmp_path, capture_output=True, text=True,
+        )  # fmt: skip
+        made = calls.read_text().split("\n")[:-1] if calls.exists() else []
+        return done.returncode, [call.split("\0")[:-1] for call in made], done.stdout + done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_syntax(name):
+    subprocess.run(["bash", "-n", str(SLURM / f"{name}.sbatch")], check=True)
+
+
+def directives(name: str) -> dict[str, str]:
+    """The #SBATCH lines that SLURM would read: those before the first command."""
+    found = {}
+    for line in (SLURM / f"{name}.sbatch").read_text().splitlines():
+        if line.startswith("#SBATCH "):
+            key, _, value = line.removeprefix("#SBATCH --").partition("=")
+            found[key] = value
+        elif line and not line.startswith("#"):
+            return found
+    raise AssertionError("no command")
+
+
+def test_directives():
+    train = directives("train")
+    # Without "B:" the signal goes to the tasks and not to the shell, which would die of it.
+    assert re.fullmatch(r"USR1@\d+", train["signal"]) and int(train["signal"][5:]) >= 120
+    assert "requeue" in train and train["open-mode"] == "append"
+    assert train["ntasks-per-node"] == train["gpus-per-node"]  # one task a GPU
+    job = directives("eval")
+    assert "requeue" in job and job["ntasks"] == "1" and "%a" in job["output"]  # a log of its own for each array task
+
+
+def test_train_starts_one_run(sbatch):
+    status, calls, _ = sbatch("train", "configs/my run.yaml", "run_dir=runs/with space", "data.corpora=[{path: a b}]")
+    assert status == 0
+    ((command, *arguments),) = calls
+    assert command == "srun"
+    split = arguments.index("lrnn")
+    assert arguments[split:] == [
+        "lrnn", "pretrain", "configs/my run.yaml", "run_dir=runs/with space", "data.corpora=[{path: a b}]",
+    ]  # fmt: skip
+    # A task that ends with 75 before the others must not have them killed.
+    assert "--kill-on-bad-exit=0" in arguments[:split]
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 143])
+def test_train_passes_the_status_on(sbatch, status):
+    found, calls, _ = sbatch("train", "run.yaml", srun_status=status)
+    assert found == status and [call[0] for call in calls] == ["srun"]
+
+
+def test_train_requeues_a_stopped_run(sbatch):
+    found, calls, output = sbatch("train", "run.yaml", srun_status=75)
+    assert found == 75
+    assert calls[1:] == [["scontrol", "requeue", "4711"]]
+    assert "4711" in output
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_missing_argument(sbatch, name):
+    status, calls, output = sbatch(name, SLURM_ARRAY_TASK_ID="0")
+    assert status == 2 and calls == []
+    assert "usage: sbatch" in output and f"slurm/{name}.sbatch" in output
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    """A table of three jobs; the last line has no newline, as editors leave it."""
+    file = tmp_path / "my jobs.tsv"
+    file.write_text("models/a\tfast\nmodels/b c\tcode_math\nmodels/d\tfast")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "suite"), [(0, "models/a", "fast"), (1, "models/b c", "code_math"), (2, "models/d", "fast")]
+)
+def test_eval_takes_its_line(sbatch, jobs, task, model, suite):
+    status, calls, _ = sbatch("eval", str(jobs), "--limit", "5 0", SLURM_ARRAY_TASK_ID=str(task))
+    assert status == 0
+    assert calls == [
+        ["srun", "lrnn", "eval", model, "--suite", suite, "--out", f"{model}/eval/{suite}", "--limit", "5 0"]
+    ]
+
+
+def test_eval_leaves_what_is_done(sbatch, jobs, tmp_path):
+    results = tmp_path / "models/b c/eval/code_math/results.json"
+    results.parent.mkdir(parents=True)
+    results.write_text("")  # begun, not done
+    assert len(sbatch("eval", str(jobs), SLURM_ARRAY_TASK_ID="1")[1]) == 1
+    results.write_text("{}")
+    status, calls, output = sbatch("eval", str(jobs), SLURM_ARRAY_TASK_ID="1")
+    assert status == 0 and calls == [] and "is done" in output
+    assert len(sbatch("eval", str(jobs), SLURM_ARRAY_TASK_ID="0")[1]) == 1
+
+
+def test_eval_fails_where_the_evaluation_fails(sbatch, jobs):
+    assert sbatch("eval", str(jobs), srun_status=3, SLURM_ARRAY_TASK_ID="0")[0] == 3
+
+
+@pytest.mark.parametrize("content", ["models/a\tfast\n", "models/a\tfast\n\n", "models/a\tfast\nmodels/b\n"])
+def test_eval_without_a_line(sbatch, tmp_path, content):
+    """A task number beyond the table, an empty line, a line without a suite."""
+    (tmp_path / "jobs.tsv").write_text(content)
+    status, calls, output = sbatch("eval", str(tmp_path / "jobs.tsv"), SLURM_ARRAY_TASK_ID="1")
+    assert status == 2 and calls == []
+    assert "line 2 of" in output and "jobs.tsv" in output
