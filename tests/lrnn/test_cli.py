@@ -2,6 +2,8 @@
 
 import argparse
 import re
+import shlex
+import sys
 import types
 
 import pytest
@@ -26,8 +28,6 @@ def test_help(command, capsys):
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_examples_are_accepted_by_the_parser(command, capsys):
     """An example with an option that is not there would mislead."""
-    import shlex
-
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
     text = capsys.readouterr().out.replace("\\\n", " ")
@@ -47,7 +47,10 @@ def test_help_lists_every_command(capsys):
     assert all(f" {name} {summary}" in text for name, (_, summary) in cli.COMMANDS.items())
 
 
-@pytest.mark.parametrize("arguments", [[], ["pretrian", "x.yaml"], ["pretrain"], ["plot", "--ouput", "x", "y"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["pretrian", "x.yaml"], ["pretrain"], ["plot", "--ouput", "x", "y"], ["pretrain", "x.yaml", "--nprco", "2"]],
+)
 def test_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
@@ -62,9 +65,9 @@ def command(monkeypatch):
 
     def install(main) -> None:
         module = types.ModuleType("lrnn_probe", "A command.")
-        module.add_arguments = lambda parser: parser.add_argument("word")  # type: ignore[attr-defined]
-        module.main = main  # type: ignore[attr-defined]
-        monkeypatch.setitem(__import__("sys").modules, "lrnn_probe", module)
+        module.add_arguments = lambda parser: parser.add_argument("word")
+        module.main = main
+        monkeypatch.setitem(sys.modules, "lrnn_probe", module)
         monkeypatch.setitem(cli.COMMANDS, "probe", ("lrnn_probe", "a probe"))
 
     return install
@@ -93,3 +96,10 @@ def test_other_errors_are_not_hidden(command):
 def test_exit_status(command, result, status):
     command(lambda args: result)
     assert cli.main(["probe", "this"]) == status
+
+
+def test_overrides_may_stand_around_options():
+    args, _ = cli.parse(["pretrain", "run.yaml", "a=1", "--nproc", "2", "b=2", "c=x y"])
+    assert (args.config, args.nproc, args.overrides) == ("run.yaml", 2, ["a=1", "b=2", "c=x y"])
+    args, _ = cli.parse(["pretrain", "--nproc", "2", "run.yaml", "a=1"])
+    assert (args.config, args.nproc, args.overrides) == ("run.yaml", 2, ["a=1"])

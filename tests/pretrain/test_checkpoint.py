@@ -5,6 +5,7 @@ import random
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -341,7 +342,7 @@ def write_partitioned(folder: Path, state: dict, rng: random.Random, files: int)
     for (kind, name), values in state.items():
         n = values.numel()
         cuts = sorted({0, n, *(rng.randint(0, n) for _ in range(rng.randint(0, 6)))})
-        for low, high in zip(cuts, cuts[1:], strict=False):
+        for low, high in pairwise(cuts):
             parts[rng.randrange(files)][f"{kind}:{name}:{low}"] = values[low:high].clone()
     folder.mkdir(parents=True)
     names = [f"state-{i:05d}-of-{files:05d}.safetensors" for i in range(files)]

@@ -98,7 +98,7 @@ def test_a_stream_resumes_bitwise(base, corpora, tmp_path):
     folder = Path(sysconfig.get_paths()["stdlib"]) / "json"
     texts = [path.read_text() for path in sorted(folder.glob("*.py"))]
     for part in range(2):
-        rows = [json.dumps({"text": text[:1500]}) for text in texts[part::2]]
+        rows = [json.dumps({"text": text[:800]}) for text in texts[part::2]]
         (tmp_path / f"{part}.jsonl").write_text("\n".join(rows))
 
     def config(run):
@@ -126,9 +126,13 @@ def test_a_stream_resumes_bitwise(base, corpora, tmp_path):
 
 def test_the_pass_before_the_first_step_changes_nothing(base, tmp_path):
     """Also after a resume, where moments stand that a stray gradient would move."""
-    for stage in (2, 3):
-        with_pass, without = base(f"with-{stage}", stage), base(f"without-{stage}", stage)
-        specs = [{"config": with_pass, "stop_at": 2}, {"config": with_pass}]
-        specs += [{"config": without, "no_warm_up": True, "stop_at": 2}, {"config": without, "no_warm_up": True}]
-        assert run_group(tmp_path, specs) == [STOPPED, 0] * 2
-        assert losses(with_pass) == losses(without) and len(losses(without)) == STEPS
+    pairs = [(base(f"with-{stage}", stage, steps=4), base(f"without-{stage}", stage, steps=4)) for stage in (2, 3)]
+    specs = [
+        {"config": config, "no_warm_up": left_out, "stop_at": stop_at}
+        for pair in pairs
+        for config, left_out in zip(pair, (False, True), strict=True)
+        for stop_at in (2, None)
+    ]
+    assert run_group(tmp_path, specs) == [STOPPED, 0] * 4
+    for with_pass, without in pairs:
+        assert losses(with_pass) == losses(without) and len(losses(without)) == 4
