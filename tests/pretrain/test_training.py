@@ -94,7 +94,7 @@ def test_too_many_bad_steps_stop_the_run(base, tmp_path):
 
 
 def test_a_stream_resumes_bitwise(base, corpora, tmp_path):
-    """Tokenised while training; stopped while the engine starts (one step is done then), and again in the second epoch."""
+    """Tokenised while training; stopped while the engine starts (one step is done then), and again later."""
     folder = Path(sysconfig.get_paths()["stdlib"]) / "json"
     texts = [path.read_text() for path in sorted(folder.glob("*.py"))]
     for part in range(2):
