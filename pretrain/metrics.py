@@ -1,6 +1,7 @@
 """The record of a run: `metrics.jsonl`, the same numbers for TensorBoard and wandb, and what a person sees."""
 
 import json
+import math
 import resource
 import sys
 import time
@@ -49,8 +50,11 @@ class MetricsLog:
         self.write({"event": "start", "step": start_step, "processes": ranks.world_size, "resumed": resumed})
 
     def write(self, record: dict[str, Any]) -> None:
-        """Record and, where it has a loss, show. `record` must be JSON; its numbers, nested ones too, become curves."""
-        self._file.write(json.dumps(record) + "\n")
+        """Record and, where it has a loss, show. `record` must be JSON; its numbers, nested ones too, become curves.
+
+        NaN and infinity are written as null: JSON has neither.
+        """
+        self._file.write(json.dumps(_without_nonfinite(record)) + "\n")
         self._file.flush()
         if "step" not in record or "event" in record:
             return
@@ -193,6 +197,14 @@ def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nonfinite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_nonfinite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _numbers(record: dict[str, Any], prefix: str = ""):

@@ -80,6 +80,19 @@ def test_log_writes_lines_and_scalars(config, tmp_path, capsys):
     assert re.match(r"step 10/100  loss 3\.0000  lr 1\.00e-02  \|grad\| 1\.500  1,010 tokens/s/process", lines[0])
 
 
+def test_a_number_that_is_not_finite_leaves_json_valid(config, tmp_path):
+    log = MetricsLog(config, 0, False, RANKS)
+    log.write(step_record(1, float("nan"), grad_norm=float("inf"), nested={"list": [1.0, float("-inf")]}))
+    log.close()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1], parse_constant=refuse)
+    assert record["loss"] is None and record["grad_norm"] is None and record["nested"] == {"list": [1.0, None]}
+    assert record["lr"] == 0.001
+
+
 def test_a_resumed_run_appends(config, tmp_path):
     log = MetricsLog(config, 0, False, RANKS)
     for step in (10, 20, 30):
