@@ -99,7 +99,7 @@ def test_a_killed_worker_is_a_failure(command, monkeypatch):
     assert code not in (0, STOPPED)
 
 
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM", "SIGINT"])
 def test_signals_are_passed_on_once(command, tmp_path, name):
     """The launcher (here: this process) gets a signal; each worker gets it once, and the job's status is theirs."""
     code = f"""
@@ -113,19 +113,33 @@ def test_signals_are_passed_on_once(command, tmp_path, name):
 
 
 def test_ctrl_c_reaches_a_worker_once(command, tmp_path):
-    """A terminal sends it to all processes of the group, the launcher passes it on: that would be twice."""
-    code = f"wait_until(lambda: noted(1)); time.sleep(0.5); sys.exit({STOPPED})"
-    program = f"import sys; from lrnn.pretrain.distributed import launch; sys.exit(launch(2, {command(code)!r}))"
-    launcher = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
-    try:
-        deadline = time.monotonic() + 60
-        while not all((tmp_path / f"ready-{r}").exists() for r in range(2)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        os.killpg(launcher.pid, signal.SIGINT)
-        assert launcher.wait(30) == STOPPED
-    finally:
-        launcher.kill()
-    assert [signals(tmp_path, rank) for rank in range(2)] == [["SIGINT"], ["SIGINT"]]
+    """A terminal sends it to every process of the launcher's group, and the launcher passes it on."""
+    assert launch(2, command('(folder / f"group-{rank}").write_text(str(os.getpgrp()))')) == 0
+    groups = {int((tmp_path / f"group-{rank}").read_text()) for rank in range(2)}
+    assert len(groups) == 2 and os.getpgrp() not in groups
+
+
+def test_the_first_to_stop_does_not_end_the_others(command):
+    """Ranks write their part of a checkpoint at their own pace."""
+    code = f"signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(1.5 * rank); sys.exit({STOPPED})"
+    assert launch(2, command(code)) == STOPPED
+
+
+def test_no_worker_outlives_a_launcher_that_fails(command, monkeypatch):
+    started = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            if started:
+                raise OSError("no more processes")
+            super().__init__(*arguments, **options)
+            started.append(self)
+
+    monkeypatch.setattr(distributed.subprocess, "Popen", Popen)
+    code = "signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(60)"
+    with pytest.raises(OSError, match="no more processes"):
+        launch(2, command(code))
+    assert started[0].poll() is not None
 
 
 def test_handlers_are_put_back(command):

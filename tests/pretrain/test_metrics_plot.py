@@ -158,11 +158,12 @@ def test_later_records_of_a_step_count():
         {"event": "checkpoint", "step": 30, "path": "x"},
         {"event": "start", "step": 15, "resumed": True},
         {"step": 20, "loss": 2.0},
+        {"step": 25, "loss": 2.5},
     ]
     by_step, resumed = split_records(records)
     assert resumed == [15]
-    assert {s: r["loss"] for s, r in by_step.items()} == {10: 1.0, 20: 2.0, 30: 1.0}
-    assert list(by_step) == [10, 20, 30]
+    assert {s: r["loss"] for s, r in by_step.items()} == {10: 1.0, 20: 2.0, 25: 2.5, 30: 1.0}
+    assert list(by_step) == [10, 20, 25, 30]
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------
