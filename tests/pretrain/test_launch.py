@@ -1,5 +1,6 @@
 """Starting processes: exit statuses, signals, and what SLURM tells."""
 
+import argparse
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import torch
 
 from lrnn.errors import UserError
 from lrnn.pretrain import distributed
+from lrnn.pretrain import train as train_module
 from lrnn.pretrain.distributed import STOPPED, StopRequest, check_world, is_worker, launch, slurm_environment
 
 # A worker: notes its environment and each signal it gets in a folder, and ends as the code that follows says.
@@ -119,10 +121,16 @@ def test_ctrl_c_reaches_a_worker_once(command, tmp_path):
     assert len(groups) == 2 and os.getpgrp() not in groups
 
 
-def test_the_first_to_stop_does_not_end_the_others(command):
+def test_the_first_to_stop_does_not_end_the_others(command, tmp_path):
     """Ranks write their part of a checkpoint at their own pace."""
-    code = f"signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(1.5 * rank); sys.exit({STOPPED})"
+    code = f"""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(1.5 * rank)
+    (folder / f"done-{{rank}}").touch()
+    sys.exit({STOPPED})
+    """
     assert launch(2, command(code)) == STOPPED
+    assert (tmp_path / "done-1").exists()
 
 
 def test_no_worker_outlives_a_launcher_that_fails(command, monkeypatch):
@@ -204,3 +212,23 @@ def test_number_of_processes(monkeypatch):
     check_world(2)
     with pytest.raises(UserError, match="--nproc 3 is more than the 2 visible GPUs"):
         check_world(3)
+
+
+def test_signals_are_heeded_before_the_engine_starts(monkeypatch):
+    """Loading and compiling a large model takes minutes; a signal then must not look like a failure."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(train_module, "load_config", lambda path, overrides: None)
+    monkeypatch.setattr(train_module, "init_ranks", lambda: None)
+    monkeypatch.setattr(train_module.dist, "destroy_process_group", lambda: None)
+
+    def train(config, ranks, stop):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return STOPPED if stop.signal == "SIGUSR1" else 1
+
+    monkeypatch.setattr(train_module, "train", train)
+    # Without a handler of ours the signal ends this process: be safe, and see the difference.
+    previous = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        assert train_module.main(argparse.Namespace(config="x", overrides=[], nproc=None)) == STOPPED
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
