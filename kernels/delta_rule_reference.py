@@ -10,6 +10,8 @@ Everything is computed in float32, or in float64 for float64 inputs, whatever au
 alone: it is copied as it is into exported model folders.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,40 +26,87 @@ def gated_delta_rule(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    normalize_qk: bool = False,
+    output_final_state: bool = True,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated delta rule over whole sequences, by chunks; one token at a time where T is 1.
 
     Args:
-        q, k: queries and keys [B, T, H, K], any float dtype; used as given, normalise them before.
-        v: values [B, T, H, V].
-        g: log-gates [B, T, H], at most 0; None for no gate.
-        beta: step sizes [B, T, H], in [0, 2].
+        q, k: queries and keys [B, T, H, K], any float dtype.
+        v: values [B, T, HV, V], HV a multiple of H: value head h uses query and key head h // (HV // H).
+        g: log-gates [B, T, HV], at most 0; None for no gate.
+        beta: step sizes [B, T, HV], in [0, 2].
         scale: factor on the output; default K ** -0.5.
-        initial_state: [B, H, K, V], or None for zeros; not together with `cu_seqlens`.
-        cu_seqlens: int32 or int64 [N + 1], boundaries of documents in the flattened B * T tokens. The state is zero at
-            the start of each document. Every row must start a document.
+        initial_state: [N, HV, K, V], or None for zeros; N is B, or the number of documents with `cu_seqlens`.
+        cu_seqlens: int32 or int64 [N + 1], boundaries of documents in the flattened B * T tokens, all of them covered.
+            Each document starts from its initial state. Documents may be empty.
+        normalize_qk: use q/|q| and k/|k|, with |x| at least 1e-6; otherwise q and k are used as given.
+        output_final_state: whether the final state is returned.
         chunk_size: tokens a chunk.
 
     Returns:
-        o [B, T, H, V] in the dtype of v, and the final state [B, H, K, V] in float32 (float64 for float64 inputs); the
-        state is None with `cu_seqlens`.
+        o [B, T, HV, V] in the dtype of v, and the final state [N, HV, K, V] in float32 (float64 for float64 inputs), or
+        None.
 
     Raises:
-        ValueError: shapes that do not fit, or `initial_state` together with `cu_seqlens`.
+        ValueError: shapes that do not fit.
     """
-    _check_shapes(q, k, v, g, beta, initial_state, cu_seqlens)
+    check_shapes(q, k, v, g, beta, initial_state, cu_seqlens)
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
         q, k, v_, beta = (x.to(dtype) for x in (q, k, v, beta))
         g, state = (None if x is None else x.to(dtype) for x in (g, initial_state))
-        if q.shape[1] == 1 and cu_seqlens is None:
+        if normalize_qk:
+            q, k = F.normalize(q, dim=-1, eps=1e-6), F.normalize(k, dim=-1, eps=1e-6)
+        if v.shape[2] != q.shape[2]:
+            q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
+        if cu_seqlens is not None and (output_final_state or state is not None):
+            o, state = _document_by_document(q, k, v_, beta, g, state, scale, cu_seqlens, chunk_size)
+        elif q.shape[1] == 1 and cu_seqlens is None:
             o, state = _recurrent(q, k, v_, beta, g, state, scale)
         else:
             document = None if cu_seqlens is None else document_ids(cu_seqlens, q.shape[0], q.shape[1])
             o, state = _chunkwise(q, k, v_, beta, g, state, scale, document, chunk_size)
-    return o.to(v.dtype), state if cu_seqlens is None else None
+    return o.to(v.dtype), state if output_final_state else None
+
+
+def fused_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    allow_neg_eigval: bool = True,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The same from raw projections: q and k are normalised, gates and step sizes computed from a and b.
+
+        beta = range sigmoid(b), range 2 for eigenvalues in [-1, 1], 1 for [0, 1]
+        g = -exp(A_log) softplus(a + dt_bias)
+
+    Args:
+        a, b: [B, T, HV]; a is None (with A_log and dt_bias) for no gate.
+        A_log, dt_bias: [HV].
+        allow_neg_eigval: eigenvalues in [-1, 1] rather than [0, 1] (arXiv 2411.12537).
+
+    The other arguments, the results and the errors are those of `gated_delta_rule`.
+    """
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    with torch.autocast(q.device.type, enabled=False):
+        beta = (2.0 if allow_neg_eigval else 1.0) * b.to(dtype).sigmoid()
+        g = None
+        if a is not None:
+            if A_log is None or dt_bias is None:
+                raise ValueError("a raw gate needs A_log and dt_bias")
+            g = -A_log.to(dtype).exp() * F.softplus(a.to(dtype) + dt_bias.to(dtype))
+    return gated_delta_rule(q, k, v, g, beta, scale, initial_state, cu_seqlens, True, output_final_state)
 
 
 def document_ids(cu_seqlens: Tensor, batch_size: int, seq_len: int) -> Tensor:
@@ -68,17 +117,44 @@ def document_ids(cu_seqlens: Tensor, batch_size: int, seq_len: int) -> Tensor:
     return first[:-1].cumsum(0).view(batch_size, seq_len)
 
 
-def _check_shapes(q, k, v, g, beta, initial_state, cu_seqlens):
-    if q.ndim != 4 or q.shape != k.shape or v.shape[:3] != q.shape[:3]:
+def check_shapes(q, k, v, g, beta, initial_state, cu_seqlens):
+    """Raise ValueError where the arguments of `gated_delta_rule` do not fit each other."""
+    fits = q.ndim == v.ndim == 4 and q.shape == k.shape and v.shape[:2] == q.shape[:2]
+    if not fits or v.shape[2] % q.shape[2]:
         raise ValueError(
-            "q and k must be [B, T, H, K] and v [B, T, H, V]; "
+            "q and k must be [B, T, H, K] and v [B, T, HV, V], HV a multiple of H; "
             f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         )
     for name, x in (("g", g), ("beta", beta)):
-        if x is not None and x.shape != q.shape[:3]:
-            raise ValueError(f"{name} must be [B, T, H] = {list(q.shape[:3])}; got {list(x.shape)}")
-    if initial_state is not None and cu_seqlens is not None:
-        raise ValueError("initial_state and cu_seqlens exclude each other: every document starts from a zero state")
+        if x is not None and x.shape != v.shape[:3]:
+            raise ValueError(f"{name} must be [B, T, HV] = {list(v.shape[:3])}; got {list(x.shape)}")
+    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point()):
+        raise ValueError(
+            f"cu_seqlens must be int32 or int64 [documents + 1]; got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        )
+    if initial_state is not None:
+        sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        wanted = [sequences, v.shape[2], q.shape[3], v.shape[3]]
+        if list(initial_state.shape) != wanted:
+            raise ValueError(f"initial_state must be [N, HV, K, V] = {wanted}; got {list(initial_state.shape)}")
+
+
+def _document_by_document(q, k, v, beta, g, state, scale, cu_seqlens, chunk_size):
+    """Every document as a batch of its own: for initial and final states, which the masks of one pass do not give."""
+    shape = v.shape
+    q, k, v, beta, g = (None if x is None else x.flatten(0, 1)[None] for x in (q, k, v, beta, g))
+    outputs, states = [], []
+    bounds = cu_seqlens.tolist()
+    for n, (start, end) in enumerate(pairwise(bounds)):
+        before = None if state is None else state[n : n + 1]
+        if start == end:
+            states.append(q.new_zeros(1, *v.shape[2:3], q.shape[3], v.shape[3]) if before is None else before)
+            continue
+        parts = [None if x is None else x[:, start:end] for x in (q, k, v, beta, g)]
+        o, after = _chunkwise(*parts, before, scale, None, chunk_size)
+        outputs.append(o)
+        states.append(after)
+    return torch.cat(outputs, 1).view(shape), torch.cat(states)
 
 
 def _recurrent(q, k, v, beta, g, state, scale):

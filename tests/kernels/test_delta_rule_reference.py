@@ -84,14 +84,21 @@ def test_documents_are_independent(gated):
     """Packed documents, empty and one-token ones among them, give what each gives alone."""
     q, k, v, g, beta = inputs(200, gate=0.3 if gated else 0.0)
     cu_seqlens = torch.tensor([0, 1, 1, 30, 94, 200, 264, 300, 400], dtype=torch.int32)
-    o, final = gated_delta_rule(q, k, v, g if gated else None, beta, cu_seqlens=cu_seqlens)
-    assert final is None
     flat = [x.flatten(0, 1)[None] for x in (q, k, v, g, beta)]
-    o = o.flatten(0, 1)
-    for start, end in pairwise(cu_seqlens.tolist()):
-        if end > start:
-            o_true, _ = numpy_recurrence(*(x[:, start:end] for x in flat))
-            assert error(o[start:end], o_true[0]) < 2e-6, (start, end)
+    states = torch.randn(8, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+    for initial in (None, states):
+        o, final = gated_delta_rule(
+            q, k, v, g if gated else None, beta,
+            initial_state=initial, cu_seqlens=cu_seqlens, output_final_state=initial is not None,
+        )  # fmt: skip
+        o = o.flatten(0, 1)
+        for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+            state = None if initial is None else initial[n : n + 1]
+            o_true, final_true = numpy_recurrence(*(x[:, start:end] for x in flat), state=state)
+            if end > start:
+                assert error(o[start:end], o_true[0]) < 2e-6, (start, end)
+            if initial is not None:
+                assert error(final[n], final_true[0]) < 2e-6, (start, end)
 
 
 def test_document_ids():
@@ -164,7 +171,8 @@ def test_autocast_does_not_reach_inside():
     [
         (lambda a: a.update(v=a["v"][:, :3]), "q and k must be"),
         (lambda a: a.update(beta=a["beta"][..., :1]), "beta must be"),
-        (lambda a: a.update(initial_state=torch.zeros(2, 3, 16, 24), cu_seqlens=torch.tensor([0, 5, 10])), "exclude"),
+        (lambda a: a.update(initial_state=torch.zeros(2, 3, 16, 8)), "initial_state must be"),
+        (lambda a: a.update(cu_seqlens=torch.tensor([0.0, 10.0])), "cu_seqlens must be"),
     ],
 )
 def test_bad_shapes_are_named(change, message):

@@ -1,0 +1,143 @@
+"""The scan over chunks: output and final state, or, for the backward pass, the states and the errors of each chunk.
+
+A program owns one sequence, one value head and BV columns of values. It keeps the transposed state S^T [BV, K] in
+registers in float32, so that every product has its left operand in registers and its right one as it lies in memory.
+With k^ = r k (r = 1/|k|), q^ likewise, gamma_i = exp(g_i), rho_i = exp(g_C - g_i) and C of `chunk_inverse`:
+
+    X = V - gamma r (K S)            W = beta X
+    D = C W                          N = W - beta D        (= (I + diag(beta) M)^-1 W, the values to be written)
+                                     Y = X - D             (what each token found missing: N = beta Y)
+    O = scale (gamma Q^ S + tril(G . Q^ K^T r) N)
+    S' = gamma_C S + K^T (rho r N)
+
+W is rounded once and N is formed from the rounded W in float32: with one key and beta = 2 the values written cancel in
+pairs without any error. arXiv 2412.06464, section 3.3.
+"""
+
+import triton
+import triton.language as tl
+
+from lrnn.kernels.tiles import sequence_position
+
+
+@triton.jit(do_not_specialize=["T", "R", "scale"])
+def chunk_forward_kernel(
+    q,
+    k,
+    v,
+    c,
+    o,
+    y,
+    states,
+    g,
+    beta,
+    r_k,
+    r_q,
+    initial_state,
+    final_state,
+    cu_seqlens,
+    chunk_starts,
+    T,
+    R,
+    scale,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    SAVE_STATES: tl.constexpr,
+    TRANSITION: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    SAVE_FINAL: tl.constexpr,
+    IS_VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # Columns of state: the values', and with TRANSITION K more that start as the identity and are written nothing:
+    # they end as the product of the sequence's transitions.
+    COLUMNS: tl.constexpr = (V + K if TRANSITION else V) // BV
+    pid = tl.program_id(0)
+    i_v = pid % COLUMNS
+    i_h = (pid // COLUMNS) % HV
+    i_n = pid // (COLUMNS * HV)
+    i_hk = i_h // (HV // H)
+    bos, length, first_chunk = sequence_position(i_n, cu_seqlens, chunk_starts, T, BT, IS_VARLEN)
+    is_value = i_v < V // BV
+    head = i_h.to(tl.int64) * R + bos
+    g += head
+    beta += head
+    dtype = k.dtype
+
+    o_t = tl.arange(0, BT)
+    o_k = tl.arange(0, K)
+    o_v = i_v * BV + tl.arange(0, BV)
+    width = COLUMNS * BV
+    p_state = (i_n * HV + i_h).to(tl.int64) * K * width + o_k[None, :] * width + o_v[:, None]
+    b_s = tl.zeros([BV, K], tl.float32)  # S^T
+    if HAS_INITIAL:
+        b_s += tl.load(initial_state + p_state).to(tl.float32)
+    if TRANSITION:
+        b_s = tl.where(is_value, b_s, tl.where(o_v[:, None] - V == o_k[None, :], 1.0, 0.0))
+
+    for i_t in tl.range(0, tl.cdiv(length, BT), num_stages=STAGES):
+        t = i_t * BT + o_t
+        m_t = t < length
+        row = bos + i_t * BT
+        b_k = k.load([row, i_hk * K])
+        b_c = c.load([row, i_h * BT])
+        b_v = v.load([row, i_h * V + tl.where(is_value, i_v, 0) * BV])
+        b_g = tl.load(g + t, mask=m_t, other=0.0)
+        b_beta = tl.load(beta + t, mask=m_t, other=0.0)
+        g_last = tl.load(g + tl.minimum(i_t * BT + BT, length) - 1)
+        gamma = tl.exp2(b_g)
+        rho = tl.where(m_t, tl.exp2(g_last - b_g), 0.0)
+        if NORMALIZE:
+            rk = tl.load(r_k + head + t, mask=m_t, other=0.0)
+        else:
+            rk = tl.full([BT], 1.0, tl.float32)
+        b_sh = b_s.to(dtype)
+        if SAVE_STATES:
+            states.store([((first_chunk + i_t) * HV + i_h) * V + i_v * BV, 0], b_sh)
+
+        # X^T = V^T - (S^T K^T) gamma r
+        b_x = tl.dot(b_sh, tl.trans(b_k), input_precision=PRECISION) * (-gamma * rk)[None, :]  # [BV, BT]
+        if TRANSITION:
+            b_x += tl.where(is_value, tl.trans(b_v).to(tl.float32), 0.0)
+        else:
+            b_x += tl.trans(b_v).to(tl.float32)
+        b_w = tl.where(m_t[None, :], b_x * b_beta[None, :], 0.0).to(dtype)
+        # D^T = W^T C^T
+        b_d = tl.dot(b_w, tl.trans(b_c), input_precision=PRECISION)
+        b_n = b_w.to(tl.float32) - b_d * b_beta[None, :]
+        if SAVE_STATES:
+            p_y = y + ((bos + t[:, None]).to(tl.int64) * HV + i_h) * V + o_v[None, :]
+            tl.store(p_y, tl.trans((b_x - b_d).to(dtype)), mask=m_t[:, None])
+        if OUTPUT:
+            b_q = q.load([row, i_hk * K])
+            if NORMALIZE:
+                b_q32 = b_q.to(tl.float32)
+                rq = tl.rsqrt(tl.maximum(tl.sum(b_q32 * b_q32, 1), 1e-12))
+                if i_v == 0:
+                    tl.store(r_q + head + t, rq, mask=m_t)
+                rq = rq * scale
+            else:
+                rq = tl.full([BT], 1.0, tl.float32) * scale
+            # P = scale tril(G . Q^ K^T r): the exponent is masked, above the diagonal it would overflow
+            m_p = o_t[:, None] >= o_t[None, :]
+            decay = tl.exp2(tl.where(m_p, b_g[:, None] - b_g[None, :], 0.0))
+            b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * decay * rq[:, None] * rk[None, :]
+            b_p = tl.where(m_p, b_p, 0.0).to(dtype)
+            # O^T = (S^T Q^T) scale gamma + N^T P^T
+            b_o = tl.dot(b_sh, tl.trans(b_q), input_precision=PRECISION) * (gamma * rq)[None, :]
+            b_o = tl.dot(b_n.to(dtype), tl.trans(b_p), b_o, input_precision=PRECISION)
+            p_o = o + ((bos + t[:, None]).to(tl.int64) * HV + i_h) * V + o_v[None, :]
+            tl.store(p_o, tl.trans(b_o.to(dtype)), mask=m_t[:, None])
+        # S'^T = gamma_C S^T + (rho r N)^T K
+        b_s = b_s * tl.exp2(g_last)
+        b_s = tl.dot((b_n * (rho * rk)[None, :]).to(dtype), b_k, b_s, input_precision=PRECISION)
+
+    if SAVE_FINAL:
+        tl.store(final_state + p_state, b_s)

@@ -1,0 +1,197 @@
+"""Per chunk of 64 tokens: gates, step sizes, key norms and the matrix that turns the chunk's recurrence into products.
+
+With unit keys k^_i = r_i k_i (r_i = 1/|k_i|, or 1 where keys are used as given), the log-gate g_i accumulated inside the
+chunk and G_ij = exp(g_i - g_j), the chunk's tokens are coupled by
+
+    M = tril(G . K^ K^^T, -1)          C = M (I + diag(beta) M)^-1          (strictly lower, |C_ij| <= 1 for unit keys)
+
+so that (I + diag(beta) M)^-1 = I - diag(beta) C: the identity and beta stay in float32 outside of C, which alone is
+rounded. arXiv 2406.06484, section 3.2 (WY form); the gate commutes with the inverse (arXiv 2412.06464, section 3.3).
+
+C is found by forward substitution in float32 in blocks of 16, merged with products of float32 accuracy (tf32x3). A power
+series for the inverse would lose everything for nearly parallel keys at beta near 2.
+"""
+
+import triton
+import triton.language as tl
+
+from lrnn.kernels.tiles import chunk_position
+
+
+@triton.jit
+def _merge(rest, c_row, beta_row):
+    # (I + M_II diag(beta_I))^-1 R = R - C_II (beta_I R)
+    return rest - tl.dot(c_row, rest * beta_row[:, None], input_precision="tf32x3")
+
+
+@triton.jit
+def _through(m, beta, c):
+    # M_IL diag(beta_L) C_LJ
+    return tl.dot(m * beta[None, :], c, input_precision="tf32x3")
+
+
+@triton.jit
+def _coupling(k_i, k_j, r_i, r_j, g_i, g_j, PRECISION: tl.constexpr):
+    # M_IJ = G . K^_I K^_J^T for I > J
+    m = tl.dot(k_i, tl.trans(k_j), input_precision=PRECISION)
+    return m * r_i[:, None] * r_j[None, :] * tl.exp2(g_i[:, None] - g_j[None, :])
+
+
+@triton.jit
+def _diagonal(k_i, g_i, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr):
+    # M_II and the inverse norms of its keys, which stand on the diagonal of K_I K_I^T
+    o_r = tl.arange(0, 16)[:, None]
+    o_c = tl.arange(0, 16)[None, :]
+    m = tl.dot(k_i, tl.trans(k_i), input_precision=PRECISION)
+    if NORMALIZE:
+        r = tl.rsqrt(tl.maximum(tl.sum(tl.where(o_r == o_c, m, 0.0), 1), 1e-12))
+        m = m * r[:, None] * r[None, :]
+    else:
+        r = tl.full([16], 1.0, tl.float32)
+    # The gates above the diagonal would overflow: mask the exponent, not the product.
+    m = tl.where(o_r > o_c, m, 0.0) * tl.exp2(tl.where(o_r > o_c, g_i[:, None] - g_i[None, :], 0.0))
+    return m, r
+
+
+@triton.jit
+def _block(x, I: tl.constexpr):
+    # the I-th 16 of 64 numbers
+    o = tl.arange(0, 4)[:, None]
+    return tl.sum(tl.where(o == I, tl.reshape(x, [4, 16]), 0.0), 0)
+
+
+@triton.jit
+def _eliminate(c, low, j):
+    # row j is final: take its part out of the rows below, C_i -= (M_ij beta_j) C_j
+    o_r = tl.arange(0, 16)[:, None]
+    o_c = tl.arange(0, 16)[None, :]
+    column = tl.sum(tl.where(o_c == j, low, 0.0), 1)
+    row = tl.sum(tl.where(o_r == j, c, 0.0), 0)
+    return c - column[:, None] * row[None, :]
+
+
+@triton.jit(do_not_specialize=["T", "R", "beta_range"])
+def chunk_inverse_kernel(
+    k,
+    gate,
+    beta,
+    A_log,
+    dt_bias,
+    c_out,
+    g_out,
+    beta_out,
+    r_out,
+    cu_seqlens,
+    chunk_table,
+    T,
+    R,
+    beta_range,
+    stride_k,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    GATE: tl.constexpr,
+    RAW_BETA: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    IS_VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    i_c, i_h = tl.program_id(0), tl.program_id(1)
+    i_n, i_t, bos, length = chunk_position(i_c, cu_seqlens, chunk_table, T, BT, IS_VARLEN)
+    if i_n < 0:
+        return
+    first = bos + i_t * BT
+    o_t = tl.arange(0, BT)
+    m_t = i_t * BT + o_t < length
+    row = (first + o_t).to(tl.int64)
+
+    # step sizes and log-gates (base 2, accumulated over the chunk); the identity past the end of the sequence
+    b_beta = tl.load(beta + row * HV + i_h, mask=m_t, other=0.0).to(tl.float32)
+    if RAW_BETA:
+        b_beta = beta_range * tl.sigmoid(b_beta)
+    b_beta = tl.where(m_t, b_beta, 0.0)
+    b_g = tl.zeros([BT], tl.float32)
+    if GATE != "none":
+        b_g = tl.load(gate + row * HV + i_h, mask=m_t, other=0.0).to(tl.float32)
+        if GATE == "raw":
+            b_a = b_g + tl.load(dt_bias + i_h).to(tl.float32)
+            softplus = tl.maximum(b_a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_a)))
+            b_g = -tl.exp(tl.load(A_log + i_h).to(tl.float32)) * softplus
+        b_g = tl.cumsum(tl.where(m_t, b_g * 1.4426950408889634, 0.0), 0)
+    head = i_h.to(tl.int64) * R
+    tl.store(g_out + head + row, b_g, mask=m_t)
+    tl.store(beta_out + head + row, b_beta, mask=m_t)
+
+    o_r = tl.arange(0, 16)
+    o_k = tl.arange(0, K)
+    p_k = k + (first + o_r[:, None]).to(tl.int64) * stride_k + (i_h // (HV // H)) * K + o_k[None, :]
+    left = length - i_t * BT
+    b_k0 = tl.load(p_k, mask=o_r[:, None] < left, other=0.0)
+    b_k1 = tl.load(p_k + 16 * stride_k, mask=o_r[:, None] < left - 16, other=0.0)
+    b_k2 = tl.load(p_k + 32 * stride_k, mask=o_r[:, None] < left - 32, other=0.0)
+    b_k3 = tl.load(p_k + 48 * stride_k, mask=o_r[:, None] < left - 48, other=0.0)
+    g0, g1, g2, g3 = _block(b_g, 0), _block(b_g, 1), _block(b_g, 2), _block(b_g, 3)
+    beta0, beta1, beta2, beta3 = _block(b_beta, 0), _block(b_beta, 1), _block(b_beta, 2), _block(b_beta, 3)
+
+    m00, r0 = _diagonal(b_k0, g0, NORMALIZE, PRECISION)
+    m11, r1 = _diagonal(b_k1, g1, NORMALIZE, PRECISION)
+    m22, r2 = _diagonal(b_k2, g2, NORMALIZE, PRECISION)
+    m33, r3 = _diagonal(b_k3, g3, NORMALIZE, PRECISION)
+    if NORMALIZE:
+        p_r = r_out + head + first + o_r
+        tl.store(p_r, r0, mask=o_r < left)
+        tl.store(p_r + 16, r1, mask=o_r < left - 16)
+        tl.store(p_r + 32, r2, mask=o_r < left - 32)
+        tl.store(p_r + 48, r3, mask=o_r < left - 48)
+
+    # C_II = M_II - (M_II diag(beta_I)) C_II, the four blocks side by side
+    c00, c11, c22, c33 = m00, m11, m22, m33
+    low0, low1, low2, low3 = m00 * beta0[None, :], m11 * beta1[None, :], m22 * beta2[None, :], m33 * beta3[None, :]
+    for j in range(15):
+        c00 = _eliminate(c00, low0, j)
+        c11 = _eliminate(c11, low1, j)
+        c22 = _eliminate(c22, low2, j)
+        c33 = _eliminate(c33, low3, j)
+
+    # C_IJ = (I - C_II diag(beta_I)) (M_IJ - sum_{J <= L < I} M_IL diag(beta_L) C_LJ)
+    m10 = _coupling(b_k1, b_k0, r1, r0, g1, g0, PRECISION)
+    c10 = _merge(m10 - _through(m10, beta0, c00), c11, beta1)
+    m20 = _coupling(b_k2, b_k0, r2, r0, g2, g0, PRECISION)
+    m21 = _coupling(b_k2, b_k1, r2, r1, g2, g1, PRECISION)
+    c20 = _merge(m20 - _through(m20, beta0, c00) - _through(m21, beta1, c10), c22, beta2)
+    c21 = _merge(m21 - _through(m21, beta1, c11), c22, beta2)
+    m30 = _coupling(b_k3, b_k0, r3, r0, g3, g0, PRECISION)
+    m31 = _coupling(b_k3, b_k1, r3, r1, g3, g1, PRECISION)
+    m32 = _coupling(b_k3, b_k2, r3, r2, g3, g2, PRECISION)
+    rest = m30 - _through(m30, beta0, c00) - _through(m31, beta1, c10) - _through(m32, beta2, c20)
+    c30 = _merge(rest, c33, beta3)
+    c31 = _merge(m31 - _through(m31, beta1, c11) - _through(m32, beta2, c21), c33, beta3)
+    c32 = _merge(m32 - _through(m32, beta2, c22), c33, beta3)
+
+    p_c = c_out + ((first + o_r[:, None]).to(tl.int64) * HV + i_h) * BT + o_r[None, :]
+    dtype = c_out.dtype.element_ty
+    zero = tl.zeros([16, 16], dtype)
+    step = 16 * HV * BT
+    m_0, m_1, m_2, m_3 = (
+        o_r[:, None] < left,
+        o_r[:, None] < left - 16,
+        o_r[:, None] < left - 32,
+        o_r[:, None] < left - 48,
+    )
+    tl.store(p_c, c00.to(dtype), mask=m_0)
+    tl.store(p_c + 16, zero, mask=m_0)
+    tl.store(p_c + 32, zero, mask=m_0)
+    tl.store(p_c + 48, zero, mask=m_0)
+    tl.store(p_c + step, c10.to(dtype), mask=m_1)
+    tl.store(p_c + step + 16, c11.to(dtype), mask=m_1)
+    tl.store(p_c + step + 32, zero, mask=m_1)
+    tl.store(p_c + step + 48, zero, mask=m_1)
+    tl.store(p_c + 2 * step, c20.to(dtype), mask=m_2)
+    tl.store(p_c + 2 * step + 16, c21.to(dtype), mask=m_2)
+    tl.store(p_c + 2 * step + 32, c22.to(dtype), mask=m_2)
+    tl.store(p_c + 2 * step + 48, zero, mask=m_2)
+    tl.store(p_c + 3 * step, c30.to(dtype), mask=m_3)
+    tl.store(p_c + 3 * step + 16, c31.to(dtype), mask=m_3)
+    tl.store(p_c + 3 * step + 32, c32.to(dtype), mask=m_3)
+    tl.store(p_c + 3 * step + 48, c33.to(dtype), mask=m_3)

@@ -1,0 +1,191 @@
+"""The gated delta rule for training and generation: on CUDA through Triton kernels, on CPU by chunks in PyTorch.
+
+    S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        alpha_t = exp(g_t)
+    o_t = scale S_t^T q_t
+
+(gated DeltaNet, arXiv 2412.06464, equation 10; DeltaNet, arXiv 2406.06484, without a gate.) With |k| = 1 the factor has the
+eigenvalue 1 - beta along k: beta in (0, 2) reaches [-1, 1], which state tracking needs (arXiv 2411.12537).
+
+On CUDA there is no other path: what the kernels do not support is an error. TRITON_INTERPRET=1 runs the kernels on the
+CPU, for tests.
+"""
+
+import torch
+from torch import Tensor
+
+from lrnn.kernels import delta_rule_reference as reference
+from lrnn.kernels.delta_rule_op import gated_delta_rule_forward, gated_delta_rule_recurrent, interpreted
+from lrnn.kernels.launch_config import HEAD_SIZES, check_assembler
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SHORT = 16  # tokens up to which the recurrence is the faster one, where no gradient is needed
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    normalize_qk: bool = False,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The gated delta rule over whole sequences, with gradients to every floating-point argument.
+
+    Args:
+        q, k: queries and keys [B, T, H, K]; on CUDA K and V are 64, 128 or 256, and q, k, v of one dtype, bfloat16,
+            float16 or float32.
+        v: values [B, T, HV, V], HV a multiple of H: value head h uses query and key head h // (HV // H).
+        g: log-gates [B, T, HV], at most 0; None for no gate.
+        beta: step sizes [B, T, HV], in [0, 2].
+        scale: factor on the output; default K ** -0.5.
+        normalize_qk: use q/|q| and k/|k|, |x| at least 1e-6. The norms are those of q and k as given, in float32, and stay
+            out of the rounded operands: the factor applied has the eigenvalue 1 - beta whatever the dtype. Without it, a
+            key that was rounded after it was normalised has not: |k|^2 is off by the rounding.
+        initial_state: [N, HV, K, V] float32, or None for zeros; N is B, or the number of documents with `cu_seqlens`.
+        output_final_state: whether the final state is returned.
+        cu_seqlens: int32 or int64 [N + 1], boundaries of documents in the flattened B * T tokens, all of them covered. The
+            state starts anew at each. Documents may be empty. All tokens must be finite: a NaN can reach the document
+            before its own.
+
+    Returns:
+        o [B, T, HV, V] in the dtype of v, and the final state [N, HV, K, V] in float32, or None.
+
+    Raises:
+        ValueError: shapes that do not fit; on CUDA a head size or dtype that is not supported.
+    """
+    reference.check_shapes(q, k, v, g, beta, initial_state, cu_seqlens)
+    if not _use_kernels(q):
+        return reference.gated_delta_rule(
+            q, k, v, g, beta, scale, initial_state, cu_seqlens, normalize_qk, output_final_state
+        )
+    return _run(q, k, v, g, beta, None, None, scale, 0.0, normalize_qk, initial_state, output_final_state, cu_seqlens)
+
+
+def fused_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    *,
+    allow_neg_eigval: bool = True,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The gated delta rule from raw projections: norms, gates and step sizes are computed inside the kernels.
+
+        k^ = k/|k|, q^ = q/|q|        beta = range sigmoid(b)        g = -exp(A_log) softplus(a + dt_bias)
+
+    Args:
+        q, k, v: as in `gated_delta_rule`, before normalisation.
+        a: raw gates [B, T, HV], any float dtype; None, with A_log and dt_bias, for no gate (DeltaNet).
+        b: logits of the step sizes [B, T, HV], any float dtype. -inf, and a of -inf, leave the state as it is.
+        A_log, dt_bias: [HV] float32.
+        allow_neg_eigval: range 2, eigenvalues in [-1, 1] (arXiv 2411.12537), rather than 1, [0, 1].
+
+    The other arguments, the results and the errors are those of `gated_delta_rule`.
+    """
+    reference.check_shapes(q, k, v, a, b, initial_state, cu_seqlens)
+    if (a is None) != (A_log is None) or (a is None) != (dt_bias is None):
+        raise ValueError("a, A_log and dt_bias go together: all three for a gate, or none")
+    if not _use_kernels(q):
+        return reference.fused_gated_delta_rule(
+            q, k, v, a, b, A_log, dt_bias, allow_neg_eigval, scale, initial_state, output_final_state, cu_seqlens
+        )
+    beta_range = 2.0 if allow_neg_eigval else 1.0
+    return _run(q, k, v, a, b, A_log, dt_bias, scale, beta_range, True, initial_state, output_final_state, cu_seqlens)
+
+
+def gated_delta_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    normalize_qk: bool = False,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gated DeltaProduct (arXiv 2502.10297, equation 5): n_h generalised Householder factors a token.
+
+        S_t = prod_j (I - beta_tj k_tj k_tj^T) alpha_t S_{t-1} + what the factors write        o_t = scale S_t^T q_t
+
+    It is the gated delta rule on n_h steps a token, with the gate on the first and the output after the last; each
+    factor has its own eigenvalue 1 - beta in [-1, 1].
+
+    Args:
+        q: [B, T, H, K].
+        k: keys of the factors [B, T, n_h, H, K].
+        v: [B, T, n_h, HV, V].
+        g: [B, T, HV] or None.
+        beta: [B, T, n_h, HV].
+
+    The other arguments, the results and the errors are those of `gated_delta_rule`; `cu_seqlens` counts tokens.
+    """
+    if k.ndim != 5 or v.ndim != 5 or k.shape[:3] != v.shape[:3] or k.shape[:2] != q.shape[:2]:
+        raise ValueError(
+            "q must be [B, T, H, K], k [B, T, n_h, H, K] and v [B, T, n_h, HV, V]; "
+            f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+        )
+    n_h = k.shape[2]
+    pad = (0, 0, 0, 0)
+    # [B, T, n_h, ...] -> [B, T n_h, ...]; only the last factor's step is asked for its output
+    q = torch.nn.functional.pad(q.unsqueeze(2), (*pad, n_h - 1, 0)).flatten(1, 2)
+    if g is not None:
+        g = torch.nn.functional.pad(g.unsqueeze(2), (0, 0, 0, n_h - 1)).flatten(1, 2)
+    o, state = gated_delta_rule(
+        q,
+        k.flatten(1, 2),
+        v.flatten(1, 2),
+        g,
+        beta.flatten(1, 2),
+        scale=scale,
+        normalize_qk=normalize_qk,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens * n_h,
+    )
+    return o[:, n_h - 1 :: n_h], state
+
+
+def _use_kernels(x: Tensor) -> bool:
+    return x.is_cuda or interpreted()
+
+
+def _run(
+    q, k, v, gate, beta, A_log, dt_bias, scale, beta_range, normalize, initial_state, output_final_state, cu_seqlens
+) -> tuple[Tensor, Tensor | None]:
+    K, V = q.shape[3], v.shape[3]
+    if K not in HEAD_SIZES or V not in HEAD_SIZES:
+        raise ValueError(f"the kernels support head sizes 64, 128 and 256; got {K} for keys and {V} for values")
+    if v.dtype not in DTYPES or q.dtype != v.dtype or k.dtype != v.dtype:
+        raise ValueError(
+            "the kernels support q, k and v of one dtype, bfloat16, float16 or float32; "
+            f"got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if cu_seqlens is not None and cu_seqlens.device != q.device:
+        raise ValueError(f"cu_seqlens must be on {q.device}; it is on {cu_seqlens.device}")
+    if v.shape[0] * v.shape[1] == 0:
+        raise ValueError(f"there must be tokens; got v {list(v.shape)}")
+    if q.is_cuda and not torch.compiler.is_compiling():
+        check_assembler(q.device)
+    scale = K**-0.5 if scale is None else float(scale)
+    inputs = (q, k, v, gate, beta, A_log, dt_bias, initial_state)
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if not needs_grad and v.shape[1] <= SHORT:
+        o, final = gated_delta_rule_recurrent(*inputs, cu_seqlens, scale, beta_range, normalize)
+    else:
+        o, final, *_ = gated_delta_rule_forward(*inputs, cu_seqlens, scale, beta_range, normalize, output_final_state)
+    return o, final if output_final_state else None

@@ -1,0 +1,79 @@
+"""Generation: the recurrence token by token, for one token or a few, without gradients.
+
+    S_t = exp(g_t) S_{t-1} + beta_t k^_t (v_t - S_{t-1}^T k^_t exp(g_t))^T        o_t = scale S_t^T q^_t
+
+(arXiv 2412.06464, equation 10.) A program owns one sequence, one value head and BV columns of values; all of it is in
+float32, without tensor cores.
+"""
+
+import triton
+import triton.language as tl
+
+from lrnn.kernels.tiles import sequence_position
+
+
+@triton.jit(do_not_specialize=["T", "scale", "beta_range"])
+def recurrent_kernel(
+    q,
+    k,
+    v,
+    gate,
+    beta,
+    A_log,
+    dt_bias,
+    o,
+    initial_state,
+    final_state,
+    cu_seqlens,
+    T,
+    scale,
+    beta_range,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    GATE: tl.constexpr,
+    RAW_BETA: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    IS_VARLEN: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    i_v = pid % (V // BV)
+    i_h = (pid // (V // BV)) % HV
+    i_n = pid // (V // BV * HV)
+    i_hk = i_h // (HV // H)
+    # No chunks here: the table of first chunks is not read.
+    bos, length, _ = sequence_position(i_n, cu_seqlens, cu_seqlens, T, 1, IS_VARLEN)
+    o_k = tl.arange(0, K)
+    o_v = i_v * BV + tl.arange(0, BV)
+    p_state = (i_n * HV + i_h).to(tl.int64) * K * V + o_k[:, None] * V + o_v[None, :]
+    b_s = tl.zeros([K, BV], tl.float32)
+    if HAS_INITIAL:
+        b_s += tl.load(initial_state + p_state).to(tl.float32)
+    if GATE == "raw":
+        rate = -tl.exp(tl.load(A_log + i_h).to(tl.float32))
+        bias = tl.load(dt_bias + i_h).to(tl.float32)
+    for i in range(0, length):
+        row = (bos + i).to(tl.int64)
+        b_k = tl.load(k + (row * H + i_hk) * K + o_k).to(tl.float32)
+        b_q = tl.load(q + (row * H + i_hk) * K + o_k).to(tl.float32)
+        b_v = tl.load(v + (row * HV + i_h) * V + o_v).to(tl.float32)
+        if NORMALIZE:
+            b_k = b_k * tl.rsqrt(tl.maximum(tl.sum(b_k * b_k), 1e-12))
+            b_q = b_q * tl.rsqrt(tl.maximum(tl.sum(b_q * b_q), 1e-12))
+        b_beta = tl.load(beta + row * HV + i_h).to(tl.float32)
+        if RAW_BETA:
+            b_beta = beta_range * tl.sigmoid(b_beta)
+        if GATE != "none":
+            b_g = tl.load(gate + row * HV + i_h).to(tl.float32)
+            if GATE == "raw":
+                b_a = b_g + bias
+                b_g = rate * (tl.maximum(b_a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_a))))
+            b_s = b_s * tl.exp(b_g)
+        b_n = b_beta * (b_v - tl.sum(b_s * b_k[:, None], 0))
+        b_s = b_s + b_k[:, None] * b_n[None, :]
+        b_o = tl.sum(b_s * b_q[:, None], 0) * scale
+        tl.store(o + (row * HV + i_h) * V + o_v, b_o.to(o.dtype.element_ty))
+    tl.store(final_state + p_state, b_s)

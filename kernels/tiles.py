@@ -1,0 +1,91 @@
+"""What the chunkwise kernels share: the chunk length, where a chunk or a sequence lies, tiles of tensors for the TMA."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+CHUNK = 64  # tokens of a chunk: one Hopper warpgroup's rows, and 64 x 64 is solved per chunk
+
+
+@triton.jit
+def chunk_position(i_c, cu_seqlens, chunk_table, T, BT: tl.constexpr, IS_VARLEN: tl.constexpr):
+    # (sequence, chunk in it, its first row, its length) of the i_c-th chunk; sequence -1 past the last chunk
+    if IS_VARLEN:
+        i_n = tl.load(chunk_table + 2 * i_c)
+        i_t = tl.load(chunk_table + 2 * i_c + 1)
+        bos = tl.load(cu_seqlens + tl.maximum(i_n, 0)).to(tl.int32)
+        length = tl.load(cu_seqlens + tl.maximum(i_n, 0) + 1).to(tl.int32) - bos
+    else:
+        n_chunks = tl.cdiv(T, BT)
+        i_n = i_c // n_chunks
+        i_t = i_c % n_chunks
+        bos = i_n * T
+        length = T
+    return i_n, i_t, bos, length
+
+
+@triton.jit
+def sequence_position(i_n, cu_seqlens, chunk_starts, T, BT: tl.constexpr, IS_VARLEN: tl.constexpr):
+    # (first row, length, number of its first chunk) of the i_n-th sequence
+    if IS_VARLEN:
+        bos = tl.load(cu_seqlens + i_n).to(tl.int32)
+        length = tl.load(cu_seqlens + i_n + 1).to(tl.int32) - bos
+        first_chunk = tl.load(chunk_starts + i_n).to(tl.int32)
+    else:
+        bos = i_n * T
+        length = T
+        first_chunk = i_n * tl.cdiv(T, BT)
+    return bos, length, first_chunk
+
+
+class Chunks:
+    """The chunks of a batch: of B sequences of T tokens, or of the documents that `cu_seqlens` bounds.
+
+    No value is read back from the GPU: with documents, `count` is an upper bound and the table marks unused places.
+    """
+
+    def __init__(self, batch_size: int, seq_len: int, cu_seqlens: Tensor | None):
+        self.rows = batch_size * seq_len
+        self.seq_len = seq_len
+        self.cu_seqlens = cu_seqlens
+        self.starts: Tensor | None = None  # int32 [N], number of each document's first chunk
+        self.table: Tensor | None = None  # int32 [count, 2], document and chunk in it, or -1
+        if cu_seqlens is None:
+            self.sequences = batch_size
+            self.count = batch_size * triton.cdiv(seq_len, CHUNK)
+        else:
+            self.sequences = cu_seqlens.numel() - 1
+            self.count = triton.cdiv(self.rows, CHUNK) + self.sequences
+            ends = ((cu_seqlens.diff() + CHUNK - 1) // CHUNK).cumsum(0)
+            number = torch.arange(self.count, device=cu_seqlens.device)
+            document = torch.searchsorted(ends, number, right=True)
+            starts = torch.cat([ends.new_zeros(1), ends])
+            within = number - starts[document.clamp(max=self.sequences - 1)]
+            self.starts = starts[:-1].int()
+            self.table = torch.stack([torch.where(document < self.sequences, document, -1), within], 1).int()
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x [B, T, H, D] as a matrix [B * T, H * D] for tiles; a copy where its strides do not allow a view.
+
+    The TMA wants rows of contiguous elements that start at multiples of 16 bytes.
+    """
+    B, T, H, D = x.shape
+    step = x.stride(1)
+    packed = x.stride(3) == 1 and (H == 1 or x.stride(2) == D) and (B == 1 or x.stride(0) == T * step)
+    if not packed or step < H * D or step * x.element_size() % 16 or x.data_ptr() % 16:
+        x = x.contiguous()
+        step = H * D
+    return x.as_strided((B * T, H * D), (step, 1))
+
+
+def tiles(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Tiles [rows, columns] of a matrix, for loads and stores by the TMA."""
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of products: three tf32 products where operands are float32, else none is needed."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
