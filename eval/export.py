@@ -7,6 +7,7 @@ must be those of the trained model.
 import argparse
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +64,10 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--from-fla writes the hf format; leave out --format fla")
     out = Path(args.out)
     check_out(out)  # before the checkpoint is read
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # one would be drawn into the log file
     read = read_fla_folder if args.from_fla else read_checkpoint
     export(read(Path(args.source), args.tokenizer), out, args.format, args.dtype, args.license)
 

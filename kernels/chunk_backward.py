@@ -23,16 +23,17 @@ FLOORED = tl.constexpr(0.99e6)  # 1/|x| where |x| is floored at 1e-6: there x^ i
 
 
 @triton.jit
-def _norm_factor(r, head, t, m_t, BT: tl.constexpr, NORMALIZE: tl.constexpr):
+def _norm_factor(log_r, head, t, m_t, BT: tl.constexpr, NORMALIZE: tl.constexpr):
     if NORMALIZE:
-        return tl.load(r + head + t, mask=m_t, other=0.0)
+        return tl.exp2(tl.load(log_r + head + t, mask=m_t, other=0.0))
     else:
         return tl.full([BT], 1.0, tl.float32)
 
 
 @triton.jit
 def _query_part(
-    q, k, do, y, states, dq, dot_q, head, i_c, i_h, i_hk, row, t, m_t, b_g, b_beta, rq, rk, scale,
+    q, k, do, y, states, dstates, dq, dot_q, head, i_c, i_h, i_hk, row, t, m_t, last, g_last,
+    b_g, b_beta, rq, rk, scale,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
     NORMALIZE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -41,20 +42,24 @@ def _query_part(
     dtype = k.dtype
     b_dq = tl.zeros([BT, K], tl.float32)
     b_dp = tl.zeros([BT, BT], tl.float32)
+    b_ss = 0.0  # <S, dS'>
     for i_v in tl.range(0, V // BV, num_stages=STAGES):
         b_do = do.load([row, i_h * V + i_v * BV])
         b_y = y.load([row, i_h * V + i_v * BV])
         b_s = states.load([(i_c * HV + i_h) * V + i_v * BV, 0])
+        b_ds = dstates.load([(i_c * HV + i_h) * V + i_v * BV, 0])
         b_dp = tl.dot(b_do, tl.trans(b_y), b_dp, input_precision=PRECISION)  # dO Y^T
         b_dq = tl.dot(b_do, b_s, b_dq, input_precision=PRECISION)  # dO S^T
+        b_ss += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32))
+    # dQ^ = scale gamma (dO S^T) + dP K^
     m_p = (o_t[:, None] >= o_t[None, :]) & m_t[:, None]
     decay = tl.exp2(tl.where(m_p, b_g[:, None] - b_g[None, :], 0.0))
-    b_dp = tl.where(m_p, b_dp * decay * (b_beta * rk)[None, :], 0.0).to(dtype)  # dP r / scale
+    b_dp = tl.where(m_p, b_dp * decay * (b_beta * rk)[None, :], 0.0).to(dtype)
     b_k = k.load([row, i_hk * K])
     b_dq = tl.dot(b_dp, b_k, b_dq * tl.exp2(b_g)[:, None], input_precision=PRECISION) * scale
     b_q = q.load([row, i_hk * K]).to(tl.float32) * rq[:, None]
     b_dot = tl.sum(b_q * b_dq, 1)
-    tl.store(dot_q + head + t, b_dot, mask=m_t)
+    tl.store(dot_q + head + t, b_dot + tl.where(t == last, b_ss * tl.exp2(g_last), 0.0), mask=m_t)
     if NORMALIZE:
         b_dq = (b_dq - b_q * tl.where(rq < FLOORED, b_dot, 0.0)[:, None]) * rq[:, None]
     p_dq = dq + ((row + o_t[:, None]).to(tl.int64) * HV + i_h) * K + o_k[None, :]
@@ -71,9 +76,7 @@ def _key_part(
     o_t = tl.arange(0, BT)
     o_k = tl.arange(0, K)
     dtype = k.dtype
-    gamma = tl.exp2(b_g)
-    rho = tl.where(m_t, tl.exp2(g_last - b_g), 0.0)
-    b_dk = tl.zeros([BT, K], tl.float32)
+    # The products [BT, BT] first, then [BT, K], in loops of their own: together they do not fit into registers.
     b_dm = tl.zeros([BT, BT], tl.float32)  # dW Y^T
     b_dmt = tl.zeros([BT, BT], tl.float32)  # its transpose, computed: transposing an accumulator costs more
     b_dpt = tl.zeros([BT, BT], tl.float32)  # Y dO^T
@@ -82,50 +85,50 @@ def _key_part(
         b_dw = dw.load([row, i_h * V + i_v * BV])
         b_y = y.load([row, i_h * V + i_v * BV])
         b_do = do.load([row, i_h * V + i_v * BV])
-        b_s = states.load([(i_c * HV + i_h) * V + i_v * BV, 0])
         b_dm = tl.dot(b_dw, tl.trans(b_y), b_dm, input_precision=PRECISION)
         b_dmt = tl.dot(b_y, tl.trans(b_dw), b_dmt, input_precision=PRECISION)
         b_dpt = tl.dot(b_y, tl.trans(b_do), b_dpt, input_precision=PRECISION)
-        b_dw32 = b_dw.to(tl.float32)
-        b_dbeta += tl.sum(b_dw32 * b_y.to(tl.float32), 1)
-        b_dx = b_dw32 * b_beta[:, None]
+        b_dbeta += tl.sum(b_dw.to(tl.float32) * b_y.to(tl.float32), 1)
         o_v = i_v * BV + tl.arange(0, BV)
         p_dv = dv + ((row + o_t[:, None]).to(tl.int64) * HV + i_h) * V + o_v[None, :]
-        tl.store(p_dv, b_dx.to(dtype), mask=m_t[:, None])
-        # -gamma dX S^T
-        b_dk = tl.dot((b_dx * -gamma[:, None]).to(dtype), b_s, b_dk, input_precision=PRECISION)
+        tl.store(p_dv, (b_dw.to(tl.float32) * b_beta[:, None]).to(dtype), mask=m_t[:, None])
     tl.store(dbeta + head + t, b_dbeta, mask=m_t)
-
-    # + dM K^
+    # dM r = -G . (dX N^T) r, rows i; its transpose and that of dP, rows j
     m_m = (o_t[:, None] > o_t[None, :]) & m_t[:, None]
     decay = tl.exp2(tl.where(m_m, b_g[:, None] - b_g[None, :], 0.0))
     b_dm = tl.where(m_m, b_dm * decay * (-b_beta)[:, None] * (b_beta * rk)[None, :], 0.0).to(dtype)
-    b_k = k.load([row, i_hk * K])
-    b_dk = tl.dot(b_dm, b_k, b_dk, input_precision=PRECISION)
-    dot_left = tl.sum(b_dk * b_k.to(tl.float32), 1) * rk
-    # + dM^T K^ + dP^T Q^ (rows j, columns i)
-    m_m = (o_t[None, :] > o_t[:, None]) & m_t[None, :]
     m_p = (o_t[None, :] >= o_t[:, None]) & m_t[None, :]
+    m_m = (o_t[None, :] > o_t[:, None]) & m_t[None, :]
     decay = tl.exp2(tl.where(m_p, b_g[None, :] - b_g[:, None], 0.0))
     b_dmt = tl.where(m_m, b_dmt * decay * (-b_beta)[:, None] * (b_beta * rk)[None, :], 0.0).to(dtype)
-    b_dk = tl.dot(b_dmt, b_k, b_dk, input_precision=PRECISION)
     b_dpt = tl.where(m_p, b_dpt * decay * b_beta[:, None] * (rq * scale)[None, :], 0.0).to(dtype)
+
+    # -gamma (dX S^T) + dM K^
+    gamma = tl.exp2(b_g)
+    b_dk = tl.zeros([BT, K], tl.float32)
+    for i_v in tl.range(0, V // BV, num_stages=STAGES):
+        b_dw = dw.load([row, i_h * V + i_v * BV])
+        b_s = states.load([(i_c * HV + i_h) * V + i_v * BV, 0])
+        b_du = (b_dw.to(tl.float32) * (-gamma * b_beta)[:, None]).to(dtype)
+        b_dk = tl.dot(b_du, b_s, b_dk, input_precision=PRECISION)
+    b_k = k.load([row, i_hk * K])
+    b_dk = tl.dot(b_dm, b_k, b_dk, input_precision=PRECISION)
+    dot_left = tl.sum(b_dk * k.load([row, i_hk * K]).to(tl.float32), 1) * rk
+    # + dM^T K^ + dP^T Q^
+    b_dk = tl.dot(b_dmt, b_k, b_dk, input_precision=PRECISION)
     b_dk = tl.dot(b_dpt, q.load([row, i_hk * K]), b_dk, input_precision=PRECISION)
-    dot_inside = tl.sum(b_dk * b_k.to(tl.float32), 1) * rk
+    dot_inside = tl.sum(b_dk * k.load([row, i_hk * K]).to(tl.float32), 1) * rk
     # + rho N dS'^T
-    b_state = 0.0
+    rho = tl.where(m_t, tl.exp2(g_last - b_g), 0.0)
     for i_v in tl.range(0, V // BV, num_stages=STAGES):
         b_y = y.load([row, i_h * V + i_v * BV])
         b_ds = dstates.load([(i_c * HV + i_h) * V + i_v * BV, 0])
-        b_s = states.load([(i_c * HV + i_h) * V + i_v * BV, 0])
         b_n = (b_y.to(tl.float32) * (b_beta * rho)[:, None]).to(dtype)
         b_dk = tl.dot(b_n, b_ds, b_dk, input_precision=PRECISION)
-        b_state += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32))
-    b_k32 = b_k.to(tl.float32) * rk[:, None]
+    b_k32 = k.load([row, i_hk * K]).to(tl.float32) * rk[:, None]
     dot = tl.sum(b_dk * b_k32, 1)
-    at_end = b_state * tl.exp2(g_last) + tl.sum(tl.where(m_t, dot - dot_inside, 0.0))
-    b_dg = 2.0 * dot_left - dot + tl.where(t == last, at_end, 0.0)
-    tl.store(dot_k + head + t, b_dg, mask=m_t)
+    at_end = tl.sum(tl.where(m_t, dot - dot_inside, 0.0))
+    tl.store(dot_k + head + t, 2.0 * dot_left - dot + tl.where(t == last, at_end, 0.0), mask=m_t)
     if NORMALIZE:
         b_dk = (b_dk - b_k32 * tl.where(rk < FLOORED, dot, 0.0)[:, None]) * rk[:, None]
     p_dk = dk + ((row + o_t[:, None]).to(tl.int64) * HV + i_h) * K + o_k[None, :]
@@ -149,8 +152,8 @@ def chunk_backward_kernel(
     dot_k,
     g,
     beta,
-    r_k,
-    r_q,
+    log_r_k,
+    log_r_q,
     cu_seqlens,
     chunk_table,
     T,
@@ -182,12 +185,12 @@ def chunk_backward_kernel(
     b_g = tl.load(g + head + t, mask=m_t, other=0.0)
     b_beta = tl.load(beta + head + t, mask=m_t, other=0.0)
     g_last = tl.load(g + head + last)
-    rq = _norm_factor(r_q, head, t, m_t, BT, NORMALIZE)
-    rk = _norm_factor(r_k, head, t, m_t, BT, NORMALIZE)
+    rq = _norm_factor(log_r_q, head, t, m_t, BT, NORMALIZE)
+    rk = _norm_factor(log_r_k, head, t, m_t, BT, NORMALIZE)
     if pid % 2 == 0:
         _query_part(
-            q, k, do, y, states, dq, dot_q, head, i_c, i_h, i_hk, row, t, m_t, b_g, b_beta, rq, rk, scale,
-            HV, K, V, BT, BV, NORMALIZE, PRECISION, STAGES,
+            q, k, do, y, states, dstates, dq, dot_q, head, i_c, i_h, i_hk, row, t, m_t, last, g_last,
+            b_g, b_beta, rq, rk, scale, HV, K, V, BT, BV, NORMALIZE, PRECISION, STAGES,
         )  # fmt: skip
     else:
         _key_part(

@@ -31,8 +31,8 @@ def chunk_forward_kernel(
     states,
     g,
     beta,
-    r_k,
-    r_q,
+    log_r_k,
+    log_r_q,
     initial_state,
     final_state,
     cu_seqlens,
@@ -88,56 +88,59 @@ def chunk_forward_kernel(
         row = bos + i_t * BT
         b_k = k.load([row, i_hk * K])
         b_c = c.load([row, i_h * BT])
+        if OUTPUT:
+            b_q = q.load([row, i_hk * K])
         b_v = v.load([row, i_h * V + tl.where(is_value, i_v, 0) * BV])
         b_g = tl.load(g + t, mask=m_t, other=0.0)
         b_beta = tl.load(beta + t, mask=m_t, other=0.0)
         g_last = tl.load(g + tl.minimum(i_t * BT + BT, length) - 1)
-        gamma = tl.exp2(b_g)
-        rho = tl.where(m_t, tl.exp2(g_last - b_g), 0.0)
+        # Norms are kept as logarithms (base 2) and join the gates in the exponent: a vector along the columns of an
+        # accumulator takes 16 registers, so as few as possible of them are made.
+        log_rk = tl.zeros([BT], tl.float32)
+        log_rq = tl.zeros([BT], tl.float32)
         if NORMALIZE:
-            rk = tl.load(r_k + head + t, mask=m_t, other=0.0)
-        else:
-            rk = tl.full([BT], 1.0, tl.float32)
+            log_rk = tl.load(log_r_k + head + t, mask=m_t, other=0.0)
+            if OUTPUT:
+                # |q|^2 on the diagonal of Q Q^T: the tensor cores are idle, registers are not
+                b_qq = tl.dot(b_q, tl.trans(b_q), input_precision=PRECISION)
+                b_qq = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_qq, 0.0), 1)
+                log_rq = -0.5 * tl.log2(tl.maximum(b_qq, 1e-12))
+                if i_v == 0:
+                    tl.store(log_r_q + head + t, log_rq, mask=m_t)
         b_sh = b_s.to(dtype)
         if SAVE_STATES:
             states.store([((first_chunk + i_t) * HV + i_h) * V + i_v * BV, 0], b_sh)
 
         # X^T = V^T - (S^T K^T) gamma r
-        b_x = tl.dot(b_sh, tl.trans(b_k), input_precision=PRECISION) * (-gamma * rk)[None, :]  # [BV, BT]
+        b_x = tl.dot(b_sh, tl.trans(b_k), input_precision=PRECISION) * tl.exp2(b_g + log_rk)[None, :]  # [BV, BT]
         if TRANSITION:
-            b_x += tl.where(is_value, tl.trans(b_v).to(tl.float32), 0.0)
+            b_x = tl.where(is_value, tl.trans(b_v).to(tl.float32), 0.0) - b_x
         else:
-            b_x += tl.trans(b_v).to(tl.float32)
-        b_w = tl.where(m_t[None, :], b_x * b_beta[None, :], 0.0).to(dtype)
+            b_x = tl.trans(b_v).to(tl.float32) - b_x
+        b_w = (b_x * b_beta[None, :]).to(dtype)
         # D^T = W^T C^T
         b_d = tl.dot(b_w, tl.trans(b_c), input_precision=PRECISION)
         b_n = b_w.to(tl.float32) - b_d * b_beta[None, :]
         if SAVE_STATES:
             p_y = y + ((bos + t[:, None]).to(tl.int64) * HV + i_h) * V + o_v[None, :]
             tl.store(p_y, tl.trans((b_x - b_d).to(dtype)), mask=m_t[:, None])
+        # what is written, with the decay to the end of the chunk: N rho r
+        rho = tl.where(m_t, tl.exp2(g_last - b_g + log_rk), 0.0)
+        b_nr = (b_n * rho[None, :]).to(dtype)
         if OUTPUT:
-            b_q = q.load([row, i_hk * K])
-            if NORMALIZE:
-                b_q32 = b_q.to(tl.float32)
-                rq = tl.rsqrt(tl.maximum(tl.sum(b_q32 * b_q32, 1), 1e-12))
-                if i_v == 0:
-                    tl.store(r_q + head + t, rq, mask=m_t)
-                rq = rq * scale
-            else:
-                rq = tl.full([BT], 1.0, tl.float32) * scale
+            # O^T = (S^T Q^T) scale gamma + N^T P^T
+            b_o = tl.dot(b_sh, tl.trans(b_q), input_precision=PRECISION) * (tl.exp2(b_g + log_rq) * scale)[None, :]
             # P = scale tril(G . Q^ K^T r): the exponent is masked, above the diagonal it would overflow
             m_p = o_t[:, None] >= o_t[None, :]
-            decay = tl.exp2(tl.where(m_p, b_g[:, None] - b_g[None, :], 0.0))
-            b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * decay * rq[:, None] * rk[None, :]
-            b_p = tl.where(m_p, b_p, 0.0).to(dtype)
-            # O^T = (S^T Q^T) scale gamma + N^T P^T
-            b_o = tl.dot(b_sh, tl.trans(b_q), input_precision=PRECISION) * (gamma * rq)[None, :]
+            decay = tl.exp2(tl.where(m_p, (b_g + log_rq)[:, None] - (b_g - log_rk)[None, :], float("-inf")))
+            b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+            b_p = (b_p * (decay * scale)).to(dtype)
             b_o = tl.dot(b_n.to(dtype), tl.trans(b_p), b_o, input_precision=PRECISION)
             p_o = o + ((bos + t[:, None]).to(tl.int64) * HV + i_h) * V + o_v[None, :]
             tl.store(p_o, tl.trans(b_o.to(dtype)), mask=m_t[:, None])
         # S'^T = gamma_C S^T + (rho r N)^T K
         b_s = b_s * tl.exp2(g_last)
-        b_s = tl.dot((b_n * (rho * rk)[None, :]).to(dtype), b_k, b_s, input_precision=PRECISION)
+        b_s = tl.dot(b_nr, b_k, b_s, input_precision=PRECISION)
 
     if SAVE_FINAL:
         tl.store(final_state + p_state, b_s)

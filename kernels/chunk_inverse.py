@@ -1,4 +1,4 @@
-"""Per chunk of 64 tokens: gates, step sizes, key norms and the matrix that turns the chunk's recurrence into products.
+"""Per chunk of 64 tokens: gates, step sizes, key norms, and the matrix that turns the recurrence into products.
 
 With unit keys k^_i = r_i k_i (r_i = 1/|k_i|, or 1 where keys are used as given), the log-gate g_i accumulated inside the
 chunk and G_ij = exp(g_i - g_j), the chunk's tokens are coupled by
@@ -31,26 +31,23 @@ def _through(m, beta, c):
 
 
 @triton.jit
-def _coupling(k_i, k_j, r_i, r_j, g_i, g_j, PRECISION: tl.constexpr):
+def _coupling(kk, r_i, r_j, g_i, g_j):
     # M_IJ = G . K^_I K^_J^T for I > J
-    m = tl.dot(k_i, tl.trans(k_j), input_precision=PRECISION)
-    return m * r_i[:, None] * r_j[None, :] * tl.exp2(g_i[:, None] - g_j[None, :])
+    return kk * r_i[:, None] * r_j[None, :] * tl.exp2(g_i[:, None] - g_j[None, :])
 
 
 @triton.jit
-def _diagonal(k_i, g_i, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr):
+def _diagonal(kk, g_i, NORMALIZE: tl.constexpr):
     # M_II and the inverse norms of its keys, which stand on the diagonal of K_I K_I^T
     o_r = tl.arange(0, 16)[:, None]
     o_c = tl.arange(0, 16)[None, :]
-    m = tl.dot(k_i, tl.trans(k_i), input_precision=PRECISION)
     if NORMALIZE:
-        r = tl.rsqrt(tl.maximum(tl.sum(tl.where(o_r == o_c, m, 0.0), 1), 1e-12))
-        m = m * r[:, None] * r[None, :]
+        r = tl.rsqrt(tl.maximum(tl.sum(tl.where(o_r == o_c, kk, 0.0), 1), 1e-12))
     else:
         r = tl.full([16], 1.0, tl.float32)
     # The gates above the diagonal would overflow: mask the exponent, not the product.
-    m = tl.where(o_r > o_c, m, 0.0) * tl.exp2(tl.where(o_r > o_c, g_i[:, None] - g_i[None, :], 0.0))
-    return m, r
+    decay = tl.exp2(tl.where(o_r > o_c, g_i[:, None] - g_i[None, :], 0.0))
+    return tl.where(o_r > o_c, kk * r[:, None] * r[None, :] * decay, 0.0), r
 
 
 @triton.jit
@@ -80,7 +77,7 @@ def chunk_inverse_kernel(
     c_out,
     g_out,
     beta_out,
-    r_out,
+    log_r_out,
     cu_seqlens,
     chunk_table,
     T,
@@ -91,6 +88,7 @@ def chunk_inverse_kernel(
     HV: tl.constexpr,
     K: tl.constexpr,
     BT: tl.constexpr,
+    BK: tl.constexpr,
     GATE: tl.constexpr,
     RAW_BETA: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -123,27 +121,42 @@ def chunk_inverse_kernel(
     tl.store(g_out + head + row, b_g, mask=m_t)
     tl.store(beta_out + head + row, b_beta, mask=m_t)
 
+    # K_I K_J^T of the blocks of 16 tokens, a slice of the keys at a time
     o_r = tl.arange(0, 16)
-    o_k = tl.arange(0, K)
-    p_k = k + (first + o_r[:, None]).to(tl.int64) * stride_k + (i_h // (HV // H)) * K + o_k[None, :]
     left = length - i_t * BT
-    b_k0 = tl.load(p_k, mask=o_r[:, None] < left, other=0.0)
-    b_k1 = tl.load(p_k + 16 * stride_k, mask=o_r[:, None] < left - 16, other=0.0)
-    b_k2 = tl.load(p_k + 32 * stride_k, mask=o_r[:, None] < left - 32, other=0.0)
-    b_k3 = tl.load(p_k + 48 * stride_k, mask=o_r[:, None] < left - 48, other=0.0)
+    m_0, m_1 = o_r[:, None] < left, o_r[:, None] < left - 16
+    m_2, m_3 = o_r[:, None] < left - 32, o_r[:, None] < left - 48
+    p_k = k + (first + o_r[:, None]).to(tl.int64) * stride_k + (i_h // (HV // H)) * K + tl.arange(0, BK)[None, :]
+    m00 = tl.zeros([16, 16], tl.float32)
+    m10, m11, m20, m21, m22, m30, m31, m32, m33 = m00, m00, m00, m00, m00, m00, m00, m00, m00
+    for i_k in range(0, K, BK):
+        b_k0 = tl.load(p_k + i_k, mask=m_0, other=0.0)
+        b_k1 = tl.load(p_k + i_k + 16 * stride_k, mask=m_1, other=0.0)
+        b_k2 = tl.load(p_k + i_k + 32 * stride_k, mask=m_2, other=0.0)
+        b_k3 = tl.load(p_k + i_k + 48 * stride_k, mask=m_3, other=0.0)
+        m00 = tl.dot(b_k0, tl.trans(b_k0), m00, input_precision=PRECISION)
+        m10 = tl.dot(b_k1, tl.trans(b_k0), m10, input_precision=PRECISION)
+        m20 = tl.dot(b_k2, tl.trans(b_k0), m20, input_precision=PRECISION)
+        m30 = tl.dot(b_k3, tl.trans(b_k0), m30, input_precision=PRECISION)
+        m11 = tl.dot(b_k1, tl.trans(b_k1), m11, input_precision=PRECISION)
+        m21 = tl.dot(b_k2, tl.trans(b_k1), m21, input_precision=PRECISION)
+        m31 = tl.dot(b_k3, tl.trans(b_k1), m31, input_precision=PRECISION)
+        m22 = tl.dot(b_k2, tl.trans(b_k2), m22, input_precision=PRECISION)
+        m32 = tl.dot(b_k3, tl.trans(b_k2), m32, input_precision=PRECISION)
+        m33 = tl.dot(b_k3, tl.trans(b_k3), m33, input_precision=PRECISION)
+
     g0, g1, g2, g3 = _block(b_g, 0), _block(b_g, 1), _block(b_g, 2), _block(b_g, 3)
     beta0, beta1, beta2, beta3 = _block(b_beta, 0), _block(b_beta, 1), _block(b_beta, 2), _block(b_beta, 3)
-
-    m00, r0 = _diagonal(b_k0, g0, NORMALIZE, PRECISION)
-    m11, r1 = _diagonal(b_k1, g1, NORMALIZE, PRECISION)
-    m22, r2 = _diagonal(b_k2, g2, NORMALIZE, PRECISION)
-    m33, r3 = _diagonal(b_k3, g3, NORMALIZE, PRECISION)
+    m00, r0 = _diagonal(m00, g0, NORMALIZE)
+    m11, r1 = _diagonal(m11, g1, NORMALIZE)
+    m22, r2 = _diagonal(m22, g2, NORMALIZE)
+    m33, r3 = _diagonal(m33, g3, NORMALIZE)
     if NORMALIZE:
-        p_r = r_out + head + first + o_r
-        tl.store(p_r, r0, mask=o_r < left)
-        tl.store(p_r + 16, r1, mask=o_r < left - 16)
-        tl.store(p_r + 32, r2, mask=o_r < left - 32)
-        tl.store(p_r + 48, r3, mask=o_r < left - 48)
+        p_r = log_r_out + head + first + o_r
+        tl.store(p_r, tl.log2(r0), mask=o_r < left)
+        tl.store(p_r + 16, tl.log2(r1), mask=o_r < left - 16)
+        tl.store(p_r + 32, tl.log2(r2), mask=o_r < left - 32)
+        tl.store(p_r + 48, tl.log2(r3), mask=o_r < left - 48)
 
     # C_II = M_II - (M_II diag(beta_I)) C_II, the four blocks side by side
     c00, c11, c22, c33 = m00, m11, m22, m33
@@ -155,30 +168,24 @@ def chunk_inverse_kernel(
         c33 = _eliminate(c33, low3, j)
 
     # C_IJ = (I - C_II diag(beta_I)) (M_IJ - sum_{J <= L < I} M_IL diag(beta_L) C_LJ)
-    m10 = _coupling(b_k1, b_k0, r1, r0, g1, g0, PRECISION)
+    m10 = _coupling(m10, r1, r0, g1, g0)
     c10 = _merge(m10 - _through(m10, beta0, c00), c11, beta1)
-    m20 = _coupling(b_k2, b_k0, r2, r0, g2, g0, PRECISION)
-    m21 = _coupling(b_k2, b_k1, r2, r1, g2, g1, PRECISION)
-    c20 = _merge(m20 - _through(m20, beta0, c00) - _through(m21, beta1, c10), c22, beta2)
+    m21 = _coupling(m21, r2, r1, g2, g1)
+    m20 = _coupling(m20, r2, r0, g2, g0)
     c21 = _merge(m21 - _through(m21, beta1, c11), c22, beta2)
-    m30 = _coupling(b_k3, b_k0, r3, r0, g3, g0, PRECISION)
-    m31 = _coupling(b_k3, b_k1, r3, r1, g3, g1, PRECISION)
-    m32 = _coupling(b_k3, b_k2, r3, r2, g3, g2, PRECISION)
+    c20 = _merge(m20 - _through(m20, beta0, c00) - _through(m21, beta1, c10), c22, beta2)
+    m32 = _coupling(m32, r3, r2, g3, g2)
+    m31 = _coupling(m31, r3, r1, g3, g1)
+    m30 = _coupling(m30, r3, r0, g3, g0)
+    c32 = _merge(m32 - _through(m32, beta2, c22), c33, beta3)
+    c31 = _merge(m31 - _through(m31, beta1, c11) - _through(m32, beta2, c21), c33, beta3)
     rest = m30 - _through(m30, beta0, c00) - _through(m31, beta1, c10) - _through(m32, beta2, c20)
     c30 = _merge(rest, c33, beta3)
-    c31 = _merge(m31 - _through(m31, beta1, c11) - _through(m32, beta2, c21), c33, beta3)
-    c32 = _merge(m32 - _through(m32, beta2, c22), c33, beta3)
 
     p_c = c_out + ((first + o_r[:, None]).to(tl.int64) * HV + i_h) * BT + o_r[None, :]
     dtype = c_out.dtype.element_ty
     zero = tl.zeros([16, 16], dtype)
     step = 16 * HV * BT
-    m_0, m_1, m_2, m_3 = (
-        o_r[:, None] < left,
-        o_r[:, None] < left - 16,
-        o_r[:, None] < left - 32,
-        o_r[:, None] < left - 48,
-    )
     tl.store(p_c, c00.to(dtype), mask=m_0)
     tl.store(p_c + 16, zero, mask=m_0)
     tl.store(p_c + 32, zero, mask=m_0)

@@ -26,8 +26,8 @@ def chunk_scan_backward_kernel(
     dstates,
     g,
     beta,
-    r_k,
-    r_q,
+    log_r_k,
+    log_r_q,
     dfinal,
     dinitial,
     cu_seqlens,
@@ -81,24 +81,23 @@ def chunk_scan_backward_kernel(
         b_g = tl.load(g + t, mask=m_t, other=0.0)
         b_beta = tl.load(beta + t, mask=m_t, other=0.0)
         g_last = tl.load(g + tl.minimum(i_t * BT + BT, length) - 1)
-        gamma = tl.exp2(b_g)
-        rho = tl.where(m_t, tl.exp2(g_last - b_g), 0.0)
+        # As in the forward scan, logarithms of norms join the gates in the exponent.
+        log_rk = tl.zeros([BT], tl.float32)
+        log_rq = tl.zeros([BT], tl.float32)
         if NORMALIZE:
-            rk = tl.load(r_k + head + t, mask=m_t, other=0.0)
-            rq = tl.load(r_q + head + t, mask=m_t, other=0.0) * scale
-        else:
-            rk = tl.full([BT], 1.0, tl.float32)
-            rq = tl.full([BT], 1.0, tl.float32) * scale
+            log_rk = tl.load(log_r_k + head + t, mask=m_t, other=0.0)
+            log_rq = tl.load(log_r_q + head + t, mask=m_t, other=0.0)
         b_dsh = b_ds.to(dtype)
         if SAVE_STATES:
             dstates.store([((first_chunk + i_t) * HV + i_h) * V + i_v * BV, 0], b_dsh)
 
         # dN^T = (dS'^T K^T) rho r + dO^T P; rows of P past the end would bring in another sequence's dO
         m_p = (o_t[:, None] >= o_t[None, :]) & m_t[:, None]
-        decay = tl.exp2(tl.where(m_p, b_g[:, None] - b_g[None, :], 0.0))
-        b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * decay * rq[:, None] * rk[None, :]
-        b_p = tl.where(m_p, b_p, 0.0).to(dtype)
-        b_dn = tl.dot(b_dsh, tl.trans(b_k), input_precision=PRECISION) * (rho * rk)[None, :]
+        decay = tl.exp2(tl.where(m_p, (b_g + log_rq)[:, None] - (b_g - log_rk)[None, :], float("-inf")))
+        b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_p = (b_p * (decay * scale)).to(dtype)
+        rho = tl.where(m_t, tl.exp2(g_last - b_g + log_rk), 0.0)
+        b_dn = tl.dot(b_dsh, tl.trans(b_k), input_precision=PRECISION) * rho[None, :]
         b_dn = tl.dot(tl.trans(b_do), b_p, b_dn, input_precision=PRECISION)  # [BV, BT]
         # (C^T Z)^T = Z^T C
         b_z = (b_dn * b_beta[None, :]).to(dtype)
@@ -108,9 +107,10 @@ def chunk_scan_backward_kernel(
             tl.store(p_dw, tl.trans((b_dn - b_cz).to(dtype)), mask=m_t[:, None])
         b_dx = b_z.to(tl.float32) - b_cz * b_beta[None, :]
         # dS^T = gamma_C dS'^T - (gamma r dX)^T K + (scale gamma dO)^T Q^
-        b_ds = b_ds * tl.exp2(g_last)
-        b_ds = tl.dot((b_dx * (-gamma * rk)[None, :]).to(dtype), b_k, b_ds, input_precision=PRECISION)
-        b_doq = tl.where(m_t[None, :], tl.trans(b_do).to(tl.float32) * (gamma * rq)[None, :], 0.0).to(dtype)
+        b_du = (b_dx * -tl.exp2(b_g + log_rk)[None, :]).to(dtype)
+        b_ds = tl.dot(b_du, b_k, b_ds * tl.exp2(g_last), input_precision=PRECISION)
+        gamma = tl.where(m_t, tl.exp2(b_g + log_rq) * scale, 0.0)
+        b_doq = (tl.trans(b_do).to(tl.float32) * gamma[None, :]).to(dtype)
         b_ds = tl.dot(b_doq, b_q, b_ds, input_precision=PRECISION)
 
     if SAVE_INITIAL:

@@ -32,7 +32,7 @@ def compile_cases(K: int = 128, V: int = 128, H: int = 16) -> Iterator[Case]:
         scalars = {"T": "i32", "R": "i32", "stride_k": "i32", "scale": "fp32", "beta_range": "fp32"}
         return {n: {**scalars, **known}.get(n, "*fp32") for n in kernel.arg_names if n not in constants}
 
-    constants = {**heads, **absent, "chunk_table": None, "GATE": "raw", "RAW_BETA": True}
+    constants = {**heads, **absent, "chunk_table": None, "BK": 64, "GATE": "raw", "RAW_BETA": True}
     known = {"k": "*bf16", "gate": "*bf16", "beta": "*bf16", "c_out": "*bf16"}
     kernel = chunk_inverse_kernel
     yield "chunk_inverse", kernel, types(kernel, constants, known), constants, 1, 1
@@ -43,7 +43,7 @@ def compile_cases(K: int = 128, V: int = 128, H: int = 16) -> Iterator[Case]:
     kernel = chunk_forward_kernel
     for name, flags in (
         ("chunk_forward", {"OUTPUT": True, "SAVE_STATES": False, "y": None, "states": None}),
-        ("chunk_states", {"OUTPUT": False, "SAVE_STATES": True, "q": None, "o": None, "r_q": None}),
+        ("chunk_states", {"OUTPUT": False, "SAVE_STATES": True, "q": None, "o": None, "log_r_q": None}),
     ):
         constants = {**scan, **flags, "HAS_INITIAL": False, "SAVE_FINAL": False, "TRANSITION": False}
         known = {**matrices, "v": tile(CHUNK, launch.BV), "o": "*bf16", "y": "*bf16", "states": tile(launch.BV, K)}

@@ -84,8 +84,8 @@ class _Scan:
         c: Tensor,
         g: Tensor,
         beta: Tensor,
-        r_k: Tensor | None,
-        r_q: Tensor | None,
+        log_r_k: Tensor | None,
+        log_r_q: Tensor | None,
         initial: Tensor | None,
         final: Tensor | None,
         o: Tensor | None = None,
@@ -104,8 +104,8 @@ class _Scan:
             None if states is None else self.state_tiles(states, self.launch.BV),
             g,
             beta,
-            r_k,
-            r_q,
+            log_r_k,
+            log_r_q,
             initial,
             final,
             self.cu_seqlens,
@@ -132,8 +132,8 @@ class _Scan:
         do: Tensor,
         g: Tensor,
         beta: Tensor,
-        r_k: Tensor | None,
-        r_q: Tensor | None,
+        log_r_k: Tensor | None,
+        log_r_q: Tensor | None,
         dfinal: Tensor | None,
         dinitial: Tensor | None,
         dw: Tensor | None = None,
@@ -148,8 +148,8 @@ class _Scan:
             None if dstates is None else self.state_tiles(dstates, self.launch.BV),
             g,
             beta,
-            r_k,
-            r_q,
+            log_r_k,
+            log_r_q,
             dfinal,
             dinitial,
             self.cu_seqlens,
@@ -204,8 +204,8 @@ def _saved_shapes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalize: bo
         "c": [B * T, HV * CHUNK],
         "g": [HV, B * T],
         "beta": [HV, B * T],
-        "r_k": norms,
-        "r_q": norms,
+        "log_r_k": norms,
+        "log_r_q": norms,
         "starts": [B * segments, HV, K, V] if segments > 1 else [0],
         "transitions": [B * segments, HV, K, K] if segments > 1 else [0],
     }
@@ -236,7 +236,7 @@ def gated_delta_rule_forward(
     shapes = _saved_shapes(q, v, cu_seqlens, normalize)
     saved = {name: s.empty(*shape, dtype=s.dtype if name == "c" else torch.float32) for name, shape in shapes.items()}
     c, g, beta_used = saved["c"], saved["g"], saved["beta"]
-    r_k, r_q = (saved["r_k"], saved["r_q"]) if normalize else (None, None)
+    log_r_k, log_r_q = (saved["log_r_k"], saved["log_r_q"]) if normalize else (None, None)
     o = s.empty(s.B, s.T, s.HV, s.V, dtype=s.dtype)
     sequences = s.chunks.sequences // s.segments
     final = s.empty(sequences, s.HV, s.K, s.V) if output_final_state else s.empty(0)
@@ -250,13 +250,14 @@ def gated_delta_rule_forward(
         c,
         g,
         beta_used,
-        r_k,
+        log_r_k,
         cu_seqlens,
         s.chunks.table,
         s.chunks.seq_len,
         s.R,
         beta_range,
         s.k.stride(0),
+        BK=64,
         GATE=kind,
         RAW_BETA=beta_range != 0,
         num_warps=1,
@@ -266,13 +267,13 @@ def gated_delta_rule_forward(
     last: Tensor | None = final if output_final_state else None
     if s.segments > 1:
         ends = s.empty(s.chunks.sequences, s.HV, s.K, s.V + s.K)
-        s.run_forward(c, g, beta_used, r_k, r_q, None, ends, transition=True)
+        s.run_forward(c, g, beta_used, log_r_k, log_r_q, None, ends, transition=True)
         saved["transitions"].copy_(ends[..., s.V :])
         saved["starts"].copy_(s.segment_starts(saved["transitions"], ends[..., : s.V], initial))
         initial = saved["starts"]
         if output_final_state:
             last = s.empty(s.chunks.sequences, s.HV, s.K, s.V)
-    s.run_forward(c, g, beta_used, r_k, r_q, initial, last, o=o)
+    s.run_forward(c, g, beta_used, log_r_k, log_r_q, initial, last, o=o)
     if s.segments > 1 and last is not None:
         final.copy_(last.unflatten(0, (s.B, s.segments))[:, -1])
     return o, final, *saved.values()
@@ -307,8 +308,8 @@ def gated_delta_rule_backward(
     c: Tensor,
     g: Tensor,
     beta_used: Tensor,
-    r_k: Tensor,
-    r_q: Tensor,
+    log_r_k: Tensor,
+    log_r_q: Tensor,
     starts: Tensor,
     transitions: Tensor,
     scale: float,
@@ -317,7 +318,7 @@ def gated_delta_rule_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, gate, beta, A_log, dt_bias and the initial state; empty where there is no such input."""
     s = _Scan(q, k, v, cu_seqlens, scale, normalize)
-    rk, rq = (r_k, r_q) if normalize else (None, None)
+    rk, rq = (log_r_k, log_r_q) if normalize else (None, None)
     do_rows = rows_of(do)
     dlast = None if dfinal is None else dfinal.contiguous()
     y, dw = (s.empty(s.R, s.HV * s.V, dtype=s.dtype) for _ in range(2))

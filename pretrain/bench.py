@@ -1,7 +1,8 @@
 """Measure parts of the training path.
 
 `lrnn bench data` measures how fast one process makes training batches of a corpus, in the random order of training;
-`lrnn bench loop` how much of a training step passes outside of forward, backward and update.
+`lrnn bench loop` how much of a training step passes outside of forward, backward and update; `lrnn bench kernels` the
+delta-rule kernels and, with --model, a step of whole models, beside those of flash-linear-attention and FlashQLA.
 """
 
 import argparse
@@ -17,6 +18,8 @@ examples:
   lrnn bench data
   lrnn bench data --corpus corpora/linux --seq-len 8192 --micro-batch-size 4
   lrnn bench loop configs/340m.yaml global_batch_size=16
+  lrnn bench kernels --shapes 8x4096 2x4096 --breakdown
+  lrnn bench kernels --model --json kernels.json
 """
 
 
@@ -37,6 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loop.add_argument("run", metavar="CONFIG", help="YAML file of a run")
     loop.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the configuration")
     loop.add_argument("--steps", type=int, default=30, help="of each of the measurements (default 30)")
+
+    kernels = parts.add_parser("kernels", help="the delta-rule kernels on a GPU, beside fla's and FlashQLA's")
+    shapes = ["8x4096", "4x4096", "1x32768", "2x4096"]
+    kernels.add_argument("--shapes", nargs="+", default=shapes, metavar="BxT", help=f"default: {' '.join(shapes)}")
+    kernels.add_argument("--heads", type=int, default=16, help="default 16")
+    kernels.add_argument("--head-size", type=int, default=128, help="of keys and values (default 128)")
+    kernels.add_argument("--only-ours", action="store_true", help="leave out the peers, whose first calls take minutes")
+    kernels.add_argument("--breakdown", action="store_true", help="also the time of each of our kernels")
+    kernels.add_argument("--model", action="store_true", help="also a training step of whole models, ours and fla's")
+    kernels.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
 
 
 def write_synthetic_corpus(path: Path, num_tokens: int, seed: int = 0) -> None:
@@ -152,6 +165,10 @@ def main(args: argparse.Namespace) -> int:
     """Run the measurement that `args.part` names."""
     if args.part == "data":
         bench_data(args)
+    elif args.part == "kernels":
+        from lrnn.pretrain.bench_kernels import bench_kernels
+
+        bench_kernels(args)
     else:
         from lrnn.pretrain.bench_loop import bench_loop
 

@@ -1,5 +1,6 @@
 """Processes: who they are, how they start, how they agree to stop."""
 
+import logging
 import os
 import signal
 import socket
@@ -97,6 +98,8 @@ def init_ranks() -> Ranks:
     else:
         device = torch.device("cpu")
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Where CUDA's compiler is installed but no GPU, torch says so to whoever imports its builder, as DeepSpeed does.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     import deepspeed  # after DS_ACCELERATOR is set
 
     deepspeed.logger.setLevel("ERROR")

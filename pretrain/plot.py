@@ -86,6 +86,7 @@ def _eigenvalues(figure: Any, axis: Any, by_step: dict[int, dict[str, Any]], nam
 
     points = [(s, r["eigenvalues"]["negative_fraction"]) for s, r in by_step.items() if r.get("eigenvalues")]
     axis.set(title=f"share of eigenvalues 1 - beta below 0 {name}", xlabel="step", ylabel="layer")
+    axis.yaxis.get_major_locator().set_params(integer=True)
     if not points:
         return
     layers = sorted(points[0][1], key=int)

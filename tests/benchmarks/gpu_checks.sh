@@ -1,14 +1,49 @@
 #!/usr/bin/env bash
-# What only a GPU can show, beside the run of pretrain_340m.sh: the loop's own time, the loader, the tests in tests/gpu.
+# What only a GPU can show, beside the run of pretrain_340m.sh: the loop's own time, the loader, the tests in tests/gpu,
+# and a small model trained, exported and evaluated there. About 6 minutes.
 #   bash tests/benchmarks/gpu_checks.sh TEXT_FOLDER WORK_FOLDER RESULT_FOLDER
-# A corpus in WORK_FOLDER/corpus, as pretrain_340m.sh leaves it, is used. About 8 minutes, half of it fla's autotuning.
-set -euo pipefail
+# Of TEXT_FOLDER the .py files are read. Without network, `lrnn eval --fetch` must have run before. Every part runs, whatever
+# becomes of the others; the status at the end is 1 if one failed.
+set -uo pipefail
 text=$1 work=$2 results=$3
-lrnn() { python3 -m lrnn.cli "$@"; }
+lrnn() { echo "\$ lrnn $*"; timeout "$limit" python3 -m lrnn.cli "$@"; }
+failed=0
+part() { # NAME SECONDS_FOR_EACH_COMMAND
+    local limit=$2 start=$SECONDS status=0
+    "$1" >"$results/$1.txt" 2>&1 || status=$?
+    echo "$1: status $status, $((SECONDS - start)) s"
+    return $status
+}
+
+corpus() {
+    lrnn corpus "$text" --include '*.py' --train-tokenizer "$1" --heldout 0.02 --skip-bad-files --out "$work/corpus-$1"
+}
+corpora() {
+    corpus 4096 &
+    corpus 32000 && wait $!
+}
+bench_loop() {
+    lrnn bench loop configs/340m.yaml "data.corpora=[{path: $work/corpus-32000}]" global_batch_size=16 log.every=5 --steps 25
+}
+bench_data() { lrnn bench data --corpus "$work/corpus-32000" --seconds 3; }
+gpu_tests() { timeout "$limit" python3 -m pytest -v -s -p no:cacheprovider tests/gpu; }
+small_model() {
+    local heldout=$work/corpus-4096/heldout.jsonl
+    lrnn pretrain configs/tiny.yaml "run_dir=$work/run" "data.corpora=[{path: $work/corpus-4096}]" steps=50 &&
+        lrnn export "$work/run" "$work/model" &&
+        for device in cuda cpu; do
+            lrnn eval "$work/model" --suite quick --heldout "$heldout" --limit 16 --max-length 2048 \
+                --device $device --dtype float32 --out "$work/eval-$device" || return
+        done &&
+        lrnn eval "$work/model" --suite code_math --allow-code-execution --limit 4 --max-length 2048
+}
 
 mkdir -p "$work" "$results"
-[ -d "$work/corpus" ] || lrnn corpus "$text" --train-tokenizer 32000 --heldout 0.02 --skip-bad-files --out "$work/corpus"
-lrnn bench loop configs/340m.yaml "data.corpora=[{path: $work/corpus}]" global_batch_size=16 log.every=5 --steps 25 |
-    tee "$results/bench_loop.txt"
-lrnn bench data --corpus "$work/corpus" | tee "$results/bench_data.txt"
-python3 -m pytest -q -s -p no:cacheprovider tests/gpu | tee "$results/tests_gpu.txt"
+part corpora 120 || exit 1
+part bench_loop 240 || failed=1 # alone on the machine, as is the next
+part bench_data 60 || failed=1
+part gpu_tests 300 & # nothing is timed from here on
+tests=$!
+part small_model 120 || failed=1
+wait $tests || failed=1
+exit $failed

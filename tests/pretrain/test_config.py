@@ -1,6 +1,7 @@
 """A run's configuration: what is wrong is named by its full path, and what would be right is said."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -55,15 +56,27 @@ def test_valid(load):
     assert config.schedule.name == "cosine" and config.log.every == 10
 
 
-@pytest.mark.parametrize("name", ["tiny", "340m", "1.3b"])
-def test_shipped_configurations(name):
+@pytest.mark.parametrize(("name", "most"), [("tiny", 2), ("340m", 32), ("1.3b", 64)])
+def test_shipped_configurations(name, most):
     config = load_config(ROOT / "configs" / f"{name}.yaml")
     model = load_model_config(ROOT / config.model)
     assert model.max_position_embeddings == config.data.seq_len
-    for world_size in (1, 2):
-        settings = deepspeed_config(config.model_copy(update={"deepspeed": str(ROOT / config.deepspeed)}), world_size)
+    config = config.model_copy(update={"deepspeed": str(ROOT / config.deepspeed)})
+    for world_size in (2**i for i in range(most.bit_length())):
+        settings = deepspeed_config(config, world_size)
         per_step = settings["train_micro_batch_size_per_gpu"] * settings["gradient_accumulation_steps"] * world_size
         assert per_step == settings["train_batch_size"] == config.global_batch_size
+
+
+def test_the_readmes_job_can_share_its_batch():
+    """`sbatch --nodes N slurm/train.sbatch CONFIG`: the step's samples go evenly into N x 8 processes."""
+    jobs = re.findall(r"sbatch --nodes (\d+) slurm/train\.sbatch (\S+)", (ROOT / "README.md").read_text())
+    (tasks,) = re.findall(r"#SBATCH --ntasks-per-node=(\d+)", (ROOT / "slurm" / "train.sbatch").read_text())
+    assert jobs
+    for nodes, name in jobs:
+        config = load_config(ROOT / name)
+        config = config.model_copy(update={"deepspeed": str(ROOT / config.deepspeed)})
+        assert deepspeed_config(config, int(nodes) * int(tasks))["gradient_accumulation_steps"] >= 1
 
 
 @pytest.mark.parametrize(

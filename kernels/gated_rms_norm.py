@@ -1,0 +1,284 @@
+"""RMS norm over the last dimension times a SiLU gate, forward and backward.
+
+    r = rsqrt(mean(x^2) + eps)       n = r x       y = n weight silu(gate)
+
+    dn = dy weight silu(gate)        dx = r (dn - n mean(dn n))
+    dgate = dy n weight silu'(gate)  dweight = sum over rows of dy n silu(gate)
+
+Both kernels are bound by memory: a pass over x, gate and y forward; over x, gate, dy, dx and dgate backward, where r is
+computed anew.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_SIZE = 256
+WARPS = 4
+FORWARD_TILE, BACKWARD_TILE = 4096, 2048  # elements of a tile: 32 or 16 a thread
+ROWS = 256  # rows of a program of the backward pass, which gives one part of dweight
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """rms_norm(x) * weight * silu(gate) over the last dimension, in float32 (float64 for float64, on CPU).
+
+    On CUDA one Triton kernel forward and one backward; on CPU `gated_rms_norm_reference`. Only the inputs are kept for
+    the backward pass. The gradient of the weight is summed in a fixed order.
+
+    Args:
+        x: [..., D], bfloat16, float16 or float32 (float64 on CPU). On CUDA D is at most 256, a head's size.
+        gate: [..., D], of one of the same dtypes, or None for the plain norm.
+        weight: [D], of one of the same dtypes.
+        eps: added to the mean square.
+
+    x and gate are read in place where they are contiguous, or [..., H, D] with contiguous heads at even distances, as
+    in a slice of a projection's channels; other strides are copied.
+
+    Returns:
+        A contiguous tensor of the shape of x in the dtype of gate, or of x without a gate.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit or are not supported.
+    """
+    _check(x, gate, weight)
+    if x.is_cuda or triton.knobs.runtime.interpret:
+        return torch.ops.lrnn.gated_rms_norm_forward(x, gate, weight, eps)
+    return gated_rms_norm_reference(x, gate, weight, eps)
+
+
+def gated_rms_norm_reference(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """`gated_rms_norm` in plain PyTorch, with the same arguments, for any size."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps)
+    if gate is None:
+        return y.to(x.dtype)
+    return (y * F.silu(gate.to(dtype))).to(gate.dtype)
+
+
+def _check(x: Tensor, gate: Tensor | None, weight: Tensor) -> None:
+    on_gpu = x.is_cuda or triton.knobs.runtime.interpret
+    D = x.shape[-1] if x.ndim else 0
+    if D == 0 or (on_gpu and D > MAX_SIZE):
+        raise ValueError(f"x must be [..., D] with D from 1 to {MAX_SIZE} on {x.device.type}; got {[*x.shape]}")
+    if weight.shape != (D,) or (gate is not None and gate.shape != x.shape):
+        gate_shape = None if gate is None else [*gate.shape]
+        raise ValueError(
+            f"gate must have the shape of x and weight be [D]; got x {[*x.shape]}, gate {gate_shape}, "
+            f"weight {[*weight.shape]}"
+        )
+    dtypes = DTYPES if on_gpu else (*DTYPES, torch.float64)
+    for name, tensor in (("x", x), ("gate", gate), ("weight", weight)):
+        if tensor is None:
+            continue
+        if tensor.dtype not in dtypes:
+            raise ValueError(f"{name} must be of one of {dtypes} on {x.device.type}; got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(
+                f"x, gate and weight must be on one device; got {name} on {tensor.device}, x on {x.device}"
+            )
+
+
+@triton.jit
+def _load(x, o_r, o_d, mask, S, H: tl.constexpr, D: tl.constexpr):
+    # rows o_r of a tensor with H rows of D elements in a piece and pieces S apart; float32 [BR, BD]
+    return tl.load(x + ((o_r // H) * S + (o_r % H) * D)[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["R", "eps"])
+def gated_rms_norm_forward_kernel(
+    x,
+    gate,
+    weight,
+    y,
+    R,
+    eps,
+    SX: tl.constexpr,
+    SG: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+):
+    o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    o_d = tl.arange(0, BD)
+    mask = (o_r < R)[:, None] & (o_d < D)[None, :]
+    b_x = _load(x, o_r, o_d, mask, SX, H, D)
+    b_w = tl.load(weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    # y = r x weight silu(gate)
+    b_r = tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)
+    b_y = b_x * b_r[:, None] * b_w[None, :]
+    if HAS_GATE:
+        b_g = _load(gate, o_r, o_d, mask, SG, H, D)
+        b_y *= b_g * tl.sigmoid(b_g)
+    tl.store(y + (o_r * D)[:, None] + o_d[None, :], b_y.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["R", "eps"])
+def gated_rms_norm_backward_kernel(
+    x,
+    gate,
+    weight,
+    dy,
+    dx,
+    dgate,
+    dweight_parts,
+    R,
+    eps,
+    SX: tl.constexpr,
+    SG: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+):
+    o_d = tl.arange(0, BD)
+    b_w = tl.load(weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    b_dw = tl.zeros([BR, BD], tl.float32)  # each thread's own sum; added up at the end
+    for i in range(0, ROWS, BR):
+        o_r = tl.program_id(0).to(tl.int64) * ROWS + i + tl.arange(0, BR)
+        mask = (o_r < R)[:, None] & (o_d < D)[None, :]
+        p_out = (o_r * D)[:, None] + o_d[None, :]
+        b_x = _load(x, o_r, o_d, mask, SX, H, D)
+        b_dy = tl.load(dy + p_out, mask=mask, other=0.0).to(tl.float32)
+        b_r = tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)
+        b_n = tl.where(mask, b_x * b_r[:, None], 0.0)  # not 0 * inf past the end, where eps is 0
+        if HAS_GATE:
+            # dgate = dy n weight silu'(gate), silu' = sigmoid (1 + gate (1 - sigmoid))
+            b_g = _load(gate, o_r, o_d, mask, SG, H, D)
+            b_s = tl.sigmoid(b_g)
+            b_dg = b_dy * b_n * b_w[None, :] * b_s * (1.0 + b_g * (1.0 - b_s))
+            tl.store(dgate + p_out, b_dg.to(dgate.dtype.element_ty), mask=mask)
+            b_dy *= b_g * b_s
+        # dweight = sum of dy silu(gate) n
+        b_dw += b_dy * b_n
+        # dx = r (dn - n mean(dn n)), dn = dy silu(gate) weight
+        b_dn = b_dy * b_w[None, :]
+        b_dx = b_r[:, None] * (b_dn - b_n * (tl.sum(b_dn * b_n, 1) / D)[:, None])
+        tl.store(dx + p_out, b_dx.to(dx.dtype.element_ty), mask=mask)
+    tl.store(dweight_parts + tl.program_id(0).to(tl.int64) * D + o_d, tl.sum(b_dw, 0), mask=o_d < D)
+
+
+def _pieces(x: Tensor) -> tuple[int, int] | None:
+    """(H, step): the rows of x lie in pieces of H contiguous rows, `step` elements apart; None if they do not."""
+    if x.is_contiguous():
+        return 1, x.shape[-1]
+    if x.ndim < 3 or x.stride(-1) != 1 or x.stride(-2) != x.shape[-1]:
+        return None
+    step, count = 0, 1  # of the pieces seen so far, from the last dimension on
+    for size, stride in zip(reversed(x.shape[:-2]), reversed(x.stride()[:-2]), strict=True):
+        if size == 1:
+            continue
+        if count > 1 and stride != step * count:
+            return None
+        step, count = step if count > 1 else stride, count * size
+    return x.shape[-2], step
+
+
+def _layout(x: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | None, int, int, int]:
+    """x and gate, copied where they can't be read in place; H and the distance of pieces of H rows in x and in gate."""
+    tensors = [t if t is None or _pieces(t) else t.contiguous() for t in (x, gate)]
+    found = [(1, x.shape[-1]) if t is None else _pieces(t) for t in tensors]
+    H = max(pieces[0] for pieces in found if pieces)
+    # In a contiguous tensor any number of rows makes a piece.
+    steps = [step * H if h == 1 else step for h, step in found]
+    return tensors[0], tensors[1], H, *steps
+
+
+def _launch(kernel, x, gate, weight, eps, tile: int, rows: int | None = None, **others) -> None:
+    """`kernel` with tiles of about `tile` elements and programs of `rows` rows, default those of a tile."""
+    D = x.shape[-1]
+    R = x.numel() // D
+    if R == 0:
+        return
+    x, gate, H, SX, SG = _layout(x, gate)
+    BD = triton.next_power_of_2(max(D, 16))
+    BR = tile // BD
+    with torch.cuda.device_of(x):  # does nothing for CPU tensors, in Triton's interpreter
+        kernel[(triton.cdiv(R, rows or BR),)](
+            x=x,
+            gate=gate,
+            weight=weight.contiguous(),
+            **others,
+            R=R,
+            eps=eps,
+            SX=SX,
+            SG=SG,
+            H=H,
+            D=D,
+            BR=BR,
+            BD=BD,
+            HAS_GATE=gate is not None,
+            num_warps=WARPS,
+            num_stages=1,
+        )
+
+
+@torch.library.custom_op("lrnn::gated_rms_norm_forward", mutates_args=())
+def _forward(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype if gate is None else gate.dtype, device=x.device)
+    _launch(gated_rms_norm_forward_kernel, x, gate, weight, eps, FORWARD_TILE, y=y)
+    return y
+
+
+@_forward.register_fake
+def _(x, gate, weight, eps):
+    return x.new_empty(x.shape, dtype=x.dtype if gate is None else gate.dtype)
+
+
+@torch.library.custom_op("lrnn::gated_rms_norm_backward", mutates_args=())
+def _backward(dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> list[Tensor]:
+    """dx, dgate if there is a gate, dweight in float32."""
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dgate = None if gate is None else torch.empty(x.shape, dtype=gate.dtype, device=x.device)
+    # A part for each program, added up afterwards: atomic additions would come in any order.
+    D = x.shape[-1]
+    parts = torch.empty((triton.cdiv(x.numel() // D, ROWS), D), dtype=torch.float32, device=x.device)
+    outputs = {"dy": dy.contiguous(), "dx": dx, "dgate": dgate, "dweight_parts": parts, "ROWS": ROWS}
+    _launch(gated_rms_norm_backward_kernel, x, gate, weight, eps, BACKWARD_TILE, ROWS, **outputs)
+    dweight = parts.sum(0)
+    return [dx, dweight] if dgate is None else [dx, dgate, dweight]
+
+
+@_backward.register_fake
+def _(dy, x, gate, weight, eps):
+    dweight = x.new_empty(weight.shape, dtype=torch.float32)
+    return [x.new_empty(x.shape), *([] if gate is None else [gate.new_empty(x.shape)]), dweight]
+
+
+def _save(ctx, inputs, output):
+    x, gate, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, gate, weight)
+
+
+def _gradients(ctx, dy):
+    x, gate, weight = ctx.saved_tensors
+    dx, *dgate, dweight = torch.ops.lrnn.gated_rms_norm_backward(dy, x, gate, weight, ctx.eps)
+    return dx, dgate[0] if dgate else None, dweight.to(weight.dtype), None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+
+
+def compile_cases(D: int = 128) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
+    """The kernels as they are compiled in training, to be compiled for a GPU that is not there.
+
+    A case is (name, kernel, types of its arguments, values of its constants, warps, stages).
+    """
+    for dtype in ("bf16", "fp32"):
+        types = {"weight": "*fp32", "dweight_parts": "*fp32", "R": "i32", "eps": "fp32"}
+        constants = {"SX": D, "SG": D, "H": 1, "D": D, "BD": D, "HAS_GATE": True}
+        for name, kernel, own in (
+            ("forward", gated_rms_norm_forward_kernel, {"BR": FORWARD_TILE // D}),
+            ("backward", gated_rms_norm_backward_kernel, {"BR": BACKWARD_TILE // D, "ROWS": ROWS}),
+        ):
+            signature = {n: types.get(n, f"*{dtype}") for n in kernel.arg_names if n not in {**constants, **own}}
+            yield f"gated_rms_norm_{name}_{dtype}", kernel, signature, {**constants, **own}, WARPS, 1

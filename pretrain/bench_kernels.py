@@ -1,0 +1,340 @@
+"""The gated delta rule's kernels on a GPU, beside those of flash-linear-attention (fla) and FlashQLA, in one run."""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrnn.errors import UserError
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass
+class Contender:
+    """A function from the inputs of a layer's kernel to its output, and what to know about its figures."""
+
+    name: str
+    run: Callable[[Inputs], Tensor]
+    note: str = ""
+    lifts_guard: bool = False
+
+
+@dataclass
+class Measurement:
+    """Milliseconds (median, 20% and 80% quantile) and MiB beyond the inputs; `error` where it did not run."""
+
+    contender: str
+    batch_size: int
+    seq_len: int
+    forward: list[float] = field(default_factory=list)
+    forward_backward: list[float] = field(default_factory=list)
+    peak_forward: float = 0.0
+    peak_forward_backward: float = 0.0
+    first_call_seconds: float = 0.0
+    error: str = ""
+
+
+def make_inputs(batch_size: int, seq_len: int, heads: int, size: int, device: str = "cuda", seed: int = 0) -> Inputs:
+    """A layer's raw projections in bf16: q, k, v [B, T, H, D], gate and step logits a, b [B, T, H], A_log, dt_bias [H].
+
+    Gates as at the start of training (A uniform in (0, 16), steps log-uniform in [0.001, 0.1]).
+    """
+    r = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.empty(shape, device=device, dtype=torch.bfloat16).normal_(generator=r)
+
+    steps = torch.empty(heads, device=device).uniform_(-6.9, -2.3, generator=r).exp()
+    x = {name: normal(batch_size, seq_len, heads, size) for name in ("q", "k", "v")}
+    x |= {name: normal(batch_size, seq_len, heads) for name in ("a", "b")}
+    x["A_log"] = torch.empty(heads, device=device).uniform_(1e-4, 16, generator=r).log()
+    x["dt_bias"] = steps + torch.log(-torch.expm1(-steps))  # the inverse of softplus
+    return x
+
+
+def ours(x: Inputs) -> Tensor:
+    """lrnn: norms, gates and step sizes inside the kernels."""
+    from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule
+
+    return fused_gated_delta_rule(x["q"], x["k"], x["v"], x["a"], x["b"], x["A_log"], x["dt_bias"])[0]
+
+
+def fla(x: Inputs) -> Tensor:
+    """fla, called as its own layer does."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    return chunk_gated_delta_rule(
+        q=x["q"],
+        k=x["k"],
+        v=x["v"],
+        g=x["a"],
+        beta=x["b"],
+        use_qk_l2norm_in_kernel=True,
+        use_gate_in_kernel=True,
+        A_log=x["A_log"],
+        dt_bias=x["dt_bias"],
+        use_beta_sigmoid_in_kernel=True,
+        allow_neg_eigval=True,
+    )[0]
+
+
+def flash_qla(x: Inputs) -> Tensor:
+    """FlashQLA: it takes log-gates and step sizes in float32, which `make_log_inputs` makes ahead of the clock."""
+    from flash_qla import chunk_gated_delta_rule
+
+    return chunk_gated_delta_rule(x["q"], x["k"], x["v"], x["g"], x["beta"], use_qk_l2norm_in_kernel=True)[0]
+
+
+def make_log_inputs(x: Inputs) -> Inputs:
+    """The inputs with log-gates g and step sizes beta in float32 in place of the raw projections."""
+    g = -x["A_log"].exp() * torch.nn.functional.softplus(x["a"].float() + x["dt_bias"])
+    return {"q": x["q"], "k": x["k"], "v": x["v"], "g": g, "beta": 2 * x["b"].float().sigmoid()}
+
+
+def fla_guard() -> str | None:
+    """A note where fla refuses its gated backward pass, on Hopper with Triton 3.4 to 3.7.0; None elsewhere.
+
+    With tilelang installed fla uses another kernel there, and refuses nothing.
+    """
+    from fla.ops.common import chunk_o
+
+    refuses = chunk_o.IS_NVIDIA_HOPPER and chunk_o.TRITON_ABOVE_3_4_0 and not chunk_o.TRITON_ABOVE_3_7_1
+    if not refuses or importlib.util.find_spec("tilelang") is not None:
+        return None
+    import triton
+
+    return (
+        f"fla's own check calls the result of its gated backward pass incorrect under Triton {triton.__version__} on "
+        "Hopper and refuses it; the check was lifted: timed for speed only"
+    )
+
+
+@contextlib.contextmanager
+def fla_guard_lifted() -> Iterator[None]:
+    """fla's gated backward pass runs where fla refuses it. For its time and its memory: its gradients may be wrong."""
+    from fla.ops.common import chunk_o
+
+    before = chunk_o.TRITON_ABOVE_3_7_1
+    chunk_o.TRITON_ABOVE_3_7_1 = True
+    try:
+        yield
+    finally:
+        chunk_o.TRITON_ABOVE_3_7_1 = before
+
+
+def contenders(only_ours: bool) -> tuple[list[Contender], list[str]]:
+    """What can be timed here, and a line for each peer on why it is left out or what its figures mean."""
+    found, lines = [Contender("lrnn", ours)], []
+    if only_ours:
+        return found, ["fla, FlashQLA: left out (--only-ours)"]
+    for name, package, run in (("fla", "fla", fla), ("FlashQLA", "flash_qla", flash_qla)):
+        if importlib.util.find_spec(package) is None:
+            lines.append(f"{name}: skipped, {package} is not installed")
+            continue
+        try:
+            importlib.import_module(package)
+            note = (fla_guard() or "") if name == "fla" else "gates and step sizes computed ahead of the clock"
+        except Exception as error:  # a peer that does not import here must not keep ours from being measured
+            lines.append(f"{name}: skipped, importing {package} failed: {error!r}")
+            continue
+        found.append(Contender(name, run, note, lifts_guard=name == "fla"))
+        lines.append(f"{name}: found" + (f"; {note}" if note else ""))
+    return found, lines
+
+
+def peak_memory(run: Callable[[], Any]) -> float:
+    """MiB that a call takes at its peak, beyond what was there before."""
+    run()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def passes(run: Callable[[Inputs], Tensor], x: Inputs) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """The forward pass as training runs it, and forward and backward: gradients of all inputs from a fixed one of o."""
+    leaves = {name: y.detach().clone().requires_grad_() for name, y in x.items()}
+    do = torch.randn_like(leaves["v"])
+
+    def forward() -> Tensor:
+        return run(leaves)
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(run(leaves), list(leaves.values()), do)
+
+    return forward, both
+
+
+def measure(contender: Contender, batch_size: int, seq_len: int, heads: int, size: int) -> Measurement:
+    """Time one contender at one shape. A peer that fails is noted, not fatal."""
+    from triton.testing import do_bench
+
+    result = Measurement(contender.name, batch_size, seq_len)
+    x = make_inputs(batch_size, seq_len, heads, size)
+    if contender.name == "FlashQLA":
+        x = make_log_inputs(x)
+    quantiles = [0.5, 0.2, 0.8]
+    with fla_guard_lifted() if contender.lifts_guard else contextlib.nullcontext():
+        try:
+            forward, both = passes(contender.run, x)
+            start = time.perf_counter()
+            both()
+            torch.cuda.synchronize()
+            result.first_call_seconds = time.perf_counter() - start
+            result.forward = do_bench(forward, warmup=50, rep=200, quantiles=quantiles)
+            result.forward_backward = do_bench(both, warmup=50, rep=400, quantiles=quantiles)
+            result.peak_forward, result.peak_forward_backward = peak_memory(forward), peak_memory(both)
+        except Exception as error:
+            if contender.name == "lrnn":
+                raise
+            result.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    return result
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy of 1 GB on the device."""
+    from triton.testing import do_bench
+
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (do_bench(lambda: target.copy_(source), quantiles=[0.5]) / 1e3)
+
+
+def floor_milliseconds(tokens: int, heads: int, size: int, bandwidth: float) -> tuple[float, float]:
+    """What reading every input and writing every result once takes: forward, and forward and backward.
+
+    Forward reads q, k, v, a, b and writes o; backward reads q, k, v, a, b, do and writes dq, dk, dv, da, db. bf16.
+    """
+    forward = tokens * heads * 2 * (4 * size + 2)
+    backward = tokens * heads * 2 * (7 * size + 4)
+    return 1e3 * forward / bandwidth, 1e3 * (forward + backward) / bandwidth
+
+
+def breakdown(
+    batch_size: int, seq_len: int, heads: int, size: int, repeats: int = 10
+) -> list[tuple[str, float, float]]:
+    """Each GPU kernel of our forward and backward pass: name, milliseconds a pass, launches a pass."""
+    from torch.profiler import ProfilerActivity, profile
+
+    _, both = passes(ours, make_inputs(batch_size, seq_len, heads, size))
+    both()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as record:
+        for _ in range(repeats):
+            both()
+        torch.cuda.synchronize()
+    rows = [
+        (event.key, event.self_device_time_total / 1e3 / repeats, event.count / repeats)
+        for event in record.key_averages()
+        if event.self_device_time_total > 0 and event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    return sorted(rows, key=lambda row: -row[1])
+
+
+def installed(package: str) -> str:
+    """Version of a package, or "not installed"."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def environment() -> dict[str, str]:
+    """The GPU, and the versions that the figures depend on."""
+    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    major, minor = torch.cuda.get_device_capability()
+    ptxas = get_ptxas(10 * major + minor).path
+    text = subprocess.run([ptxas, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"V(\d+\.\d+\.\d+)", text)
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = "unknown (nvidia-smi did not run)"
+    return {
+        "GPU": torch.cuda.get_device_name(),
+        "driver, clock, power": driver,
+        "torch": torch.__version__,
+        "CUDA of torch": str(torch.version.cuda),
+        "triton": triton.__version__,
+        "ptxas": f"{release[1] if release else text.strip()} ({ptxas})",
+        "fla": installed("flash-linear-attention"),
+        "FlashQLA": installed("flash-qla"),
+        "tilelang": installed("tilelang"),
+    }
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """BxT as (batch size, sequence length)."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match or 0 in (sizes := (int(match[1]), int(match[2]))):
+        raise UserError(f"--shapes takes batch sizes and lengths as 8x4096; got {text!r}")
+    return sizes
+
+
+def bench_kernels(args: argparse.Namespace) -> None:
+    """Print the tables of `lrnn bench kernels`."""
+    shapes = [parse_shape(shape) for shape in args.shapes]
+    if not torch.cuda.is_available():
+        raise UserError("bench kernels measures a GPU; PyTorch sees none here")
+    env = environment()
+    print("\n".join(f"{name:22}{value}" for name, value in env.items()))
+    runners, lines = contenders(args.only_ours)
+    print("\n".join(lines))
+    bandwidth = copy_bandwidth()
+    print(
+        f"device copy: {bandwidth / 1e12:.2f} TB/s, read and written; the floor is every input and result once at that"
+    )
+    print(f"\nbf16, H {args.heads}, K = V = {args.head_size}; milliseconds, median (20% to 80%); MiB beyond the inputs")
+    print(
+        f"{'shape':12} {'':9} {'forward':>21} {'forward + backward':>24} {'to lrnn':>13} {'MiB':>15} {'first call':>11}"
+    )
+    results: list[dict[str, Any]] = []
+    for batch_size, seq_len in shapes:
+        floor = floor_milliseconds(batch_size * seq_len, args.heads, args.head_size, bandwidth)
+        rows = []
+        for contender in runners:
+            rows.append(measure(contender, batch_size, seq_len, args.heads, args.head_size))
+            torch.cuda.empty_cache()
+        for row in rows:
+            print(f"{f'B{batch_size} T{seq_len}':12} {row.contender:9} {_figures(row, rows[0])}", flush=True)
+        print(f"{'':12} {'floor':9} {floor[0]:21.3f} {floor[1]:24.3f}")
+        results += [asdict(row) for row in rows]
+        results.append({"contender": "floor", "batch_size": batch_size, "seq_len": seq_len, "forward": [floor[0]]})
+        results[-1]["forward_backward"] = [floor[1]]
+        if args.breakdown:
+            for name, milliseconds, launches in breakdown(batch_size, seq_len, args.heads, args.head_size):
+                print(f"{'':12} {milliseconds:8.3f} ms {launches:5.1f} x  {name[:80]}")
+    models: list[dict[str, Any]] = []
+    if args.model:
+        from lrnn.pretrain.bench_model import bench_models
+
+        models = bench_models(args.only_ours)
+    if args.json:
+        args.json.write_text(
+            json.dumps({"environment": env, "notes": lines, "kernels": results, "models": models}, indent=1) + "\n"
+        )
+
+
+def _figures(row: Measurement, first: Measurement) -> str:
+    if row.error:
+        return f"failed: {row.error}"
+    spread = [f"{m:.3f} ({low:.3f} to {high:.3f})" for m, low, high in (row.forward, row.forward_backward)]
+    ratios = f"{row.forward[0] / first.forward[0]:.2f} / {row.forward_backward[0] / first.forward_backward[0]:.2f}"
+    memory = f"{row.peak_forward:.0f} / {row.peak_forward_backward:.0f}"
+    return f"{spread[0]:>21} {spread[1]:>24} {ratios:>13} {memory:>15} {row.first_call_seconds:9.1f} s"

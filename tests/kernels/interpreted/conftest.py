@@ -1,0 +1,33 @@
+"""Tests of the Triton kernels on a CPU, in Triton's interpreter. `tests/kernels/test_interpreted.py` runs them.
+
+Triton reads TRITON_INTERPRET when a kernel is defined, so it has to be set before anything of this project is imported:
+
+    TRITON_INTERPRET=1 pytest tests/kernels/interpreted
+
+The interpreter's bfloat16 is wrong (it computes with the bits as integers): float16 and float32 alone are tested here.
+"""
+
+import os
+
+import pytest
+from nan_buffers import fill_new_buffers_with_nan
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime import interpreter
+
+    _patch_tensor = interpreter._patch_lang_tensor
+
+    def _patch_tensor_and_index(tensor, scope):
+        _patch_tensor(tensor, scope)
+        # Loops over range(n) ask for n.__index__(). Before 3.9 Triton makes the integer from an array of one element,
+        # which NumPy refuses from 2.4 on.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
+
+    interpreter._patch_lang_tensor = _patch_tensor_and_index
+else:
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def nan_buffers(monkeypatch):
+    fill_new_buffers_with_nan(monkeypatch)

@@ -1,0 +1,318 @@
+"""The Triton kernels of the gated delta rule against the float64 recurrence, at sizes that the interpreter can bear."""
+
+import delta_rule_inputs as inputs
+import delta_rule_truth as truth
+import pytest
+import torch
+from delta_rule_inputs import BARS, BETAS, GATES, KEYS
+from delta_rule_truth import check, evaluate, evaluate_truth, floors, relative_error
+from operator_calls import OperatorCalls
+
+from lrnn.kernels import delta_rule_op
+from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule, gated_delta_product, gated_delta_rule
+
+FP16, FP32 = torch.float16, torch.float32
+# Keys that repeat, or nearly, add up the rounding of the operands over all tokens; what float16 may be off on them. In
+# float32 nothing is rounded to speak of: there the equations show, here that nothing breaks.
+HARD = {FP16: {"": 2e-2}, FP32: {"": 2e-4}}
+
+
+def compare(x, bars, label, ours=gated_delta_rule, true=truth.gated_delta_rule, zero=(), **options):
+    """All outputs and gradients of a function and of its truth; `zero` names gradients that are 0 but for rounding."""
+    do, dstate = inputs.arriving(x)
+    expected = evaluate_truth(true, x, do, dstate, **options)
+    least = floors(expected, do) | dict.fromkeys(zero, torch.linalg.vector_norm(do.float()).item())
+    check(evaluate(ours, x, do, dstate, **options), expected, bars, label, least)
+
+
+@pytest.mark.parametrize("dtype", [FP16, FP32])
+@pytest.mark.parametrize("T", [1, 15, 63, 64, 65, 127, 150])
+def test_lengths(T, dtype):
+    compare(inputs.random(1, T, dtype=dtype), BARS[dtype], f"T {T}, {dtype}", normalize_qk=True)
+
+
+def test_rows_of_a_batch_do_not_meet():
+    """With T no multiple of the chunk, a row's last tile holds tokens of the next row: here, large ones."""
+    x = inputs.random(2, 70, H=1, dtype=FP16)
+    for name in ("q", "k", "v"):
+        x[name][1] *= 100
+    do, dstate = inputs.arriving(x)
+    do[1] *= 100
+    expected = evaluate_truth(truth.gated_delta_rule, x, do, dstate, normalize_qk=True)
+    found = evaluate(gated_delta_rule, x, do, dstate, normalize_qk=True)
+    for row in (0, 1):
+        check({n: y[row] for n, y in found.items()}, {n: y[row] for n, y in expected.items()}, BARS[FP16], f"row {row}")
+
+
+@pytest.mark.parametrize(("K", "V", "T", "dtype"), [(128, 128, 70, FP16), (64, 128, 65, FP16), (256, 64, 20, FP16)])
+def test_head_sizes(K, V, T, dtype):
+    compare(inputs.random(1, T, H=1, K=K, V=V, dtype=dtype), BARS[dtype], f"K {K}, V {V}", normalize_qk=True)
+
+
+@pytest.mark.parametrize("dtype", [FP16, FP32])
+def test_keys_as_given(dtype):
+    """Without normalize_qk the rounded keys are used as they are, and dk has a part along the key."""
+    x = inputs.unit_keys(inputs.random(1, 70, H=1, dtype=dtype))
+    x["k"] *= 0.9
+    compare(x, BARS[dtype], f"keys as given, {dtype}")
+
+
+@pytest.mark.parametrize("dtype", [FP16, FP32])
+@pytest.mark.parametrize("kind", KEYS)
+def test_keys_that_repeat(kind, dtype):
+    x = inputs.random(1, 100, H=1, dtype=dtype)
+    x = inputs.set_betas(inputs.set_gates(inputs.set_keys(x, kind), "none"), "2")
+    compare(x, HARD[dtype], f"{kind}, {dtype}", normalize_qk=True)
+
+
+def test_parity_is_exact():
+    """One key of any length, beta = 2, no gate: two steps give back the state, and the rounding must not add up."""
+    x = inputs.random(1, 320, H=1, dtype=FP16)
+    x = inputs.set_betas(inputs.set_gates(inputs.set_keys(x, "parity"), "one"), "2")
+    x["v"].zero_()
+    with torch.no_grad():
+        _, final = gated_delta_rule(**x, normalize_qk=True, output_final_state=True)
+    assert relative_error(final, x["initial_state"]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", BETAS)
+def test_step_sizes(kind):
+    dtype = FP32 if kind == "1e-6" else FP16  # float16 has no three digits there, and dv is as small
+    x = inputs.set_betas(inputs.random(1, 130, H=1, dtype=dtype), kind)
+    compare(x, HARD[dtype], f"beta {kind}", normalize_qk=True)
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_gates(kind):
+    x = inputs.set_gates(inputs.random(1, 100, H=2 if kind == "mixed" else 1, dtype=FP16), kind)
+    compare(x, HARD[FP16], f"gates {kind}", normalize_qk=True)
+
+
+@pytest.mark.parametrize("kind", ["-20", "-80", "once"])
+def test_strong_gates_in_float32(kind):
+    x = inputs.set_gates(inputs.random(1, 70, H=1), kind)
+    compare(x, BARS[FP32], f"gates {kind}, float32", normalize_qk=True)
+
+
+def test_first_gate_has_no_gradient_without_a_state():
+    """Nothing is there for it to decay."""
+    x = inputs.random(1, 70, H=1, states=0)
+    found = evaluate(gated_delta_rule, x, torch.randn_like(x["v"]), normalize_qk=True)
+    assert found["dg"][:, 0].abs().max() < 1e-5 * found["dg"].abs().max()
+
+
+def test_all_ones():
+    """Triton compiles arguments that equal 1 in: scale = 1 is one of them."""
+    x = {n: torch.ones_like(y) for n, y in inputs.random(1, 65, H=1, dtype=FP16).items()} | {"g": torch.zeros(1, 65, 1)}
+    # All vectors are parallel: the gradients of q and k are, before the norm's part is taken out of them. beta = 1
+    # overwrites the state, so no gate has a gradient; with norm and gate what is left of all three is rounding.
+    compare(x, {"": 2e-3}, "ones", zero=("dq", "dk", "dg"), normalize_qk=True, scale=1.0)
+
+
+@pytest.mark.parametrize(("dtype", "index_dtype"), [(FP16, torch.int32), (FP32, torch.int64)])
+def test_documents(dtype, index_dtype):
+    """Empty ones and ones of one token, in a batch whose rows they cross; a state and its gradient for each."""
+    bounds = torch.tensor([0, 0, 1, 16, 80, 145, 145, 180, 180], dtype=index_dtype)
+    x = inputs.random(2, 90, H=1, dtype=dtype, states=len(bounds) - 1)
+    compare(x, BARS[dtype], f"documents, {dtype}", normalize_qk=True, cu_seqlens=bounds)
+
+
+def test_documents_do_not_meet():
+    bounds = torch.tensor([0, 70, 75, 140], dtype=torch.int32)
+    x = inputs.random(1, 140, H=1, dtype=FP16, states=3)
+    do, dstate = inputs.arriving(x)
+    large = slice(70, 75)
+    for y in (x["q"], x["k"], x["v"], do):
+        y[:, large] *= 100
+    expected = evaluate_truth(truth.gated_delta_rule, x, do, dstate, normalize_qk=True, cu_seqlens=bounds)
+    found = evaluate(gated_delta_rule, x, do, dstate, normalize_qk=True, cu_seqlens=bounds)
+    for i, part in enumerate((slice(0, 70), large, slice(75, 140))):
+
+        def of_document(values, i=i, part=part):
+            return {n: y[i] if n in ("final_state", "dinitial_state") else y[:, part] for n, y in values.items()}
+
+        check(of_document(found), of_document(expected), BARS[FP16], f"document {i}")
+
+
+def test_documents_of_raw_projections():
+    bounds = torch.tensor([0, 1, 1, 70], dtype=torch.int32)
+    x = inputs.random(1, 70, H=1, dtype=FP16, states=3, raw=True)
+    compare(x, BARS[FP16], "raw", fused_gated_delta_rule, truth.fused_gated_delta_rule, cu_seqlens=bounds)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_grouped_value_heads(raw):
+    x = inputs.random(1, 65, H=2, HV=4, dtype=FP16, raw=raw)
+    if raw:
+        compare(x, BARS[FP16], "grouped, raw", fused_gated_delta_rule, truth.fused_gated_delta_rule)
+    else:
+        compare(x, BARS[FP16], "grouped", normalize_qk=True)
+
+
+@pytest.mark.parametrize(
+    ("gated", "negative", "dtype"),
+    [(True, True, FP16), (True, False, FP16), (False, True, FP16), (False, False, FP16), (True, True, FP32)],
+)
+def test_raw_projections(gated, negative, dtype):
+    x = inputs.random(1, 70, H=2, dtype=dtype, raw=True)
+    if not gated:
+        x |= {"a": None, "A_log": None, "dt_bias": None}
+    functions = fused_gated_delta_rule, truth.fused_gated_delta_rule
+    compare(x, BARS[dtype], f"raw, gated {gated}, negative {negative}", *functions, allow_neg_eigval=negative)
+
+
+def test_raw_projections_at_their_limits():
+    """Logits of +-40 (beta of 2 and of 0), raw gates of +-40, and -inf on both: a token that leaves the state alone."""
+    x = inputs.random(1, 66, H=1, dtype=FP16, raw=True)
+    x["b"][:, ::4], x["b"][:, 1::4] = 40.0, -40.0
+    x["a"][:, ::3], x["a"][:, 1::6] = -40.0, 40.0
+    x["a"][:, 10:13] = x["b"][:, 10:13] = -float("inf")
+    compare(x, HARD[FP16], "limits", fused_gated_delta_rule, truth.fused_gated_delta_rule)
+    with torch.no_grad():
+        whole, _ = fused_gated_delta_rule(**x)
+        kept = {n: y[:, [t for t in range(66) if not 10 <= t < 13]] if y.ndim > 2 and n != "initial_state" else y
+                for n, y in x.items()}  # fmt: skip
+        without, _ = fused_gated_delta_rule(**kept)
+    assert relative_error(torch.cat([whole[:, :10], whole[:, 13:]], 1), without.double()) < BARS[FP16][""]
+
+
+@pytest.mark.parametrize(("n_h", "documents"), [(2, False), (3, True)])
+def test_product(n_h, documents):
+    T = 40
+    x = inputs.random(1, T * n_h, H=1, dtype=FP16, states=3 if documents else 1)
+    x |= {n: x[n].unflatten(1, (T, n_h)) for n in ("k", "v", "beta")}
+    x |= {n: x[n][:, :T].contiguous() for n in ("q", "g")}
+    bounds = torch.tensor([0, 1, 1, T], dtype=torch.int32) if documents else None
+    do, dstate = inputs.arriving(x)
+    expected = evaluate_truth(truth.gated_delta_product, x, do[:, :, 0], dstate, normalize_qk=True, cu_seqlens=bounds)
+    found = evaluate(gated_delta_product, x, do[:, :, 0], dstate, normalize_qk=True, cu_seqlens=bounds)
+    check(found, expected, BARS[FP16], f"{n_h} factors")
+
+
+@pytest.mark.parametrize("of", ["output", "state"])
+def test_gradient_of_one_result_alone(of):
+    x = inputs.random(1, 70, H=1, dtype=FP16)
+    do, dstate = inputs.arriving(x)
+    alone = (do, None) if of == "output" else (None, dstate)
+    expected = evaluate_truth(truth.gated_delta_rule, x, *alone, normalize_qk=True)
+    check(evaluate(gated_delta_rule, x, *alone, normalize_qk=True), expected, BARS[FP16], f"{of} alone")
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_segments(documents, monkeypatch):
+    """Long sequences are cut into segments that are scanned side by side; here, short ones are."""
+    monkeypatch.setattr(delta_rule_op, "SEGMENT", 64)
+    x = inputs.random(1, 256, H=1, K=64, dtype=FP16, states=2 if documents else 1)
+    bounds = torch.tensor([0, 100, 256]) if documents else None
+    if not documents:
+        assert delta_rule_op.count_segments(1, 256, 1, 64, 64, FP16) == 4
+    compare(x, BARS[FP16], "segments", normalize_qk=True, cu_seqlens=bounds)
+
+
+def test_projections_may_be_slices():
+    """q, k and v as views of one projection [B, T, 3 H K], and gates of another."""
+    x = inputs.random(2, 66, H=2, dtype=FP16)
+    joined = torch.cat([x[n].flatten(2) for n in ("q", "k", "v")], -1)
+    gates = torch.stack([x["g"], x["beta"]], -1)
+    views = dict(zip(("q", "k", "v"), (y.unflatten(-1, (2, 64)) for y in joined.chunk(3, -1)), strict=True))
+    views |= {"g": gates[..., 0], "beta": gates[..., 1], "initial_state": x["initial_state"].mT.contiguous().mT}
+    assert not any(y.is_contiguous() for y in views.values())
+    with torch.no_grad():
+        options = {"normalize_qk": True, "output_final_state": True}
+        for found, expected in zip(gated_delta_rule(**views, **options), gated_delta_rule(**x, **options), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_the_same_again():
+    x = inputs.random(1, 70, H=1, dtype=FP16, raw=True)
+    first, second = (evaluate(fused_gated_delta_rule, x, *inputs.arriving(x)) for _ in range(2))
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_without_gradients_the_output_is_the_same():
+    x = inputs.random(1, 70, H=1, dtype=FP16)
+    with torch.no_grad():
+        o, final = gated_delta_rule(**x, normalize_qk=True, output_final_state=True)
+    found = evaluate(gated_delta_rule, x, *inputs.arriving(x), normalize_qk=True)
+    assert torch.equal(o, found["o"]) and torch.equal(final, found["final_state"])
+    o, final = gated_delta_rule(**x, normalize_qk=True)
+    assert final is None
+
+
+@pytest.mark.parametrize("kind", ["log", "raw"])
+@pytest.mark.parametrize(("T", "K", "HV"), [(1, 64, 1), (5, 128, 2), (16, 64, 1)])
+def test_recurrence_of_short_sequences(T, K, HV, kind):
+    x = inputs.random(2, T, H=1, HV=HV, K=K, dtype=FP16, raw=kind == "raw")
+    ours, true = (gated_delta_rule, truth.gated_delta_rule)
+    options = {"normalize_qk": True, "output_final_state": True}
+    if kind == "raw":
+        ours, true = (fused_gated_delta_rule, truth.fused_gated_delta_rule)
+        del options["normalize_qk"]
+    with torch.no_grad(), OperatorCalls() as calls:
+        o, final = ours(**x, **options)
+    assert list(calls.made) == ["lrnn::gated_delta_rule_recurrent"]
+    o_true, final_true = true(**x, **options)
+    assert relative_error(o, o_true) < 5e-4 and relative_error(final, final_true) < 1e-5
+
+
+def test_recurrence_over_documents_and_without_a_gate():
+    x = inputs.set_gates(inputs.random(2, 8, H=1, dtype=FP16, states=4), "none")
+    options = {"cu_seqlens": torch.tensor([0, 1, 1, 9, 16], dtype=torch.int32), "output_final_state": True}
+    x = inputs.unit_keys(x)
+    with torch.no_grad():
+        o, final = gated_delta_rule(**x, **options)
+    o_true, final_true = truth.gated_delta_rule(**x, **options)
+    assert relative_error(o, o_true) < 5e-4 and relative_error(final, final_true) < 1e-5
+
+
+def test_generation_continues_the_sequence():
+    """Some tokens by chunks, the rest one at a time: as the whole sequence at once."""
+    x = inputs.random(1, 70, H=1, dtype=FP32)
+    o_true, final_true = truth.gated_delta_rule(**x, normalize_qk=True, output_final_state=True)
+    state, outputs = x.pop("initial_state"), []
+    with torch.no_grad():
+        for a, b in [(0, 65), *((t, t + 1) for t in range(65, 70))]:
+            part = {n: y[:, a:b] for n, y in x.items()}
+            o, state = gated_delta_rule(**part, normalize_qk=True, initial_state=state, output_final_state=True)
+            outputs.append(o)
+    assert relative_error(torch.cat(outputs, 1), o_true) < 1e-4 and relative_error(state, final_true) < 1e-4
+
+
+def test_operators_keep_the_rules():
+    x = inputs.random(1, 2, H=1, dtype=FP16, raw=True)
+    with OperatorCalls() as calls:
+        evaluate(fused_gated_delta_rule, x, *inputs.arriving(x))
+        with torch.no_grad():
+            fused_gated_delta_rule(**x)
+    assert set(calls.made) == {f"lrnn::gated_delta_rule_{part}" for part in ("forward", "backward", "recurrent")}
+    calls.opcheck()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.update(k=x["k"][..., :32], q=x["q"][..., :32], initial_state=None), "64, 128 and 256"),
+        (lambda x: x.update(v=x["v"][..., :48], initial_state=None), "64, 128 and 256"),
+        (lambda x: x.update(v=x["v"].float()), "one dtype"),
+        (lambda x: x.update({n: x[n].double() for n in "qkv"}), "bfloat16, float16 or float32"),
+        (lambda x: x.update(k=x["k"][:, :, :1]), "q and k must"),
+        (lambda x: x.update(v=x["v"][:, :, :1].repeat(1, 1, 3, 1)), "multiple"),
+        (lambda x: x.update(beta=x["beta"][..., :1]), "beta must"),
+        (lambda x: x.update(g=x["g"][:, :4]), "g must"),
+        (lambda x: x.update(initial_state=x["initial_state"][:, :1]), "initial_state must"),
+        (lambda x: x.update(cu_seqlens=torch.tensor([0, 1, 2, 10])), "initial_state"),
+        (lambda x: x.update(cu_seqlens=torch.tensor([0.0, 10.0]), initial_state=x["initial_state"][:1]), "cu_seqlens"),
+        (lambda x: x.update({n: y[:, :0] for n, y in x.items() if n != "initial_state"}), "tokens"),
+    ],
+)
+def test_what_is_not_supported_is_refused(change, message):
+    x = inputs.random(2, 5, dtype=FP16)
+    change(x)
+    with pytest.raises(ValueError, match=message):
+        gated_delta_rule(**x, normalize_qk=True)
+
+
+def test_raw_gate_needs_its_parameters():
+    x = inputs.random(1, 5, dtype=FP16, raw=True) | {"A_log": None}
+    with pytest.raises(ValueError, match="A_log"):
+        fused_gated_delta_rule(**x)

@@ -1,0 +1,224 @@
+"""The Triton kernels of the short convolution against PyTorch's convolution in float64."""
+
+import pytest
+import torch
+from short_conv_truth import boundaries, check, make, outputs_and_gradients, short_conv_truth
+
+from lrnn.kernels import short_conv as module
+from lrnn.kernels.short_conv import short_conv, short_conv_reference
+
+FP16, FP32 = torch.float16, torch.float32
+WIDTHS = [40, 300, 8]  # 300: two columns of channels in float32, the second one partly outside
+
+
+def compare(T, *, B=2, widths=WIDTHS, taps=4, dtype=FP32, weight_dtype=FP32, before=False, cu_seqlens=None, seed=0):
+    xs, weights, ahead, dys = make(B, T, widths, taps, dtype, weight_dtype, seed=seed, before=before)
+    options = {"before": ahead, "cu_seqlens": cu_seqlens}
+    found = outputs_and_gradients(short_conv, xs, weights, dys, **options)
+    check(found, outputs_and_gradients(short_conv_truth, xs, weights, dys, **options), xs, weights)
+
+
+@pytest.fixture
+def long_blocks(monkeypatch):
+    """The blocks that long inputs get: 128 tokens."""
+    monkeypatch.setattr(module, "MANY_TOKENS", 1)
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 63, 64, 65, 130])
+def test_lengths(T):
+    compare(T)
+
+
+@pytest.mark.parametrize("T", [127, 128, 129, 130, 131, 260])
+def test_lengths_of_long_blocks(T, long_blocks):
+    compare(T, widths=[8], B=1)
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("taps", [2, 3, 4])
+@pytest.mark.parametrize("T", [1, 2, 65])
+def test_taps(T, taps, before):
+    compare(T, taps=taps, before=before, widths=[8, 12])
+
+
+@pytest.mark.parametrize("widths", [[16], [1], [7, 16], [16, 16, 16], [8, 600, 1]])
+def test_widths(widths):
+    compare(37, widths=widths, dtype=FP16)
+
+
+@pytest.mark.parametrize("weight_dtype", [FP16, FP32])
+@pytest.mark.parametrize("dtype", [FP16, FP32])
+def test_dtypes(dtype, weight_dtype):
+    compare(50, widths=[16, 8], dtype=dtype, weight_dtype=weight_dtype)
+
+
+PACKED = {
+    "lengths 0, 1, 2": [0, 1, 2, 0, 0, 1, 1, 2, 3, 4, 5, 0, 30, 1, 16, 0],
+    "one document": [66],
+    "at block ends": [32, 1, 31, 2],
+    "near block ends": [31, 2, 30, 3],
+    "across blocks": [29, 7, 30],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("lengths", PACKED.values(), ids=PACKED)
+def test_documents(lengths, dtype):
+    T = sum(lengths)
+    compare(T, B=1, widths=[8, 4], cu_seqlens=boundaries(lengths, dtype))
+
+
+@pytest.mark.parametrize("taps", [2, 3])
+def test_documents_with_fewer_taps(taps):
+    compare(66, B=1, widths=[8], taps=taps, cu_seqlens=boundaries(PACKED["lengths 0, 1, 2"]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_documents_in_long_blocks(seed, long_blocks):
+    """Two rows of 150 tokens. Half of the time a document goes on from one row to the next, where taps still end."""
+    r = torch.Generator().manual_seed(seed)
+    inner = torch.randint(0, 301, (20,), generator=r).tolist() + [128, 150, 278] * (seed % 2)
+    cu_seqlens = torch.tensor(sorted([0, *inner, *inner[:3], 300]), dtype=torch.int32)
+    compare(150, widths=[8], cu_seqlens=cu_seqlens, seed=seed)
+
+
+def test_many_documents():
+    """More boundaries than the kernel reads at a time, most of them equal."""
+    compare(300, B=1, widths=[4], cu_seqlens=boundaries([1, 0, 0, 2] * 100, torch.int64))
+
+
+def test_documents_do_not_touch_each_other():
+    """NaN in one document, or in its gradients, stays there."""
+    lengths = [5, 2, 3, 1, 40, 2]
+    cu_seqlens = boundaries(lengths)
+    xs, weights, _, dys = make(1, sum(lengths), [8])
+    clean = outputs_and_gradients(short_conv, xs, weights, dys, cu_seqlens=cu_seqlens)
+    for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+        x, dy = xs[0].detach().clone(), dys[0].clone()
+        x[:, start:end] = float("nan")
+        dy[:, start:end] = float("nan")
+        found = outputs_and_gradients(short_conv, [x.requires_grad_()], weights, [dy], cu_seqlens=cu_seqlens)
+        for y, z in zip(found[:2], clean[:2], strict=True):
+            assert torch.equal(y[:, :start], z[:, :start]) and torch.equal(y[:, end:], z[:, end:])
+
+
+def test_rows_of_a_batch_do_not_touch_each_other():
+    xs, weights, _, dys = make(3, 34, [8])
+    clean = outputs_and_gradients(short_conv, xs, weights, dys)
+    x, dy = xs[0].detach().clone(), dys[0].clone()
+    x[1], dy[1] = float("nan"), float("nan")
+    found = outputs_and_gradients(short_conv, [x.requires_grad_()], weights, [dy])
+    for y, z in zip(found[:2], clean[:2], strict=True):
+        assert torch.equal(y[0], z[0]) and torch.equal(y[2], z[2]) and y[1].isnan().any()
+
+
+def strided(x):
+    """The same values as slices of channels (NaN around), with channels not contiguous, and with rows uneven."""
+    B, T, D = x.shape
+    wide = x.new_full((B, T, D + 16), float("nan"))
+    wide[..., 8 : D + 8] = x
+    uneven = x.new_full((B, T + 2, D), float("nan"))
+    uneven[:, :T] = x
+    return {"slice": wide[..., 8 : D + 8], "transposed": x.mT.contiguous().mT, "uneven": uneven[:, :T]}
+
+
+@pytest.mark.parametrize("how", ["slice", "transposed", "uneven"])
+@pytest.mark.parametrize("T", [1, 35])
+def test_strides(T, how):
+    xs, weights, before, dys = make(2, T, [16, 8], before=True)
+    truth = outputs_and_gradients(short_conv_truth, xs, weights, dys, before=before)
+    views, before, dys = ([strided(x.detach())[how] for x in group] for group in (xs, before, dys))
+    assert not any(x.is_contiguous() for x in views) or T == 1
+    views = [x.requires_grad_() for x in views]
+    check(outputs_and_gradients(short_conv, views, weights, dys, before=before), truth, xs, weights)
+
+
+def test_slices_of_one_projection():
+    """Queries, keys and values of one matrix product: the gradient of the product is whole."""
+    xs, weights, _, dys = make(2, 20, [16, 16, 8])
+    whole = torch.cat([x.detach() for x in xs], -1).requires_grad_()
+    ys = short_conv(list(whole.split([16, 16, 8], -1)), weights)
+    (found,) = torch.autograd.grad(ys, [whole], dys)
+    truth = outputs_and_gradients(short_conv_truth, xs, weights, dys)[3:6]
+    assert ((found - torch.cat(truth, -1)).norm() / found.norm()).item() < 1e-6
+
+
+def test_some_outputs_without_gradient():
+    xs, weights, _, dys = make(1, 20, [8, 8, 8])
+    dys[1] = torch.zeros_like(dys[1])
+    truth = outputs_and_gradients(short_conv_truth, xs, weights, dys)[3:]
+    ys = short_conv(xs, weights)
+    found = torch.autograd.grad([ys[0], ys[2]], [*xs, *weights], [dys[0], dys[2]])
+    for x, y in zip(found, truth, strict=True):
+        assert torch.allclose(x.double(), y.double(), atol=1e-5)
+
+
+def test_gradient_of_the_weights_alone():
+    xs, weights, _, dys = make(1, 20, [8])
+    (found,) = torch.autograd.grad(short_conv([xs[0].detach()], weights), weights, dys)
+    truth = outputs_and_gradients(short_conv_truth, xs, weights, dys)[2]
+    assert torch.allclose(found.double(), truth.double(), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_no_tokens(shape):
+    xs, weights, _, dys = make(*shape, [8, 4])
+    found = outputs_and_gradients(short_conv, xs, weights, dys)
+    assert [y.shape for y in found[:2]] == [x.shape for x in xs] and not any(dw.any() for dw in found[4:])
+
+
+def test_extreme_activations():
+    """Where exp(-z) is infinite or zero."""
+    xs, weights, _, dys = make(1, 9, [8])
+    scaled = [(300 * xs[0].detach()).requires_grad_()]
+    found = outputs_and_gradients(short_conv, scaled, weights, dys)
+    check(found, outputs_and_gradients(short_conv_truth, scaled, weights, dys), xs, weights)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_five_runs_are_bitwise_equal(packed):
+    xs, weights, _, dys = make(1, 100, [24, 8], dtype=FP16)
+    cu_seqlens = boundaries([3, 0, 50, 1, 46]) if packed else None
+    runs = [outputs_and_gradients(short_conv, xs, weights, dys, cu_seqlens=cu_seqlens) for _ in range(5)]
+    for run in runs[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["plain", "before", "packed"])
+def test_operators(kind):
+    xs, weights, before, dys = make(2, 6, [8, 4], dtype=FP16, before=kind == "before")
+    cu_seqlens = boundaries([4, 2, 0, 6]) if kind == "packed" else None
+    arguments = (xs, weights, before or [], cu_seqlens)
+    torch.library.opcheck(torch.ops.lrnn.short_conv_forward.default, arguments)
+    detached = [[x.detach() for x in group] for group in (dys, xs, weights)]
+    arguments = (*detached, before or [], cu_seqlens)
+    torch.library.opcheck(torch.ops.lrnn.short_conv_backward.default, arguments)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiles_to_one_graph(autocast):
+    xs, weights, _, dys = make(2, 10, [8, 4])
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(xs, weights):
+        return [2 * y for y in short_conv(xs, weights)]
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # it changes nothing: the operator takes what comes
+        found = outputs_and_gradients(step, xs, weights, dys)
+    truth = outputs_and_gradients(lambda xs, weights: [2 * y for y in short_conv_truth(xs, weights)], xs, weights, dys)
+    check(found, truth, xs, weights)
+
+
+def test_reference():
+    """The reference, too, against the truth; in float64 it is the truth."""
+    for before, cu_seqlens in ((True, None), (False, None), (False, boundaries([5, 0, 1, 2, 24, 8]))):
+        xs, weights, ahead, dys = make(2, 20, [8, 4], before=before)
+        options = {"before": ahead, "cu_seqlens": cu_seqlens}
+        truth = outputs_and_gradients(short_conv_truth, xs, weights, dys, **options)
+        check(outputs_and_gradients(short_conv_reference, xs, weights, dys, **options), truth, xs, weights)
+
+
+def test_float64_is_refused():
+    xs, weights, _, _ = make(1, 5, [8])
+    with pytest.raises(ValueError, match="float16"):
+        short_conv([xs[0].double()], weights)

@@ -1,0 +1,25 @@
+"""Runs `tests/kernels/interpreted` in a process of its own, where Triton interprets kernels and compiles none."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "interpreted"
+AT_LEAST = 60  # tests; fewer means that a file was not collected
+
+
+def test_kernels_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-p", "no:cacheprovider"]
+    # Most of the time goes into NumPy calls on small arrays: more threads would only wait for each other.
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment.pop("PYTEST_ADDOPTS", None)
+    result = subprocess.run(
+        command, cwd=FOLDER.parents[2], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    print(result.stdout)
+    assert result.returncode == 0, "a test in the interpreter failed; its output is above"
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed and int(passed[1]) >= AT_LEAST, f"{passed and passed[1]} tests ran, expected at least {AT_LEAST}"
+    assert not re.search(r"\d+ (skipped|xfailed|deselected)", result.stdout)

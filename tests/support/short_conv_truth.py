@@ -1,0 +1,60 @@
+"""The short convolution as PyTorch's own, document by document in float64, and inputs for it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# What an output or a gradient may be off, relative to its norm: a rounding of the result, or float32 sums.
+BARS = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 1e-6}
+
+
+def short_conv_truth(xs, weights, before=None, cu_seqlens=None) -> list[Tensor]:
+    """Each row of the batch, and with `cu_seqlens` each document in it, by itself."""
+    B, T, _ = xs[0].shape
+    cuts = {b * T for b in range(B + 1)} | set([] if cu_seqlens is None else cu_seqlens.tolist())
+    ys = []
+    for i, (x, weight) in enumerate(zip(xs, weights, strict=True)):
+        taps = weight.shape[-1]
+        pieces = []
+        for start, end in zip(sorted(cuts)[:-1], sorted(cuts)[1:], strict=True):
+            piece = x.double().flatten(0, 1)[start:end]
+            ahead = piece.new_zeros(taps - 1, piece.shape[1]) if before is None else before[i][start // T].double()
+            joined = torch.cat([ahead, piece]).mT[None]
+            pieces.append(F.silu(F.conv1d(joined, weight.double(), groups=weight.shape[0]))[0].mT)
+        ys.append(torch.cat(pieces).view(x.shape))
+    return ys
+
+
+def make(B, T, widths, taps=4, dtype=torch.float32, weight_dtype=torch.float32, device="cpu", seed=0, before=False):
+    """Random inputs as leaves, and gradients to arrive: (xs, weights, before or None, dys)."""
+    r = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape, dtype=dtype):
+        return torch.randn(*shape, generator=r, device=device).to(dtype)
+
+    xs = [normal(B, T, D).requires_grad_() for D in widths]
+    weights = [normal(D, 1, taps, dtype=weight_dtype).requires_grad_() for D in widths]
+    ahead = [normal(B, taps - 1, D) for D in widths] if before else None
+    return xs, weights, ahead, [normal(B, T, D) for D in widths]
+
+
+def outputs_and_gradients(function, xs, weights, dys, **options) -> list[Tensor]:
+    """The outputs of each x, then the gradients of each x and of each weight."""
+    ys = function(xs, weights, **options)
+    arriving = [dy.to(y.dtype) for y, dy in zip(ys, dys, strict=True)]
+    return [*(y.detach() for y in ys), *torch.autograd.grad(ys, [*xs, *weights], arriving)]
+
+
+def check(found: list[Tensor], truth: list[Tensor], xs, weights, label="") -> None:
+    """Each against its truth, with the dtype of what it belongs to, within that dtype's bar."""
+    belongs = [*xs, *xs, *weights]
+    names = [f"{kind}{i}" for kind in ("y", "dx", "dweight") for i in range(len(xs))]
+    for name, x, y, of in zip(names, found, truth, belongs, strict=True):
+        assert x.dtype == of.dtype and x.shape == of.shape, f"{label} {name}: {x.dtype} {x.shape}"
+        assert x.isfinite().all(), f"{label} {name} has NaN or infinity"
+        error = ((x.double() - y).norm() / y.norm().clamp(min=1e-12)).item()
+        assert error < BARS[of.dtype], f"{label} {name}: relative error {error:.1e}"
+
+
+def boundaries(lengths: list[int], dtype=torch.int32, device="cpu") -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int64, device=device).cumsum(0).to(dtype)
