@@ -23,9 +23,9 @@ FLOORED = tl.constexpr(0.99e6)  # 1/|x| where |x| is floored at 1e-6: there x^ i
 
 
 @triton.jit
-def _norm_factor(log_r, head, t, m_t, BT: tl.constexpr, NORMALIZE: tl.constexpr):
+def _norm_factor(log_r, t, BT: tl.constexpr, NORMALIZE: tl.constexpr):
     if NORMALIZE:
-        return tl.exp2(tl.load(log_r + head + t, mask=m_t, other=0.0))
+        return tl.exp2(tl.load(log_r + t))
     else:
         return tl.full([BT], 1.0, tl.float32)
 
@@ -150,10 +150,7 @@ def chunk_backward_kernel(
     dbeta,
     dot_q,
     dot_k,
-    g,
-    beta,
-    log_r_k,
-    log_r_q,
+    vectors,
     cu_seqlens,
     chunk_table,
     T,
@@ -178,15 +175,16 @@ def chunk_backward_kernel(
         return
     i_hk = i_h // (HV // H)
     row = bos + i_t * BT
-    head = i_h.to(tl.int64) * R + bos
-    t = i_t * BT + tl.arange(0, BT)
-    m_t = t < length
-    last = tl.minimum(i_t * BT + BT, length) - 1
-    b_g = tl.load(g + head + t, mask=m_t, other=0.0)
-    b_beta = tl.load(beta + head + t, mask=m_t, other=0.0)
-    g_last = tl.load(g + head + last)
-    rq = _norm_factor(log_r_q, head, t, m_t, BT, NORMALIZE)
-    rk = _norm_factor(log_r_k, head, t, m_t, BT, NORMALIZE)
+    t = tl.arange(0, BT)
+    m_t = i_t * BT + t < length
+    last = tl.minimum(length - i_t * BT, BT) - 1
+    head = i_h.to(tl.int64) * R + i_c * BT
+    p_g = vectors + 4 * i_h.to(tl.int64) * R + i_c * BT
+    b_g = tl.load(p_g + t)
+    b_beta = tl.load(p_g + R + t)
+    g_last = tl.load(p_g + BT - 1)
+    rk = _norm_factor(p_g + 2 * R, t, BT, NORMALIZE)
+    rq = _norm_factor(p_g + 3 * R, t, BT, NORMALIZE)
     if pid % 2 == 0:
         _query_part(
             q, k, do, y, states, dstates, dq, dot_q, head, i_c, i_h, i_hk, row, t, m_t, last, g_last,

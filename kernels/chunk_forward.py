@@ -4,14 +4,13 @@ A program owns one sequence, one value head and BV columns of values. It keeps t
 registers in float32, so that every product has its left operand in registers and its right one as it lies in memory.
 With k^ = r k (r = 1/|k|), q^ likewise, gamma_i = exp(g_i), rho_i = exp(g_C - g_i) and C of `chunk_inverse`:
 
-    X = V - gamma r (K S)            W = beta X
-    D = C W                          N = W - beta D        (= (I + diag(beta) M)^-1 W, the values to be written)
-                                     Y = X - D             (what each token found missing: N = beta Y)
+    X = V - gamma r (K S)
+    Y = X - C (beta X)                             (what each token found missing; N = beta Y is what it writes)
     O = scale (gamma Q^ S + tril(G . Q^ K^T r) N)
     S' = gamma_C S + K^T (rho r N)
 
-W is rounded once and N is formed from the rounded W in float32: with one key and beta = 2 the values written cancel in
-pairs without any error. arXiv 2412.06464, section 3.3.
+Only beta X is rounded, and X is taken back from it: so with one key and beta = 2 the values written cancel in pairs
+without any error, and a reflection is carried as far as one likes. arXiv 2412.06464, section 3.3.
 """
 
 import triton
@@ -29,10 +28,8 @@ def chunk_forward_kernel(
     o,
     y,
     states,
-    g,
-    beta,
-    log_r_k,
-    log_r_q,
+    vectors,
+    vector_rows,
     initial_state,
     final_state,
     cu_seqlens,
@@ -66,10 +63,10 @@ def chunk_forward_kernel(
     i_hk = i_h // (HV // H)
     bos, length, first_chunk = sequence_position(i_n, cu_seqlens, chunk_starts, T, BT, IS_VARLEN)
     is_value = i_v < V // BV
-    head = i_h.to(tl.int64) * R + bos
-    g += head
-    beta += head
+    p_g = vectors + 4 * i_h.to(tl.int64) * R + first_chunk * BT
     dtype = k.dtype
+    # A step size of 0 stays one, but X has to be recovered from what is rounded, the product.
+    FLOOR: tl.constexpr = 6e-5 if k.dtype == tl.float16 else 1e-18
 
     o_t = tl.arange(0, BT)
     o_k = tl.arange(0, K)
@@ -86,28 +83,38 @@ def chunk_forward_kernel(
         t = i_t * BT + o_t
         m_t = t < length
         row = bos + i_t * BT
+        column = (first_chunk + i_t) * BT
         b_k = k.load([row, i_hk * K])
         b_c = c.load([row, i_h * BT])
         if OUTPUT:
             b_q = q.load([row, i_hk * K])
         b_v = v.load([row, i_h * V + tl.where(is_value, i_v, 0) * BV])
-        b_g = tl.load(g + t, mask=m_t, other=0.0)
-        b_beta = tl.load(beta + t, mask=m_t, other=0.0)
-        g_last = tl.load(g + tl.minimum(i_t * BT + BT, length) - 1)
+        b_g = tl.reshape(vector_rows.load([4 * i_h, column]), [BT])
+        b_beta = tl.reshape(vector_rows.load([4 * i_h + 1, column]), [BT])
+        b_floor = tl.maximum(b_beta, FLOOR)
+        g_last = tl.load(p_g + i_t * BT + BT - 1)
         # Norms are kept as logarithms (base 2) and join the gates in the exponent: a vector along the columns of an
         # accumulator takes 16 registers, so as few as possible of them are made.
         log_rk = tl.zeros([BT], tl.float32)
         log_rq = tl.zeros([BT], tl.float32)
         if NORMALIZE:
-            log_rk = tl.load(log_r_k + head + t, mask=m_t, other=0.0)
+            log_rk = tl.reshape(vector_rows.load([4 * i_h + 2, column]), [BT])
             if OUTPUT:
                 # |q|^2 on the diagonal of Q Q^T: the tensor cores are idle, registers are not
                 b_qq = tl.dot(b_q, tl.trans(b_q), input_precision=PRECISION)
                 b_qq = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_qq, 0.0), 1)
                 log_rq = -0.5 * tl.log2(tl.maximum(b_qq, 1e-12))
                 if i_v == 0:
-                    tl.store(log_r_q + head + t, log_rq, mask=m_t)
+                    tl.store(p_g + 3 * R + t, log_rq)
         b_sh = b_s.to(dtype)
+        if OUTPUT:
+            # P = scale tril(G . Q^ K^T r): the exponent is masked, above the diagonal it would overflow
+            m_p = o_t[:, None] >= o_t[None, :]
+            decay = tl.exp2(tl.where(m_p, (b_g + log_rq)[:, None] - (b_g - log_rk)[None, :], float("-inf")))
+            b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+            b_p = (b_p * (decay * scale)).to(dtype)
+            # O^T = (S^T Q^T) scale gamma + N^T P^T
+            b_o = tl.dot(b_sh, tl.trans(b_q), input_precision=PRECISION) * (tl.exp2(b_g + log_rq) * scale)[None, :]
         if SAVE_STATES:
             states.store([((first_chunk + i_t) * HV + i_h) * V + i_v * BV, 0], b_sh)
 
@@ -117,30 +124,22 @@ def chunk_forward_kernel(
             b_x = tl.where(is_value, tl.trans(b_v).to(tl.float32), 0.0) - b_x
         else:
             b_x = tl.trans(b_v).to(tl.float32) - b_x
-        b_w = (b_x * b_beta[None, :]).to(dtype)
-        # D^T = W^T C^T
-        b_d = tl.dot(b_w, tl.trans(b_c), input_precision=PRECISION)
-        b_n = b_w.to(tl.float32) - b_d * b_beta[None, :]
+        # Y^T = X^T - (beta X)^T C^T
+        b_w = (b_x * b_floor[None, :]).to(dtype)
+        b_x_used = b_w.to(tl.float32) * (1.0 / b_floor)[None, :]
+        b_y = tl.dot(-b_w, tl.trans(b_c), b_x_used, input_precision=PRECISION)
         if SAVE_STATES:
             p_y = y + ((bos + t[:, None]).to(tl.int64) * HV + i_h) * V + o_v[None, :]
-            tl.store(p_y, tl.trans((b_x - b_d).to(dtype)), mask=m_t[:, None])
-        # what is written, with the decay to the end of the chunk: N rho r
-        rho = tl.where(m_t, tl.exp2(g_last - b_g + log_rk), 0.0)
-        b_nr = (b_n * rho[None, :]).to(dtype)
+            # The state needs the rounded X to cancel; the gradient of beta, a sum of small differences, the exact one.
+            tl.store(p_y, tl.trans((b_y + (b_x - b_x_used)).to(dtype)), mask=m_t[:, None])
         if OUTPUT:
-            # O^T = (S^T Q^T) scale gamma + N^T P^T
-            b_o = tl.dot(b_sh, tl.trans(b_q), input_precision=PRECISION) * (tl.exp2(b_g + log_rq) * scale)[None, :]
-            # P = scale tril(G . Q^ K^T r): the exponent is masked, above the diagonal it would overflow
-            m_p = o_t[:, None] >= o_t[None, :]
-            decay = tl.exp2(tl.where(m_p, (b_g + log_rq)[:, None] - (b_g - log_rk)[None, :], float("-inf")))
-            b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-            b_p = (b_p * (decay * scale)).to(dtype)
-            b_o = tl.dot(b_n.to(dtype), tl.trans(b_p), b_o, input_precision=PRECISION)
+            # + N^T P^T, N = beta Y
+            b_o = tl.dot((b_y * b_beta[None, :]).to(dtype), tl.trans(b_p), b_o, input_precision=PRECISION)
             p_o = o + ((bos + t[:, None]).to(tl.int64) * HV + i_h) * V + o_v[None, :]
             tl.store(p_o, tl.trans(b_o.to(dtype)), mask=m_t[:, None])
         # S'^T = gamma_C S^T + (rho r N)^T K
-        b_s = b_s * tl.exp2(g_last)
-        b_s = tl.dot(b_nr, b_k, b_s, input_precision=PRECISION)
+        rho = tl.exp2(g_last - b_g + log_rk) * b_beta  # beta is 0 past the end of the sequence
+        b_s = tl.dot((b_y * rho[None, :]).to(dtype), b_k, b_s * tl.exp2(g_last), input_precision=PRECISION)
 
     if SAVE_FINAL:
         tl.store(final_state + p_state, b_s)

@@ -75,9 +75,7 @@ def chunk_inverse_kernel(
     A_log,
     dt_bias,
     c_out,
-    g_out,
-    beta_out,
-    log_r_out,
+    vectors,
     cu_seqlens,
     chunk_table,
     T,
@@ -117,9 +115,9 @@ def chunk_inverse_kernel(
             softplus = tl.maximum(b_a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_a)))
             b_g = -tl.exp(tl.load(A_log + i_h).to(tl.float32)) * softplus
         b_g = tl.cumsum(tl.where(m_t, b_g * 1.4426950408889634, 0.0), 0)
-    head = i_h.to(tl.int64) * R
-    tl.store(g_out + head + row, b_g, mask=m_t)
-    tl.store(beta_out + head + row, b_beta, mask=m_t)
+    p_g = vectors + 4 * i_h.to(tl.int64) * R + i_c * BT
+    tl.store(p_g + o_t, b_g)
+    tl.store(p_g + R + o_t, b_beta)
 
     # K_I K_J^T of the blocks of 16 tokens, a slice of the keys at a time
     o_r = tl.arange(0, 16)
@@ -152,11 +150,11 @@ def chunk_inverse_kernel(
     m22, r2 = _diagonal(m22, g2, NORMALIZE)
     m33, r3 = _diagonal(m33, g3, NORMALIZE)
     if NORMALIZE:
-        p_r = log_r_out + head + first + o_r
-        tl.store(p_r, tl.log2(r0), mask=o_r < left)
-        tl.store(p_r + 16, tl.log2(r1), mask=o_r < left - 16)
-        tl.store(p_r + 32, tl.log2(r2), mask=o_r < left - 32)
-        tl.store(p_r + 48, tl.log2(r3), mask=o_r < left - 48)
+        p_r = p_g + 2 * R + o_r
+        tl.store(p_r, tl.where(o_r < left, tl.log2(r0), 0.0))
+        tl.store(p_r + 16, tl.where(o_r < left - 16, tl.log2(r1), 0.0))
+        tl.store(p_r + 32, tl.where(o_r < left - 32, tl.log2(r2), 0.0))
+        tl.store(p_r + 48, tl.where(o_r < left - 48, tl.log2(r3), 0.0))
 
     # C_II = M_II - (M_II diag(beta_I)) C_II, the four blocks side by side
     c00, c11, c22, c33 = m00, m11, m22, m33

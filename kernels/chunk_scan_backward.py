@@ -4,10 +4,10 @@ A program owns one sequence, one value head and BV columns of values, and keeps 
 the state that leaves a chunk in float32 registers. In the notation of `chunk_forward`, with P = scale tril(G . Q^ K^T r):
 
     dN = P^T dO + rho r (K dS')
-    Z  = beta dN              dW = dN - C^T Z          dX = Z - beta (C^T Z)      (= beta dW, the gradient of V)
-    dS = gamma_C dS' - K^T (gamma r dX) + Q^^T (scale gamma dO)
+    dW = dN - C^T (beta dN)                        (beta dW is the gradient of V)
+    dS = gamma_C dS' - K^T (gamma r beta dW) + Q^^T (scale gamma dO)
 
-Z is rounded once, as W is in the forward scan. dS' of each chunk and dW are stored for `chunk_backward`.
+Only beta dN is rounded, and dN taken back from it, as X is in the forward scan. dS' of each chunk and dW are stored for `chunk_backward`.
 """
 
 import triton
@@ -24,10 +24,8 @@ def chunk_scan_backward_kernel(
     do,
     dw,
     dstates,
-    g,
-    beta,
-    log_r_k,
-    log_r_q,
+    vectors,
+    vector_rows,
     dfinal,
     dinitial,
     cu_seqlens,
@@ -55,10 +53,9 @@ def chunk_scan_backward_kernel(
     i_n = pid // (V // BV * HV)
     i_hk = i_h // (HV // H)
     bos, length, first_chunk = sequence_position(i_n, cu_seqlens, chunk_starts, T, BT, IS_VARLEN)
-    head = i_h.to(tl.int64) * R + bos
-    g += head
-    beta += head
+    p_g = vectors + 4 * i_h.to(tl.int64) * R + first_chunk * BT
     dtype = k.dtype
+    FLOOR: tl.constexpr = 6e-5 if k.dtype == tl.float16 else 1e-18  # as in the forward scan
 
     o_t = tl.arange(0, BT)
     o_k = tl.arange(0, K)
@@ -74,22 +71,27 @@ def chunk_scan_backward_kernel(
         t = i_t * BT + o_t
         m_t = t < length
         row = bos + i_t * BT
+        column = (first_chunk + i_t) * BT
         b_q = q.load([row, i_hk * K])
         b_k = k.load([row, i_hk * K])
         b_c = c.load([row, i_h * BT])
         b_do = do.load([row, i_h * V + i_v * BV])
-        b_g = tl.load(g + t, mask=m_t, other=0.0)
-        b_beta = tl.load(beta + t, mask=m_t, other=0.0)
-        g_last = tl.load(g + tl.minimum(i_t * BT + BT, length) - 1)
+        b_g = tl.reshape(vector_rows.load([4 * i_h, column]), [BT])
+        b_beta = tl.reshape(vector_rows.load([4 * i_h + 1, column]), [BT])
+        g_last = tl.load(p_g + i_t * BT + BT - 1)
         # As in the forward scan, logarithms of norms join the gates in the exponent.
         log_rk = tl.zeros([BT], tl.float32)
         log_rq = tl.zeros([BT], tl.float32)
         if NORMALIZE:
-            log_rk = tl.load(log_r_k + head + t, mask=m_t, other=0.0)
-            log_rq = tl.load(log_r_q + head + t, mask=m_t, other=0.0)
+            log_rk = tl.reshape(vector_rows.load([4 * i_h + 2, column]), [BT])
+            log_rq = tl.reshape(vector_rows.load([4 * i_h + 3, column]), [BT])
         b_dsh = b_ds.to(dtype)
         if SAVE_STATES:
-            dstates.store([((first_chunk + i_t) * HV + i_h) * V + i_v * BV, 0], b_dsh)
+            # in halves: a buffer for the whole would leave room for one program on a multiprocessor, not two
+            left, right = tl.split(tl.permute(tl.reshape(b_dsh, [BV, 2, K // 2]), [0, 2, 1]))
+            state_row = ((first_chunk + i_t) * HV + i_h) * V + i_v * BV
+            dstates.store([state_row, 0], left)
+            dstates.store([state_row, K // 2], right)
 
         # dN^T = (dS'^T K^T) rho r + dO^T P; rows of P past the end would bring in another sequence's dO
         m_p = (o_t[:, None] >= o_t[None, :]) & m_t[:, None]
@@ -99,15 +101,16 @@ def chunk_scan_backward_kernel(
         rho = tl.where(m_t, tl.exp2(g_last - b_g + log_rk), 0.0)
         b_dn = tl.dot(b_dsh, tl.trans(b_k), input_precision=PRECISION) * rho[None, :]
         b_dn = tl.dot(tl.trans(b_do), b_p, b_dn, input_precision=PRECISION)  # [BV, BT]
-        # (C^T Z)^T = Z^T C
-        b_z = (b_dn * b_beta[None, :]).to(dtype)
-        b_cz = tl.dot(b_z, b_c, input_precision=PRECISION)
+        # dW^T = dN^T - (beta dN)^T C
+        b_floor = tl.maximum(b_beta, FLOOR)
+        b_z = (b_dn * b_floor[None, :]).to(dtype)
+        b_dn_used = b_z.to(tl.float32) * (1.0 / b_floor)[None, :]
+        b_dw = tl.dot(-b_z, b_c, b_dn_used, input_precision=PRECISION)
         if SAVE_STATES:
             p_dw = dw + ((bos + t[:, None]).to(tl.int64) * HV + i_h) * V + o_v[None, :]
-            tl.store(p_dw, tl.trans((b_dn - b_cz).to(dtype)), mask=m_t[:, None])
-        b_dx = b_z.to(tl.float32) - b_cz * b_beta[None, :]
-        # dS^T = gamma_C dS'^T - (gamma r dX)^T K + (scale gamma dO)^T Q^
-        b_du = (b_dx * -tl.exp2(b_g + log_rk)[None, :]).to(dtype)
+            tl.store(p_dw, tl.trans((b_dw + (b_dn - b_dn_used)).to(dtype)), mask=m_t[:, None])
+        # dS^T = gamma_C dS'^T - (gamma r beta dW)^T K + (scale gamma dO)^T Q^
+        b_du = (b_dw * (-tl.exp2(b_g + log_rk) * b_beta)[None, :]).to(dtype)
         b_ds = tl.dot(b_du, b_k, b_ds * tl.exp2(g_last), input_precision=PRECISION)
         gamma = tl.where(m_t, tl.exp2(b_g + log_rq) * scale, 0.0)
         b_doq = (tl.trans(b_do).to(tl.float32) * gamma[None, :]).to(dtype)

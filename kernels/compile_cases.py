@@ -38,12 +38,12 @@ def compile_cases(K: int = 128, V: int = 128, H: int = 16) -> Iterator[Case]:
     yield "chunk_inverse", kernel, types(kernel, constants, known), constants, 1, 1
 
     launch = scan_launch(K, V, torch.bfloat16)
-    matrices = {"q": tile(CHUNK, K), "k": tile(CHUNK, K), "c": tile(CHUNK, CHUNK)}
+    matrices = {"vector_rows": f"tensordesc<fp32[1, {CHUNK}]>", "q": tile(CHUNK, K), "k": tile(CHUNK, K), "c": tile(CHUNK, CHUNK)}
     scan = {**heads, **absent, "chunk_starts": None, "V": V, "BV": launch.BV, "STAGES": launch.stages}
     kernel = chunk_forward_kernel
     for name, flags in (
         ("chunk_forward", {"OUTPUT": True, "SAVE_STATES": False, "y": None, "states": None}),
-        ("chunk_states", {"OUTPUT": False, "SAVE_STATES": True, "q": None, "o": None, "log_r_q": None}),
+        ("chunk_states", {"OUTPUT": False, "SAVE_STATES": True, "q": None, "o": None}),
     ):
         constants = {**scan, **flags, "HAS_INITIAL": False, "SAVE_FINAL": False, "TRANSITION": False}
         known = {**matrices, "v": tile(CHUNK, launch.BV), "o": "*bf16", "y": "*bf16", "states": tile(launch.BV, K)}
@@ -51,7 +51,7 @@ def compile_cases(K: int = 128, V: int = 128, H: int = 16) -> Iterator[Case]:
 
     kernel = chunk_scan_backward_kernel
     constants = {**scan, "SAVE_STATES": True, "HAS_FINAL": False, "SAVE_INITIAL": False}
-    known = {**matrices, "do": tile(CHUNK, launch.BV), "dw": "*bf16", "dstates": tile(launch.BV, K)}
+    known = {**matrices, "do": tile(CHUNK, launch.BV), "dw": "*bf16", "dstates": tile(launch.BV, K // 2)}
     yield "chunk_scan_backward", kernel, types(kernel, constants, known), constants, launch.warps, launch.stages
 
     launch = chunk_launch(K, V, torch.bfloat16)

@@ -17,9 +17,9 @@ from lrnn.kernels.chunk_forward import chunk_forward_kernel
 from lrnn.kernels.chunk_inverse import chunk_inverse_kernel
 from lrnn.kernels.chunk_scan_backward import chunk_scan_backward_kernel
 from lrnn.kernels.gate_backward import gate_backward_kernel
-from lrnn.kernels.launch_config import chunk_launch, scan_launch
+from lrnn.kernels.launch_config import INVERSE_LAUNCH, chunk_launch, scan_launch
 from lrnn.kernels.recurrent import recurrent_kernel
-from lrnn.kernels.tiles import CHUNK, Chunks, dot_precision, rows_of, tiles
+from lrnn.kernels.tiles import CHUNK, Chunks, count_chunks, dot_precision, rows_of, tiles
 
 SCANS_TO_FILL = 256  # scans that fill an H100: 132 multiprocessors, two programs on each
 SEGMENT = 32 * CHUNK  # tokens of a segment at least: below, the extra pass costs more than it gains
@@ -82,10 +82,7 @@ class _Scan:
     def run_forward(
         self,
         c: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        log_r_k: Tensor | None,
-        log_r_q: Tensor | None,
+        vectors: Tensor,
         initial: Tensor | None,
         final: Tensor | None,
         o: Tensor | None = None,
@@ -102,16 +99,14 @@ class _Scan:
             o,
             y,
             None if states is None else self.state_tiles(states, self.launch.BV),
-            g,
-            beta,
-            log_r_k,
-            log_r_q,
+            vectors,
+            tiles(vectors, 1, CHUNK),
             initial,
             final,
             self.cu_seqlens,
             self.chunks.starts,
             self.chunks.seq_len,
-            self.R,
+            vectors.shape[1],
             self.scale,
             V=self.V,
             BV=self.launch.BV,
@@ -130,41 +125,37 @@ class _Scan:
         self,
         c: Tensor,
         do: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        log_r_k: Tensor | None,
-        log_r_q: Tensor | None,
+        vectors: Tensor,
         dfinal: Tensor | None,
         dinitial: Tensor | None,
         dw: Tensor | None = None,
         dstates: Tensor | None = None,
     ) -> None:
+        stages = 1 if self.K == 256 else self.launch.stages  # two would exceed the shared memory
         chunk_scan_backward_kernel[(self.V // self.launch.BV * self.HV * self.chunks.sequences,)](
             self.key_tiles(self.q),
             self.key_tiles(self.k),
             tiles(c, CHUNK, CHUNK),
             self.value_tiles(do, self.launch.BV),
             dw,
-            None if dstates is None else self.state_tiles(dstates, self.launch.BV),
-            g,
-            beta,
-            log_r_k,
-            log_r_q,
+            None if dstates is None else tiles(dstates, self.launch.BV, self.K // 2),
+            vectors,
+            tiles(vectors, 1, CHUNK),
             dfinal,
             dinitial,
             self.cu_seqlens,
             self.chunks.starts,
             self.chunks.seq_len,
-            self.R,
+            vectors.shape[1],
             self.scale,
             V=self.V,
             BV=self.launch.BV,
             SAVE_STATES=dstates is not None,
             HAS_FINAL=dfinal is not None,
             SAVE_INITIAL=dinitial is not None,
-            STAGES=self.launch.stages,
+            STAGES=stages,
             num_warps=self.launch.warps,
-            num_stages=self.launch.stages,
+            num_stages=stages,
             **self.heads,
         )
 
@@ -194,18 +185,14 @@ class _Scan:
         return x.unflatten(0, (self.B, self.segments)).unbind(1)
 
 
-def _saved_shapes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalize: bool) -> dict[str, list[int]]:
+def _saved_shapes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> dict[str, list[int]]:
     """Shapes of what the forward operator returns beside the output and the final state."""
     B, T, _, K = q.shape
     HV, V = v.shape[2:]
     segments = 1 if cu_seqlens is not None else count_segments(B, T, HV, K, V, v.dtype)
-    norms = [HV, B * T] if normalize else [0]
     return {
         "c": [B * T, HV * CHUNK],
-        "g": [HV, B * T],
-        "beta": [HV, B * T],
-        "log_r_k": norms,
-        "log_r_q": norms,
+        "vectors": [4 * HV, count_chunks(B, T, cu_seqlens) * CHUNK],
         "starts": [B * segments, HV, K, V] if segments > 1 else [0],
         "transitions": [B * segments, HV, K, K] if segments > 1 else [0],
     }
@@ -226,17 +213,18 @@ def gated_delta_rule_forward(
     beta_range: float,
     normalize: bool,
     output_final_state: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, final state, and what the backward pass needs: C, gates, step sizes, inverse norms, states of the segments.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, final state, and what the backward pass needs: C, four numbers a token and head, states of the segments.
+
+    The numbers stand in rows: accumulated log-gates (base 2), step sizes, log2 of 1/|k| and of 1/|q|.
 
     `gate` is the log-gate, or the raw gate where `A_log` and `dt_bias` are given; `beta` the step size, or its logit where
     `beta_range` is not 0. Checked by `lrnn.kernels.gated_delta_rule`, the public function.
     """
     s = _Scan(q, k, v, cu_seqlens, scale, normalize)
-    shapes = _saved_shapes(q, v, cu_seqlens, normalize)
+    shapes = _saved_shapes(q, v, cu_seqlens)
     saved = {name: s.empty(*shape, dtype=s.dtype if name == "c" else torch.float32) for name, shape in shapes.items()}
-    c, g, beta_used = saved["c"], saved["g"], saved["beta"]
-    log_r_k, log_r_q = (saved["log_r_k"], saved["log_r_q"]) if normalize else (None, None)
+    c, vectors = saved["c"], saved["vectors"]
     o = s.empty(s.B, s.T, s.HV, s.V, dtype=s.dtype)
     sequences = s.chunks.sequences // s.segments
     final = s.empty(sequences, s.HV, s.K, s.V) if output_final_state else s.empty(0)
@@ -248,32 +236,30 @@ def gated_delta_rule_forward(
         A_log,
         dt_bias,
         c,
-        g,
-        beta_used,
-        log_r_k,
+        vectors,
         cu_seqlens,
         s.chunks.table,
         s.chunks.seq_len,
-        s.R,
+        vectors.shape[1],
         beta_range,
         s.k.stride(0),
         BK=64,
         GATE=kind,
         RAW_BETA=beta_range != 0,
-        num_warps=1,
+        **INVERSE_LAUNCH,
         **s.heads,
     )
     initial = None if initial_state is None else initial_state.contiguous()
     last: Tensor | None = final if output_final_state else None
     if s.segments > 1:
         ends = s.empty(s.chunks.sequences, s.HV, s.K, s.V + s.K)
-        s.run_forward(c, g, beta_used, log_r_k, log_r_q, None, ends, transition=True)
+        s.run_forward(c, vectors, None, ends, transition=True)
         saved["transitions"].copy_(ends[..., s.V :])
         saved["starts"].copy_(s.segment_starts(saved["transitions"], ends[..., : s.V], initial))
         initial = saved["starts"]
         if output_final_state:
             last = s.empty(s.chunks.sequences, s.HV, s.K, s.V)
-    s.run_forward(c, g, beta_used, log_r_k, log_r_q, initial, last, o=o)
+    s.run_forward(c, vectors, initial, last, o=o)
     if s.segments > 1 and last is not None:
         final.copy_(last.unflatten(0, (s.B, s.segments))[:, -1])
     return o, final, *saved.values()
@@ -284,7 +270,7 @@ def _(q, k, v, gate, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, bet
     B, T, HV, V = v.shape
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = [sequences, HV, q.shape[3], V] if output_final_state else [0]
-    saved = _saved_shapes(q, v, cu_seqlens, normalize)
+    saved = _saved_shapes(q, v, cu_seqlens)
     return (
         v.new_empty([B, T, HV, V]),
         v.new_empty(final, dtype=torch.float32),
@@ -306,10 +292,7 @@ def gated_delta_rule_backward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     c: Tensor,
-    g: Tensor,
-    beta_used: Tensor,
-    log_r_k: Tensor,
-    log_r_q: Tensor,
+    vectors: Tensor,
     starts: Tensor,
     transitions: Tensor,
     scale: float,
@@ -318,7 +301,6 @@ def gated_delta_rule_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, gate, beta, A_log, dt_bias and the initial state; empty where there is no such input."""
     s = _Scan(q, k, v, cu_seqlens, scale, normalize)
-    rk, rq = (log_r_k, log_r_q) if normalize else (None, None)
     do_rows = rows_of(do)
     dlast = None if dfinal is None else dfinal.contiguous()
     y, dw = (s.empty(s.R, s.HV * s.V, dtype=s.dtype) for _ in range(2))
@@ -326,19 +308,19 @@ def gated_delta_rule_backward(
     dinitial = None if initial_state is None else torch.empty_like(initial_state, dtype=torch.float32)
 
     initial = starts if s.segments > 1 else None if initial_state is None else initial_state.contiguous()
-    s.run_forward(c, g, beta_used, rk, None, initial, None, y=y, states=states)
+    s.run_forward(c, vectors, initial, None, y=y, states=states)
     if s.segments > 1:
         dstarts = s.empty(s.chunks.sequences, s.HV, s.K, s.V)
-        s.run_backward_scan(c, do_rows, g, beta_used, rk, rq, None, dstarts)
+        s.run_backward_scan(c, do_rows, vectors, None, dstarts)
         dlast, dfirst = s.segment_ends(transitions, dstarts, dfinal)
-        s.run_backward_scan(c, do_rows, g, beta_used, rk, rq, dlast, None, dw, dstates)
+        s.run_backward_scan(c, do_rows, vectors, dlast, None, dw, dstates)
         dinitial = None if dinitial is None else dfirst
     else:
-        s.run_backward_scan(c, do_rows, g, beta_used, rk, rq, dlast, dinitial, dw, dstates)
+        s.run_backward_scan(c, do_rows, vectors, dlast, dinitial, dw, dstates)
 
     dq, dk = (s.empty(s.B, s.T, s.HV, s.K, dtype=s.dtype) for _ in range(2))
     dv = s.empty(s.B, s.T, s.HV, s.V, dtype=s.dtype)
-    dbeta_used, dot_q, dot_k = (s.empty(s.HV, s.R) for _ in range(3))
+    dbeta_used, dot_q, dot_k = (s.empty(s.HV, vectors.shape[1]) for _ in range(3))
     launch = chunk_launch(s.K, s.V, s.dtype)
     chunk_backward_kernel[(2 * s.HV * s.chunks.count,)](
         s.key_tiles(s.q),
@@ -354,14 +336,11 @@ def gated_delta_rule_backward(
         dbeta_used,
         dot_q,
         dot_k,
-        g,
-        beta_used,
-        rk,
-        rq,
+        vectors,
         cu_seqlens,
         s.chunks.table,
         s.chunks.seq_len,
-        s.R,
+        vectors.shape[1],
         scale,
         V=s.V,
         BV=launch.BV,
@@ -379,7 +358,7 @@ def gated_delta_rule_backward(
         dot_k,
         dbeta_used,
         None if gate is None else gate.contiguous(),
-        beta_used,
+        vectors,
         A_log,
         dt_bias,
         dgate,
@@ -388,7 +367,7 @@ def gated_delta_rule_backward(
         cu_seqlens,
         s.chunks.table,
         s.chunks.seq_len,
-        s.R,
+        vectors.shape[1],
         beta_range,
         HV=s.HV,
         BT=CHUNK,

@@ -20,7 +20,7 @@ def gate_backward_kernel(
     dot_k,
     dbeta,
     gate,
-    beta,
+    vectors,
     A_log,
     dt_bias,
     dgate_out,
@@ -48,14 +48,14 @@ def gate_backward_kernel(
     o_t = tl.arange(0, BT)
     m_t = i_t * BT + o_t < length
     row = (bos + i_t * BT + o_t).to(tl.int64)
-    head = i_h.to(tl.int64) * R
-    b_dbeta = tl.load(dbeta + head + row, mask=m_t, other=0.0)
+    head = i_h.to(tl.int64) * R + i_c * BT
+    b_dbeta = tl.load(dbeta + head + o_t, mask=m_t, other=0.0)
     if RAW_BETA:
-        b_beta = tl.load(beta + head + row, mask=m_t, other=0.0)
+        b_beta = tl.load(vectors + (4 * i_h.to(tl.int64) + 1) * R + i_c * BT + o_t)
         b_dbeta = b_dbeta * b_beta * (1.0 - b_beta / beta_range)
     tl.store(dbeta_out + row * HV + i_h, b_dbeta.to(dbeta_out.dtype.element_ty), mask=m_t)
     if GATE != "none":
-        b_dg = tl.load(dot_q + head + row, mask=m_t, other=0.0) + tl.load(dot_k + head + row, mask=m_t, other=0.0)
+        b_dg = tl.load(dot_q + head + o_t, mask=m_t, other=0.0) + tl.load(dot_k + head + o_t, mask=m_t, other=0.0)
         b_dg = tl.cumsum(b_dg, 0, reverse=True)
         if GATE == "raw":
             b_a = tl.load(gate + row * HV + i_h, mask=m_t, other=0.0).to(tl.float32)

@@ -27,6 +27,7 @@ MAX_TENSORS = 3
 WARPS = 2
 LONG_BLOCK, SHORT_BLOCK = 128, 32  # tokens of a program
 MANY_TOKENS = 8192  # from here on long blocks fill the GPU
+INTERPRETED = triton.knobs.runtime.interpret  # kernels run on CPU tensors; read here, since Dynamo can't
 
 
 def short_conv(
@@ -59,7 +60,7 @@ def short_conv(
     """
     xs, weights, before = list(xs), list(weights), list(before or [])
     _check(xs, weights, before, cu_seqlens)
-    if xs[0].is_cuda or triton.knobs.runtime.interpret:
+    if xs[0].is_cuda or INTERPRETED:
         return torch.ops.lrnn.short_conv_forward(xs, weights, before, cu_seqlens)
     return short_conv_reference(xs, weights, before=before, cu_seqlens=cu_seqlens)
 
@@ -98,7 +99,7 @@ def _check(xs: list[Tensor], weights: list[Tensor], before: list[Tensor], cu_seq
             f"short_conv takes 1 to {MAX_TENSORS} tensors, a weight for each and, if any, `before` for each; "
             f"got {len(xs)} tensors, {len(weights)} weights, {len(before)} of `before`"
         )
-    on_gpu = xs[0].is_cuda or triton.knobs.runtime.interpret
+    on_gpu = xs[0].is_cuda or INTERPRETED
     dtypes = DTYPES if on_gpu else (*DTYPES, torch.float64)
     taps = weights[0].shape[-1]
     for i, (x, weight) in enumerate(zip(xs, weights, strict=True)):
@@ -571,7 +572,7 @@ def _gradients(ctx, dys):
     xs, weights, before = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
     *dxs, dw = torch.ops.lrnn.short_conv_backward(dys, xs, weights, before, cu_seqlens)
     dws = dw.split([x.shape[2] for x in xs])
-    return dxs, [d[:, None].to(w.dtype) for d, w in zip(dws, weights, strict=True)], None, None
+    return dxs, [d[:, None].to(w.dtype) for d, w in zip(dws, weights, strict=True)], [None] * len(before), None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

@@ -40,6 +40,13 @@ def sequence_position(i_n, cu_seqlens, chunk_starts, T, BT: tl.constexpr, IS_VAR
     return bos, length, first_chunk
 
 
+def count_chunks(batch_size: int, seq_len: int, cu_seqlens: Tensor | None) -> int:
+    """Chunks of a batch; with documents an upper bound, which takes no look at the GPU."""
+    if cu_seqlens is None:
+        return batch_size * triton.cdiv(seq_len, CHUNK)
+    return triton.cdiv(batch_size * seq_len, CHUNK) + cu_seqlens.shape[0] - 1
+
+
 class Chunks:
     """The chunks of a batch: of B sequences of T tokens, or of the documents that `cu_seqlens` bounds.
 
@@ -52,12 +59,11 @@ class Chunks:
         self.cu_seqlens = cu_seqlens
         self.starts: Tensor | None = None  # int32 [N], number of each document's first chunk
         self.table: Tensor | None = None  # int32 [count, 2], document and chunk in it, or -1
+        self.count = count_chunks(batch_size, seq_len, cu_seqlens)
         if cu_seqlens is None:
             self.sequences = batch_size
-            self.count = batch_size * triton.cdiv(seq_len, CHUNK)
         else:
             self.sequences = cu_seqlens.numel() - 1
-            self.count = triton.cdiv(self.rows, CHUNK) + self.sequences
             ends = ((cu_seqlens.diff() + CHUNK - 1) // CHUNK).cumsum(0)
             number = torch.arange(self.count, device=cu_seqlens.device)
             document = torch.searchsorted(ends, number, right=True)

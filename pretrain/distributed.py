@@ -98,7 +98,7 @@ def init_ranks() -> Ranks:
     else:
         device = torch.device("cpu")
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # Where CUDA's compiler is installed but no GPU, torch says so to whoever imports its builder, as DeepSpeed does.
+        # DeepSpeed imports torch's builder, which warns where CUDA's compiler is installed and no GPU is there.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     import deepspeed  # after DS_ACCELERATOR is set
 

@@ -350,6 +350,13 @@ def checkpoint(tmp_path, sentencepiece_model):
     return write_checkpoint(tmp_path / "run", random_model("gated"), sentencepiece_model)
 
 
+def test_what_it_says_in_a_log_file(checkpoint, tmp_path, capsys):
+    assert cli.main(["export", str(checkpoint), str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert said.err == "", "a progress bar is for terminals"
+    assert said.out.splitlines()[-1].startswith(f"{tmp_path / 'out'}: logits in float32 differ from the trained")
+
+
 def refused(capsys, tmp_path, *arguments) -> str:
     """The one error line of an export that must not succeed; nothing may be left where it was to be written."""
     before = sorted(tmp_path.iterdir())

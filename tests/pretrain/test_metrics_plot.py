@@ -326,8 +326,9 @@ def test_what_is_drawn(tmp_path, monkeypatch):
     assert [point[0] for point in lines[f"{tmp_path} resumed"]] == [25, 25]
     assert lr.lines[0].get_xydata().tolist() == [[10, 0.01], [20, 0.02], [40, 0.04]]
     assert speed.lines[0].get_xydata().tolist() == [[10, 1010], [20, 1020], [40, 1040]]
-    mesh = figures[0].axes[3].collections[0].get_array()
-    assert np.allclose(mesh, [[0.01, 0.02, 0.04], [0.99, 0.98, 0.96]])
+    eigenvalues = figures[0].axes[3]
+    assert np.allclose(eigenvalues.collections[0].get_array(), [[0.01, 0.02, 0.04], [0.99, 0.98, 0.96]])
+    assert all(tick == int(tick) for tick in eigenvalues.get_yticks()), "there is no half layer"
 
 
 @pytest.mark.parametrize("ending", ["png", "pdf", "svg"])

@@ -8,10 +8,9 @@ from lrnn.kernels import short_conv as module
 from lrnn.kernels.short_conv import short_conv, short_conv_reference
 
 FP16, FP32 = torch.float16, torch.float32
-WIDTHS = [40, 300, 8]  # 300: two columns of channels in float32, the second one partly outside
 
 
-def compare(T, *, B=2, widths=WIDTHS, taps=4, dtype=FP32, weight_dtype=FP32, before=False, cu_seqlens=None, seed=0):
+def compare(T, *, B=1, widths=(8,), taps=4, dtype=FP32, weight_dtype=FP32, before=False, cu_seqlens=None, seed=0):
     xs, weights, ahead, dys = make(B, T, widths, taps, dtype, weight_dtype, seed=seed, before=before)
     options = {"before": ahead, "cu_seqlens": cu_seqlens}
     found = outputs_and_gradients(short_conv, xs, weights, dys, **options)
@@ -26,30 +25,31 @@ def long_blocks(monkeypatch):
 
 @pytest.mark.parametrize("T", [1, 2, 3, 63, 64, 65, 130])
 def test_lengths(T):
-    compare(T)
+    compare(T, widths=[8, 4])
 
 
 @pytest.mark.parametrize("T", [127, 128, 129, 130, 131, 260])
 def test_lengths_of_long_blocks(T, long_blocks):
-    compare(T, widths=[8], B=1)
+    compare(T)
 
 
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("taps", [2, 3, 4])
-@pytest.mark.parametrize("T", [1, 2, 65])
+@pytest.mark.parametrize("T", [1, 2, 35])
 def test_taps(T, taps, before):
-    compare(T, taps=taps, before=before, widths=[8, 12])
+    compare(T, B=2, taps=taps, before=before)
 
 
-@pytest.mark.parametrize("widths", [[16], [1], [7, 16], [16, 16, 16], [8, 600, 1]])
+@pytest.mark.parametrize("widths", [[1], [7, 16], [8, 600, 1], [512, 512, 512]])
 def test_widths(widths):
-    compare(37, widths=widths, dtype=FP16)
+    """A program has 512 channels of 16 bits: 600 take two, the second one partly outside."""
+    compare(9, B=2, widths=widths, dtype=FP16)
 
 
 @pytest.mark.parametrize("weight_dtype", [FP16, FP32])
 @pytest.mark.parametrize("dtype", [FP16, FP32])
 def test_dtypes(dtype, weight_dtype):
-    compare(50, widths=[16, 8], dtype=dtype, weight_dtype=weight_dtype)
+    compare(20, widths=[16, 8], dtype=dtype, weight_dtype=weight_dtype)
 
 
 PACKED = {
@@ -65,31 +65,31 @@ PACKED = {
 @pytest.mark.parametrize("lengths", PACKED.values(), ids=PACKED)
 def test_documents(lengths, dtype):
     T = sum(lengths)
-    compare(T, B=1, widths=[8, 4], cu_seqlens=boundaries(lengths, dtype))
+    compare(T, cu_seqlens=boundaries(lengths, dtype))
 
 
 @pytest.mark.parametrize("taps", [2, 3])
 def test_documents_with_fewer_taps(taps):
-    compare(66, B=1, widths=[8], taps=taps, cu_seqlens=boundaries(PACKED["lengths 0, 1, 2"]))
+    compare(66, taps=taps, cu_seqlens=boundaries(PACKED["lengths 0, 1, 2"]))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_random_documents_in_long_blocks(seed, long_blocks):
     """Two rows of 150 tokens. Half of the time a document goes on from one row to the next, where taps still end."""
     r = torch.Generator().manual_seed(seed)
     inner = torch.randint(0, 301, (20,), generator=r).tolist() + [128, 150, 278] * (seed % 2)
     cu_seqlens = torch.tensor(sorted([0, *inner, *inner[:3], 300]), dtype=torch.int32)
-    compare(150, widths=[8], cu_seqlens=cu_seqlens, seed=seed)
+    compare(150, B=2, cu_seqlens=cu_seqlens, seed=seed)
 
 
 def test_many_documents():
     """More boundaries than the kernel reads at a time, most of them equal."""
-    compare(300, B=1, widths=[4], cu_seqlens=boundaries([1, 0, 0, 2] * 100, torch.int64))
+    compare(300, cu_seqlens=boundaries([1, 0, 0, 2] * 100, torch.int64))
 
 
 def test_documents_do_not_touch_each_other():
     """NaN in one document, or in its gradients, stays there."""
-    lengths = [5, 2, 3, 1, 40, 2]
+    lengths = [2, 3, 1, 30, 2]
     cu_seqlens = boundaries(lengths)
     xs, weights, _, dys = make(1, sum(lengths), [8])
     clean = outputs_and_gradients(short_conv, xs, weights, dys, cu_seqlens=cu_seqlens)
@@ -177,8 +177,8 @@ def test_extreme_activations():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_five_runs_are_bitwise_equal(packed):
-    xs, weights, _, dys = make(1, 100, [24, 8], dtype=FP16)
-    cu_seqlens = boundaries([3, 0, 50, 1, 46]) if packed else None
+    xs, weights, _, dys = make(1, 40, [24], dtype=FP16)
+    cu_seqlens = boundaries([3, 0, 20, 1, 16]) if packed else None
     runs = [outputs_and_gradients(short_conv, xs, weights, dys, cu_seqlens=cu_seqlens) for _ in range(5)]
     for run in runs[1:]:
         assert all(torch.equal(x, y) for x, y in zip(runs[0], run, strict=True))
