@@ -1,5 +1,7 @@
-"""The lrnn model. Depends on torch and transformers, and on the delta rule that lies in `lrnn.kernels` or, in an
-exported folder without lrnn, in the file beside this one.
+"""The lrnn model. Depends on torch and transformers, and on the kernels of `lrnn.kernels` or, in an exported folder
+without lrnn, on the plain delta rule in the file beside this one.
+
+On CUDA the token mixer runs on the kernels wherever lrnn is installed; on CPU, and without lrnn, in plain PyTorch.
 
 Parameter names and shapes are those of `fla`'s `gated_deltanet` and `delta_net` models.
 """
@@ -19,9 +21,19 @@ from transformers.modeling_utils import PreTrainedModel
 from .configuration_lrnn import LrnnConfig
 
 try:
-    from lrnn.kernels.delta_rule_reference import document_ids, gated_delta_rule
+    from lrnn.kernels.delta_rule_reference import document_ids
+    from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule
+    from lrnn.kernels.gated_rms_norm import gated_rms_norm
+    from lrnn.kernels.short_conv import short_conv
+
+    HAVE_KERNELS = True
 except ImportError:  # an exported folder, loaded where lrnn is not installed
-    from .delta_rule_reference import document_ids, gated_delta_rule  # type: ignore[import-not-found, no-redef]
+    from .delta_rule_reference import (  # type: ignore[import-not-found, no-redef]
+        document_ids,
+        fused_gated_delta_rule,
+    )
+
+    HAVE_KERNELS = False
 
 LOSS_CHUNK = 4096  # tokens whose logits exist at a time in training: [4096, 32000] in float32 is 0.5 GB
 
@@ -79,22 +91,31 @@ class LrnnCache(Cache):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, computed in float32; optionally gated: norm(x) * silu(gate)."""
+    """Root-mean-square norm over the last dimension, computed in float32."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor, gate: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class GatedRMSNorm(RMSNorm):
+    """norm(x) * silu(gate), or without a gate norm(x) alone, in float32; the result has the given dtype."""
+
+    def forward(self, x: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        if x.is_cuda and HAVE_KERNELS:
+            return gated_rms_norm(x, gate, self.weight, self.eps).to(dtype)
         y = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
         if gate is not None:
             y = y * F.silu(gate.float())
-        return y.to(dtype or x.dtype)
+        return y.to(dtype)
 
 
 class ShortConvolution(nn.Module):
-    """Causal depthwise convolution over time, then SiLU, in float32. Weight [D, 1, taps], as in `fla`."""
+    """Causal depthwise convolution over time, then SiLU, summed in float32. Weight [D, 1, taps], as in `fla`."""
 
     def __init__(self, size: int, taps: int):
         super().__init__()
@@ -105,11 +126,17 @@ class ShortConvolution(nn.Module):
         bound = self.weight.shape[-1] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
 
-    def forward(self, x: Tensor, before: Tensor | None, document: Tensor | None) -> Tensor:
-        """x [B, T, D]; before [B, taps - 1, D], the inputs ahead of x, None for zeros; document int64 [B, T] or None.
+    def forward(
+        self, x: Tensor, before: Tensor | None, cu_seqlens: Tensor | None, document: Tensor | None
+    ) -> Tensor:
+        """x [B, T, D]; before [B, taps - 1, D], the inputs ahead of x, None for zeros.
 
-        Returns float32 [B, T, D]. No tap reaches into another document.
+        `document` int64 [B, T] or None is `document_ids(cu_seqlens, B, T)`: no tap reaches into another document.
+        Returns [B, T, D] in float32, on the kernels in the dtype of x.
         """
+        if x.is_cuda and HAVE_KERNELS:
+            states = None if before is None else [before.to(x.dtype)]
+            return short_conv([x], [self.weight], before=states, cu_seqlens=cu_seqlens)[0]
         taps = self.weight.shape[-1]
         weight = self.weight[:, 0].float()
         y = weight[:, -1] * x
@@ -122,11 +149,6 @@ class ShortConvolution(nn.Module):
                 shifted = shifted * same[..., None]
             y = y + weight[:, taps - 1 - back] * shifted
         return F.silu(y)
-
-
-def l2norm(x: Tensor) -> Tensor:
-    """x / |x| over the last dimension."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
 class DeltaNet(nn.Module):
@@ -156,7 +178,7 @@ class DeltaNet(nn.Module):
             self.A_log = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
             self.dt_bias = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
             self.g_proj = nn.Linear(config.hidden_size, inner, bias=False)
-        self.o_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.o_norm = GatedRMSNorm(config.head_dim, config.norm_eps)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def reset_parameters(self):
@@ -196,21 +218,31 @@ class DeltaNet(nn.Module):
             cache.conv[self.layer_idx] = self._last_inputs(torch.cat(inputs, -1), window)
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         q, k, v = (
-            conv(y, b, document).unflatten(-1, (self.num_heads, self.head_dim))
+            conv(y, b, cu_seqlens, document).unflatten(-1, (self.num_heads, self.head_dim))
             for conv, y, b in zip(convolutions, inputs, before, strict=True)
         )
-        beta = self.beta_range * self.b_proj(x).float().sigmoid()
-        g = None
-        if self.gated:
-            g = -self.A_log.float().exp() * F.softplus(self.a_proj(x).float() + self.dt_bias.float())
-        if mask is not None:  # a padded step is the identity on the state
-            beta = beta * mask[..., None]
-            g = None if g is None else g * mask[..., None]
-        o, state = gated_delta_rule(l2norm(q), l2norm(k), v, g, beta, initial_state=state, cu_seqlens=cu_seqlens)
+        b = self.b_proj(x)
+        a = self.a_proj(x) if self.gated else None
+        if mask is not None:  # a padded step is the identity on the state: beta = 0 and a log-gate of 0
+            b = b.masked_fill(~mask[..., None], float("-inf"))
+            a = None if a is None else a.masked_fill(~mask[..., None], float("-inf"))
+        o, state = fused_gated_delta_rule(
+            q,
+            k,
+            v,
+            a,
+            b,
+            self.A_log if self.gated else None,
+            self.dt_bias if self.gated else None,
+            allow_neg_eigval=self.beta_range == 2.0,
+            initial_state=state,
+            output_final_state=cache is not None,
+            cu_seqlens=cu_seqlens,
+        )
         if cache is not None:
             cache.state[self.layer_idx] = state
         gate = self.g_proj(x).unflatten(-1, (self.num_heads, self.head_dim)) if self.gated else None
-        return self.o_proj(self.o_norm(o, gate, dtype=x.dtype).flatten(-2))
+        return self.o_proj(self.o_norm(o, gate, x.dtype).flatten(-2))
 
     def _last_inputs(self, inputs: Tensor, before: Tensor | None) -> Tensor:
         keep = self.q_conv1d.weight.shape[-1] - 1
