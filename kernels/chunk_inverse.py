@@ -95,10 +95,13 @@ def chunk_inverse_kernel(
 ):
     i_c, i_h = tl.program_id(0), tl.program_id(1)
     i_n, i_t, bos, length = chunk_position(i_c, cu_seqlens, chunk_table, T, BT, IS_VARLEN)
-    if i_n < 0:
+    o_t = tl.arange(0, BT)
+    p_g = vectors + 4 * i_h.to(tl.int64) * R + i_c * BT
+    if i_n < 0:  # nothing that is returned stays unwritten
+        for i in range(4):
+            tl.store(p_g + i * R + o_t, tl.zeros([BT], tl.float32))
         return
     first = bos + i_t * BT
-    o_t = tl.arange(0, BT)
     m_t = i_t * BT + o_t < length
     row = (first + o_t).to(tl.int64)
 
@@ -115,7 +118,6 @@ def chunk_inverse_kernel(
             softplus = tl.maximum(b_a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_a)))
             b_g = -tl.exp(tl.load(A_log + i_h).to(tl.float32)) * softplus
         b_g = tl.cumsum(tl.where(m_t, b_g * 1.4426950408889634, 0.0), 0)
-    p_g = vectors + 4 * i_h.to(tl.int64) * R + i_c * BT
     tl.store(p_g + o_t, b_g)
     tl.store(p_g + R + o_t, b_beta)
 
@@ -155,6 +157,9 @@ def chunk_inverse_kernel(
         tl.store(p_r + 16, tl.where(o_r < left - 16, tl.log2(r1), 0.0))
         tl.store(p_r + 32, tl.where(o_r < left - 32, tl.log2(r2), 0.0))
         tl.store(p_r + 48, tl.where(o_r < left - 48, tl.log2(r3), 0.0))
+    else:
+        tl.store(p_g + 2 * R + o_t, tl.zeros([BT], tl.float32))
+        tl.store(p_g + 3 * R + o_t, tl.zeros([BT], tl.float32))
 
     # C_II = M_II - (M_II diag(beta_I)) C_II, the four blocks side by side
     c00, c11, c22, c33 = m00, m11, m22, m33

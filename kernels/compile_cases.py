@@ -38,7 +38,12 @@ def compile_cases(K: int = 128, V: int = 128, H: int = 16) -> Iterator[Case]:
     yield "chunk_inverse", kernel, types(kernel, constants, known), constants, 1, 1
 
     launch = scan_launch(K, V, torch.bfloat16)
-    matrices = {"vector_rows": f"tensordesc<fp32[1, {CHUNK}]>", "q": tile(CHUNK, K), "k": tile(CHUNK, K), "c": tile(CHUNK, CHUNK)}
+    matrices = {
+        "vector_rows": f"tensordesc<fp32[1, {CHUNK}]>",
+        "q": tile(CHUNK, K),
+        "k": tile(CHUNK, K),
+        "c": tile(CHUNK, CHUNK),
+    }
     scan = {**heads, **absent, "chunk_starts": None, "V": V, "BV": launch.BV, "STAGES": launch.stages}
     kernel = chunk_forward_kernel
     for name, flags in (

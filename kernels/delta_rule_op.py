@@ -165,24 +165,24 @@ class _Scan:
         starts = []
         for m, end in zip(self._by_segment(transitions), self._by_segment(ends), strict=True):
             starts.append(state)
-            state = torch.matmul(m.double(), state) + end.double()
+            state = end + m @ state
         return torch.stack(starts, 1).flatten(0, 1).float()
 
     def segment_ends(self, transitions: Tensor, dstarts: Tensor, dfinal: Tensor | None) -> tuple[Tensor, Tensor]:
         """Gradients of the states in which the segments end, and of the initial state: the same backwards, with M^T."""
         d = self._zero_state() if dfinal is None else dfinal.double()
         ends = []
-        pairs = zip(reversed(self._by_segment(transitions)), reversed(self._by_segment(dstarts)), strict=True)
+        pairs = zip(self._by_segment(transitions)[::-1], self._by_segment(dstarts)[::-1], strict=True)
         for m, dstart in pairs:
             ends.append(d)
-            d = torch.matmul(m.mT.double(), d) + dstart.double()
+            d = dstart + m.mT @ d
         return torch.stack(ends[::-1], 1).flatten(0, 1).float(), d.float()
 
     def _zero_state(self) -> Tensor:
         return torch.zeros(self.B, self.HV, self.K, self.V, dtype=torch.float64, device=self.device)
 
     def _by_segment(self, x: Tensor) -> tuple[Tensor, ...]:
-        return x.unflatten(0, (self.B, self.segments)).unbind(1)
+        return x.double().unflatten(0, (self.B, self.segments)).unbind(1)
 
 
 def _saved_shapes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> dict[str, list[int]]:

@@ -43,7 +43,7 @@ def chunk_launch(K: int, V: int, dtype: torch.dtype) -> Launch:
     """Settings of `chunk_backward`."""
     if dtype == torch.float32:
         return Launch(BV=32, warps=8, stages=1)
-    return Launch(BV=32, warps=4 if K < 256 else 8, stages=2)
+    return Launch(BV=32, warps=4, stages=3) if K < 256 else Launch(BV=32, warps=8, stages=2)
 
 
 @functools.cache

@@ -126,9 +126,7 @@ class ShortConvolution(nn.Module):
         bound = self.weight.shape[-1] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
 
-    def forward(
-        self, x: Tensor, before: Tensor | None, cu_seqlens: Tensor | None, document: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, before: Tensor | None, cu_seqlens: Tensor | None, document: Tensor | None) -> Tensor:
         """x [B, T, D]; before [B, taps - 1, D], the inputs ahead of x, None for zeros.
 
         `document` int64 [B, T] or None is `document_ids(cu_seqlens, B, T)`: no tap reaches into another document.

@@ -345,17 +345,17 @@ def test_autocast_keeps_the_state_in_float32():
 @pytest.mark.parametrize("allow_neg_eigval, top", [(True, 2.0), (False, 1.0)])
 def test_range_of_beta(allow_neg_eigval, top, monkeypatch):
     """What reaches the recurrence, at inputs from indifferent to extreme."""
-    import lrnn.modeling_lrnn as modeling
+    from lrnn.kernels import delta_rule_reference
 
     model = make_model(allow_neg_eigval=allow_neg_eigval)
     seen = {}
 
-    def record(q, k, v, g, beta, **kwargs):
+    def record(q, k, v, beta, g, *rest):
         seen.update(g=g, beta=beta, k=k)
-        return original(q, k, v, g, beta, **kwargs)
+        return original(q, k, v, beta, g, *rest)
 
-    original = modeling.gated_delta_rule
-    monkeypatch.setattr(modeling, "gated_delta_rule", record)
+    original = delta_rule_reference._chunkwise
+    monkeypatch.setattr(delta_rule_reference, "_chunkwise", record)
     raw = {}
     model.model.layers[1].attn.b_proj.register_forward_hook(lambda module, args, out: raw.update(b=out))
     with torch.no_grad():
