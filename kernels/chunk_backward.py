@@ -12,6 +12,9 @@ what both read comes from the second-level cache the second time. In the notatio
 
 dg is the gradient of the accumulated log-gate; <S', dS'> = gamma_C <S, dS'> + sum <k^, third bracket>. Where keys and
 queries are normalised, dk = r (dk^ - k^ <k^, dk^>), and dq likewise.
+
+The accumulators hold rq dq^ and r dk^, so that both programs round the same numbers, dP' = rq dP r: the token's own
+part of <q^, dq^> and <k^, dk^>, which no gate touches, then cancels in dg, however small the rest is.
 """
 
 import triton
@@ -51,17 +54,17 @@ def _query_part(
         b_dp = tl.dot(b_do, tl.trans(b_y), b_dp, input_precision=PRECISION)  # dO Y^T
         b_dq = tl.dot(b_do, b_s, b_dq, input_precision=PRECISION)  # dO S^T
         b_ss += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32))
-    # dQ^ = scale gamma (dO S^T) + dP K^
+    # rq dq^ = scale gamma rq (dO S^T) + dP' K
     m_p = (o_t[:, None] >= o_t[None, :]) & m_t[:, None]
     decay = tl.exp2(tl.where(m_p, b_g[:, None] - b_g[None, :], 0.0))
-    b_dp = tl.where(m_p, b_dp * decay * (b_beta * rk)[None, :], 0.0).to(dtype)
+    b_dp = tl.where(m_p, b_dp * decay * (b_beta * rk)[None, :] * (rq * scale)[:, None], 0.0).to(dtype)
     b_k = k.load([row, i_hk * K])
-    b_dq = tl.dot(b_dp, b_k, b_dq * tl.exp2(b_g)[:, None], input_precision=PRECISION) * scale
-    b_q = q.load([row, i_hk * K]).to(tl.float32) * rq[:, None]
+    b_dq = tl.dot(b_dp, b_k, b_dq * (tl.exp2(b_g) * rq * scale)[:, None], input_precision=PRECISION)
+    b_q = q.load([row, i_hk * K]).to(tl.float32)
     b_dot = tl.sum(b_q * b_dq, 1)
     tl.store(dot_q + head + t, b_dot + tl.where(t == last, b_ss * tl.exp2(g_last), 0.0), mask=m_t)
     if NORMALIZE:
-        b_dq = (b_dq - b_q * tl.where(rq < FLOORED, b_dot, 0.0)[:, None]) * rq[:, None]
+        b_dq = b_dq - b_q * (rq * rq * tl.where(rq < FLOORED, b_dot, 0.0))[:, None]
     p_dq = dq + ((row + o_t[:, None]).to(tl.int64) * HV + i_h) * K + o_k[None, :]
     tl.store(p_dq, b_dq.to(dtype), mask=m_t[:, None])
 
@@ -93,44 +96,45 @@ def _key_part(
         p_dv = dv + ((row + o_t[:, None]).to(tl.int64) * HV + i_h) * V + o_v[None, :]
         tl.store(p_dv, (b_dw.to(tl.float32) * b_beta[:, None]).to(dtype), mask=m_t[:, None])
     tl.store(dbeta + head + t, b_dbeta, mask=m_t)
-    # dM r = -G . (dX N^T) r, rows i; its transpose and that of dP, rows j
+    # dM' = -r_i G . (dX N^T) r_j, rows i; its transpose and that of dP', rows j
     m_m = (o_t[:, None] > o_t[None, :]) & m_t[:, None]
     decay = tl.exp2(tl.where(m_m, b_g[:, None] - b_g[None, :], 0.0))
-    b_dm = tl.where(m_m, b_dm * decay * (-b_beta)[:, None] * (b_beta * rk)[None, :], 0.0).to(dtype)
+    beta_r = b_beta * rk
+    b_dm = tl.where(m_m, b_dm * decay * -beta_r[:, None] * beta_r[None, :], 0.0).to(dtype)
     m_p = (o_t[None, :] >= o_t[:, None]) & m_t[None, :]
     m_m = (o_t[None, :] > o_t[:, None]) & m_t[None, :]
     decay = tl.exp2(tl.where(m_p, b_g[None, :] - b_g[:, None], 0.0))
-    b_dmt = tl.where(m_m, b_dmt * decay * (-b_beta)[:, None] * (b_beta * rk)[None, :], 0.0).to(dtype)
-    b_dpt = tl.where(m_p, b_dpt * decay * b_beta[:, None] * (rq * scale)[None, :], 0.0).to(dtype)
+    b_dmt = tl.where(m_m, b_dmt * decay * -beta_r[:, None] * beta_r[None, :], 0.0).to(dtype)
+    b_dpt = tl.where(m_p, b_dpt * decay * beta_r[:, None] * (rq * scale)[None, :], 0.0).to(dtype)
 
-    # -gamma (dX S^T) + dM K^
+    # r dk^ = -gamma r (dX S^T) + dM' K
     gamma = tl.exp2(b_g)
     b_dk = tl.zeros([BT, K], tl.float32)
     for i_v in tl.range(0, V // BV, num_stages=STAGES):
         b_dw = dw.load([row, i_h * V + i_v * BV])
         b_s = states.load([(i_c * HV + i_h) * V + i_v * BV, 0])
-        b_du = (b_dw.to(tl.float32) * (-gamma * b_beta)[:, None]).to(dtype)
+        b_du = (b_dw.to(tl.float32) * (-gamma * beta_r)[:, None]).to(dtype)
         b_dk = tl.dot(b_du, b_s, b_dk, input_precision=PRECISION)
     b_k = k.load([row, i_hk * K])
     b_dk = tl.dot(b_dm, b_k, b_dk, input_precision=PRECISION)
-    dot_left = tl.sum(b_dk * k.load([row, i_hk * K]).to(tl.float32), 1) * rk
-    # + dM^T K^ + dP^T Q^
+    dot_left = tl.sum(b_dk * k.load([row, i_hk * K]).to(tl.float32), 1)
+    # + dM'^T K + dP'^T Q
     b_dk = tl.dot(b_dmt, b_k, b_dk, input_precision=PRECISION)
     b_dk = tl.dot(b_dpt, q.load([row, i_hk * K]), b_dk, input_precision=PRECISION)
-    dot_inside = tl.sum(b_dk * k.load([row, i_hk * K]).to(tl.float32), 1) * rk
-    # + rho N dS'^T
+    dot_inside = tl.sum(b_dk * k.load([row, i_hk * K]).to(tl.float32), 1)
+    # + rho r N dS'^T
     rho = tl.where(m_t, tl.exp2(g_last - b_g), 0.0)
     for i_v in tl.range(0, V // BV, num_stages=STAGES):
         b_y = y.load([row, i_h * V + i_v * BV])
         b_ds = dstates.load([(i_c * HV + i_h) * V + i_v * BV, 0])
-        b_n = (b_y.to(tl.float32) * (b_beta * rho)[:, None]).to(dtype)
+        b_n = (b_y.to(tl.float32) * (beta_r * rho)[:, None]).to(dtype)
         b_dk = tl.dot(b_n, b_ds, b_dk, input_precision=PRECISION)
-    b_k32 = k.load([row, i_hk * K]).to(tl.float32) * rk[:, None]
+    b_k32 = k.load([row, i_hk * K]).to(tl.float32)
     dot = tl.sum(b_dk * b_k32, 1)
     at_end = tl.sum(tl.where(m_t, dot - dot_inside, 0.0))
     tl.store(dot_k + head + t, 2.0 * dot_left - dot + tl.where(t == last, at_end, 0.0), mask=m_t)
     if NORMALIZE:
-        b_dk = (b_dk - b_k32 * tl.where(rk < FLOORED, dot, 0.0)[:, None]) * rk[:, None]
+        b_dk = b_dk - b_k32 * (rk * rk * tl.where(rk < FLOORED, dot, 0.0))[:, None]
     p_dk = dk + ((row + o_t[:, None]).to(tl.int64) * HV + i_h) * K + o_k[None, :]
     tl.store(p_dk, b_dk.to(dtype), mask=m_t[:, None])
 
