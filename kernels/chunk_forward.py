@@ -100,9 +100,12 @@ def chunk_forward_kernel(
         if NORMALIZE:
             log_rk = tl.reshape(vector_rows.load([4 * i_h + 2, column]), [BT])
             if OUTPUT:
-                # |q|^2 on the diagonal of Q Q^T: the tensor cores are idle, registers are not
-                b_qq = tl.dot(b_q, tl.trans(b_q), input_precision=PRECISION)
-                b_qq = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_qq, 0.0), 1)
+                if STAGES > 1:
+                    # |q|^2 on the diagonal of Q Q^T: the tensor cores are idle, registers are not
+                    b_qq = tl.dot(b_q, tl.trans(b_q), input_precision=PRECISION)
+                    b_qq = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_qq, 0.0), 1)
+                else:  # Triton 3.6 fails on that product where the load of q is not pipelined
+                    b_qq = tl.sum(b_q.to(tl.float32) * b_q.to(tl.float32), 1)
                 log_rq = -0.5 * tl.log2(tl.maximum(b_qq, 1e-12))
                 if i_v == 0:
                     tl.store(p_g + 3 * R + t, log_rq)

@@ -1,15 +1,15 @@
 """Per chunk of 64 tokens: gates, step sizes, key norms, and the matrix that turns the recurrence into products.
 
-With unit keys k^_i = r_i k_i (r_i = 1/|k_i|, or 1 where keys are used as given), the log-gate g_i accumulated inside the
-chunk and G_ij = exp(g_i - g_j), the chunk's tokens are coupled by
+With unit keys k^_i = r_i k_i (r_i = 1/|k_i|, or 1 where keys are used as given), the log-gate g_i accumulated inside
+the chunk and G_ij = exp(g_i - g_j), the chunk's tokens are coupled by
 
     M = tril(G . K^ K^^T, -1)          C = M (I + diag(beta) M)^-1          (strictly lower, |C_ij| <= 1 for unit keys)
 
 so that (I + diag(beta) M)^-1 = I - diag(beta) C: the identity and beta stay in float32 outside of C, which alone is
 rounded. arXiv 2406.06484, section 3.2 (WY form); the gate commutes with the inverse (arXiv 2412.06464, section 3.3).
 
-C is found by forward substitution in float32 in blocks of 16, merged with products of float32 accuracy (tf32x3). A power
-series for the inverse would lose everything for nearly parallel keys at beta near 2.
+C is found by forward substitution in float32 in blocks of 16, merged with products of float32 accuracy (tf32x3). A
+power series for the inverse would lose everything for nearly parallel keys at beta near 2.
 """
 
 import triton

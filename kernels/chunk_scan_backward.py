@@ -1,13 +1,14 @@
 """The scan of the backward pass, from the last chunk to the first: the gradients of the states and of the values.
 
-A program owns one sequence, one value head and BV columns of values, and keeps the transposed gradient dS'^T [BV, K] of
-the state that leaves a chunk in float32 registers. In the notation of `chunk_forward`, with P = scale tril(G . Q^ K^T r):
+A program owns one sequence, one value head and BV columns of values, and keeps the transposed gradient dS'^T [BV, K]
+of the state that leaves a chunk in float32 registers. In the notation of `chunk_forward`, P = scale tril(G . Q^ K^T r):
 
     dN = P^T dO + rho r (K dS')
     dW = dN - C^T (beta dN)                        (beta dW is the gradient of V)
     dS = gamma_C dS' - K^T (gamma r beta dW) + Q^^T (scale gamma dO)
 
-Only beta dN is rounded, and dN taken back from it, as X is in the forward scan. dS' of each chunk and dW are stored for `chunk_backward`.
+Only beta dN is rounded, and dN taken back from it, as X is in the forward scan. dS' of each chunk and dW are stored for
+`chunk_backward`.
 """
 
 import triton

@@ -3,9 +3,9 @@
 Kept for the backward pass: the inputs, the matrix C of each chunk (`chunk_inverse`) and four numbers a token and head.
 The states of the chunks are computed anew: they would be two thirds of what a layer keeps.
 
-Few long sequences do not fill the GPU with one scan each. They are cut into segments, whose transitions (a matrix [K, K])
-and end states from nothing are computed side by side, then joined, and the scans start from there. This is exact; no
-decay is assumed.
+Few long sequences do not fill the GPU with one scan each. They are cut into segments, whose transitions (a matrix
+[K, K]) and end states from nothing are computed side by side, then joined, and the scans start from there. This is
+exact; no decay is assumed.
 """
 
 import torch
@@ -218,8 +218,8 @@ def gated_delta_rule_forward(
 
     The numbers stand in rows: accumulated log-gates (base 2), step sizes, log2 of 1/|k| and of 1/|q|.
 
-    `gate` is the log-gate, or the raw gate where `A_log` and `dt_bias` are given; `beta` the step size, or its logit where
-    `beta_range` is not 0. Checked by `lrnn.kernels.gated_delta_rule`, the public function.
+    `gate` is the log-gate, or the raw gate where `A_log` and `dt_bias` are given; `beta` the step size, or its logit
+    where `beta_range` is not 0. Checked by `lrnn.kernels.gated_delta_rule`, the public function.
     """
     s = _Scan(q, k, v, cu_seqlens, scale, normalize)
     shapes = _saved_shapes(q, v, cu_seqlens)
@@ -262,7 +262,7 @@ def gated_delta_rule_forward(
     s.run_forward(c, vectors, initial, last, o=o)
     if s.segments > 1 and last is not None:
         final.copy_(last.unflatten(0, (s.B, s.segments))[:, -1])
-    return o, final, *saved.values()
+    return o, final, c, vectors, saved["starts"], saved["transitions"]
 
 
 @gated_delta_rule_forward.register_fake

@@ -150,8 +150,8 @@ def _document_by_document(q, k, v, beta, g, state, scale, cu_seqlens, chunk_size
         if start == end:
             states.append(q.new_zeros(1, *v.shape[2:3], q.shape[3], v.shape[3]) if before is None else before)
             continue
-        parts = [None if x is None else x[:, start:end] for x in (q, k, v, beta, g)]
-        o, after = _chunkwise(*parts, before, scale, None, chunk_size)
+        own_q, own_k, own_v, own_beta, own_g = (None if x is None else x[:, start:end] for x in (q, k, v, beta, g))
+        o, after = _chunkwise(own_q, own_k, own_v, own_beta, own_g, before, scale, None, chunk_size)
         outputs.append(o)
         states.append(after)
     return torch.cat(outputs, 1).view(shape), torch.cat(states)

@@ -1,9 +1,9 @@
 """From the gradients that `chunk_backward` leaves to those of gates and step sizes, raw or not.
 
     d(log gate)_t = sum over the tokens i >= t of the chunk of d(accumulated log-gate)_i
-    raw gate: g = -exp(A_log) softplus(a + dt_bias)       da = -dg exp(A_log) sigmoid(a + dt_bias) = d(dt_bias) of a token
-                                                          d(A_log) of a token = dg g
-    raw step size: beta = range sigmoid(b)                db = dbeta beta (1 - beta / range)
+    raw gate, g = -exp(A_log) softplus(a + dt_bias):      da = -dg exp(A_log) sigmoid(a + dt_bias), a token's d(dt_bias)
+                                                          dg g, a token's d(A_log)
+    raw step size, beta = range sigmoid(b):               db = dbeta beta (1 - beta / range)
 
 The sums over all tokens that A_log and dt_bias need are left as one number a chunk, so that their order is fixed.
 """

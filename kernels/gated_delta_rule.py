@@ -3,8 +3,8 @@
     S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        alpha_t = exp(g_t)
     o_t = scale S_t^T q_t
 
-(gated DeltaNet, arXiv 2412.06464, equation 10; DeltaNet, arXiv 2406.06484, without a gate.) With |k| = 1 the factor has the
-eigenvalue 1 - beta along k: beta in (0, 2) reaches [-1, 1], which state tracking needs (arXiv 2411.12537).
+(gated DeltaNet, arXiv 2412.06464, equation 10; DeltaNet, arXiv 2406.06484, without a gate.) With |k| = 1 the factor has
+the eigenvalue 1 - beta along k: beta in (0, 2) reaches [-1, 1], which state tracking needs (arXiv 2411.12537).
 
 On CUDA there is no other path: what the kernels do not support is an error. TRITON_INTERPRET=1 runs the kernels on the
 CPU, for tests.
@@ -43,14 +43,14 @@ def gated_delta_rule(
         g: log-gates [B, T, HV], at most 0; None for no gate.
         beta: step sizes [B, T, HV], in [0, 2].
         scale: factor on the output; default K ** -0.5.
-        normalize_qk: use q/|q| and k/|k|, |x| at least 1e-6. The norms are those of q and k as given, in float32, and stay
-            out of the rounded operands: the factor applied has the eigenvalue 1 - beta whatever the dtype. Without it, a
-            key that was rounded after it was normalised has not: |k|^2 is off by the rounding.
+        normalize_qk: use q/|q| and k/|k|, |x| at least 1e-6. The norms are those of q and k as given, in float32, and
+            stay out of the rounded operands: the factor applied has the eigenvalue 1 - beta whatever the dtype. Without
+            it, a key that was rounded after it was normalised has not: |k|^2 is off by the rounding.
         initial_state: [N, HV, K, V] float32, or None for zeros; N is B, or the number of documents with `cu_seqlens`.
         output_final_state: whether the final state is returned.
-        cu_seqlens: int32 or int64 [N + 1], boundaries of documents in the flattened B * T tokens, all of them covered. The
-            state starts anew at each. Documents may be empty. All tokens must be finite: a NaN can reach the document
-            before its own.
+        cu_seqlens: int32 or int64 [N + 1], boundaries of documents in the flattened B * T tokens, all of them covered.
+            The state starts anew at each. Documents may be empty. All tokens must be finite: a NaN can reach the
+            document before its own.
 
     Returns:
         o [B, T, HV, V] in the dtype of v, and the final state [N, HV, K, V] in float32, or None.

@@ -33,7 +33,7 @@ INVERSE_LAUNCH = {"num_warps": 1}  # of `chunk_inverse`: its blocks of 16 x 16 a
 def scan_launch(K: int, V: int, dtype: torch.dtype) -> Launch:
     """Settings of `chunk_forward` and `chunk_scan_backward`: 64 columns fill one warpgroup's rows."""
     if dtype == torch.float32:
-        return Launch(BV=64 if K < 256 else 32, warps=4, stages=2)
+        return Launch(BV=64, warps=4, stages=2) if K < 256 else Launch(BV=32, warps=4, stages=1)
     if K == 256:
         return Launch(BV=64, warps=8, stages=2)
     return Launch(BV=64, warps=4, stages=2)

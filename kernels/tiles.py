@@ -1,4 +1,4 @@
-"""What the chunkwise kernels share: the chunk length, where a chunk or a sequence lies, tiles of tensors for the TMA."""
+"""What the chunkwise kernels share: the chunk length, where a chunk or a sequence lies, tiles for the TMA."""
 
 import torch
 import triton

@@ -32,6 +32,12 @@ def output_and_gradients(function, x, gate, weight, dy, eps=1e-6) -> dict[str, T
     return {"y": y.detach(), **{f"d{n}": d for n, d in zip(leaves, gradients, strict=True)}}
 
 
+def true_output_and_gradients(x, gate, weight, dy, eps=1e-6) -> dict[str, Tensor]:
+    """In float64 throughout: autograd would add up the parts of a gradient in the dtype of its leaf."""
+    leaves = [None if t is None else t.detach().double().requires_grad_() for t in (x, gate, weight)]
+    return output_and_gradients(gated_rms_norm_truth, *leaves, dy, eps)
+
+
 def check(found: dict[str, Tensor], truth: dict[str, Tensor], x, gate, weight, label="") -> None:
     """Each against its truth, with the dtype of what it belongs to, within that dtype's bar."""
     belongs = {"y": x if gate is None else gate, "dx": x, "dgate": gate, "dweight": weight}

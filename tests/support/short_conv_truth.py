@@ -45,6 +45,12 @@ def outputs_and_gradients(function, xs, weights, dys, **options) -> list[Tensor]
     return [*(y.detach() for y in ys), *torch.autograd.grad(ys, [*xs, *weights], arriving)]
 
 
+def true_outputs_and_gradients(xs, weights, dys, **options) -> list[Tensor]:
+    """In float64 throughout: autograd would add up the parts of a gradient in the dtype of its leaf."""
+    xs, weights = ([t.detach().double().requires_grad_() for t in group] for group in (xs, weights))
+    return outputs_and_gradients(short_conv_truth, xs, weights, dys, **options)
+
+
 def check(found: list[Tensor], truth: list[Tensor], xs, weights, label="") -> None:
     """Each against its truth, with the dtype of what it belongs to, within that dtype's bar."""
     belongs = [*xs, *xs, *weights]
