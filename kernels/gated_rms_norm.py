@@ -184,14 +184,10 @@ def _pieces(x: Tensor) -> tuple[int, int] | None:
     return x.shape[-2], step
 
 
-def _layout(x: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | None, int, int, int]:
-    """x and gate, copied where they can't be read in place; H and the distance of pieces of H rows in x and in gate."""
-    tensors = [t if t is None or _pieces(t) else t.contiguous() for t in (x, gate)]
-    found = [(1, x.shape[-1]) if t is None else _pieces(t) for t in tensors]
-    H = max(pieces[0] for pieces in found if pieces)
-    # In a contiguous tensor any number of rows makes a piece.
-    steps = [step * H if h == 1 else step for h, step in found]
-    return tensors[0], tensors[1], H, *steps
+def _readable(x: Tensor) -> tuple[Tensor, int, int]:
+    """x, copied where it can't be read in place, and its pieces."""
+    pieces = _pieces(x)
+    return (x, *pieces) if pieces else (x.contiguous(), 1, x.shape[-1])
 
 
 def _launch(kernel, x, gate, weight, eps, tile: int, rows: int | None = None, **others) -> None:
@@ -200,7 +196,11 @@ def _launch(kernel, x, gate, weight, eps, tile: int, rows: int | None = None, **
     R = x.numel() // D
     if R == 0:
         return
-    x, gate, H, SX, SG = _layout(x, gate)
+    x, HX, SX = _readable(x)
+    HG, SG = 1, D
+    if gate is not None:
+        gate, HG, SG = _readable(gate)
+    H = max(HX, HG)  # where they differ, one is 1: of a contiguous tensor, any number of rows makes a piece
     BD = triton.next_power_of_2(max(D, 16))
     BR = tile // BD
     with torch.cuda.device_of(x):  # does nothing for CPU tensors, in Triton's interpreter
@@ -211,8 +211,8 @@ def _launch(kernel, x, gate, weight, eps, tile: int, rows: int | None = None, **
             **others,
             R=R,
             eps=eps,
-            SX=SX,
-            SG=SG,
+            SX=SX * (H // HX),
+            SG=SG * (H // HG),
             H=H,
             D=D,
             BR=BR,

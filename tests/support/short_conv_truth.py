@@ -1,5 +1,7 @@
 """The short convolution as PyTorch's own, document by document in float64, and inputs for it."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,7 @@ def short_conv_truth(xs, weights, before=None, cu_seqlens=None) -> list[Tensor]:
     for i, (x, weight) in enumerate(zip(xs, weights, strict=True)):
         taps = weight.shape[-1]
         pieces = []
-        for start, end in zip(sorted(cuts)[:-1], sorted(cuts)[1:], strict=True):
+        for start, end in pairwise(sorted(cuts)):
             piece = x.double().flatten(0, 1)[start:end]
             ahead = piece.new_zeros(taps - 1, piece.shape[1]) if before is None else before[i][start // T].double()
             joined = torch.cat([ahead, piece]).mT[None]

@@ -1,5 +1,7 @@
 """The Triton kernels of the short convolution against PyTorch's convolution in float64."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from short_conv_truth import boundaries, check, make, outputs_and_gradients, true_outputs_and_gradients
@@ -93,7 +95,7 @@ def test_documents_do_not_touch_each_other():
     cu_seqlens = boundaries(lengths)
     xs, weights, _, dys = make(1, sum(lengths), [8])
     clean = outputs_and_gradients(short_conv, xs, weights, dys, cu_seqlens=cu_seqlens)
-    for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+    for start, end in pairwise(cu_seqlens.tolist()):
         x, dy = xs[0].detach().clone(), dys[0].clone()
         x[:, start:end] = float("nan")
         dy[:, start:end] = float("nan")
