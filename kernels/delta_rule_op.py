@@ -8,8 +8,10 @@ Few long sequences do not fill the GPU with one scan each. They are cut into seg
 exact; no decay is assumed.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
-import triton
 from torch import Tensor
 
 from lrnn.kernels.chunk_backward import chunk_backward_kernel
@@ -32,6 +34,17 @@ def count_segments(batch_size: int, seq_len: int, num_heads: int, K: int, V: int
     while 2 * segments * scans <= SCANS_TO_FILL and seq_len % (2 * segments * SEGMENT) == 0:
         segments *= 2
     return segments if segments >= 4 else 1
+
+
+def _on_its_device(operator: Callable) -> Callable:
+    """Triton launches on the current device, which need not be that of the tensors."""
+
+    @functools.wraps(operator)
+    def run(*args, **kwargs):
+        with torch.cuda.device_of(args[0]):  # does nothing for CPU tensors
+            return operator(*args, **kwargs)
+
+    return run
 
 
 def _gate_kind(gate: Tensor | None, A_log: Tensor | None) -> str:
@@ -199,6 +212,7 @@ def _saved_shapes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> dict[str, 
 
 
 @torch.library.custom_op("lrnn::gated_delta_rule_forward", mutates_args=())
+@_on_its_device
 def gated_delta_rule_forward(
     q: Tensor,
     k: Tensor,
@@ -279,6 +293,7 @@ def _(q, k, v, gate, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, bet
 
 
 @torch.library.custom_op("lrnn::gated_delta_rule_backward", mutates_args=())
+@_on_its_device
 def gated_delta_rule_backward(
     do: Tensor,
     dfinal: Tensor | None,
@@ -417,6 +432,7 @@ gated_delta_rule_forward.register_autograd(_backward, setup_context=_setup_conte
 
 
 @torch.library.custom_op("lrnn::gated_delta_rule_recurrent", mutates_args=())
+@_on_its_device
 def gated_delta_rule_recurrent(
     q: Tensor,
     k: Tensor,
@@ -473,8 +489,3 @@ def _(q, k, v, gate, beta, A_log, dt_bias, initial_state, cu_seqlens, *rest):
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = v.new_empty([sequences, v.shape[2], q.shape[3], v.shape[3]], dtype=torch.float32)
     return v.new_empty(v.shape), final
-
-
-def interpreted() -> bool:
-    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1)."""
-    return bool(triton.knobs.runtime.interpret)

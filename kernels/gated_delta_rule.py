@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from lrnn.kernels import delta_rule_reference as reference
-from lrnn.kernels.delta_rule_op import gated_delta_rule_forward, gated_delta_rule_recurrent, interpreted
+from lrnn.kernels.delta_rule_op import gated_delta_rule_forward, gated_delta_rule_recurrent
 from lrnn.kernels.launch_config import HEAD_SIZES, check_assembler
+from lrnn.kernels.tiles import use_kernels
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHORT = 16  # tokens up to which the recurrence is the faster one, where no gradient is needed
@@ -59,7 +60,7 @@ def gated_delta_rule(
         ValueError: shapes that do not fit; on CUDA a head size or dtype that is not supported.
     """
     reference.check_shapes(q, k, v, g, beta, initial_state, cu_seqlens)
-    if not _use_kernels(q):
+    if not use_kernels(q):
         return reference.gated_delta_rule(
             q, k, v, g, beta, scale, initial_state, cu_seqlens, normalize_qk, output_final_state
         )
@@ -97,7 +98,7 @@ def fused_gated_delta_rule(
     reference.check_shapes(q, k, v, a, b, initial_state, cu_seqlens)
     if (a is None) != (A_log is None) or (a is None) != (dt_bias is None):
         raise ValueError("a, A_log and dt_bias go together: all three for a gate, or none")
-    if not _use_kernels(q):
+    if not use_kernels(q):
         return reference.fused_gated_delta_rule(
             q, k, v, a, b, A_log, dt_bias, allow_neg_eigval, scale, initial_state, output_final_state, cu_seqlens
         )
@@ -158,10 +159,6 @@ def gated_delta_product(
         cu_seqlens=None if cu_seqlens is None else cu_seqlens * n_h,
     )
     return o[:, n_h - 1 :: n_h], state
-
-
-def _use_kernels(x: Tensor) -> bool:
-    return x.is_cuda or interpreted()
 
 
 def _run(

@@ -18,12 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lrnn.kernels.tiles import use_kernels
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_SIZE = 256
 WARPS = 4
 FORWARD_TILE, BACKWARD_TILE = 4096, 2048  # elements of a tile: 32 or 16 a thread
 ROWS = 256  # rows of a program of the backward pass, which gives one part of dweight
-INTERPRETED = triton.knobs.runtime.interpret  # kernels run on CPU tensors; read here, since Dynamo can't
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
@@ -48,7 +49,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -
         ValueError: shapes, dtypes or devices that do not fit or are not supported.
     """
     _check(x, gate, weight)
-    if x.is_cuda or INTERPRETED:
+    if use_kernels(x):
         return torch.ops.lrnn.gated_rms_norm_forward(x, gate, weight, eps)
     return gated_rms_norm_reference(x, gate, weight, eps)
 
@@ -63,7 +64,7 @@ def gated_rms_norm_reference(x: Tensor, gate: Tensor | None, weight: Tensor, eps
 
 
 def _check(x: Tensor, gate: Tensor | None, weight: Tensor) -> None:
-    on_gpu = x.is_cuda or INTERPRETED
+    on_gpu = use_kernels(x)
     D = x.shape[-1] if x.ndim else 0
     if D == 0 or (on_gpu and D > MAX_SIZE):
         raise ValueError(f"x must be [..., D] with D from 1 to {MAX_SIZE} on {x.device.type}; got {[*x.shape]}")

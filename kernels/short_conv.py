@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lrnn.kernels.delta_rule_reference import document_ids
+from lrnn.kernels.tiles import use_kernels
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TAPS = (2, 3, 4)
@@ -27,7 +28,6 @@ MAX_TENSORS = 3
 WARPS = 2
 LONG_BLOCK, SHORT_BLOCK = 128, 32  # tokens of a program
 MANY_TOKENS = 8192  # from here on long blocks fill the GPU
-INTERPRETED = triton.knobs.runtime.interpret  # kernels run on CPU tensors; read here, since Dynamo can't
 
 
 def short_conv(
@@ -60,7 +60,7 @@ def short_conv(
     """
     xs, weights, before = list(xs), list(weights), list(before or [])
     _check(xs, weights, before, cu_seqlens)
-    if xs[0].is_cuda or INTERPRETED:
+    if use_kernels(xs[0]):
         return torch.ops.lrnn.short_conv_forward(xs, weights, before, cu_seqlens)
     return short_conv_reference(xs, weights, before=before, cu_seqlens=cu_seqlens)
 
@@ -99,7 +99,7 @@ def _check(xs: list[Tensor], weights: list[Tensor], before: list[Tensor], cu_seq
             f"short_conv takes 1 to {MAX_TENSORS} tensors, a weight for each and, if any, `before` for each; "
             f"got {len(xs)} tensors, {len(weights)} weights, {len(before)} of `before`"
         )
-    on_gpu = xs[0].is_cuda or INTERPRETED
+    on_gpu = use_kernels(xs[0])
     dtypes = DTYPES if on_gpu else (*DTYPES, torch.float64)
     taps = weights[0].shape[-1]
     for i, (x, weight) in enumerate(zip(xs, weights, strict=True)):

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run on CPU tensors, for tests
 CHUNK = 64  # tokens of a chunk: one Hopper warpgroup's rows, and 64 x 64 is solved per chunk
 
 
@@ -45,6 +46,11 @@ def count_chunks(batch_size: int, seq_len: int, cu_seqlens: Tensor | None) -> in
     if cu_seqlens is None:
         return batch_size * triton.cdiv(seq_len, CHUNK)
     return triton.cdiv(batch_size * seq_len, CHUNK) + cu_seqlens.shape[0] - 1
+
+
+def use_kernels(x: Tensor) -> bool:
+    """Whether work on x is done by Triton kernels."""
+    return x.is_cuda or INTERPRETED
 
 
 class Chunks:

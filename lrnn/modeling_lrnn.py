@@ -25,15 +25,16 @@ try:
     from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule
     from lrnn.kernels.gated_rms_norm import gated_rms_norm
     from lrnn.kernels.short_conv import short_conv
-
-    HAVE_KERNELS = True
+    from lrnn.kernels.tiles import use_kernels
 except ImportError:  # an exported folder, loaded where lrnn is not installed
     from .delta_rule_reference import (  # type: ignore[import-not-found, no-redef]
         document_ids,
         fused_gated_delta_rule,
     )
 
-    HAVE_KERNELS = False
+    def use_kernels(x: Tensor) -> bool:
+        return False
+
 
 LOSS_CHUNK = 4096  # tokens whose logits exist at a time in training: [4096, 32000] in float32 is 0.5 GB
 
@@ -106,7 +107,7 @@ class GatedRMSNorm(RMSNorm):
     """norm(x) * silu(gate), or without a gate norm(x) alone, in float32; the result has the given dtype."""
 
     def forward(self, x: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
-        if x.is_cuda and HAVE_KERNELS:
+        if use_kernels(x):
             return gated_rms_norm(x, gate, self.weight, self.eps).to(dtype)
         y = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
         if gate is not None:
@@ -132,7 +133,7 @@ class ShortConvolution(nn.Module):
         `document` int64 [B, T] or None is `document_ids(cu_seqlens, B, T)`: no tap reaches into another document.
         Returns [B, T, D] in float32, on the kernels in the dtype of x.
         """
-        if x.is_cuda and HAVE_KERNELS:
+        if use_kernels(x):
             states = None if before is None else [before.to(x.dtype)]
             return short_conv([x], [self.weight], before=states, cu_seqlens=cu_seqlens)[0]
         taps = self.weight.shape[-1]
