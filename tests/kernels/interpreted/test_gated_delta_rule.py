@@ -44,7 +44,9 @@ def test_rows_of_a_batch_do_not_meet():
         check({n: y[row] for n, y in found.items()}, {n: y[row] for n, y in expected.items()}, BARS[FP16], f"row {row}")
 
 
-@pytest.mark.parametrize(("K", "V", "T", "dtype"), [(128, 128, 70, FP16), (64, 128, 65, FP16), (256, 64, 20, FP16)])
+@pytest.mark.parametrize(
+    ("K", "V", "T", "dtype"), [(128, 128, 70, FP16), (64, 128, 65, FP16), (256, 64, 20, FP16), (256, 64, 20, FP32)]
+)
 def test_head_sizes(K, V, T, dtype):
     compare(inputs.random(1, T, H=1, K=K, V=V, dtype=dtype), BARS[dtype], f"K {K}, V {V}", normalize_qk=True)
 
