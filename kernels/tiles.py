@@ -60,9 +60,7 @@ class Chunks:
     """
 
     def __init__(self, batch_size: int, seq_len: int, cu_seqlens: Tensor | None):
-        self.rows = batch_size * seq_len
         self.seq_len = seq_len
-        self.cu_seqlens = cu_seqlens
         self.starts: Tensor | None = None  # int32 [N], number of each document's first chunk
         self.table: Tensor | None = None  # int32 [count, 2], document and chunk in it, or -1
         self.count = count_chunks(batch_size, seq_len, cu_seqlens)
