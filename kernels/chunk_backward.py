@@ -168,6 +168,7 @@ def chunk_backward_kernel(
     BV: tl.constexpr,
     NORMALIZE: tl.constexpr,
     IS_VARLEN: tl.constexpr,
+    IS_FULL: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -180,7 +181,7 @@ def chunk_backward_kernel(
     i_hk = i_h // (HV // H)
     row = bos + i_t * BT
     t = tl.arange(0, BT)
-    m_t = i_t * BT + t < length
+    m_t = t < (BT if IS_FULL else length - i_t * BT)
     last = tl.minimum(length - i_t * BT, BT) - 1
     head = i_h.to(tl.int64) * R + i_c * BT
     p_g = vectors + 4 * i_h.to(tl.int64) * R + i_c * BT

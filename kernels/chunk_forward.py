@@ -16,7 +16,7 @@ without any error, and a reflection is carried as far as one likes. arXiv 2412.0
 import triton
 import triton.language as tl
 
-from lrnn.kernels.tiles import sequence_position
+from lrnn.kernels.tiles import decay_between, sequence_position, step_and_back, store_result
 
 
 @triton.jit(do_not_specialize=["T", "R", "scale"])
@@ -50,6 +50,7 @@ def chunk_forward_kernel(
     HAS_INITIAL: tl.constexpr,
     SAVE_FINAL: tl.constexpr,
     IS_VARLEN: tl.constexpr,
+    IS_FULL: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -65,14 +66,13 @@ def chunk_forward_kernel(
     is_value = i_v < V // BV
     p_g = vectors + 4 * i_h.to(tl.int64) * R + first_chunk * BT
     dtype = k.dtype
-    # A step size of 0 stays one, but X has to be recovered from what is rounded, the product.
-    FLOOR: tl.constexpr = 6e-5 if k.dtype == tl.float16 else 1e-18
 
     o_t = tl.arange(0, BT)
     o_k = tl.arange(0, K)
     o_v = i_v * BV + tl.arange(0, BV)
     width = COLUMNS * BV
     p_state = (i_n * HV + i_h).to(tl.int64) * K * width + o_k[None, :] * width + o_v[:, None]
+    log_scale = tl.log2(scale)
     b_s = tl.zeros([BV, K], tl.float32)  # S^T
     if HAS_INITIAL:
         b_s += tl.load(initial_state + p_state).to(tl.float32)
@@ -81,7 +81,7 @@ def chunk_forward_kernel(
 
     for i_t in tl.range(0, tl.cdiv(length, BT), num_stages=STAGES):
         t = i_t * BT + o_t
-        m_t = t < length
+        m_t = o_t < (BT if IS_FULL else length - i_t * BT)
         row = bos + i_t * BT
         column = (first_chunk + i_t) * BT
         b_k = k.load([row, i_hk * K])
@@ -91,7 +91,6 @@ def chunk_forward_kernel(
         b_v = v.load([row, i_h * V + tl.where(is_value, i_v, 0) * BV])
         b_g = tl.reshape(vector_rows.load([4 * i_h, column]), [BT])
         b_beta = tl.reshape(vector_rows.load([4 * i_h + 1, column]), [BT])
-        b_floor = tl.maximum(b_beta, FLOOR)
         g_last = tl.load(p_g + i_t * BT + BT - 1)
         # Norms are kept as logarithms (base 2) and join the gates in the exponent: a vector along the columns of an
         # accumulator takes 16 registers, so as few as possible of them are made.
@@ -111,13 +110,12 @@ def chunk_forward_kernel(
                     tl.store(p_g + 3 * R + t, log_rq)
         b_sh = b_s.to(dtype)
         if OUTPUT:
-            # P = scale tril(G . Q^ K^T r): the exponent is masked, above the diagonal it would overflow
-            m_p = o_t[:, None] >= o_t[None, :]
-            decay = tl.exp2(tl.where(m_p, (b_g + log_rq)[:, None] - (b_g - log_rk)[None, :], float("-inf")))
-            b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-            b_p = (b_p * (decay * scale)).to(dtype)
+            # P = scale tril(G . Q^ K^T r)
+            log_rq += log_scale
+            decay = decay_between(o_t[:, None] >= o_t[None, :], b_g, log_rq, log_rk, PRECISION)
+            b_p = (tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * decay).to(dtype)
             # O^T = (S^T Q^T) scale gamma + N^T P^T
-            b_o = tl.dot(b_sh, tl.trans(b_q), input_precision=PRECISION) * (tl.exp2(b_g + log_rq) * scale)[None, :]
+            b_o = tl.dot(b_sh, tl.trans(b_q), input_precision=PRECISION) * tl.exp2(b_g + log_rq)[None, :]
         if SAVE_STATES:
             states.store([((first_chunk + i_t) * HV + i_h) * V + i_v * BV, 0], b_sh)
 
@@ -128,18 +126,18 @@ def chunk_forward_kernel(
         else:
             b_x = tl.trans(b_v).to(tl.float32) - b_x
         # Y^T = X^T - (beta X)^T C^T
-        b_w = (b_x * b_floor[None, :]).to(dtype)
-        b_x_used = b_w.to(tl.float32) * (1.0 / b_floor)[None, :]
-        b_y = tl.dot(-b_w, tl.trans(b_c), b_x_used, input_precision=PRECISION)
+        b_w, b_x_used, down = step_and_back(b_x, b_beta, c.dtype)
+        b_y = tl.dot(-b_w, tl.trans(b_c), b_x_used, input_precision=PRECISION) * down[:, None]
         if SAVE_STATES:
-            p_y = y + ((bos + t[:, None]).to(tl.int64) * HV + i_h) * V + o_v[None, :]
-            # The state needs the rounded X to cancel; the gradient of beta, a sum of small differences, the exact one.
-            tl.store(p_y, tl.trans((b_y + (b_x - b_x_used)).to(dtype)), mask=m_t[:, None])
+            b_y_kept = b_y
+            if c.dtype == tl.bfloat16:
+                # The state needs the rounded X to cancel; the gradient of beta, a sum of small differences, the exact one.
+                b_y_kept += b_x - b_x_used
+            store_result(y, tl.trans(b_y_kept.to(dtype)), row, i_h * V + i_v * BV, HV * V, m_t, IS_FULL)
         if OUTPUT:
             # + N^T P^T, N = beta Y
             b_o = tl.dot((b_y * b_beta[None, :]).to(dtype), tl.trans(b_p), b_o, input_precision=PRECISION)
-            p_o = o + ((bos + t[:, None]).to(tl.int64) * HV + i_h) * V + o_v[None, :]
-            tl.store(p_o, tl.trans(b_o.to(dtype)), mask=m_t[:, None])
+            store_result(o, tl.trans(b_o.to(dtype)), row, i_h * V + i_v * BV, HV * V, m_t, IS_FULL)
         # S'^T = gamma_C S^T + (rho r N)^T K
         rho = tl.exp2(g_last - b_g + log_rk) * b_beta  # beta is 0 past the end of the sequence
         b_s = tl.dot((b_y * rho[None, :]).to(dtype), b_k, b_s * tl.exp2(g_last), input_precision=PRECISION)

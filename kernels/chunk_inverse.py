@@ -8,8 +8,9 @@ the chunk and G_ij = exp(g_i - g_j), the chunk's tokens are coupled by
 so that (I + diag(beta) M)^-1 = I - diag(beta) C: the identity and beta stay in float32 outside of C, which alone is
 rounded. arXiv 2406.06484, section 3.2 (WY form); the gate commutes with the inverse (arXiv 2412.06464, section 3.3).
 
-C is found by forward substitution in float32 in blocks of 16, merged with products of float32 accuracy (tf32x3). A
-power series for the inverse would lose everything for nearly parallel keys at beta near 2.
+C is found by forward substitution in float32 in the diagonal blocks of 16, which are then merged by products whose
+operands are sums of two numbers of C's dtype (tf32x3 in float32). A power series for the inverse would lose everything
+for nearly parallel keys at beta near 2.
 """
 
 import triton
@@ -19,52 +20,82 @@ from lrnn.kernels.tiles import chunk_position
 
 
 @triton.jit
-def _merge(rest, c_row, beta_row):
-    # (I + M_II diag(beta_I))^-1 R = R - C_II (beta_I R)
-    return rest - tl.dot(c_row, rest * beta_row[:, None], input_precision="tf32x3")
+def _log_gates(gate, A_log, dt_bias, row, m, i_h, HV: tl.constexpr, GATE: tl.constexpr):
+    # log-gates (base 2) of some tokens; 0, no decay, where m is false
+    b_g = tl.zeros([row.shape[0]], tl.float32)
+    if GATE != "none":
+        b_g += tl.load(gate + row * HV + i_h, mask=m, other=0.0).to(tl.float32)
+        if GATE == "raw":
+            b_a = b_g + tl.load(dt_bias + i_h).to(tl.float32)
+            softplus = tl.maximum(b_a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_a)))
+            b_g = -tl.exp(tl.load(A_log + i_h).to(tl.float32)) * softplus
+        b_g = tl.where(m, b_g * 1.4426950408889634, 0.0)
+    return b_g
 
 
 @triton.jit
-def _through(m, beta, c):
-    # M_IL diag(beta_L) C_LJ
-    return tl.dot(m * beta[None, :], c, input_precision="tf32x3")
+def _step_sizes(beta, row, m, i_h, beta_range, HV: tl.constexpr, RAW_BETA: tl.constexpr):
+    # step sizes of some tokens; 0, the identity, where m is false
+    b_beta = tl.load(beta + row * HV + i_h, mask=m, other=0.0).to(tl.float32)
+    if RAW_BETA:
+        b_beta = beta_range * tl.sigmoid(b_beta)
+    return tl.where(m, b_beta, 0.0)
 
 
 @triton.jit
-def _coupling(kk, r_i, r_j, g_i, g_j):
-    # M_IJ = G . K^_I K^_J^T for I > J
-    return kk * r_i[:, None] * r_j[None, :] * tl.exp2(g_i[:, None] - g_j[None, :])
+def _log_norm(kk, m, NORMALIZE: tl.constexpr):
+    # log2 of the inverse norms of a block's keys, which stand on the diagonal of K_I K_I^T
+    o = tl.arange(0, 16)
+    if not NORMALIZE:
+        return tl.zeros([16], tl.float32)
+    square = tl.sum(tl.where(o[:, None] == o[None, :], kk, 0.0), 1)
+    return tl.where(m, -0.5 * tl.log2(tl.maximum(square, 1e-12)), 0.0)
 
 
 @triton.jit
-def _diagonal(kk, g_i, NORMALIZE: tl.constexpr):
-    # M_II and the inverse norms of its keys, which stand on the diagonal of K_I K_I^T
-    o_r = tl.arange(0, 16)[:, None]
-    o_c = tl.arange(0, 16)[None, :]
-    if NORMALIZE:
-        r = tl.rsqrt(tl.maximum(tl.sum(tl.where(o_r == o_c, kk, 0.0), 1), 1e-12))
-    else:
-        r = tl.full([16], 1.0, tl.float32)
-    # The gates above the diagonal would overflow: mask the exponent, not the product.
-    decay = tl.exp2(tl.where(o_r > o_c, g_i[:, None] - g_i[None, :], 0.0))
-    return tl.where(o_r > o_c, kk * r[:, None] * r[None, :] * decay, 0.0), r
+def _coupling(kk, g_i, r_i, g_j, r_j):
+    # M_IJ = G . K^_I K^_J^T for I > J; norms (log2) join the gates in the exponent
+    return kk * tl.exp2((g_i + r_i)[:, None] - (g_j - r_j)[None, :])
 
 
 @triton.jit
-def _block(x, I: tl.constexpr):
-    # the I-th 16 of 64 numbers
-    o = tl.arange(0, 4)[:, None]
-    return tl.sum(tl.where(o == I, tl.reshape(x, [4, 16]), 0.0), 0)
+def _coupling_inside(kk, g, r):
+    # M_II: the gates above the diagonal would overflow, so the exponent is masked, not the product
+    o = tl.arange(0, 16)
+    below = o[:, None] > o[None, :]
+    return kk * tl.exp2(tl.where(below, (g + r)[:, None] - (g - r)[None, :], float("-inf")))
 
 
 @triton.jit
-def _eliminate(c, low, j):
-    # row j is final: take its part out of the rows below, C_i -= (M_ij beta_j) C_j
-    o_r = tl.arange(0, 16)[:, None]
-    o_c = tl.arange(0, 16)[None, :]
-    column = tl.sum(tl.where(o_c == j, low, 0.0), 1)
-    row = tl.sum(tl.where(o_r == j, c, 0.0), 0)
-    return c - column[:, None] * row[None, :]
+def _split(x, dtype: tl.constexpr):
+    # x as a sum of two numbers of a dtype; float32 is left to tf32x3
+    high = x.to(dtype)
+    return high, (x - high.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def _product(a, b):
+    # a b, of sums of two
+    if a[0].dtype == tl.float32:
+        return tl.dot(a[0], b[0], input_precision="tf32x3")
+    small = tl.dot(a[1], b[0], tl.dot(a[0], b[1]))
+    return tl.dot(a[0], b[0], small)
+
+
+@triton.jit
+def _substitute(p_m, p_beta, step, left):
+    # C_i = M_i - sum_{l < i} M_il beta_l C_l, in the four diagonal blocks side by side. A lane holds columns, so what is
+    # needed of M is a number for each block: read where M was put, not taken out of registers of other lanes.
+    o_b = 16 * tl.arange(0, 4)
+    p_row = p_m + o_b[:, None] * step + tl.arange(0, 16)[None, :]
+    scaled = ()
+    for i in tl.static_range(16):
+        m_i = o_b + i < left
+        c_i = tl.load(p_row + i * step, mask=m_i[:, None], other=0.0)
+        for l in tl.static_range(i):
+            c_i -= tl.load(p_m + (o_b + i) * step + l, mask=m_i, other=0.0)[:, None] * scaled[l]
+        scaled = scaled + (c_i * tl.load(p_beta + o_b + i)[:, None],)
+        tl.store(p_row + i * step + 16, c_i, mask=m_i[:, None])
 
 
 @triton.jit(do_not_specialize=["T", "R", "beta_range"])
@@ -91,6 +122,7 @@ def chunk_inverse_kernel(
     RAW_BETA: tl.constexpr,
     NORMALIZE: tl.constexpr,
     IS_VARLEN: tl.constexpr,
+    IS_FULL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     i_c, i_h = tl.program_id(0), tl.program_id(1)
@@ -102,28 +134,24 @@ def chunk_inverse_kernel(
             tl.store(p_g + i * R + o_t, tl.zeros([BT], tl.float32))
         return
     first = bos + i_t * BT
-    m_t = i_t * BT + o_t < length
-    row = (first + o_t).to(tl.int64)
+    left = BT if IS_FULL else length - i_t * BT  # tokens of this chunk
+    o_r = tl.arange(0, 16)
+    row = (first + o_r).to(tl.int64)
 
-    # step sizes and log-gates (base 2, accumulated over the chunk); the identity past the end of the sequence
-    b_beta = tl.load(beta + row * HV + i_h, mask=m_t, other=0.0).to(tl.float32)
-    if RAW_BETA:
-        b_beta = beta_range * tl.sigmoid(b_beta)
-    b_beta = tl.where(m_t, b_beta, 0.0)
-    b_g = tl.zeros([BT], tl.float32)
-    if GATE != "none":
-        b_g = tl.load(gate + row * HV + i_h, mask=m_t, other=0.0).to(tl.float32)
-        if GATE == "raw":
-            b_a = b_g + tl.load(dt_bias + i_h).to(tl.float32)
-            softplus = tl.maximum(b_a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_a)))
-            b_g = -tl.exp(tl.load(A_log + i_h).to(tl.float32)) * softplus
-        b_g = tl.cumsum(tl.where(m_t, b_g * 1.4426950408889634, 0.0), 0)
-    tl.store(p_g + o_t, b_g)
-    tl.store(p_g + R + o_t, b_beta)
+    # step sizes and log-gates, accumulated over the chunk
+    beta0 = _step_sizes(beta, row, o_r < left, i_h, beta_range, HV, RAW_BETA)
+    beta1 = _step_sizes(beta, row + 16, o_r + 16 < left, i_h, beta_range, HV, RAW_BETA)
+    beta2 = _step_sizes(beta, row + 32, o_r + 32 < left, i_h, beta_range, HV, RAW_BETA)
+    beta3 = _step_sizes(beta, row + 48, o_r + 48 < left, i_h, beta_range, HV, RAW_BETA)
+    g0 = tl.cumsum(_log_gates(gate, A_log, dt_bias, row, o_r < left, i_h, HV, GATE), 0)
+    g1 = tl.cumsum(_log_gates(gate, A_log, dt_bias, row + 16, o_r + 16 < left, i_h, HV, GATE), 0)
+    g2 = tl.cumsum(_log_gates(gate, A_log, dt_bias, row + 32, o_r + 32 < left, i_h, HV, GATE), 0)
+    g3 = tl.cumsum(_log_gates(gate, A_log, dt_bias, row + 48, o_r + 48 < left, i_h, HV, GATE), 0)
+    g1 += tl.sum(tl.where(o_r == 15, g0, 0.0), 0)
+    g2 += tl.sum(tl.where(o_r == 15, g1, 0.0), 0)
+    g3 += tl.sum(tl.where(o_r == 15, g2, 0.0), 0)
 
     # K_I K_J^T of the blocks of 16 tokens, a slice of the keys at a time
-    o_r = tl.arange(0, 16)
-    left = length - i_t * BT
     m_0, m_1 = o_r[:, None] < left, o_r[:, None] < left - 16
     m_2, m_3 = o_r[:, None] < left - 32, o_r[:, None] < left - 48
     p_k = k + (first + o_r[:, None]).to(tl.int64) * stride_k + (i_h // (HV // H)) * K + tl.arange(0, BK)[None, :]
@@ -145,63 +173,86 @@ def chunk_inverse_kernel(
         m32 = tl.dot(b_k3, tl.trans(b_k2), m32, input_precision=PRECISION)
         m33 = tl.dot(b_k3, tl.trans(b_k3), m33, input_precision=PRECISION)
 
-    g0, g1, g2, g3 = _block(b_g, 0), _block(b_g, 1), _block(b_g, 2), _block(b_g, 3)
-    beta0, beta1, beta2, beta3 = _block(b_beta, 0), _block(b_beta, 1), _block(b_beta, 2), _block(b_beta, 3)
-    m00, r0 = _diagonal(m00, g0, NORMALIZE)
-    m11, r1 = _diagonal(m11, g1, NORMALIZE)
-    m22, r2 = _diagonal(m22, g2, NORMALIZE)
-    m33, r3 = _diagonal(m33, g3, NORMALIZE)
-    if NORMALIZE:
-        p_r = p_g + 2 * R + o_r
-        tl.store(p_r, tl.where(o_r < left, tl.log2(r0), 0.0))
-        tl.store(p_r + 16, tl.where(o_r < left - 16, tl.log2(r1), 0.0))
-        tl.store(p_r + 32, tl.where(o_r < left - 32, tl.log2(r2), 0.0))
-        tl.store(p_r + 48, tl.where(o_r < left - 48, tl.log2(r3), 0.0))
-    else:
-        tl.store(p_g + 2 * R + o_t, tl.zeros([BT], tl.float32))
+    r0 = _log_norm(m00, o_r < left, NORMALIZE)
+    r1 = _log_norm(m11, o_r + 16 < left, NORMALIZE)
+    r2 = _log_norm(m22, o_r + 32 < left, NORMALIZE)
+    r3 = _log_norm(m33, o_r + 48 < left, NORMALIZE)
+    p_v = p_g + o_r
+    tl.store(p_v, g0)
+    tl.store(p_v + 16, g1)
+    tl.store(p_v + 32, g2)
+    tl.store(p_v + 48, g3)
+    tl.store(p_v + R, beta0)
+    tl.store(p_v + R + 16, beta1)
+    tl.store(p_v + R + 32, beta2)
+    tl.store(p_v + R + 48, beta3)
+    tl.store(p_v + 2 * R, r0)
+    tl.store(p_v + 2 * R + 16, r1)
+    tl.store(p_v + 2 * R + 32, r2)
+    tl.store(p_v + 2 * R + 48, r3)
+    if not NORMALIZE:  # else `chunk_forward` writes it
         tl.store(p_g + 3 * R + o_t, tl.zeros([BT], tl.float32))
 
-    # C_II = M_II - (M_II diag(beta_I)) C_II, the four blocks side by side
-    c00, c11, c22, c33 = m00, m11, m22, m33
-    low0, low1, low2, low3 = m00 * beta0[None, :], m11 * beta1[None, :], m22 * beta2[None, :], m33 * beta3[None, :]
-    for j in range(15):
-        c00 = _eliminate(c00, low0, j)
-        c11 = _eliminate(c11, low1, j)
-        c22 = _eliminate(c22, low2, j)
-        c33 = _eliminate(c33, low3, j)
+    # The diagonal blocks: M_II goes through memory, where C will stand, to the lanes that need it, and C_II comes back.
+    dtype = c_out.dtype.element_ty
+    p_c = c_out + (first.to(tl.int64) * HV + i_h) * BT
+    p_m = p_c.to(tl.pointer_type(tl.float32))
+    step: tl.constexpr = HV * BT * dtype.primitive_bitwidth // 32
+    p_b = p_m + o_r[:, None] * step + o_r[None, :]
+    tl.store(p_b, _coupling_inside(m00, g0, r0), mask=m_0)
+    tl.store(p_b + 16 * step, _coupling_inside(m11, g1, r1), mask=m_1)
+    tl.store(p_b + 32 * step, _coupling_inside(m22, g2, r2), mask=m_2)
+    tl.store(p_b + 48 * step, _coupling_inside(m33, g3, r3), mask=m_3)
+    tl.debug_barrier()
+    _substitute(p_m, p_g + R, step, left)
+    tl.debug_barrier()
+    c00 = tl.load(p_b + 16, mask=m_0, other=0.0)
+    c11 = tl.load(p_b + 16 * step + 16, mask=m_1, other=0.0)
+    c22 = tl.load(p_b + 32 * step + 16, mask=m_2, other=0.0)
+    c33 = tl.load(p_b + 48 * step + 16, mask=m_3, other=0.0)
+    tl.debug_barrier()
 
     # C_IJ = (I - C_II diag(beta_I)) (M_IJ - sum_{J <= L < I} M_IL diag(beta_L) C_LJ)
-    m10 = _coupling(m10, r1, r0, g1, g0)
-    c10 = _merge(m10 - _through(m10, beta0, c00), c11, beta1)
-    m21 = _coupling(m21, r2, r1, g2, g1)
-    m20 = _coupling(m20, r2, r0, g2, g0)
-    c21 = _merge(m21 - _through(m21, beta1, c11), c22, beta2)
-    c20 = _merge(m20 - _through(m20, beta0, c00) - _through(m21, beta1, c10), c22, beta2)
-    m32 = _coupling(m32, r3, r2, g3, g2)
-    m31 = _coupling(m31, r3, r1, g3, g1)
-    m30 = _coupling(m30, r3, r0, g3, g0)
-    c32 = _merge(m32 - _through(m32, beta2, c22), c33, beta3)
-    c31 = _merge(m31 - _through(m31, beta1, c11) - _through(m32, beta2, c21), c33, beta3)
-    rest = m30 - _through(m30, beta0, c00) - _through(m31, beta1, c10) - _through(m32, beta2, c20)
-    c30 = _merge(rest, c33, beta3)
+    m10 = _coupling(m10, g1, r1, g0, r0)
+    m20 = _coupling(m20, g2, r2, g0, r0)
+    m30 = _coupling(m30, g3, r3, g0, r0)
+    m21 = _coupling(m21, g2, r2, g1, r1)
+    m31 = _coupling(m31, g3, r3, g1, r1)
+    m32 = _coupling(m32, g3, r3, g2, r2)
+    s00, s11, s22, s33 = _split(c00, dtype), _split(c11, dtype), _split(c22, dtype), _split(c33, dtype)
+    n10, n21, n32 = _split(m10 * beta0, dtype), _split(m21 * beta1, dtype), _split(m32 * beta2, dtype)
+    n20, n31 = _split(m20 * beta0, dtype), _split(m31 * beta1, dtype)
+    n30 = _split(m30 * beta0, dtype)
+    c10 = m10 - _product(n10, s00)
+    c10 -= _product(s11, _split(c10 * beta1[:, None], dtype))
+    c21 = m21 - _product(n21, s11)
+    c21 -= _product(s22, _split(c21 * beta2[:, None], dtype))
+    c32 = m32 - _product(n32, s22)
+    c32 -= _product(s33, _split(c32 * beta3[:, None], dtype))
+    s10 = _split(c10, dtype)
+    c20 = m20 - _product(n20, s00) - _product(n21, s10)
+    c20 -= _product(s22, _split(c20 * beta2[:, None], dtype))
+    c31 = m31 - _product(n31, s11) - _product(n32, _split(c21, dtype))
+    c31 -= _product(s33, _split(c31 * beta3[:, None], dtype))
+    c30 = m30 - _product(n30, s00) - _product(n31, s10) - _product(n32, _split(c20, dtype))
+    c30 -= _product(s33, _split(c30 * beta3[:, None], dtype))
 
-    p_c = c_out + ((first + o_r[:, None]).to(tl.int64) * HV + i_h) * BT + o_r[None, :]
-    dtype = c_out.dtype.element_ty
+    p_c += o_r[:, None] * HV * BT + o_r[None, :]
     zero = tl.zeros([16, 16], dtype)
-    step = 16 * HV * BT
+    rows: tl.constexpr = 16 * HV * BT
     tl.store(p_c, c00.to(dtype), mask=m_0)
     tl.store(p_c + 16, zero, mask=m_0)
     tl.store(p_c + 32, zero, mask=m_0)
     tl.store(p_c + 48, zero, mask=m_0)
-    tl.store(p_c + step, c10.to(dtype), mask=m_1)
-    tl.store(p_c + step + 16, c11.to(dtype), mask=m_1)
-    tl.store(p_c + step + 32, zero, mask=m_1)
-    tl.store(p_c + step + 48, zero, mask=m_1)
-    tl.store(p_c + 2 * step, c20.to(dtype), mask=m_2)
-    tl.store(p_c + 2 * step + 16, c21.to(dtype), mask=m_2)
-    tl.store(p_c + 2 * step + 32, c22.to(dtype), mask=m_2)
-    tl.store(p_c + 2 * step + 48, zero, mask=m_2)
-    tl.store(p_c + 3 * step, c30.to(dtype), mask=m_3)
-    tl.store(p_c + 3 * step + 16, c31.to(dtype), mask=m_3)
-    tl.store(p_c + 3 * step + 32, c32.to(dtype), mask=m_3)
-    tl.store(p_c + 3 * step + 48, c33.to(dtype), mask=m_3)
+    tl.store(p_c + rows, c10.to(dtype), mask=m_1)
+    tl.store(p_c + rows + 16, c11.to(dtype), mask=m_1)
+    tl.store(p_c + rows + 32, zero, mask=m_1)
+    tl.store(p_c + rows + 48, zero, mask=m_1)
+    tl.store(p_c + 2 * rows, c20.to(dtype), mask=m_2)
+    tl.store(p_c + 2 * rows + 16, c21.to(dtype), mask=m_2)
+    tl.store(p_c + 2 * rows + 32, c22.to(dtype), mask=m_2)
+    tl.store(p_c + 2 * rows + 48, zero, mask=m_2)
+    tl.store(p_c + 3 * rows, c30.to(dtype), mask=m_3)
+    tl.store(p_c + 3 * rows + 16, c31.to(dtype), mask=m_3)
+    tl.store(p_c + 3 * rows + 32, c32.to(dtype), mask=m_3)
+    tl.store(p_c + 3 * rows + 48, c33.to(dtype), mask=m_3)

@@ -14,7 +14,7 @@ Only beta dN is rounded, and dN taken back from it, as X is in the forward scan.
 import triton
 import triton.language as tl
 
-from lrnn.kernels.tiles import sequence_position
+from lrnn.kernels.tiles import decay_between, sequence_position, step_and_back, store_result
 
 
 @triton.jit(do_not_specialize=["T", "R", "scale"])
@@ -45,6 +45,7 @@ def chunk_scan_backward_kernel(
     HAS_FINAL: tl.constexpr,
     SAVE_INITIAL: tl.constexpr,
     IS_VARLEN: tl.constexpr,
+    IS_FULL: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -56,7 +57,6 @@ def chunk_scan_backward_kernel(
     bos, length, first_chunk = sequence_position(i_n, cu_seqlens, chunk_starts, T, BT, IS_VARLEN)
     p_g = vectors + 4 * i_h.to(tl.int64) * R + first_chunk * BT
     dtype = k.dtype
-    FLOOR: tl.constexpr = 6e-5 if k.dtype == tl.float16 else 1e-18  # as in the forward scan
 
     o_t = tl.arange(0, BT)
     o_k = tl.arange(0, K)
@@ -66,11 +66,12 @@ def chunk_scan_backward_kernel(
     if HAS_FINAL:
         b_ds += tl.load(dfinal + p_state).to(tl.float32)
 
+    log_scale = tl.log2(scale)
     n_chunks = tl.cdiv(length, BT)
     for i in tl.range(0, n_chunks, num_stages=STAGES):
         i_t = n_chunks - 1 - i
         t = i_t * BT + o_t
-        m_t = t < length
+        m_t = o_t < (BT if IS_FULL else length - i_t * BT)
         row = bos + i_t * BT
         column = (first_chunk + i_t) * BT
         b_q = q.load([row, i_hk * K])
@@ -86,6 +87,7 @@ def chunk_scan_backward_kernel(
         if NORMALIZE:
             log_rk = tl.reshape(vector_rows.load([4 * i_h + 2, column]), [BT])
             log_rq = tl.reshape(vector_rows.load([4 * i_h + 3, column]), [BT])
+        log_rq += log_scale
         b_dsh = b_ds.to(dtype)
         if SAVE_STATES:
             # in halves: a buffer for the whole would leave room for one program on a multiprocessor, not two
@@ -96,24 +98,23 @@ def chunk_scan_backward_kernel(
 
         # dN^T = (dS'^T K^T) rho r + dO^T P; rows of P past the end would bring in another sequence's dO
         m_p = (o_t[:, None] >= o_t[None, :]) & m_t[:, None]
-        decay = tl.exp2(tl.where(m_p, (b_g + log_rq)[:, None] - (b_g - log_rk)[None, :], float("-inf")))
-        b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        b_p = (b_p * (decay * scale)).to(dtype)
+        decay = decay_between(m_p, b_g, log_rq, log_rk, PRECISION)
+        b_p = (tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * decay).to(dtype)
         rho = tl.where(m_t, tl.exp2(g_last - b_g + log_rk), 0.0)
         b_dn = tl.dot(b_dsh, tl.trans(b_k), input_precision=PRECISION) * rho[None, :]
         b_dn = tl.dot(tl.trans(b_do), b_p, b_dn, input_precision=PRECISION)  # [BV, BT]
         # dW^T = dN^T - (beta dN)^T C
-        b_floor = tl.maximum(b_beta, FLOOR)
-        b_z = (b_dn * b_floor[None, :]).to(dtype)
-        b_dn_used = b_z.to(tl.float32) * (1.0 / b_floor)[None, :]
-        b_dw = tl.dot(-b_z, b_c, b_dn_used, input_precision=PRECISION)
+        b_z, b_dn_used, down = step_and_back(b_dn, b_beta, c.dtype)
+        b_dw = tl.dot(-b_z, b_c, b_dn_used, input_precision=PRECISION) * down[:, None]
         if SAVE_STATES:
-            p_dw = dw + ((bos + t[:, None]).to(tl.int64) * HV + i_h) * V + o_v[None, :]
-            tl.store(p_dw, tl.trans((b_dw + (b_dn - b_dn_used)).to(dtype)), mask=m_t[:, None])
+            b_dw_kept = b_dw
+            if c.dtype == tl.bfloat16:  # as in the forward scan
+                b_dw_kept += b_dn - b_dn_used
+            store_result(dw, tl.trans(b_dw_kept.to(dtype)), row, i_h * V + i_v * BV, HV * V, m_t, IS_FULL)
         # dS^T = gamma_C dS'^T - (gamma r beta dW)^T K + (scale gamma dO)^T Q^
         b_du = (b_dw * (-tl.exp2(b_g + log_rk) * b_beta)[None, :]).to(dtype)
         b_ds = tl.dot(b_du, b_k, b_ds * tl.exp2(g_last), input_precision=PRECISION)
-        gamma = tl.where(m_t, tl.exp2(b_g + log_rq) * scale, 0.0)
+        gamma = tl.where(m_t, tl.exp2(b_g + log_rq), 0.0)
         b_doq = (tl.trans(b_do).to(tl.float32) * gamma[None, :]).to(dtype)
         b_ds = tl.dot(b_doq, b_q, b_ds, input_precision=PRECISION)
 

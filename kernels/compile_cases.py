@@ -13,61 +13,95 @@ from lrnn.kernels.chunk_forward import chunk_forward_kernel
 from lrnn.kernels.chunk_inverse import chunk_inverse_kernel
 from lrnn.kernels.chunk_scan_backward import chunk_scan_backward_kernel
 from lrnn.kernels.gate_backward import gate_backward_kernel
-from lrnn.kernels.launch_config import chunk_launch, scan_launch
-from lrnn.kernels.tiles import CHUNK
+from lrnn.kernels.launch_config import chunk_launch, scan_backward_stages, scan_launch
+from lrnn.kernels.segment_scan import SEGMENT_SCAN, segment_scan_kernel
+from lrnn.kernels.tiles import CHUNK, dot_precision, matrix_dtype
 
 Case = tuple[str, Any, dict[str, str], dict[str, Any], int, int]
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def compile_cases(K: int = 128, V: int = 128, H: int = 16) -> Iterator[Case]:
-    """Gated training in bf16 with raw gates and normalised keys, sequences of equal length."""
-    base = {"HV": H, "BT": CHUNK, "IS_VARLEN": False}
-    heads = {"H": H, "K": K, "NORMALIZE": True, "PRECISION": "tf32", **base}
-    absent = {"cu_seqlens": None}
+def compile_cases() -> Iterator[Case]:
+    """Gated training in bf16 with raw gates and normalised keys; the same on packed documents, and what differs most:
+    no gate, step sizes and keys as given."""
+    yield from delta_rule_cases("")
+    yield from delta_rule_cases("_packed", packed=True)
+    yield from delta_rule_cases("_plain", gate="none", normalize=False)
 
-    def tile(rows: int, columns: int) -> str:
-        return f"tensordesc<bf16[{rows}, {columns}]>"
 
-    def types(kernel: Any, constants: dict[str, Any], known: dict[str, str]) -> dict[str, str]:
-        scalars = {"T": "i32", "R": "i32", "stride_k": "i32", "scale": "fp32", "beta_range": "fp32"}
-        return {n: {**scalars, **known}.get(n, "*fp32") for n in kernel.arg_names if n not in constants}
+def delta_rule_cases(
+    suffix: str,
+    K: int = 128,
+    V: int = 128,
+    H: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+    gate: str = "raw",
+    normalize: bool = True,
+    packed: bool = False,
+) -> Iterator[Case]:
+    element = TYPES[dtype]
+    base = {"HV": H, "BT": CHUNK, "IS_VARLEN": packed}
+    heads = {"H": H, "K": K, "NORMALIZE": normalize, "IS_FULL": not packed, "PRECISION": dot_precision(dtype), **base}
+    absent = {} if packed else {"cu_seqlens": None}
+    no_table, no_starts = ({}, {}) if packed else ({"chunk_table": None}, {"chunk_starts": None})
+    documents = {"cu_seqlens": "*i32", "chunk_table": "*i32", "chunk_starts": "*i32"}
+    gates = {"GATE": gate, "RAW_BETA": gate == "raw"}
+    if gate == "none":
+        gates |= {"gate": None, "A_log": None, "dt_bias": None}
 
-    constants = {**heads, **absent, "chunk_table": None, "BK": 64, "GATE": "raw", "RAW_BETA": True}
-    known = {"k": "*bf16", "gate": "*bf16", "beta": "*bf16", "c_out": "*bf16"}
-    kernel = chunk_inverse_kernel
-    yield "chunk_inverse", kernel, types(kernel, constants, known), constants, 1, 1
+    def tile(rows: int, columns: int, of: str = element) -> str:
+        return f"tensordesc<{of}[{rows}, {columns}]>"
 
-    launch = scan_launch(K, V, torch.bfloat16)
+    def case(name: str, kernel: Any, constants: dict[str, Any], known: dict[str, str], warps: int, stages: int) -> Case:
+        scalars = {"T": "i32", "R": "i32", "stride_k": "i32", "segments": "i32", "scale": "fp32", "beta_range": "fp32"}
+        constants = {n: value for n, value in constants.items() if n in kernel.arg_names}
+        types = {n: {**scalars, **documents, **known}.get(n, "*fp32") for n in kernel.arg_names if n not in constants}
+        return name + suffix, kernel, types, constants, warps, stages
+
+    numbers = f"*{element}" if gate == "raw" else "*fp32"
+    matrix = TYPES[matrix_dtype(dtype, normalize)]
+    constants = {**heads, **absent, **no_table, **gates, "BK": 64}
+    known = {"k": f"*{element}", "gate": numbers, "beta": numbers, "c_out": f"*{matrix}"}
+    yield case("chunk_inverse", chunk_inverse_kernel, constants, known, 1, 1)
+
+    launch = scan_launch(K, V, dtype)
+    values = tile(CHUNK, launch.BV)
+    result = f"*{element}" if packed or dtype == torch.float32 else values
     matrices = {
-        "vector_rows": f"tensordesc<fp32[1, {CHUNK}]>",
+        "vector_rows": tile(1, CHUNK, "fp32"),
         "q": tile(CHUNK, K),
         "k": tile(CHUNK, K),
-        "c": tile(CHUNK, CHUNK),
+        "c": tile(CHUNK, CHUNK, matrix),
     }
-    scan = {**heads, **absent, "chunk_starts": None, "V": V, "BV": launch.BV, "STAGES": launch.stages}
-    kernel = chunk_forward_kernel
+    scan = {**heads, **absent, **no_starts, "V": V, "BV": launch.BV, "STAGES": launch.stages}
     for name, flags in (
         ("chunk_forward", {"OUTPUT": True, "SAVE_STATES": False, "y": None, "states": None}),
         ("chunk_states", {"OUTPUT": False, "SAVE_STATES": True, "q": None, "o": None}),
     ):
         constants = {**scan, **flags, "HAS_INITIAL": False, "SAVE_FINAL": False, "TRANSITION": False}
-        known = {**matrices, "v": tile(CHUNK, launch.BV), "o": "*bf16", "y": "*bf16", "states": tile(launch.BV, K)}
-        yield name, kernel, types(kernel, constants, known), constants, launch.warps, launch.stages
+        known = {**matrices, "v": values, "o": result, "y": result, "states": tile(launch.BV, K)}
+        yield case(name, chunk_forward_kernel, constants, known, launch.warps, launch.stages)
 
-    kernel = chunk_scan_backward_kernel
-    constants = {**scan, "SAVE_STATES": True, "HAS_FINAL": False, "SAVE_INITIAL": False}
-    known = {**matrices, "do": tile(CHUNK, launch.BV), "dw": "*bf16", "dstates": tile(launch.BV, K // 2)}
-    yield "chunk_scan_backward", kernel, types(kernel, constants, known), constants, launch.warps, launch.stages
+    stages = scan_backward_stages(K, V, dtype)
+    constants = {**scan, "STAGES": stages, "SAVE_STATES": True, "HAS_FINAL": False, "SAVE_INITIAL": False}
+    known = {**matrices, "do": values, "dw": result, "dstates": tile(launch.BV, K // 2)}
+    yield case("chunk_scan_backward", chunk_scan_backward_kernel, constants, known, launch.warps, stages)
 
-    launch = chunk_launch(K, V, torch.bfloat16)
-    kernel = chunk_backward_kernel
-    constants = {**heads, **absent, "chunk_table": None, "V": V, "BV": launch.BV, "STAGES": launch.stages}
+    launch = chunk_launch(K, V, dtype)
+    constants = {**heads, **absent, **no_table, "V": V, "BV": launch.BV, "STAGES": launch.stages}
     values, states = tile(CHUNK, launch.BV), tile(launch.BV, K)
     known = {**matrices, "do": values, "dw": values, "y": values, "states": states, "dstates": states}
-    known |= {"dq": "*bf16", "dk": "*bf16", "dv": "*bf16"}
-    yield "chunk_backward", kernel, types(kernel, constants, known), constants, launch.warps, launch.stages
+    known |= dict.fromkeys(("dq", "dk", "dv"), f"*{element}")
+    yield case("chunk_backward", chunk_backward_kernel, constants, known, launch.warps, launch.stages)
 
-    kernel = gate_backward_kernel
-    constants = {**base, **absent, "chunk_table": None, "GATE": "raw", "RAW_BETA": True}
-    known = {"gate": "*bf16", "dgate_out": "*bf16", "dbeta_out": "*bf16"}
-    yield "gate_backward", kernel, types(kernel, constants, known), constants, 1, 1
+    constants = {**base, **absent, **no_table, **gates}
+    if gate != "raw":
+        constants |= {"dA_log_parts": None, "ddt_bias_parts": None}
+    known = {"gate": numbers, "dgate_out": numbers, "dbeta_out": numbers}
+    yield case("gate_backward", gate_backward_kernel, constants, known, 1, 1)
+
+    if not packed:
+        tiles = {"BK": SEGMENT_SCAN["BK"], "BV": SEGMENT_SCAN["BV"]}
+        constants = {"HV": H, "K": K, "V": V, "E_STRIDE": V, "M_STRIDE": V + K, "BACKWARD": True, **tiles}
+        constants |= {"HAS_START": True, "SAVE_LAST": True}
+        yield case("segment_scan", segment_scan_kernel, constants, {}, SEGMENT_SCAN["num_warps"], 3)

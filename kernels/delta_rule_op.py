@@ -19,12 +19,13 @@ from lrnn.kernels.chunk_forward import chunk_forward_kernel
 from lrnn.kernels.chunk_inverse import chunk_inverse_kernel
 from lrnn.kernels.chunk_scan_backward import chunk_scan_backward_kernel
 from lrnn.kernels.gate_backward import gate_backward_kernel
-from lrnn.kernels.launch_config import INVERSE_LAUNCH, chunk_launch, scan_launch
+from lrnn.kernels.launch_config import INVERSE_LAUNCH, chunk_launch, scan_backward_stages, scan_launch
 from lrnn.kernels.recurrent import recurrent_kernel
-from lrnn.kernels.tiles import CHUNK, Chunks, count_chunks, dot_precision, rows_of, tiles
+from lrnn.kernels.segment_scan import SEGMENT_SCAN, segment_scan_kernel
+from lrnn.kernels.tiles import CHUNK, Chunks, count_chunks, dot_precision, matrix_dtype, result_tiles, rows_of, tiles
 
 SCANS_TO_FILL = 256  # scans that fill an H100: 132 multiprocessors, two programs on each
-SEGMENT = 32 * CHUNK  # tokens of a segment at least: below, the extra pass costs more than it gains
+SEGMENT = 16 * CHUNK  # tokens of a segment at least: below, the extra pass costs more than it gains
 
 
 def count_segments(batch_size: int, seq_len: int, num_heads: int, K: int, V: int, dtype: torch.dtype) -> int:
@@ -67,6 +68,7 @@ class _Scan:
         # Segments end where chunks end, so cutting changes the number of sequences and no chunk.
         self.chunks = Chunks(self.B * self.segments, self.T // self.segments, cu_seqlens)
         self.launch = scan_launch(self.K, self.V, self.dtype)
+        self.is_full = cu_seqlens is None and self.T % CHUNK == 0  # every chunk: no masks, and the TMA may store
         self.heads = {
             "H": self.H,
             "HV": self.HV,
@@ -74,6 +76,7 @@ class _Scan:
             "BT": CHUNK,
             "NORMALIZE": normalize,
             "IS_VARLEN": cu_seqlens is not None,
+            "IS_FULL": self.is_full,
             "PRECISION": dot_precision(self.dtype),
         }
 
@@ -85,6 +88,9 @@ class _Scan:
 
     def value_tiles(self, matrix: Tensor, columns: int):
         return tiles(matrix, CHUNK, columns)
+
+    def result(self, matrix: Tensor | None):
+        return result_tiles(matrix, CHUNK, self.launch.BV, self.is_full)
 
     def state_tiles(self, states: Tensor, columns: int):
         return tiles(states, columns, self.K)
@@ -109,8 +115,8 @@ class _Scan:
             self.key_tiles(self.k),
             self.value_tiles(self.v, self.launch.BV),
             tiles(c, CHUNK, CHUNK),
-            o,
-            y,
+            self.result(None if o is None else o.view(self.R, -1)),
+            self.result(y),
             None if states is None else self.state_tiles(states, self.launch.BV),
             vectors,
             tiles(vectors, 1, CHUNK),
@@ -144,13 +150,13 @@ class _Scan:
         dw: Tensor | None = None,
         dstates: Tensor | None = None,
     ) -> None:
-        stages = 1 if self.K == 256 else self.launch.stages  # two would exceed the shared memory
+        stages = scan_backward_stages(self.K, self.V, self.dtype)
         chunk_scan_backward_kernel[(self.V // self.launch.BV * self.HV * self.chunks.sequences,)](
             self.key_tiles(self.q),
             self.key_tiles(self.k),
             tiles(c, CHUNK, CHUNK),
             self.value_tiles(do, self.launch.BV),
-            dw,
+            self.result(dw),
             None if dstates is None else tiles(dstates, self.launch.BV, self.K // 2),
             vectors,
             tiles(vectors, 1, CHUNK),
@@ -172,30 +178,32 @@ class _Scan:
             **self.heads,
         )
 
-    def segment_starts(self, transitions: Tensor, ends: Tensor, initial: Tensor | None) -> Tensor:
-        """States in which the segments start: h_{i+1} = M_i h_i + end_i, in float64."""
-        state = self._zero_state() if initial is None else initial.double()
-        starts = []
-        for m, end in zip(self._by_segment(transitions), self._by_segment(ends), strict=True):
-            starts.append(state)
-            state = end + m @ state
-        return torch.stack(starts, 1).flatten(0, 1).float()
+    def join_segments(
+        self, ends: Tensor, segment_ends: Tensor, start: Tensor | None, last: Tensor | None, backward: bool
+    ) -> Tensor:
+        """States in which the segments start, or gradients of those in which they end; `last` gets what comes after.
 
-    def segment_ends(self, transitions: Tensor, dstarts: Tensor, dfinal: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Gradients of the states in which the segments end, and of the initial state: the same backwards, with M^T."""
-        d = self._zero_state() if dfinal is None else dfinal.double()
-        ends = []
-        pairs = zip(self._by_segment(transitions)[::-1], self._by_segment(dstarts)[::-1], strict=True)
-        for m, dstart in pairs:
-            ends.append(d)
-            d = dstart + m.mT @ d
-        return torch.stack(ends[::-1], 1).flatten(0, 1).float(), d.float()
-
-    def _zero_state(self) -> Tensor:
-        return torch.zeros(self.B, self.HV, self.K, self.V, dtype=torch.float64, device=self.device)
-
-    def _by_segment(self, x: Tensor) -> tuple[Tensor, ...]:
-        return x.double().unflatten(0, (self.B, self.segments)).unbind(1)
+        The transitions are columns of `segment_ends` [B * segments, HV, K, V + K]; forward it is `ends` too.
+        """
+        joined = self.empty(self.chunks.sequences, self.HV, self.K, self.V)
+        segment_scan_kernel[(self.V // SEGMENT_SCAN["BV"], self.B, self.HV)](
+            joined,
+            ends,
+            segment_ends[..., self.V :],
+            start,
+            last,
+            self.segments,
+            HV=self.HV,
+            K=self.K,
+            V=self.V,
+            E_STRIDE=ends.stride(2),
+            M_STRIDE=self.V + self.K,
+            BACKWARD=backward,
+            HAS_START=start is not None,
+            SAVE_LAST=last is not None,
+            **SEGMENT_SCAN,
+        )
+        return joined
 
 
 def _saved_shapes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> dict[str, list[int]]:
@@ -207,7 +215,7 @@ def _saved_shapes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> dict[str, 
         "c": [B * T, HV * CHUNK],
         "vectors": [4 * HV, count_chunks(B, T, cu_seqlens) * CHUNK],
         "starts": [B * segments, HV, K, V] if segments > 1 else [0],
-        "transitions": [B * segments, HV, K, K] if segments > 1 else [0],
+        "segment_ends": [B * segments, HV, K, V + K] if segments > 1 else [0],
     }
 
 
@@ -237,7 +245,12 @@ def gated_delta_rule_forward(
     """
     s = _Scan(q, k, v, cu_seqlens, scale, normalize)
     shapes = _saved_shapes(q, v, cu_seqlens)
-    saved = {name: s.empty(*shape, dtype=s.dtype if name == "c" else torch.float32) for name, shape in shapes.items()}
+    c_dtype = matrix_dtype(s.dtype, normalize)
+    saved = {
+        name: s.empty(*shape, dtype=c_dtype if name == "c" else torch.float32)
+        for name, shape in shapes.items()
+        if s.segments == 1 or name != "starts"
+    }
     c, vectors = saved["c"], saved["vectors"]
     o = s.empty(s.B, s.T, s.HV, s.V, dtype=s.dtype)
     sequences = s.chunks.sequences // s.segments
@@ -266,17 +279,15 @@ def gated_delta_rule_forward(
     initial = None if initial_state is None else initial_state.contiguous()
     last: Tensor | None = final if output_final_state else None
     if s.segments > 1:
-        ends = s.empty(s.chunks.sequences, s.HV, s.K, s.V + s.K)
+        ends = saved["segment_ends"]
         s.run_forward(c, vectors, None, ends, transition=True)
-        saved["transitions"].copy_(ends[..., s.V :])
-        saved["starts"].copy_(s.segment_starts(saved["transitions"], ends[..., : s.V], initial))
-        initial = saved["starts"]
+        initial = saved["starts"] = s.join_segments(ends, ends, initial, None, backward=False)
         if output_final_state:
             last = s.empty(s.chunks.sequences, s.HV, s.K, s.V)
     s.run_forward(c, vectors, initial, last, o=o)
     if s.segments > 1 and last is not None:
         final.copy_(last.unflatten(0, (s.B, s.segments))[:, -1])
-    return o, final, c, vectors, saved["starts"], saved["transitions"]
+    return o, final, c, vectors, saved["starts"], saved["segment_ends"]
 
 
 @gated_delta_rule_forward.register_fake
@@ -285,10 +296,11 @@ def _(q, k, v, gate, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, bet
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = [sequences, HV, q.shape[3], V] if output_final_state else [0]
     saved = _saved_shapes(q, v, cu_seqlens)
+    c_dtype = matrix_dtype(v.dtype, normalize)
     return (
         v.new_empty([B, T, HV, V]),
         v.new_empty(final, dtype=torch.float32),
-        *(v.new_empty(shape, dtype=v.dtype if n == "c" else torch.float32) for n, shape in saved.items()),
+        *(v.new_empty(shape, dtype=c_dtype if n == "c" else torch.float32) for n, shape in saved.items()),
     )
 
 
@@ -309,7 +321,7 @@ def gated_delta_rule_backward(
     c: Tensor,
     vectors: Tensor,
     starts: Tensor,
-    transitions: Tensor,
+    segment_ends: Tensor,
     scale: float,
     beta_range: float,
     normalize: bool,
@@ -327,9 +339,8 @@ def gated_delta_rule_backward(
     if s.segments > 1:
         dstarts = s.empty(s.chunks.sequences, s.HV, s.K, s.V)
         s.run_backward_scan(c, do_rows, vectors, None, dstarts)
-        dlast, dfirst = s.segment_ends(transitions, dstarts, dfinal)
+        dlast = s.join_segments(dstarts, segment_ends, dlast, dinitial, backward=True)
         s.run_backward_scan(c, do_rows, vectors, dlast, None, dw, dstates)
-        dinitial = None if dinitial is None else dfirst
     else:
         s.run_backward_scan(c, do_rows, vectors, dlast, dinitial, dw, dstates)
 

@@ -43,7 +43,7 @@ def gated_delta_rule(
         v: values [B, T, HV, V], HV a multiple of H: value head h uses query and key head h // (HV // H).
         g: log-gates [B, T, HV], at most 0; None for no gate.
         beta: step sizes [B, T, HV], in [0, 2].
-        scale: factor on the output; default K ** -0.5.
+        scale: factor on the output, above 0; default K ** -0.5.
         normalize_qk: use q/|q| and k/|k|, |x| at least 1e-6. The norms are those of q and k as given, in float32, and
             stay out of the rounded operands: the factor applied has the eigenvalue 1 - beta whatever the dtype. Without
             it, a key that was rounded after it was normalised has not: |k|^2 is off by the rounding.
@@ -179,6 +179,8 @@ def _run(
     if q.is_cuda and not torch.compiler.is_compiling():
         check_assembler(q.device)
     scale = K**-0.5 if scale is None else float(scale)
+    if not scale > 0:
+        raise ValueError(f"scale must be positive; got {scale}")
     inputs = (q, k, v, gate, beta, A_log, dt_bias, initial_state)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if not needs_grad and v.shape[1] <= SHORT:

@@ -39,6 +39,11 @@ def scan_launch(K: int, V: int, dtype: torch.dtype) -> Launch:
     return Launch(BV=64, warps=4, stages=2)
 
 
+def scan_backward_stages(K: int, V: int, dtype: torch.dtype) -> int:
+    """Stages of `chunk_scan_backward`; with keys of 256 two would exceed the shared memory."""
+    return 1 if K == 256 else scan_launch(K, V, dtype).stages
+
+
 def chunk_launch(K: int, V: int, dtype: torch.dtype) -> Launch:
     """Settings of `chunk_backward`."""
     if dtype == torch.float32:

@@ -41,6 +41,50 @@ def sequence_position(i_n, cu_seqlens, chunk_starts, T, BT: tl.constexpr, IS_VAR
     return bos, length, first_chunk
 
 
+@triton.jit
+def store_result(to, value, row, column, width, m_t, IS_FULL: tl.constexpr):
+    # value [rows, columns] to a matrix of `width` columns: by the TMA where all rows of a chunk exist (`result_tiles`)
+    if IS_FULL and value.dtype != tl.float32:
+        to.store([row, column], value)
+    else:
+        o_r = tl.arange(0, value.shape[0])[:, None]
+        o_c = tl.arange(0, value.shape[1])[None, :]
+        tl.store(to + (row + o_r).to(tl.int64) * width + column + o_c, value, mask=m_t[:, None])
+
+
+@triton.jit
+def step_and_back(x, beta, dtype: tl.constexpr):
+    # (beta x rounded to a dtype, x as it is recovered from that, what rows of both are to be multiplied by). x [BV, BT],
+    # beta [BT]. Rows for float16 are scaled so that their largest |x| lies in [1, 2): it then holds them to 11 bits,
+    # whatever their size. A small beta would recover nothing, and its x adds too little for its rounding to matter.
+    down = tl.full([x.shape[0]], 1.0, tl.float32)
+    if dtype == tl.float16:
+        exponent = tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) & 0x7F800000
+        x = x * (0x7F000000 - exponent).to(tl.float32, bitcast=True)[:, None]
+        down = exponent.to(tl.float32, bitcast=True)
+    stepped = (x * beta[None, :]).to(dtype)
+    is_small = beta < 1e-4
+    inverse = tl.where(is_small, 0.0, 1.0 / beta)
+    return stepped, tl.where(is_small[None, :], x, stepped.to(tl.float32) * inverse[None, :]), down
+
+
+@triton.jit
+def decay_between(mask, g, log_q, log_k, PRECISION: tl.constexpr):
+    # [BT, BT]: exp2(g_i - g_j + log_q_i + log_k_j) where the mask is true, else 0. The exponent is masked, since above the
+    # diagonal it would overflow. Norms join the gates first, which saves an addition for each element; but then large
+    # gates take away the norms' last bits, of which float32 has use.
+    if PRECISION == "tf32x3":
+        exponent = (g[:, None] - g[None, :]) + (log_q[:, None] + log_k[None, :])
+    else:
+        exponent = (g + log_q)[:, None] - (g - log_k)[None, :]
+    return tl.exp2(tl.where(mask, exponent, float("-inf")))
+
+
+def matrix_dtype(dtype: torch.dtype, normalize: bool) -> torch.dtype:
+    """dtype of the matrices C. With unit keys |C_ij| <= 1, of which float16 keeps three bits more than bfloat16."""
+    return torch.float16 if normalize and dtype == torch.bfloat16 else dtype
+
+
 def count_chunks(batch_size: int, seq_len: int, cu_seqlens: Tensor | None) -> int:
     """Chunks of a batch; with documents an upper bound, which takes no look at the GPU."""
     if cu_seqlens is None:
@@ -94,6 +138,12 @@ def rows_of(x: Tensor) -> Tensor:
 def tiles(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Tiles [rows, columns] of a matrix, for loads and stores by the TMA."""
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+
+
+def result_tiles(matrix: Tensor | None, rows: int, columns: int, is_full: bool) -> Tensor | TensorDescriptor | None:
+    """A matrix for `store_result`: its tiles, unless a chunk may have fewer rows, or the buffer for a store would be the
+    float32 one that does not fit into shared memory."""
+    return tiles(matrix, rows, columns) if is_full and matrix is not None and matrix.element_size() == 2 else matrix
 
 
 def dot_precision(dtype: torch.dtype) -> str:

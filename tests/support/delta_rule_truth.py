@@ -134,10 +134,15 @@ def floors(truth: dict[str, Tensor], do: Tensor) -> dict[str, float]:
 
     Under gates near 0 the true dg is e^-80 small. What an implementation returns is the difference of terms as large as
     o_t . do_t, so its error is measured in their units: below a hundredth of them no relative accuracy is asked for.
-    The gradient of the initial state may underflow float16 where it is 1e-4 of that of the outputs.
+    The gradient of the initial state may underflow float16 where it is 1e-4 of that of the outputs. Gradients of A_log
+    and dt_bias are sums over all tokens of terms of either sign, at least as large as those of a: a head's sum can be
+    small by chance, its error is not.
     """
     gate = 0.01 * torch.linalg.vector_norm((truth["o"] * do.double()).sum(-1)).item()
-    return {"dg": gate, "da": gate, "dinitial_state": 1e-4 * torch.linalg.vector_norm(do.double()).item()}
+    least = {"dg": gate, "da": gate, "dinitial_state": 1e-4 * torch.linalg.vector_norm(do.double()).item()}
+    if "da" in truth:
+        least |= dict.fromkeys(("dA_log", "ddt_bias"), torch.linalg.vector_norm(truth["da"]).item())
+    return least
 
 
 def check(

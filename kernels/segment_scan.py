@@ -1,0 +1,80 @@
+"""Joins the segments that a long sequence was cut into: the states in which they start, one after the other.
+
+Of each segment i its transition M_i [K, K] and its end state from nothing E_i [K, V] are known:
+
+    forward:    S_0 = initial state       S_{i+1} = M_i S_i + E_i
+    backward:   D_n = d(final state)      D_i = M_i^T D_{i+1} + D'_i
+
+where D_i is the gradient of the state before segment i, and D'_i the same from that segment's outputs alone. A program
+owns the columns BV of one sequence and value head; what it stores for a segment it loads again for the next. Products
+have float32 accuracy (tf32x3).
+"""
+
+import triton
+import triton.language as tl
+
+SEGMENT_SCAN = {"BK": 64, "BV": 32, "num_warps": 4}
+
+
+@triton.jit
+def _step(
+    to, state, ends, transitions, row, o_v,
+    K: tl.constexpr, V: tl.constexpr, E_STRIDE: tl.constexpr, M_STRIDE: tl.constexpr, BK: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):  # fmt: skip
+    # to = M state + E, or M^T state + D'
+    o_k = tl.arange(0, BK)
+    for i_k in tl.static_range(0, K, BK):
+        b_s = tl.load(ends + (row + i_k + o_k[:, None]) * E_STRIDE + o_v[None, :])
+        for j_k in tl.static_range(0, K, BK):
+            if BACKWARD:
+                b_m = tl.load(transitions + (row + j_k + o_k[None, :]) * M_STRIDE + i_k + o_k[:, None])
+            else:
+                b_m = tl.load(transitions + (row + i_k + o_k[:, None]) * M_STRIDE + j_k + o_k[None, :])
+            b_state = tl.load(state + (j_k + o_k[:, None]) * V + o_v[None, :])
+            b_s = tl.dot(b_m, b_state, b_s, input_precision="tf32x3")
+        tl.store(to + (i_k + o_k[:, None]) * V + o_v[None, :], b_s)
+    tl.debug_barrier()
+
+
+@triton.jit
+def segment_scan_kernel(
+    joined,
+    ends,
+    transitions,
+    start,
+    last,
+    segments,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    E_STRIDE: tl.constexpr,
+    M_STRIDE: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    HAS_START: tl.constexpr,
+    SAVE_LAST: tl.constexpr,
+):
+    # joined [B, segments, HV, K, V]: the states before the segments, or the gradients of those after them; last [B, HV,
+    # K, V]: what comes after the last step. Rows of E (D') and of M are E_STRIDE and M_STRIDE apart.
+    i_v, i_b, i_h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    sequence = (i_b * HV + i_h).to(tl.int64) * K
+    stride: tl.constexpr = -HV * K if BACKWARD else HV * K  # rows to the segment that comes next
+    row = ((i_b * segments + (segments - 1 if BACKWARD else 0)) * HV + i_h).to(tl.int64) * K
+    for i_k in tl.static_range(0, K, BK):
+        o_s = (i_k + o_k[:, None]) * V + o_v[None, :]
+        b_s = tl.zeros([BK, BV], tl.float32)
+        if HAS_START:
+            b_s += tl.load(start + sequence * V + o_s)
+        tl.store(joined + row * V + o_s, b_s)
+    tl.debug_barrier()
+    for _ in range(segments - 1):
+        state = joined + row * V
+        _step(state + stride * V, state, ends, transitions, row, o_v, K, V, E_STRIDE, M_STRIDE, BK, BACKWARD)
+        row += stride
+    if SAVE_LAST:
+        state, to = joined + row * V, last + sequence * V
+        _step(to, state, ends, transitions, row, o_v, K, V, E_STRIDE, M_STRIDE, BK, BACKWARD)
