@@ -131,7 +131,8 @@ def chunk_forward_kernel(
         if SAVE_STATES:
             b_y_kept = b_y
             if c.dtype == tl.bfloat16:
-                # The state needs the rounded X to cancel; the gradient of beta, a sum of small differences, the exact one.
+                # The state needs the rounded X to cancel; the gradient of beta, a sum of small differences, the exact
+                # one. Rounded to float16 it is exact enough.
                 b_y_kept += b_x - b_x_used
             store_result(y, tl.trans(b_y_kept.to(dtype)), row, i_h * V + i_v * BV, HV * V, m_t, IS_FULL)
         if OUTPUT:

@@ -84,8 +84,8 @@ def _product(a, b):
 
 @triton.jit
 def _substitute(p_m, p_beta, step, left):
-    # C_i = M_i - sum_{l < i} M_il beta_l C_l, in the four diagonal blocks side by side. A lane holds columns, so what is
-    # needed of M is a number for each block: read where M was put, not taken out of registers of other lanes.
+    # C_i = M_i - sum_{l < i} M_il beta_l C_l, in the four diagonal blocks side by side. A lane holds columns, so of M it
+    # needs a number for each block: read where M was put, that costs less than out of the registers of other lanes.
     o_b = 16 * tl.arange(0, 4)
     p_row = p_m + o_b[:, None] * step + tl.arange(0, 16)[None, :]
     scaled = ()
@@ -94,7 +94,7 @@ def _substitute(p_m, p_beta, step, left):
         c_i = tl.load(p_row + i * step, mask=m_i[:, None], other=0.0)
         for l in tl.static_range(i):
             c_i -= tl.load(p_m + (o_b + i) * step + l, mask=m_i, other=0.0)[:, None] * scaled[l]
-        scaled = scaled + (c_i * tl.load(p_beta + o_b + i)[:, None],)
+        scaled = scaled + (c_i * tl.load(p_beta + o_b + i)[:, None],)  # type: ignore[assignment]  # noqa: RUF005
         tl.store(p_row + i * step + 16, c_i, mask=m_i[:, None])
 
 

@@ -70,7 +70,6 @@ def chunk_scan_backward_kernel(
     n_chunks = tl.cdiv(length, BT)
     for i in tl.range(0, n_chunks, num_stages=STAGES):
         i_t = n_chunks - 1 - i
-        t = i_t * BT + o_t
         m_t = o_t < (BT if IS_FULL else length - i_t * BT)
         row = bos + i_t * BT
         column = (first_chunk + i_t) * BT

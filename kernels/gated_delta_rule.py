@@ -182,8 +182,8 @@ def _run(
     if not scale > 0:
         raise ValueError(f"scale must be positive; got {scale}")
     inputs = (q, k, v, gate, beta, A_log, dt_bias, initial_state)
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    if not needs_grad and v.shape[1] <= SHORT:
+    short = v.shape[1] <= SHORT
+    if short and not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
         o, final = gated_delta_rule_recurrent(*inputs, cu_seqlens, scale, beta_range, normalize)
     else:
         o, final, *_ = gated_delta_rule_forward(*inputs, cu_seqlens, scale, beta_range, normalize, output_final_state)

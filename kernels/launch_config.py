@@ -9,7 +9,7 @@ import functools
 import re
 import subprocess
 import warnings
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,8 +18,7 @@ HEAD_SIZES = (64, 128, 256)
 SAFE_PTXAS = (13, 3)
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """Columns of values of a program, warps, and stages of the loop over chunks."""
 
     BV: int

@@ -54,9 +54,10 @@ def store_result(to, value, row, column, width, m_t, IS_FULL: tl.constexpr):
 
 @triton.jit
 def step_and_back(x, beta, dtype: tl.constexpr):
-    # (beta x rounded to a dtype, x as it is recovered from that, what rows of both are to be multiplied by). x [BV, BT],
-    # beta [BT]. Rows for float16 are scaled so that their largest |x| lies in [1, 2): it then holds them to 11 bits,
-    # whatever their size. A small beta would recover nothing, and its x adds too little for its rounding to matter.
+    # (beta x rounded to a dtype, x as it is recovered from that, what rows of both are to be multiplied by), with x
+    # [BV, BT] and beta [BT]. Rows for float16 are scaled so that their largest |x| lies in [1, 2): it then holds them
+    # to 11 bits, whatever their size. From a small beta nothing could be recovered: its x is kept as it is, and adds too
+    # little for the rounding to matter.
     down = tl.full([x.shape[0]], 1.0, tl.float32)
     if dtype == tl.float16:
         exponent = tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) & 0x7F800000
@@ -70,9 +71,9 @@ def step_and_back(x, beta, dtype: tl.constexpr):
 
 @triton.jit
 def decay_between(mask, g, log_q, log_k, PRECISION: tl.constexpr):
-    # [BT, BT]: exp2(g_i - g_j + log_q_i + log_k_j) where the mask is true, else 0. The exponent is masked, since above the
-    # diagonal it would overflow. Norms join the gates first, which saves an addition for each element; but then large
-    # gates take away the norms' last bits, of which float32 has use.
+    # [BT, BT]: exp2(g_i - g_j + log_q_i + log_k_j) where the mask is true, else 0. The exponent is masked, since above
+    # the diagonal it would overflow. Norms join the gates first, which saves an addition for each element; but then
+    # large gates take away the norms' last bits, of which float32 has use.
     if PRECISION == "tf32x3":
         exponent = (g[:, None] - g[None, :]) + (log_q[:, None] + log_k[None, :])
     else:
@@ -88,8 +89,8 @@ def matrix_dtype(dtype: torch.dtype, normalize: bool) -> torch.dtype:
 def count_chunks(batch_size: int, seq_len: int, cu_seqlens: Tensor | None) -> int:
     """Chunks of a batch; with documents an upper bound, which takes no look at the GPU."""
     if cu_seqlens is None:
-        return batch_size * triton.cdiv(seq_len, CHUNK)
-    return triton.cdiv(batch_size * seq_len, CHUNK) + cu_seqlens.shape[0] - 1
+        return batch_size * -(-seq_len // CHUNK)
+    return -(-batch_size * seq_len // CHUNK) + cu_seqlens.shape[0] - 1
 
 
 def use_kernels(x: Tensor) -> bool:
@@ -121,29 +122,41 @@ class Chunks:
             self.table = torch.stack([torch.where(document < self.sequences, document, -1), within], 1).int()
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """x [B, T, H, D] as a matrix [B * T, H * D] for tiles; a copy where its strides do not allow a view.
+def with_rows(x: Tensor) -> Tensor:
+    """x [B, T, H, D], or a copy where its strides are such that no matrix [B * T, H * D] lies there for the TMA.
 
     The TMA wants rows of contiguous elements that start at multiples of 16 bytes.
     """
     B, T, H, D = x.shape
-    step = x.stride(1)
-    packed = x.stride(3) == 1 and (H == 1 or x.stride(2) == D) and (B == 1 or x.stride(0) == T * step)
-    if not packed or step < H * D or step * x.element_size() % 16 or x.data_ptr() % 16:
-        x = x.contiguous()
-        step = H * D
-    return x.as_strided((B * T, H * D), (step, 1))
+    by_sequence, by_token, by_head, by_element = x.stride()
+    packed = by_element == 1 and (H == 1 or by_head == D) and (B == 1 or by_sequence == T * by_token)
+    if not packed or by_token < H * D or by_token * x.element_size() % 16 or x.data_ptr() % 16:
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
 
 
-def tiles(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Tiles [rows, columns] of a matrix, for loads and stores by the TMA."""
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+class Tiles(TensorDescriptor):
+    """Tiles [rows, columns] of a matrix, for loads and stores by the TMA.
+
+    The matrix is a new one, or [B * T, H * D] of what `with_rows` returns. Triton's own constructor would look again
+    whether the TMA can read it, which takes longer than all the rest of it.
+    """
+
+    def __init__(self, x: Tensor, rows: int, columns: int):
+        self.base = x
+        self.shape: tuple[int, ...] = x.shape
+        self.strides: tuple[int, ...] = x.stride()
+        if x.ndim == 4:
+            B, T, H, D = self.shape
+            self.shape, self.strides = (B * T, H * D), (self.strides[1], 1)
+        self.block_shape = [rows, columns]
+        self.kind = (x.dtype, rows, columns)  # what a compiled kernel depends on
 
 
-def result_tiles(matrix: Tensor | None, rows: int, columns: int, is_full: bool) -> Tensor | TensorDescriptor | None:
-    """A matrix for `store_result`: its tiles, unless a chunk may have fewer rows, or the buffer for a store would be the
-    float32 one that does not fit into shared memory."""
-    return tiles(matrix, rows, columns) if is_full and matrix is not None and matrix.element_size() == 2 else matrix
+def result_tiles(matrix: Tensor | None, rows: int, columns: int, is_full: bool) -> "Tensor | Tiles | None":
+    """A matrix, or [B, T, H, D], for `store_result`: its tiles, unless a chunk may have fewer rows than a tile, or is of
+    float32, for which shared memory has no buffer left."""
+    return Tiles(matrix, rows, columns) if is_full and matrix is not None and matrix.element_size() == 2 else matrix
 
 
 def dot_precision(dtype: torch.dtype) -> str:

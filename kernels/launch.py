@@ -1,0 +1,51 @@
+"""Launches of Triton kernels that cost the host little.
+
+A launch by `kernel[grid](...)` binds and specialises every argument anew, constants included. That takes longer than
+many a kernel runs. Here the compiled kernel is looked up by what Triton would specialise on, and launched itself.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+from lrnn.kernels.tiles import INTERPRETED, Tiles
+
+_compiled: dict[tuple, tuple[CompiledKernel, tuple]] = {}  # with the values of the kernel's constants, in its order
+
+
+def launch(kernel: Any, grid: tuple[int, int, int], *args: Any, **constants: Any) -> None:
+    """`kernel[grid](*args, **constants)` on the current device.
+
+    Args:
+        kernel: a function under `triton.jit`, which takes its constants (`tl.constexpr`) last.
+        args: every other argument: tensors, `Tiles`, integers, floats or None.
+        constants: every constant, and `num_warps` and `num_stages` where they are not Triton's own.
+    """
+    if INTERPRETED:
+        kernel[grid](*args, **constants)
+        return
+    key = (kernel.fn, driver.active.get_current_device(), *map(_specialization, args), *constants.items())
+    found = _compiled.get(key)
+    if found is None:
+        compiled = kernel[grid](*args, **constants)
+        if isinstance(compiled, CompiledKernel):
+            _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        return
+    compiled, values = found
+    compiled[grid](*args, *values)
+
+
+def _specialization(x: Any) -> Any:
+    """Equal for arguments that the same compiled kernel may be given."""
+    if x is None:
+        return None
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16
+    if isinstance(x, Tiles):
+        return x.kind
+    if isinstance(x, int):
+        # More than Triton asks of an argument under `do_not_specialize`: of that it knows the width alone.
+        return x == 1, x % 16 == 0, -(2**31) <= x < 2**31
+    return type(x)
