@@ -84,8 +84,8 @@ def _product(a, b):
 
 @triton.jit
 def _substitute(p_m, p_beta, step, left):
-    # C_i = M_i - sum_{l < i} M_il beta_l C_l, in the four diagonal blocks side by side. A lane holds columns, so of M it
-    # needs a number for each block: read where M was put, that costs less than out of the registers of other lanes.
+    # C_i = M_i - sum_{l < i} M_il beta_l C_l, in the four diagonal blocks side by side. A lane holds columns, so of M
+    # it needs a number for each block: read where M was put, that costs less than out of other lanes' registers.
     o_b = 16 * tl.arange(0, 4)
     p_row = p_m + o_b[:, None] * step + tl.arange(0, 16)[None, :]
     scaled = ()

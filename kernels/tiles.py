@@ -56,8 +56,8 @@ def store_result(to, value, row, column, width, m_t, IS_FULL: tl.constexpr):
 def step_and_back(x, beta, dtype: tl.constexpr):
     # (beta x rounded to a dtype, x as it is recovered from that, what rows of both are to be multiplied by), with x
     # [BV, BT] and beta [BT]. Rows for float16 are scaled so that their largest |x| lies in [1, 2): it then holds them
-    # to 11 bits, whatever their size. From a small beta nothing could be recovered: its x is kept as it is, and adds too
-    # little for the rounding to matter.
+    # to 11 bits, whatever their size. From a small beta nothing could be recovered: its x is kept as it is, and adds
+    # too little for the rounding to matter.
     down = tl.full([x.shape[0]], 1.0, tl.float32)
     if dtype == tl.float16:
         exponent = tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) & 0x7F800000
@@ -154,8 +154,8 @@ class Tiles(TensorDescriptor):
 
 
 def result_tiles(matrix: Tensor | None, rows: int, columns: int, is_full: bool) -> "Tensor | Tiles | None":
-    """A matrix, or [B, T, H, D], for `store_result`: its tiles, unless a chunk may have fewer rows than a tile, or is of
-    float32, for which shared memory has no buffer left."""
+    """A matrix, or [B, T, H, D], for `store_result`: its tiles, unless a chunk may have fewer rows than a tile, or the
+    elements are float32, for which shared memory has no buffer left."""
     return Tiles(matrix, rows, columns) if is_full and matrix is not None and matrix.element_size() == 2 else matrix
 
 
