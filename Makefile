@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test lint format clean
+.PHONY: setup quickstart test torture lint format clean
 
 setup: .venv/installed
 
@@ -16,6 +16,10 @@ quickstart: setup
 
 test: lint
 	$(BIN)/pytest -q
+
+# The long form of the tests that stop and resume jobs on a SLURM of this machine (Debian's packages, as root).
+torture: setup
+	LRNN_TORTURE=1 $(BIN)/pytest -q -s tests/slurm/test_jobs.py
 
 lint: setup
 	$(BIN)/ruff check .

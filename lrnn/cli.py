@@ -13,6 +13,7 @@ from lrnn.errors import UserError
 COMMANDS = {
     "corpus": ("lrnn.pretrain.build_corpus", "tokenise text or code into a corpus of Arrow shards"),
     "pretrain": ("lrnn.pretrain.train", "pretrain a model, or resume a run"),
+    "submit": ("lrnn.pretrain.submit", "submit a run to SLURM, or go on with it"),
     "export": ("lrnn.eval.export", "write a checkpoint as a Hugging Face model folder"),
     "eval": ("lrnn.eval.run_suite", "run an evaluation suite of lm-eval on an exported model"),
     "plot": ("lrnn.pretrain.plot", "plot the metrics of one or several runs"),

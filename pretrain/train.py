@@ -100,7 +100,8 @@ def train(config: Config, ranks: Ranks, stop: StopRequest) -> int:
                 speed.skip()
             if log is not None and record:
                 log.write(record)
-            stopping = ranks.any(stop.signal is not None)
+            # A signal in the last step stops nothing: the run is done.
+            stopping = ranks.any(stop.signal is not None) and progress.step < config.steps
             if stopping or progress.step % config.checkpoint.every == 0 or progress.step == config.steps:
                 folder = save(config, engine, ranks, run)
                 if log is not None:
@@ -272,13 +273,13 @@ def main(args: argparse.Namespace) -> int:
         deepspeed_config(config, processes)
         if processes > 1:
             return launch(processes, [sys.executable, "-m", "lrnn.cli", "pretrain", args.config, *args.overrides])
-    ranks = init_ranks()
-    try:
-        with StopRequest() as stop:  # before the engine starts: a signal during that must not end the run for good
+    with StopRequest() as stop:  # before all that takes long: a signal during that must not end the run for good
+        ranks = init_ranks()
+        try:
             return train(config, ranks, stop)
-    except UserError:
-        if ranks.is_main:
-            raise
-        return 2  # the main process says it
-    finally:
-        dist.destroy_process_group()
+        except UserError:
+            if ranks.is_main:
+                raise
+            return 2  # the main process says it
+        finally:
+            dist.destroy_process_group()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SLURM = Path(__file__).parents[2] / "slurm"
-NAMES = ("train", "eval")
+NAMES = ("train", "eval", "corpus")
 
 
 @pytest.fixture
@@ -78,17 +78,25 @@ def test_train_starts_one_run(sbatch):
     assert "--kill-on-bad-exit=0" in arguments[:split]
 
 
-@pytest.mark.parametrize("status", [0, 1, 2, 143])
+@pytest.mark.parametrize("status", [0, 1, 2, 137])
 def test_train_passes_the_status_on(sbatch, status):
     found, calls, _ = sbatch("train", "run.yaml", srun_status=status)
     assert found == status and [call[0] for call in calls] == ["srun"]
 
 
-def test_train_requeues_a_stopped_run(sbatch):
-    found, calls, output = sbatch("train", "run.yaml", srun_status=75)
-    assert found == 75
+@pytest.mark.parametrize("status", [75, 138, 143])
+def test_train_requeues_a_stopped_run(sbatch, status):
+    """Stopped with a checkpoint, or by SIGUSR1 or SIGTERM before there was anything to write."""
+    found, calls, output = sbatch("train", "run.yaml", srun_status=status)
+    assert found == status
     assert calls[1:] == [["scontrol", "requeue", "4711"]]
     assert "4711" in output
+
+
+def test_corpus_takes_the_cpus_that_the_job_has(sbatch):
+    arguments = ["my texts", "--tokenizer", "a.model", "--out", "out"]
+    status, calls, _ = sbatch("corpus", *arguments, SLURM_CPUS_PER_TASK="12")
+    assert status == 0 and calls == [["srun", "lrnn", "corpus", *arguments, "--processes", "12"]]
 
 
 @pytest.mark.parametrize("name", NAMES)

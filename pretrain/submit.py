@@ -1,0 +1,201 @@
+"""Submit a pretraining run to SLURM, or its continuation where it failed or was cancelled: the same command does both.
+
+Fills in `slurm/train.sbatch`, shows it, writes it to RUN_DIR/train.sbatch and gives it to sbatch. A run that is queued
+or running is not submitted a second time. What sbatch reads from its environment (SBATCH_ACCOUNT, SBATCH_PARTITION)
+counts here too.
+"""
+
+import argparse
+import re
+import shlex
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import lrnn
+from lrnn.errors import UserError
+from lrnn.pretrain import checkpoint
+from lrnn.pretrain.config import Config, load_config
+from lrnn.pretrain.engine import deepspeed_config, load_model_config
+
+TEMPLATE = Path(lrnn.__file__).resolve().parents[1] / "slurm" / "train.sbatch"
+# States of jobs that squeue still lists for some minutes though they are over. All others may yet write.
+OVER = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
+    "TIMEOUT",
+}  # fmt: skip
+DIRECTIVE = re.compile(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", re.MULTILINE)
+RESERVED = {
+    "comment": "it names the run, for the next lrnn submit to find the job",
+    "nodes": "use --nodes",
+    "gpus-per-node": "use --gpus-per-node",
+    "ntasks-per-node": "use --gpus-per-node: one task a GPU",
+    "time": "use --time",
+}
+
+
+@dataclass
+class Job:
+    """A job that squeue lists."""
+
+    number: str
+    state: str
+    reason: str  # why it is pending
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `lrnn submit`."""
+    parser.add_argument("config", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the configuration")
+    parser.add_argument("--nodes", type=int, metavar="N", help="default: as in the template")
+    parser.add_argument(
+        "--gpus-per-node", type=int, metavar="N", help="one task each; 0: one task a node, on CPU (default: template's)"
+    )
+    parser.add_argument("--time", metavar="LIMIT", help="as for sbatch, such as 12:00:00 (default: template's)")
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="any other long option of sbatch; may be repeated",
+    )
+    parser.add_argument("--template", type=Path, default=TEMPLATE, help="batch script to fill in (%(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="only show the script")
+    parser.epilog = (
+        "examples:\n"
+        "  lrnn submit configs/1.3b.yaml --nodes 4 run_dir=runs/1.3b\n"
+        "  lrnn submit configs/340m.yaml --time 12:00:00 --sbatch partition=h100 --sbatch account=nlp --dry-run"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    template = read_template(args.template)
+    options = sbatch_options(config, args, dict(DIRECTIVE.findall(template)))
+    load_model_config(config.model)  # what would stop the run is said before it waits in a queue
+    deepspeed_config(config, int(options["nodes"] or 1) * int(options["ntasks-per-node"] or 1))
+    script = fill(template, options, [args.config, *args.overrides])
+    run_dir = Path(config.run_dir).resolve()
+    status = describe(config)
+    if args.dry_run:
+        print(f"{script}\n# {status}; not submitted (--dry-run)")
+        return 0
+    refuse_second_job(run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_atomically(run_dir / "train.sbatch", script)
+    except OSError as error:
+        raise UserError(f"run_dir {run_dir} cannot be written ({error.strerror}: {error.filename})") from None
+    job = call("sbatch", "--parsable", str(run_dir / "train.sbatch")).strip().split(";")[0]
+    print(f"{script}\nsubmitted job {job}: {status}; output in {run_dir / 'slurm.log'}")
+    return 0
+
+
+def read_template(path: Path) -> str:
+    """The text of a batch script. Raises UserError where it is none."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(
+            f"--template {path} cannot be read ({error.strerror}); give the path of a train.sbatch"
+        ) from None
+    if not DIRECTIVE.search(text):
+        raise UserError(f"--template {path} holds no line that begins with #SBATCH --; give a batch script")
+    return text
+
+
+def sbatch_options(config: Config, args: argparse.Namespace, template: dict[str, str]) -> dict[str, str | None]:
+    """What to set in the template; None: leave the option out. Raises UserError for options that sbatch cannot take."""
+    counts = {"nodes": 1, "gpus-per-node": 0}
+    for name, lowest in counts.items():
+        given = getattr(args, name.replace("-", "_"))
+        value = str(given) if given is not None else template.get(name, str(lowest))
+        if not value.isdigit() or int(value) < lowest:
+            raise UserError(f"--{name} {value} should be a number, at least {lowest}")
+        counts[name] = int(value)
+    gpus = counts["gpus-per-node"]
+    run_dir = Path(config.run_dir).resolve()
+    options: dict[str, str | None] = {
+        "job-name": f"lrnn-{run_dir.name}",
+        "comment": comment(run_dir),
+        "chdir": str(Path.cwd()).replace("%", "%%"),
+        "output": str(run_dir / "slurm.log").replace("%", "%%"),
+        "nodes": str(counts["nodes"]),
+        "ntasks-per-node": str(max(1, gpus)),
+        "gpus-per-node": str(gpus) if gpus else None,
+    }
+    if args.time is not None:
+        options["time"] = args.time
+    for option in args.sbatch:
+        name, _, value = option.removeprefix("--").partition("=")
+        if not re.fullmatch("[a-z][a-z-]+", name):
+            raise UserError(f"--sbatch {option} should be a long option of sbatch, such as partition=h100")
+        if name in RESERVED:
+            raise UserError(f"--sbatch {option} cannot be set: {RESERVED[name]}")
+        options[name] = value
+    return options
+
+
+def fill(template: str, options: dict[str, str | None], arguments: list[str]) -> str:
+    """The template with `options` among its #SBATCH lines and with `arguments` as its own."""
+    found = list(DIRECTIVE.finditer(template))
+    kept = [match[0] for match in found if match[1] not in options]
+    set_ = [_directive(name, value) for name, value in options.items() if value is not None]
+    head, tail = template[: found[0].start()], template[found[-1].end() :]
+    return head + "\n".join(kept + set_) + f"\nset -- {shlex.join(arguments)}" + tail
+
+
+def _directive(name: str, value: str) -> str:
+    return f"#SBATCH --{name}={shlex.quote(value)}" if value else f"#SBATCH --{name}"
+
+
+def comment(run_dir: Path) -> str:
+    """What marks the jobs of a run."""
+    return f"lrnn run_dir={run_dir}"
+
+
+def refuse_second_job(run_dir: Path) -> None:
+    """Raises UserError where a job of the run may still write into its folder, now or later."""
+    for job in jobs_of(run_dir):
+        waits = f", {job.reason}" if job.reason != "None" else ""
+        raise UserError(
+            f"run_dir {run_dir} has job {job.number} already ({job.state}{waits}), which resumes by itself: wait for "
+            f"its end, or end it with `scancel {job.number}`, or choose another run_dir"
+        )
+
+
+def jobs_of(run_dir: Path) -> list[Job]:
+    """The jobs of a run that are not over."""
+    found = []
+    for line in call("squeue", "--all", "--noheader", "--states=all", "--format=%i|%T|%r|%k").splitlines():
+        number, state, reason, text = line.split("|", 3)
+        if text == comment(run_dir) and state not in OVER:
+            found.append(Job(number, state, reason))
+    return found
+
+
+def describe(config: Config) -> str:
+    """What a job would do: begin, or go on. Raises UserError where the run is finished."""
+    run_dir = Path(config.run_dir)
+    steps = [int(checkpoint.NAME.sub(r"\1", folder.name)) for folder in checkpoint.list_checkpoints(run_dir)]
+    if not steps:
+        return f"new run {run_dir}, {config.steps} steps"
+    if steps[-1] >= config.steps:
+        intact = checkpoint.find_newest(run_dir)  # it reads the files: only where it matters
+        if intact is not None and int(checkpoint.NAME.sub(r"\1", intact.name)) >= config.steps:
+            raise UserError(
+                f"run_dir {run_dir} is finished: {intact} is step {steps[-1]} of {config.steps}; "
+                "raise steps, or choose another run_dir"
+            )
+    return f"resumes {run_dir} at its newest intact checkpoint (step {steps[-1]} of {config.steps})"
+
+
+def call(*command: str) -> str:
+    """Output of one of SLURM's programs. Raises UserError where it is not there, and with its own words if it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError(f"{command[0]} is not found: lrnn submit runs on a machine with SLURM's commands") from None
+    if done.returncode != 0:
+        raise UserError(f"{command[0]} failed: {' '.join(done.stderr.split())}")
+    return done.stdout

@@ -1,0 +1,110 @@
+"""A run as a job of the test cluster: submitted with `lrnn submit`, watched, and ended in the ways that SLURM has."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from cluster import Cluster
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 180
+# Each asks a running job to stop so that it can resume. What the comments say was seen on SLURM 22.05.
+ENDINGS = {
+    "usr1": ["scancel", "--signal=USR1"],  # to the tasks alone
+    "usr1 --batch": ["scancel", "--batch", "--signal=USR1"],  # to the shell of the batch script alone
+    "usr1 --full": ["scancel", "--full", "--signal=USR1"],  # to both
+    "term": ["scancel", "--signal=TERM"],  # to the tasks alone
+    "requeue": ["scontrol", "requeue"],  # SIGCONT and SIGTERM to both, SIGKILL after KillWait
+    "time limit": [],  # as --signal says, to the tasks alone
+    "usr1 at start": ["scancel", "--signal=USR1"],  # while Python loads its packages
+}
+
+
+class RunningJob:
+    """A run on two nodes, one process each, of which `job` is the newest job."""
+
+    def __init__(self, slurm: Cluster, folder: Path, corpus: Path, steps: int):
+        self.slurm, self.folder, self.job = slurm, folder, ""
+        self.arguments = [
+            str(ROOT / "configs/tiny.yaml"), "--nodes", "2", "--gpus-per-node", "0", "--time", "30",
+            # SLURM looks for jobs to signal every 30 s; from 50 s before a limit of a minute there is time for that.
+            "--sbatch", "signal=USR1@50", "--sbatch", "cpus-per-task=1",
+            f"run_dir={folder}", f"steps={steps}", f"model={ROOT / 'configs/models/tiny.json'}",
+            f"deepspeed={ROOT / 'configs/deepspeed/zero2.json'}", f"data.corpora=[{{path: {corpus}}}]",
+            "data.seq_len=128", "global_batch_size=4", "micro_batch_size=2", "checkpoint.every=100000", "log.every=1",
+            "log.heldout_every=0", "log.tensorboard=false", "schedule.warmup_steps=5",
+        ]  # fmt: skip
+
+    def submit(self, *more: str) -> subprocess.CompletedProcess:
+        """Run `lrnn submit`, and note the job where it made one."""
+        # The commands find lrnn where these tests have it, whatever is installed on the nodes.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{self.slurm.env['PATH']}"
+        env = {**self.slurm.env, "PATH": path, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "lrnn.cli", "submit", *self.arguments, *more]
+        done = subprocess.run(command, env=env, cwd=self.folder.parent, capture_output=True, text=True)
+        submitted = re.search(r"^submitted job (\d+):", done.stdout, re.MULTILINE)
+        self.job = submitted[1] if submitted else self.job
+        return done
+
+    def end(self, kind: str) -> None:
+        """End the job as `kind` says, and wait until it is in the queue again."""
+        before = int(self.show()["Restarts"])
+        if kind == "time limit":
+            self.slurm.run("scontrol", "update", f"JobId={self.job}", "TimeLimit=1")
+        else:
+            self.slurm.run(*ENDINGS[kind], self.job)
+        self._wait(lambda: self.show()["Restarts"] == str(before + 1), f"{kind} does not requeue the job")
+        # After `scontrol requeue` the tasks may still be at work.
+        self._wait(lambda: self.show()["JobState"] != "COMPLETING", "the tasks do not end")
+        if kind == "time limit":
+            self.slurm.run("scontrol", "update", f"JobId={self.job}", "TimeLimit=30")
+
+    def wait_for_start(self) -> None:
+        """Wait until the job's tasks run again."""
+        self._wait(lambda: self.slurm.run("squeue", "-h", "--steps", "-o", "%i", "-j", self.job) != "", "no start")
+
+    def wait_for_step(self, step: int) -> None:
+        self._wait(lambda: self.last_step() >= step, f"step {step} is not reached")
+
+    def wait_for_end(self) -> dict[str, str]:
+        """Wait until the job is over; returns what SLURM knows of it."""
+        over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+        self._wait(lambda: self.show()["JobState"] in over, "the job does not end", timeout_s=600)
+        return self.show()
+
+    def show(self) -> dict[str, str]:
+        """The fields of `scontrol show job`."""
+        return dict(re.findall(r"(\w+)=(\S*)", self.slurm.run("scontrol", "--oneliner", "show", "job", self.job)))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All records, in the order they were written; unlike `read_metrics` it leaves no broken line out."""
+        file = self.folder / "metrics.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def losses(self) -> list[tuple[int, float]]:
+        """(step, loss) of every step, in the order of the file."""
+        return [(record["step"], record["loss"]) for record in self.metrics() if "loss" in record]
+
+    def last_step(self) -> int:
+        losses = self.losses()
+        return losses[-1][0] if losses else 0
+
+    def log(self) -> str:
+        """All that the jobs of the run have printed."""
+        return (self.folder / "slurm.log").read_text()
+
+    def wait_for_checkpoint(self) -> None:
+        self._wait(lambda: list((self.folder / "checkpoints").glob("step-*")), "no checkpoint")
+
+    def _wait(self, condition, failure: str, timeout_s: float = TIMEOUT_S) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            log = self.folder / "slurm.log"
+            assert time.monotonic() < deadline, f"{failure}: {self.show()}\n{log.read_text() if log.exists() else ''}"
+            time.sleep(0.1)

@@ -1,0 +1,126 @@
+"""The batch script on a real SLURM of two nodes: a run to its end, and runs that SLURM stops and starts again.
+
+LRNN_TORTURE=1 makes it twenty endings (`make torture`).
+"""
+
+import os
+import random
+import time
+from collections import Counter
+
+import pytest
+from running_job import ENDINGS, RunningJob
+
+TORTURE = os.environ.get("LRNN_TORTURE") == "1"
+# In the short form one ending of each sort that differs in who gets which signal.
+SHORT = ["usr1 --full", "requeue", "time limit"]
+STEPS_BETWEEN = 8
+
+
+def endings() -> list[str]:
+    if not TORTURE:
+        return SHORT
+    rng = random.Random(0)
+    kinds = [*ENDINGS, *ENDINGS, *(rng.choice(list(ENDINGS)) for _ in range(20 - 2 * len(ENDINGS)))]
+    rng.shuffle(kinds)
+    return kinds
+
+
+# A time limit may come 30 s after it could: some 200 steps.
+STEPS = STEPS_BETWEEN * len(endings()) + 200 * endings().count("time limit")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slurm, corpus, tmp_path_factory) -> RunningJob:
+    """A run of two nodes that nobody stops."""
+    run = RunningJob(slurm, tmp_path_factory.mktemp("undisturbed") / "run", corpus, STEPS)
+    done = run.submit()
+    assert done.returncode == 0, done.stderr
+    run.wait_for_end()
+    return run
+
+
+def test_two_nodes_train_to_the_end(undisturbed):
+    job = undisturbed.show()
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "0"), undisturbed.log()
+    assert job["NumNodes"] == "2" and job["NumTasks"] == "2"
+    start = undisturbed.metrics()[0]
+    assert (start["event"], start["processes"]) == ("start", 2)
+    assert [step for step, _ in undisturbed.losses()] == list(range(1, STEPS + 1))
+    assert undisturbed.losses()[-1][1] < 0.8 * undisturbed.losses()[0][1]
+    assert (undisturbed.folder / f"checkpoints/step-{STEPS:08d}").is_dir()
+
+
+def test_a_stopped_job_resumes_and_loses_nothing(undisturbed, slurm, corpus, tmp_path):
+    started = time.monotonic()
+    run = RunningJob(slurm, tmp_path / "my run", corpus, STEPS)
+    assert run.submit().returncode == 0
+    kinds, stopped_at = endings(), []
+    for kind in kinds:
+        run.wait_for_start()
+        if kind == "usr1 at start":
+            time.sleep(1)
+        else:
+            run.wait_for_step(run.last_step() + STEPS_BETWEEN)
+        run.end(kind)
+        stopped_at.append(run.last_step())
+        assert stopped_at[-1] < STEPS, "the run was done before it could be stopped; it proves nothing"
+    job = run.wait_for_end()
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), run.log()
+
+    metrics = run.metrics()
+    starts = [record["step"] for record in metrics if record.get("event") == "start"]
+    at_start = [kind == "usr1 at start" for kind in kinds]
+    # A job that was stopped before it wrote its first line leaves none: the next one begins where it would have.
+    assert sorted(set(starts)) == sorted({0, *stopped_at}) and starts == sorted(starts)
+    assert job["Restarts"] == str(len(kinds))
+    assert [step for step, _ in run.losses()] == list(range(1, STEPS + 1))  # none missing, none twice, in order
+    assert run.losses() == undisturbed.losses()  # to the last bit
+    # One log, appended to. After `scontrol requeue` the shell is gone before it could speak.
+    log = run.log()
+    by_signal = len(kinds) - kinds.count("requeue")
+    assert log.count("goes back into the queue") == by_signal, log
+    assert log.count("stopped by a signal (status 75)") >= by_signal - sum(at_start), log
+    assert log.count("CANCELLED AT") >= kinds.count("requeue") and log.count("new run ") == 1, log
+    print(
+        f"\n{len(kinds)} endings in {time.monotonic() - started:.0f} s: {dict(Counter(kinds))}; stopped at steps "
+        f"{stopped_at}; {STEPS} steps, none lost, none repeated, all losses equal"
+    )
+
+
+def test_a_failure_is_not_requeued_and_goes_on_with_the_same_command(slurm, corpus, tmp_path):
+    """A task that is killed fails the job, which stays failed; a second command for a queued run is refused."""
+    run = RunningJob(slurm, tmp_path / "run", corpus, 30)
+    more = ["checkpoint.every=10"]
+    assert run.submit(*more, "--dry-run").returncode == 0 and run.job == ""
+    assert run.submit(*more).returncode == 0
+    first = run.job
+    second = run.submit(*more)
+    assert second.returncode == 2 and run.job == first
+    assert f"has job {first} already" in second.stderr and f"scancel {first}" in second.stderr
+    run.wait_for_step(12)
+    slurm.run("scancel", "--signal=KILL", f"{first}.0")
+    job = run.wait_for_end()
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "137:0", "0"), run.log()
+
+    again = run.submit(*more)
+    assert again.returncode == 0 and run.job != first
+    assert "resumes" in again.stdout and "(step 10 of 30)" in again.stdout
+    assert run.wait_for_end()["JobState"] == "COMPLETED", run.log()
+    starts = [record["step"] for record in run.metrics() if record.get("event") == "start"]
+    assert starts == [0, 10] and run.last_step() == 30
+    assert run.log().count("resuming ") == 1  # one log for both jobs
+    finished = run.submit(*more)
+    assert finished.returncode == 2 and "is finished" in finished.stderr
+
+
+def test_a_cancelled_job_stays_cancelled(slurm, corpus, tmp_path):
+    """`scancel` lets the run write its checkpoint, and does not send the job back into the queue."""
+    run = RunningJob(slurm, tmp_path / "run", corpus, 10000)
+    assert run.submit().returncode == 0
+    run.wait_for_step(3)
+    slurm.run("scancel", run.job)
+    job = run.wait_for_end()
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
+    run.wait_for_checkpoint()
+    assert (run.folder / f"checkpoints/step-{run.last_step():08d}").is_dir()
