@@ -103,6 +103,18 @@ def test_step_sizes(kind):
     compare(x, HARD[dtype], f"beta {kind}", normalize_qk=True)
 
 
+@pytest.mark.parametrize("beta", [0.0, 1e-6, 1e-4])
+def test_gradient_of_small_step_sizes(beta):
+    """beta X of such a token is lost in float16 beside the others'; X, which its gradient needs, must not be."""
+    x = inputs.random(1, 70, H=1, K=64, dtype=FP16)
+    small = slice(None, None, 2)
+    x["beta"][:, small] = beta
+    arriving = inputs.arriving(x)
+    expected = evaluate_truth(truth.gated_delta_rule, x, *arriving, normalize_qk=True)["dbeta"][:, small]
+    found = evaluate(gated_delta_rule, x, *arriving, normalize_qk=True)["dbeta"][:, small]
+    assert relative_error(found, expected) < BARS[FP16]["dbeta"]
+
+
 @pytest.mark.parametrize("kind", GATES)
 def test_gates(kind):
     x = inputs.set_gates(inputs.random(1, 100, H=2 if kind == "mixed" else 1, dtype=FP16), kind)
