@@ -4,6 +4,7 @@
 """
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -44,6 +45,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 ReturnToService=2
+# The port at which a run's processes meet follows from the job's number: two clusters of one machine must not share it.
+FirstJobId={first_job}
 KillWait={kill_wait}
 SchedulerParameters=sched_interval=2
 SlurmctldTimeout=300
@@ -102,6 +105,7 @@ class Cluster:
             CONFIGURATION.format(
                 host=socket.gethostname().split(".")[0], controller_port=ports[0], folder=folder, nodes=nodes,
                 kill_wait=KILL_WAIT_S,
+                first_job=random.randrange(1, 19_000),
             )
         )  # fmt: skip
         files = {
