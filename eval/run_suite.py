@@ -35,6 +35,7 @@ EXAMPLE = """examples:
   lrnn eval runs/tiny/hf --suite quick --heldout corpora/tiny/heldout.jsonl --limit 50
   lrnn eval runs/1.3b/hf --suite code_math --allow-code-execution --batch-size 32
   lrnn eval --compare runs/a/hf/eval/fast runs/b/hf/eval/fast
+  lrnn eval --collect runs/1.3b/eval
 """
 
 
@@ -56,10 +57,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     code.add_argument("--allow-code-execution", action="store_true", help="run model-written code in the sandbox")
     code.add_argument("--skip-code-execution", action="store_true", help="leave out the tasks that run code")
     parser.add_argument("--fetch", action="store_true", help="download the benchmark data (86 MB, once)")
+    parser.add_argument("--collect", nargs="+", type=Path, metavar="FOLDER", help="one table of all results below")
     parser.add_argument("--compare", nargs=2, type=Path, metavar="RESULTS", help="compare two result folders, paired")
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.collect:
+        from lrnn.eval.collect import collect
+
+        print(collect(args.collect))
+        return 0
     if args.compare:
         from lrnn.eval.compare import compare
 

@@ -57,10 +57,12 @@ def directives(name: str) -> dict[str, str]:
 
 def test_directives():
     train = directives("train")
-    # Without "B:" the signal goes to the tasks and not to the shell, which would die of it.
+    # Without "B:" the signal goes to the tasks and not to the shell.
     assert re.fullmatch(r"USR1@\d+", train["signal"]) and int(train["signal"][5:]) >= 120
     assert "requeue" in train and train["open-mode"] == "append"
     assert train["ntasks-per-node"] == train["gpus-per-node"]  # one task a GPU
+    corpus = directives("corpus")
+    assert "requeue" in corpus and re.fullmatch(r"B:USR1@\d+", corpus["signal"]) and corpus["open-mode"] == "append"
     job = directives("eval")
     assert "requeue" in job and job["ntasks"] == "1" and "%a" in job["output"]  # a log of its own for each array task
 
@@ -84,19 +86,19 @@ def test_train_passes_the_status_on(sbatch, status):
     assert found == status and [call[0] for call in calls] == ["srun"]
 
 
-@pytest.mark.parametrize("status", [75, 138, 143])
+@pytest.mark.parametrize("status", [75, 138, 143])  # stopped with a checkpoint; SIGUSR1, SIGTERM before the first step
 def test_train_requeues_a_stopped_run(sbatch, status):
-    """Stopped with a checkpoint, or by SIGUSR1 or SIGTERM before there was anything to write."""
     found, calls, output = sbatch("train", "run.yaml", srun_status=status)
     assert found == status
     assert calls[1:] == [["scontrol", "requeue", "4711"]]
     assert "4711" in output
 
 
-def test_corpus_takes_the_cpus_that_the_job_has(sbatch):
-    arguments = ["my texts", "--tokenizer", "a.model", "--out", "out"]
-    status, calls, _ = sbatch("corpus", *arguments, SLURM_CPUS_PER_TASK="12")
-    assert status == 0 and calls == [["srun", "lrnn", "corpus", *arguments, "--processes", "12"]]
+@pytest.mark.parametrize("status", [0, 2])
+def test_corpus_takes_the_cores_of_the_job(sbatch, status):
+    found, calls, _ = sbatch("corpus", "my text", "--out", "c", srun_status=status, SLURM_CPUS_PER_TASK="16")
+    assert found == status
+    assert calls == [["srun", "lrnn", "corpus", "--processes", "16", "my text", "--out", "c"]]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -123,6 +125,23 @@ def test_eval_takes_its_line(sbatch, jobs, task, model, suite):
     assert calls == [
         ["srun", "lrnn", "eval", model, "--suite", suite, "--out", f"{model}/eval/{suite}", "--limit", "5 0"]
     ]
+
+
+def test_eval_of_a_checkpoint(sbatch, tmp_path):
+    """It is exported first, not into the checkpoint; results lie beside the checkpoints, for each step."""
+    (tmp_path / "jobs.tsv").write_text("runs/a b/checkpoints/step-00000010\tfast\n")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    status, calls, _ = sbatch("eval", "jobs.tsv", "--limit", "5", SLURM_ARRAY_TASK_ID="0", TMPDIR=str(disk))
+    assert status == 0
+    (export, evaluate), out = calls, "runs/a b/eval/step-00000010/fast"
+    assert export[:4] == ["srun", "lrnn", "export", "runs/a b/checkpoints/step-00000010"]
+    exported = Path(export[4])
+    assert exported.name == "step-00000010" and exported.is_relative_to(disk) and not list(disk.iterdir())
+    assert evaluate == ["srun", "lrnn", "eval", str(exported), "--suite", "fast", "--out", out, "--limit", "5"]
+    (tmp_path / out).mkdir(parents=True)
+    (tmp_path / out / "results.json").write_text("{}")
+    assert sbatch("eval", "jobs.tsv", SLURM_ARRAY_TASK_ID="0")[1] == []
 
 
 def test_eval_leaves_what_is_done(sbatch, jobs, tmp_path):

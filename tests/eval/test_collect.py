@@ -1,0 +1,54 @@
+"""The table of many results: what is a row, what is a column, and what cannot be put together."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lrnn.cli import main
+from lrnn.errors import UserError
+from lrnn.eval.collect import collect
+
+
+def write(folder: Path, step: int, values: dict[str, float], limit: int | None = None) -> None:
+    folder.mkdir(parents=True)
+    rows = [
+        {"task": task, "metric": "exact_match", "filter": "strict", "value": value, "stderr": 0.01}
+        for task, value in values.items()
+    ]
+    # An array task exports into a folder of its own: the path differs, name and weights do not.
+    model = {"path": f"/tmp/{folder.name}/step-{step}", "training": {"step": step}, "weights_sha256": {"m": str(step)}}
+    (folder / "results.json").write_text(json.dumps({"model": model, "metrics": rows, "limit": limit}))
+
+
+def test_a_row_a_model_and_a_column_a_metric(tmp_path, capsys):
+    write(tmp_path / "step-200/fast", 200, {"a": 0.5})
+    write(tmp_path / "step-200/code", 200, {"b": 0.25})
+    write(tmp_path / "step-30/fast", 30, {"a": 0.125})
+    write(tmp_path / "step-30/.code.new.7", 30, {"b": 0.9})  # is being written
+    assert main(["eval", "--collect", str(tmp_path)]) == 0
+    table = capsys.readouterr().out.strip().splitlines()
+    assert table[0] == "| model | step | b exact_match (strict) | a exact_match (strict) |" or (
+        table[0] == "| model | step | a exact_match (strict) | b exact_match (strict) |"
+    )
+    cells = [dict(zip(table[0].split(" | "), line.split(" | "), strict=True)) for line in table[2:]]
+    a, b = (next(key for key in cells[0] if f"{task} exact" in key) for task in "ab")
+    assert [c["step"] for c in cells] == ["30", "200"]  # by number, not by name
+    assert [c[a].strip(" |") for c in cells] == ["0.1250 ± 0.0100", "0.5000 ± 0.0100"]
+    assert [c[b].strip(" |") for c in cells] == ["", "0.2500 ± 0.0100"]
+
+
+def test_results_on_a_part_of_the_documents_stand_apart(tmp_path):
+    write(tmp_path / "x", 1, {"a": 0.5})
+    write(tmp_path / "y", 1, {"a": 0.75}, limit=10)
+    assert "a exact_match (strict), first 10" in collect([tmp_path])
+
+
+def test_what_cannot_be_collected(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty holds no results.json"):
+        collect([tmp_path / "empty"])
+    write(tmp_path / "x", 1, {"a": 0.5})
+    write(tmp_path / "y", 1, {"a": 0.75})
+    with pytest.raises(UserError, match=r"y/results.json says a exact_match \(strict\) = 0.7500 .* say 0.5000"):
+        collect([tmp_path])
