@@ -90,7 +90,7 @@ def test_a_stopped_job_resumes_and_loses_nothing(undisturbed, slurm, corpus, tmp
 
 def test_a_failure_is_not_requeued_and_goes_on_with_the_same_command(slurm, corpus, tmp_path):
     """A task that is killed fails the job, which stays failed; a second command for a queued run is refused."""
-    run = RunningJob(slurm, tmp_path / "run", corpus, 30)
+    run = RunningJob(slurm, tmp_path / "run", corpus, 100)
     more = ["checkpoint.every=10"]
     assert run.submit(*more, "--dry-run").returncode == 0 and run.job == ""
     assert run.submit(*more).returncode == 0
@@ -103,12 +103,15 @@ def test_a_failure_is_not_requeued_and_goes_on_with_the_same_command(slurm, corp
     job = run.wait_for_end()
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "137:0", "0"), run.log()
 
+    # How many steps a job makes before the signal is there depends on the machine.
+    newest = max(int(folder.name.removeprefix("step-")) for folder in (run.folder / "checkpoints").glob("step-*"))
+    assert 10 <= newest <= run.last_step() <= newest + 10 and newest < 100
     again = run.submit(*more)
     assert again.returncode == 0 and run.job != first
-    assert "resumes" in again.stdout and "(step 10 of 30)" in again.stdout
+    assert "resumes" in again.stdout and f"(step {newest} of 100)" in again.stdout
     assert run.wait_for_end()["JobState"] == "COMPLETED", run.log()
     starts = [record["step"] for record in run.metrics() if record.get("event") == "start"]
-    assert starts == [0, 10] and run.last_step() == 30
+    assert starts == [0, newest] and run.last_step() == 100
     assert run.log().count("resuming ") == 1  # one log for both jobs
     finished = run.submit(*more)
     assert finished.returncode == 2 and "is finished" in finished.stderr
