@@ -13,7 +13,7 @@ from lrnn.kernels.chunk_forward import chunk_forward_kernel
 from lrnn.kernels.chunk_inverse import chunk_inverse_kernel
 from lrnn.kernels.chunk_scan_backward import chunk_scan_backward_kernel
 from lrnn.kernels.gate_backward import gate_backward_kernel
-from lrnn.kernels.launch_config import chunk_launch, scan_backward_stages, scan_launch
+from lrnn.kernels.launch_config import INVERSE_LAUNCH, chunk_launch, scan_backward_stages, scan_launch
 from lrnn.kernels.segment_scan import SEGMENT_SCAN, segment_scan_kernel
 from lrnn.kernels.tiles import CHUNK, dot_precision, matrix_dtype
 
@@ -62,7 +62,7 @@ def delta_rule_cases(
     matrix = TYPES[matrix_dtype(dtype, normalize)]
     constants = {**heads, **absent, **no_table, **gates, "BK": 64}
     known = {"k": f"*{element}", "gate": numbers, "beta": numbers, "c_out": f"*{matrix}"}
-    yield case("chunk_inverse", chunk_inverse_kernel, constants, known, 1, 1)
+    yield case("chunk_inverse", chunk_inverse_kernel, constants, known, *INVERSE_LAUNCH.values())
 
     launch = scan_launch(K, V, dtype)
     values = tile(CHUNK, launch.BV)

@@ -26,7 +26,7 @@ class Launch(NamedTuple):
     stages: int
 
 
-INVERSE_LAUNCH = {"num_warps": 1}  # of `chunk_inverse`: its blocks of 16 x 16 are a warp's work
+INVERSE_LAUNCH = {"num_warps": 1, "num_stages": 3}  # of `chunk_inverse`: its blocks of 16 x 16 are a warp's work
 
 
 def scan_launch(K: int, V: int, dtype: torch.dtype) -> Launch:
