@@ -9,7 +9,7 @@
         manifest.json                      size and SHA-256 of every file above; written last
     RUN/checkpoints/latest                 name of the newest one
 
-A checkpoint is written into a hidden folder, synced, and renamed.
+A checkpoint is written into a hidden folder, synced, and renamed (checkpoint_writer.py).
 """
 
 import hashlib
@@ -22,13 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from lrnn.errors import UserError
-from lrnn.pretrain.distributed import Ranks
-from lrnn.pretrain.zero_state import KINDS, local_fragments
 
 FORMAT_VERSION = 1
 NAME = re.compile(r"^step-(\d{8})$")
@@ -38,55 +35,27 @@ class BrokenCheckpoint(UserError):
     """A checkpoint whose files are not what its manifest says."""
 
 
-def save(
-    run_dir: Path,
-    engine: Any,
-    ranks: Ranks,
-    progress: dict[str, Any],
-    texts: dict[str, str],
-    save_tokenizer: Callable[[Path], object],
-) -> Path:
-    """Write a checkpoint of `progress["step"]`; to be called on all ranks. Returns its folder.
+def write_manifest(folder: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
+    """Write the manifest of a checkpoint whose files are sealed: `files` maps their names to what `seal` returned."""
+    manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    sync(folder / "manifest.json")
+    sync(folder)
 
-    Args:
-        progress: what `progress.json` will hold.
-        texts: further small files, name to content (`config.json`, `run.yaml`).
-        save_tokenizer: writes the tokenizer's files into a folder that it makes.
-    """
-    folder = run_dir / "checkpoints" / f"step-{progress['step']:08d}"
-    partial = folder.with_name(f".{folder.name}")
-    if ranks.is_main:
-        for leftover in folder.parent.glob(".step-*"):  # of a process that was killed
-            shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
-    ranks.barrier()
-    name = f"state-{ranks.rank:05d}-of-{ranks.world_size:05d}.safetensors"
-    tensors = {
-        f"{kind}:{f.name}:{f.start}": f.tensors[kind].detach().to("cpu", copy=True)
-        for f in local_fragments(engine)
-        for kind in KINDS
-    }
-    safetensors.torch.save_file(tensors, partial / name)
-    del tensors
-    entries = ranks.gather((name, _seal(partial / name)))
-    if ranks.is_main:
-        files = dict(entries)
-        for text_name, text in {**texts, "progress.json": json.dumps(progress, indent=1)}.items():
-            (partial / text_name).write_text(text)
-            files[text_name] = _seal(partial / text_name)
-        save_tokenizer(partial / "tokenizer")
-        for file in sorted((partial / "tokenizer").iterdir()):
-            files[f"tokenizer/{file.name}"] = _seal(file)
-        manifest = {"format_version": FORMAT_VERSION, "step": progress["step"], "files": files}
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        _sync(partial / "manifest.json")
-        _sync(partial)
-        shutil.rmtree(folder, ignore_errors=True)  # a broken one of the same step
-        partial.rename(folder)
-        _sync(folder.parent)
-        write_atomically(folder.parent / "latest", folder.name + "\n")
-    ranks.barrier()
-    return folder
+
+def seal(file: Path) -> dict[str, Any]:
+    """Bring a file to the disk; returns its entry in the manifest."""
+    sync(file)
+    return {"size": file.stat().st_size, "sha256": _sha256(file)}
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -120,8 +89,22 @@ def verify(folder: Path) -> dict[str, Any]:
     """Check every file of a checkpoint against its manifest; returns the manifest.
 
     Raises:
-        BrokenCheckpoint: no manifest, or a file that is missing, truncated or altered. The message names it.
+        BrokenCheckpoint: no manifest, or a file that is missing, truncated, altered or unreadable. The message names
+            it.
     """
+    manifest = _check_sizes(folder)
+    for name, entry in manifest["files"].items():
+        try:
+            digest = _sha256(folder / name)
+        except OSError as error:
+            raise BrokenCheckpoint(f"{folder / name} cannot be read ({error.strerror})") from None
+        if digest != entry["sha256"]:
+            raise BrokenCheckpoint(f"{folder / name} is altered: its SHA-256 differs from the manifest's")
+    return manifest
+
+
+def _check_sizes(folder: Path) -> dict[str, Any]:
+    """What of `verify` costs no reading."""
     manifest = _manifest(folder)
     for file in folder.glob("state-*"):
         if file.name not in manifest["files"]:
@@ -133,20 +116,27 @@ def verify(folder: Path) -> dict[str, Any]:
         size = file.stat().st_size
         if size != entry["size"]:
             raise BrokenCheckpoint(f"{file} has {size} bytes, the manifest says {entry['size']}")
-        if _sha256(file) != entry["sha256"]:
-            raise BrokenCheckpoint(f"{file} is altered: its SHA-256 differs from the manifest's")
     return manifest
+
+
+def _looks_whole(folder: Path) -> bool:
+    try:
+        _check_sizes(folder)
+    except (BrokenCheckpoint, OSError):
+        return False
+    return True
 
 
 def retain(newest: Path, keep_last: int, keep_every: int) -> None:
     """Delete checkpoints older than `newest`, the one just written.
 
-    The last `keep_last` stay, `newest` among them, and those of steps that `keep_every` divides (0: none). Later ones,
-    which the run passed over as broken when it resumed, are left alone and do not count.
+    The last `keep_last` that look whole stay, `newest` among them, and those of steps that `keep_every` divides
+    (0: none). Later ones, which the run passed over as broken when it resumed, are left alone and do not count.
     """
     checkpoints = [p for p in list_checkpoints(newest.parent.parent) if p.name <= newest.name]
-    for folder in checkpoints[:-keep_last]:
-        if not (keep_every and _step(folder) % keep_every == 0):
+    kept = [p for p in reversed(checkpoints) if _looks_whole(p)][:keep_last]
+    for folder in checkpoints:
+        if folder not in kept and folder != newest and not (keep_every and _step(folder) % keep_every == 0):
             hidden = folder.rename(folder.with_name(f".{folder.name}"))  # first: a half-deleted one is no checkpoint
             shutil.rmtree(hidden)
 
@@ -214,9 +204,9 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace a small file so that readers see the old or the new content, never a part."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
-    _sync(partial)
+    sync(partial)
     os.replace(partial, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -240,19 +230,6 @@ def _step(folder: Path) -> int:
     return int(match[1])
 
 
-def _seal(file: Path) -> dict[str, Any]:
-    _sync(file)
-    return {"size": file.stat().st_size, "sha256": _sha256(file)}
-
-
 def _sha256(file: Path) -> str:
     with file.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

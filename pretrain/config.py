@@ -69,6 +69,16 @@ class CheckpointConfig(Section):
     every: int = Field(1000, gt=0)  # steps
     keep_last: int = Field(2, gt=0)
     keep_every: int = Field(0, ge=0)  # also keep the steps that this divides; 0: none
+    background: bool = True  # write while training goes on; takes host memory for a copy of the state
+
+
+class SpikeConfig(Section):
+    """A loss above the median of the last `window` by more than `threshold` standard deviations is a spike."""
+
+    action: Literal["log", "skip", "rollback"] = "log"  # rollback: to the newest checkpoint, with the data that follows
+    threshold: float = Field(6.0, gt=0)  # standard deviations
+    window: int = Field(128, ge=4)  # steps
+    max_rollbacks: int = Field(3, gt=0)  # to the same checkpoint, after which the run stops
 
 
 class LogConfig(Section):
@@ -90,10 +100,11 @@ class Config(Section):
     optim: OptimConfig
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    spikes: SpikeConfig = SpikeConfig()
     log: LogConfig = LogConfig()
     seed: int = Field(0, ge=0)
     activation_checkpointing: bool = False
-    max_skipped_steps: int = Field(5, gt=0)  # non-finite steps in a row after which the run stops
+    max_skipped_steps: int = Field(5, gt=0)  # steps in a row that are not applied, after which the run stops
 
     @model_validator(mode="after")
     def schedule_fits(self):

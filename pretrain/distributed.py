@@ -35,13 +35,13 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` holds on any rank: the same answer everywhere."""
+    def worst(self, *votes: int) -> list[int]:
+        """The largest of every rank's value, for each of the votes: the same answer everywhere."""
         if self.world_size == 1:
-            return flag
-        votes = torch.tensor([int(flag)])
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.host_group)
-        return bool(votes.item())
+            return list(votes)
+        found = torch.tensor(votes)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.host_group)
+        return found.tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """The list of every rank's value, on every rank (any picklable object of our own making)."""

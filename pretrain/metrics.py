@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,15 @@ EIGENVALUE_BINS = 20  # equal bins over [-1, 1]
 class MetricsLog:
     """Appends one JSON object a record to `metrics.jsonl` and passes its numbers on.
 
-    A run that resumes appends too; steps that it repeats then stand twice, the later line counts.
+    A run that resumes appends too; steps that it repeats then stand twice, the later line counts. A disk that is full
+    does not end the run: records wait in memory and are written as soon as there is room.
     Only the main process makes one.
     """
 
     def __init__(self, config: Config, start_step: int, resumed: bool, ranks: Ranks):
         run_dir, self._steps = Path(config.run_dir), config.steps
-        path = run_dir / "metrics.jsonl"
-        cut = path.exists() and not path.read_bytes().endswith(b"\n")
-        self._file = path.open("a")
-        if cut:  # by a crash: what follows must not become part of that line
-            self._file.write("\n")
+        self._lines = DurableLines(run_dir / "metrics.jsonl")
+        self._lines_failed = False
         self._tensorboard = self._wandb = None
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -54,18 +53,26 @@ class MetricsLog:
 
         NaN and infinity are written as null: JSON has neither.
         """
-        self._file.write(json.dumps(_without_nonfinite(record)) + "\n")
-        self._file.flush()
+        error = self._lines.write(json.dumps(_without_nonfinite(record)))
+        if error is not None and not self._lines_failed:
+            self.say(f"{self._lines.path} cannot be written, records are kept in memory until it can: {error}")
+        self._lines_failed = error is not None
         if "step" not in record or "event" in record:
             return
         numbers = dict(_numbers(record))
         if self._tensorboard:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, record["step"])
+            self._to_tensorboard(lambda board: [board.add_scalar(k, v, record["step"]) for k, v in numbers.items()])
         if self._wandb:
             self._wandb.log(numbers, step=record["step"])
         if "loss" in record:
             self._show(record)
+
+    def _to_tensorboard(self, action: Callable[[Any], object]) -> None:
+        try:
+            action(self._tensorboard)
+        except OSError as error:  # of its writing thread, which is dead after that
+            self._tensorboard = None
+            self.say(f"TensorBoard's files cannot be written; {self._lines.path} goes on: {error}")
 
     def _show(self, record: dict[str, Any]) -> None:
         """The bar on a terminal, a line elsewhere."""
@@ -74,7 +81,9 @@ class MetricsLog:
             self._bar.set_postfix(loss=f"{record['loss']:.4f}", lr=f"{record['lr']:.1e}", refresh=False)
             self._bar.update(step - self._bar.n)
             return
-        left = (time.monotonic() - self._started) / (step - self._start_step) * (self._steps - step)
+        # After a rollback the run may stand where it began, or before.
+        done = max(1, step - self._start_step)
+        left = (time.monotonic() - self._started) / done * (self._steps - step)
         line = (
             f"step {step}/{self._steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
             f"|grad| {record['grad_norm']:.3f}  {record['tokens_per_second_per_gpu']:,.0f} tokens/s/process"
@@ -83,20 +92,61 @@ class MetricsLog:
             line += f"  MFU {100 * record['mfu']:.1f}%"
         if "heldout_loss" in record:
             line += f"  held-out {record['heldout_loss']:.4f}"
-        print(f"{line}  {left:,.0f} s left", flush=True)
+        self.say(f"{line}  {left:,.0f} s left")
 
     def say(self, text: str) -> None:
         """A remark that does not break the progress bar."""
-        tqdm.write(text, file=sys.stderr) if self._bar is not None else print(text, flush=True)
+        if self._bar is not None:
+            tqdm.write(text, file=sys.stderr)
+            return
+        # A full disk under the log must not end the run; what was not written stays in the buffer for the next line.
+        with suppress(OSError):
+            print(text, flush=True)
 
     def close(self) -> None:
-        self._file.close()
+        lost = self._lines.close()
+        if lost:
+            self.say(f"{lost} bytes of {self._lines.path} could not be written and are lost")
         if self._bar is not None:
             self._bar.close()
         if self._tensorboard:
-            self._tensorboard.close()
+            self._to_tensorboard(lambda board: board.close())
         if self._wandb:
             self._wandb.finish()
+
+
+class DurableLines:
+    """Appends lines to a file. What the storage refuses is kept, and tried again with the next line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._descriptor: int | None = None
+        cut = path.exists() and not path.read_bytes().endswith(b"\n")
+        # By a crash: what follows must not become part of that line.
+        self._pending = bytearray(b"\n" if cut else b"")
+
+    def write(self, line: str) -> OSError | None:
+        """Append a line; returns why it is not on its way to the disk."""
+        self._pending += line.encode() + b"\n"
+        try:
+            if self._descriptor is None:  # anew after a failure: storage that came back has new handles
+                self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            while self._pending:
+                del self._pending[: os.write(self._descriptor, self._pending)]
+        except OSError as error:
+            self._release()
+            return error
+        return None
+
+    def close(self) -> int:
+        """Close the file; returns how many bytes never reached it."""
+        self._release()
+        return len(self._pending)
+
+    def _release(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 class Speed:

@@ -5,10 +5,9 @@ others. SIGTERM, SIGUSR1 and Ctrl-C finish the step, write a checkpoint and exit
 """
 
 import argparse
-import json
 import sys
-from dataclasses import asdict, dataclass
-from itertools import chain
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lrnn import LrnnConfig
 from lrnn.errors import UserError
-from lrnn.pretrain import checkpoint, zero_state
-from lrnn.pretrain.config import Config, dump_config, load_config
-from lrnn.pretrain.data import Data, HeldOut, make_loader, open_data
+from lrnn.pretrain.bad_steps import BadSteps, Verdict
+from lrnn.pretrain.checkpoint_writer import CheckpointWriter, Outcome
+from lrnn.pretrain.config import Config, load_config
+from lrnn.pretrain.data import make_loader
 from lrnn.pretrain.distributed import (
     STOPPED,
     Ranks,
@@ -31,66 +30,84 @@ from lrnn.pretrain.distributed import (
     is_worker,
     launch,
 )
-from lrnn.pretrain.engine import build_engine, build_model, deepspeed_config, load_model_config
-from lrnn.pretrain.loader import MicroBatch
+from lrnn.pretrain.engine import deepspeed_config, load_model_config
+from lrnn.pretrain.loader import Loader, MicroBatch
 from lrnn.pretrain.metrics import EigenvalueProbe, MetricsLog, Speed
+from lrnn.pretrain.run import Run, contents_of_checkpoint, open_run, roll_back, start_engine
 from lrnn.pretrain.schedule import learning_rate
-
-
-@dataclass
-class Progress:
-    """How far a run is; stored in every checkpoint."""
-
-    step: int = 0  # steps done, skipped ones included
-    samples: int = 0  # samples consumed: the position in the data
-    tokens: int = 0  # labels that the loss was taken over
-    skipped_steps: int = 0
-    optimizer_step: int = 0  # updates applied
-    stream: dict[str, Any] | None = None  # position in a streamed source
+from lrnn.pretrain.stream import StreamLoader
 
 
 def train(config: Config, ranks: Ranks, stop: StopRequest) -> int:
-    """The training loop. Returns 0 when the last step is done, `STOPPED` after the step in which `stop` came."""
-    run = open_run(config, ranks)
-    progress, data = run.progress, run.data
-    engine, probe = start_engine(run, config, ranks)
-    log = MetricsLog(config, progress.step, progress.step > 0, ranks) if ranks.is_main else None
-    if log is not None:
-        log.say(_describe(run, config, ranks, engine))
-    speed = Speed(config, run.model_config, ranks)
-    bad_steps, stopping = 0, False
+    """The training loop. Returns 0 when the last step is done, `STOPPED` when it ended early because `stop` came.
 
-    with make_loader(data, config, ranks, progress.samples, progress.stream) as loader:
-        if progress.step < config.steps:
+    Raises UserError on all ranks for what is wrong with the run, its data or its storage; what was trained until then
+    is in a checkpoint, unless the storage is what is wrong.
+    """
+    with ExitStack() as exits:
+        run = open_run(config, ranks, exits)
+        progress, data, first = run.progress, run.data, run.progress.step
+        engine, probe = start_engine(run, config, ranks)
+        log = None
+        if ranks.is_main:
+            log = exits.enter_context(closing(MetricsLog(config, first, run.saved is not None, ranks)))
+            log.say(_describe(run, config, ranks, engine))
+        speed = Speed(config, run.model_config, ranks)
+        bad_steps = BadSteps(config, ranks, progress.losses, log)
+        writer = exits.enter_context(
+            CheckpointWriter(
+                Path(config.run_dir), ranks, config.checkpoint, data.save_tokenizer,
+                lambda outcome: report_checkpoint(log, progress.step, outcome),
+            )
+        )  # fmt: skip
+        loader = make_loader(data, config, ranks, progress.samples, progress.stream)
+        exits.enter_context(loader)
+        if first < config.steps:
             warm_up(engine, data.throwaway_batch(), ranks)
         speed.skip()
-        while progress.step < config.steps and not stopping:
-            micro_batches = next(loader)
+        stopping, data_error = False, None
+
+        while progress.step < config.steps:
+            micro_batches, data_error = next_step(loader)
+            # One agreement a step: does any rank want to stop, lack data, still write?
+            stopped, broken, writing = ranks.worst(stop.signal is not None, data_error is not None, writer.vote)
+            writer.advance(writing)
+            if stopped or broken:
+                stopping = bool(stopped)
+                break
+
             logging = (progress.step + 1) % config.log.every == 0 or progress.step + 1 == config.steps
             lr = learning_rate(progress.step, config)
             for group in engine.optimizer.param_groups:
                 group["lr"] = lr
             probe.enabled = logging
             with speed.step():
-                loss, n_tokens = train_step(engine, micro_batches, ranks, probe)
+                done = train_step(engine, micro_batches, ranks, probe, bad_steps.limit)
 
             progress.step += 1
             progress.samples += config.global_batch_size
-            progress.tokens += n_tokens
+            progress.tokens += done.n_tokens
             progress.stream = loader.stream_state
-            bad_steps = 0 if engine.was_step_applied() else bad_steps + 1
-            if bad_steps:  # DeepSpeed skips, on all ranks, an update with a gradient that is not finite
+            loss = float(done.loss)
+            verdict = bad_steps.judge(
+                progress.step, engine.was_step_applied(), loss, done.micro_batch_losses, micro_batches
+            )
+            progress.losses = bad_steps.history
+            if verdict is not Verdict.GOOD:
                 progress.skipped_steps += 1
-                report_skipped(log, ranks, progress.step, float(loss), micro_batches)
-                if bad_steps >= config.max_skipped_steps:
-                    raise RuntimeError(
-                        f"loss or gradient not finite in {bad_steps} steps in a row, up to step {progress.step}; "
-                        f"the samples stand in {config.run_dir}/metrics.jsonl under event skipped_step"
-                    )
+            if verdict is Verdict.ROLL_BACK:
+                writer.wait()
+                spike_at = progress.step
+                saved = roll_back(run, engine, config, ranks)
+                bad_steps.rolled_back(spike_at, saved)
+                bad_steps.look_back_on(progress.losses)
+                if saved is not None:
+                    speed.skip()
+                    continue
 
             record: dict[str, Any] = {}
             if logging:
-                record = {"step": progress.step, "loss": float(loss), "lr": lr}
+                record = {"step": progress.step, "loss": loss, "lr": lr}
                 record |= {"grad_norm": float(engine.get_global_grad_norm()), "tokens": progress.tokens}
                 record |= {"samples": progress.samples, "skipped_steps": progress.skipped_steps}
                 record |= speed.read(loader.take_wait_s())
@@ -100,93 +117,74 @@ def train(config: Config, ranks: Ranks, stop: StopRequest) -> int:
                 speed.skip()
             if log is not None and record:
                 log.write(record)
-            # A signal in the last step stops nothing: the run is done.
-            stopping = ranks.any(stop.signal is not None) and progress.step < config.steps
-            if stopping or progress.step % config.checkpoint.every == 0 or progress.step == config.steps:
-                folder = save(config, engine, ranks, run)
-                if log is not None:
-                    log.write({"event": "checkpoint", "step": progress.step, "path": str(folder)})
+            if writer.due(progress.step):
+                writer.begin(engine, *contents_of_checkpoint(run, config, engine))
                 speed.skip()
 
-    if log is not None:
-        log.say("stopped by a signal: run the same command to go on" if stopping else "done")
-        log.close()
-    return STOPPED if stopping else 0
+        writer.wait()
+        if progress.step not in (first, writer.saved_step):
+            writer.begin(engine, *contents_of_checkpoint(run, config, engine))
+            writer.wait()
+            if writer.saved_step != progress.step:
+                raise UserError(
+                    f"the checkpoint of step {progress.step} could not be written: {writer.error}; mend the storage "
+                    "and run the same command: the run goes on from its newest checkpoint"
+                )
+        reasons = [reason for reason in ranks.gather(data_error) if reason is not None]
+        if reasons:
+            raise UserError(f"{reasons[0]} (the run stands at step {progress.step}, and its checkpoint is written)")
+        if log is not None:
+            log.say("stopped by a signal: run the same command to go on" if stopping else "done")
+        return STOPPED if stopping else 0
+
+
+def next_step(loader: Loader | StreamLoader) -> tuple[list[MicroBatch], str | None]:
+    """The micro-batches of the next step, or why there are none: a shard that is corrupt, a source that went away."""
+    try:
+        return next(loader), None
+    except (UserError, OSError) as error:
+        return [], str(error)
 
 
 @dataclass
-class Run:
-    """What a run needs before there is an engine; all of it is checked."""
+class Step:
+    """What a training step was."""
 
-    model_config: LrnnConfig
-    data: Data
-    heldout: HeldOut
-    saved: Path | None  # the checkpoint to go on from
-    progress: Progress
-
-
-def open_run(config: Config, ranks: Ranks) -> Run:
-    """Find and check model, data and checkpoint. Raises UserError on all ranks for whatever is wrong with them."""
-    run_dir = Path(config.run_dir)
-
-    def open_parts() -> Run:
-        model_config = load_model_config(config.model)
-        deepspeed_config(config, ranks.world_size)
-        data = open_data(config, model_config, ranks)
-        saved = checkpoint.find_newest(run_dir) if ranks.is_main else None  # it reads all checksums
-        return Run(model_config, data, HeldOut(data, config, ranks), saved, Progress())
-
-    run = ranks.together(open_parts)
-    run.saved = ranks.gather(run.saved)[0]
-    if run.saved is not None:
-        check_same_run(run.saved, run.model_config, run.data.description)
-        run.progress = Progress(**checkpoint.read_progress(run.saved)["progress"])
-
-    def write_config() -> None:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_atomically(run_dir / "run.yaml", dump_config(config))
-        except OSError as error:
-            raise UserError(f"run_dir {run_dir} cannot be written ({error.strerror}: {error.filename})") from None
-
-    ranks.together(write_config if ranks.is_main else lambda: None)
-    return run
-
-
-def start_engine(run: Run, config: Config, ranks: Ranks) -> tuple[Any, EigenvalueProbe]:
-    """The model, with the checkpoint's weights and moments where there is one, in a DeepSpeed engine."""
-    model = build_model(run.model_config, config.seed, config.activation_checkpointing)
-    state = checkpoint.SavedState(run.saved) if run.saved is not None else None
-    if state is not None:
-        state.load_into(model)
-    probe = EigenvalueProbe(model)
-    engine = build_engine(model.to(ranks.device), config, ranks)
-    if state is not None:
-        zero_state.restore(engine, state.read, run.progress.optimizer_step)
-    return engine, probe
+    loss: Tensor  # mean over all labels of the step, on all ranks; a scalar on the device
+    micro_batch_losses: Tensor  # [micro-batches of this rank], means over their own labels
+    n_tokens: int  # labels of the step, on all ranks
 
 
 def train_step(
-    engine: Any, micro_batches: list[MicroBatch], ranks: Ranks, probe: EigenvalueProbe
-) -> tuple[Tensor, int]:
+    engine: Any, micro_batches: list[MicroBatch], ranks: Ranks, probe: EigenvalueProbe, limit: float
+) -> Step:
     """Forward, backward and update. The loss is the mean over all labels of the step, however they are spread.
 
-    Returns the loss, a tensor on the device, and the number of labels of the whole step.
+    The update is refused, on all ranks, where the loss is not finite or above `limit`, or a gradient is not finite;
+    `engine.was_step_applied()` tells.
     """
-    n_tokens = torch.tensor(sum(int((b.labels != -100).sum()) for b in micro_batches), device=ranks.device)
+    labels = torch.tensor([int((b.labels != -100).sum()) for b in micro_batches], device=ranks.device)
+    n_tokens = labels.sum()
     dist.all_reduce(n_tokens)
     # DeepSpeed averages gradients over ranks, so a rank's share is its sum of losses x ranks / tokens.
     share = n_tokens.clamp(min=1) / ranks.world_size
-    loss = torch.zeros((), device=ranks.device)
+    loss, parts = torch.zeros((), device=ranks.device), []
     for i, batch in enumerate(micro_batches):
-        engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+        last = i == len(micro_batches) - 1
+        engine.set_gradient_accumulation_boundary(last)
         part = engine(**model_inputs(batch, ranks.device), num_items_in_batch=share).loss
         probe.enabled = False  # the first micro-batch is sample enough
+        parts.append(part.detach())
+        if last:
+            loss = torch.stack(parts).sum() / ranks.world_size
+            dist.all_reduce(loss)
+            # The loss is judged before the last backward pass, on the device, so that nothing waits. A factor of NaN
+            # makes every gradient NaN, and DeepSpeed skips, on all ranks, an update with one that is not finite.
+            part = part * torch.where(loss.isfinite() & (loss <= limit), 1.0, torch.nan)
         engine.backward(part, scale_wrt_gas=False)
-        loss += part.detach() / ranks.world_size
     engine.step()
-    dist.all_reduce(loss)
-    return loss, int(n_tokens)  # on a GPU this waits for the step to end
+    micro_batch_losses = torch.stack(parts) * share / labels.clamp(min=1)
+    return Step(loss, micro_batch_losses, int(n_tokens))  # on a GPU this waits for the step to end
 
 
 def model_inputs(batch: MicroBatch, device: torch.device) -> dict[str, Tensor]:
@@ -205,46 +203,19 @@ def warm_up(engine: Any, batch: MicroBatch, ranks: Ranks) -> None:
     ranks.barrier()
 
 
-def save(config: Config, engine: Any, ranks: Ranks, run: Run) -> Path:
-    """Write a checkpoint and drop the ones that need not be kept. Returns its folder."""
-    run.progress.optimizer_step = zero_state.optimizer_step(engine)
-    contents = {"step": run.progress.step, "progress": asdict(run.progress), "data": run.data.description}
-    texts = {"config.json": run.model_config.to_json_string(use_diff=False), "run.yaml": dump_config(config)}
-    folder = checkpoint.save(Path(config.run_dir), engine, ranks, contents, texts, run.data.save_tokenizer)
-    if ranks.is_main:
-        checkpoint.retain(folder, config.checkpoint.keep_last, config.checkpoint.keep_every)
-    return folder
-
-
-def check_same_run(saved: Path, model_config: LrnnConfig, description: dict[str, Any]) -> None:
-    """Raises UserError where a checkpoint is of another model, or its position is one in other data."""
-    before = json.loads((saved / "config.json").read_text())
-    now = json.loads(model_config.to_json_string(use_diff=False))
-    ignored = {"transformers_version", "dtype"}
-    for key in sorted((set(before) | set(now)) - ignored):
-        if before.get(key) != now.get(key):
-            raise UserError(
-                f"{saved} was trained with {key} = {before.get(key)!r}, the model configuration says {now.get(key)!r}; "
-                "a run resumes with the model it began with: restore the configuration, or choose another run_dir"
-            )
-    data_before = checkpoint.read_progress(saved)["data"]
-    for key in sorted(set(data_before) | set(description)):
-        if data_before.get(key) != description.get(key):
-            raise UserError(
-                f"{saved} was trained on data with {key} = {data_before.get(key)!r}, now it is "
-                f"{description.get(key)!r}; the position in the data would mean something else: restore it, or choose "
-                "another run_dir"
-            )
-
-
-def report_skipped(
-    log: MetricsLog | None, ranks: Ranks, step: int, loss: float, micro_batches: list[MicroBatch]
-) -> None:
-    """Record which samples the skipped step was made of; to be called on all ranks."""
-    samples = sorted(chain.from_iterable(ranks.gather([i for b in micro_batches for i in b.sample_indices.tolist()])))
-    if log is not None:
-        log.write({"event": "skipped_step", "step": step, "loss": str(loss), "samples": samples})
-        log.say(f"step {step} skipped: loss {loss} or its gradient is not finite; samples {samples[:8]}...")
+def report_checkpoint(log: MetricsLog | None, step: int, outcome: Outcome) -> None:
+    """Record what became of a checkpoint, in the main process; `step`: where training stands by now."""
+    if log is None:
+        return
+    record = {"step": outcome.step, "path": str(outcome.folder), "done_at_step": step}
+    record |= {"stall_seconds": round(outcome.stall_s, 4), "write_seconds": round(outcome.write_s, 4)}
+    if outcome.error is None:
+        log.write({"event": "checkpoint", **record})
+    else:
+        log.write({"event": "checkpoint_failed", "error": outcome.error, **record})
+        log.say(f"checkpoint of step {outcome.step} could not be written, training goes on: {outcome.error}")
+    if outcome.warning is not None:
+        log.say(f"{outcome.folder} is written, but: {outcome.warning}")
 
 
 def _describe(run: Run, config: Config, ranks: Ranks, engine: Any) -> str:

@@ -60,6 +60,25 @@ def restore(engine: Any, read: Callable[[str, str, int, int], Tensor], step: int
         state["step"].fill_(step)
 
 
+def load_module(engine: Any, load: Callable[[torch.nn.Module], object]) -> None:
+    """Apply `load`, which fills a module's parameters in place, to a module that ZeRO may have partitioned.
+
+    The optimizer's own float32 copies are left as they are: `restore` fills those.
+    """
+    if engine.zero_optimization_stage() < 3:
+        load(engine.module)  # its parameters are views into what the optimizer gathers after each update
+        return
+    import deepspeed
+
+    parameters = list(engine.module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+        if dist.get_rank() == 0:  # it is broadcast and partitioned again on leaving
+            load(engine.module)
+    persistent = engine.optimizer.persistent_parameters
+    if persistent:  # small ones, which ZeRO-3 expects whole on every rank
+        persistent[0].all_gather(persistent)
+
+
 def _layout_stage12(zero: Any):
     """(flat slice of this rank, [(parameter, start in parameter, numel, offset in slice)]) for each parameter group."""
     for i, flat in enumerate(zero.single_partition_of_fp32_groups):

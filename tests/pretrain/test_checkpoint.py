@@ -3,78 +3,23 @@
 import json
 import random
 import shutil
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
+from synthetic_checkpoints import SHAPES, Saver, state_of
 
 from lrnn.errors import UserError
 from lrnn.pretrain import checkpoint
 from lrnn.pretrain.checkpoint import BrokenCheckpoint, SavedState, find_newest, retain, verify
-from lrnn.pretrain.distributed import Ranks
-from lrnn.pretrain.zero_state import KINDS, Fragment
-
-SHAPES = {"embed.weight": (7, 5), "norm.weight": (5,), "A_log": (1,)}
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """This process alone."""
-    file = tmp_path_factory.mktemp("group") / "file"
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
-    yield Ranks(0, 1, torch.device("cpu"), dist.new_group(backend="gloo"))
-    dist.destroy_process_group()
-
-
-class ThreadRank:
-    """One of several ranks that are threads of this process."""
-
-    def __init__(self, rank: int, values: list, meeting: threading.Barrier):
-        self.rank, self.world_size, self.is_main = rank, len(values), rank == 0
-        self.barrier, self._values = meeting.wait, values
-
-    def gather(self, value):
-        self._values[self.rank] = value
-        self.barrier()
-        gathered = list(self._values)
-        self.barrier()
-        return gathered
-
-
-def state_of(seed: int) -> dict[tuple[str, str], torch.Tensor]:
-    """A parameter and its moments, flat, by (kind, name)."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = {name: torch.Size(shape).numel() for name, shape in SHAPES.items()}
-    return {(kind, name): torch.randn(n, generator=generator) for kind in KINDS for name, n in sizes.items()}
 
 
 @pytest.fixture
-def save(ranks, tmp_path, monkeypatch):
+def save(tmp_path, monkeypatch):
     """`save(step)` writes a checkpoint of `state_of(step)` into tmp_path and returns its folder."""
-
-    def fragments(engine):
-        for name, shape in SHAPES.items():
-            n = torch.Size(shape).numel()
-            yield Fragment(name, 0, n, {kind: engine[kind, name] for kind in KINDS})
-
-    monkeypatch.setattr(checkpoint, "local_fragments", fragments)
-
-    def tokenizer(folder: Path) -> None:
-        folder.mkdir()
-        (folder / "tokenizer.model").write_bytes(b"pieces" * 50)
-        (folder / "tokenizer_config.json").write_text("{}")
-
-    def write(step: int) -> Path:
-        texts = {"config.json": json.dumps({"hidden_size": 5}), "run.yaml": f"steps: {step}\n"}
-        progress = {"step": step, "progress": {"step": step, "samples": 8 * step}}
-        return checkpoint.save(tmp_path, state_of(step), ranks, progress, texts, tokenizer)
-
-    return write
+    return Saver(tmp_path, monkeypatch).save
 
 
 def files_of(folder: Path) -> list[str]:
@@ -232,32 +177,8 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("place", ["save_file", "_seal", "_sync", "rename", "write_atomically"])
-def test_killed_while_saving(save, tmp_path, monkeypatch, place):
-    """Wherever the process is killed, the newest checkpoint is a whole one, and the next save works and clears up."""
-    before = save(1)
-
-    def kill(*args, **kwargs):
-        raise Killed
-
-    holder = {"save_file": checkpoint.safetensors.torch, "rename": Path}.get(place, checkpoint)
-    with monkeypatch.context() as patch:
-        patch.setattr(holder, place, kill)
-        with pytest.raises(Killed):
-            save(2)
-    newest = find_newest(tmp_path)
-    if place == "write_atomically":  # after the rename it is there, whatever `latest` says
-        assert newest is not None and newest.name == "step-00000002"
-    else:
-        assert newest == before
-        assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-00000001"]
-    after = save(3)  # a run that was resumed need not stop at the same step
-    assert find_newest(tmp_path) == after
-    assert not list(after.parent.glob(".*")), "a partial checkpoint stays for ever"
-
-
-def test_killed_while_deleting(save, tmp_path, monkeypatch):
-    folders = [save(step) for step in (1, 2, 3)]
+def test_killed_while_deleting(tmp_path, monkeypatch):
+    folders = [Saver(tmp_path, monkeypatch).save(step) for step in (1, 2, 3)]
     original = shutil.rmtree
 
     def kill(path, *args, **kwargs):
@@ -270,7 +191,7 @@ def test_killed_while_deleting(save, tmp_path, monkeypatch):
             retain(folders[2], 2, 0)
     assert checkpoint.shutil.rmtree is original
     assert checkpoint.list_checkpoints(tmp_path) == folders[1:]
-    retain(save(4), 2, 0)
+    retain(Saver(tmp_path, monkeypatch).save(4), 2, 0)  # a run that starts clears up
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
@@ -333,6 +254,16 @@ def test_broken_checkpoints_do_not_push_out_intact_ones(save, tmp_path):
     assert steps(tmp_path) == [10, 15, 20, 30]
 
 
+def test_a_broken_checkpoint_does_not_count_among_the_last(save, tmp_path):
+    """Steps 20 and 30 lost files: with keep_last=2, the intact ones of 10 and 40 stay."""
+    for step, lost in ((10, None), (20, "manifest.json"), (30, "config.json"), (40, None)):
+        folder = save(step)
+        if lost:
+            remove(folder / lost)
+    retain(folder, 2, 0)
+    assert steps(tmp_path) == [10, 40]
+
+
 # --- slices -----------------------------------------------------------------------------------------------------------
 
 
@@ -382,33 +313,3 @@ def test_a_missing_fragment(tmp_path):
         saved.read("param", "a", 9, 2)
     with pytest.raises(BrokenCheckpoint, match="lacks 3 of 3 elements of exp_avg a"):
         saved.read("exp_avg", "a", 0, 3)
-
-
-def test_checkpoint_of_several_processes(tmp_path, monkeypatch):
-    """Three processes save; what one alone reads back is the whole."""
-    state = state_of(5)
-    flat_names = list(SHAPES)
-
-    def fragments(rank: int):
-        for name in flat_names:  # thirds, the last one shorter
-            n = torch.Size(SHAPES[name]).numel()
-            part = -(-n // 3)
-            low, high = min(n, rank * part), min(n, (rank + 1) * part)
-            if low < high:
-                yield Fragment(name, low, high - low, {kind: state[kind, name][low:high] for kind in KINDS})
-
-    monkeypatch.setattr(checkpoint, "local_fragments", fragments)
-    meeting, values = threading.Barrier(3, timeout=20), [None] * 3
-    with ThreadPoolExecutor(3) as pool:
-        saving = [
-            pool.submit(checkpoint.save, tmp_path, rank, ThreadRank(rank, values, meeting), {"step": 7}, {}, Path.mkdir)
-            for rank in range(3)
-        ]
-        (folder,) = {s.result() for s in saving}
-    assert [f for f in files_of(folder) if f.startswith("state")] == [
-        f"state-0000{i}-of-00003.safetensors" for i in range(3)
-    ]
-    verify(folder)
-    saved = SavedState(folder)
-    for (kind, name), values in state.items():
-        assert torch.equal(saved.read(kind, name, 0, values.numel()), values)

@@ -29,7 +29,7 @@ def main() -> None:
     for i, spec in enumerate(json.load(open(sys.argv[1]))):  # noqa: SIM115
         config = validate(spec["config"], "test")
 
-        def step(engine, micro_batches, ranks, probe, spec=spec, config=config):
+        def step(engine, micro_batches, ranks, probe, limit, spec=spec, config=config):
             number = int(micro_batches[0].sample_indices.min()) // config.global_batch_size + 1
             last = ranks.rank == ranks.world_size - 1
             if last and number == spec.get("stop_at"):
@@ -38,7 +38,7 @@ def main() -> None:
             if last and number == spec.get("poison_at"):
                 parameter = engine.module.model.layers[0].mlp.up_proj.weight
                 handle = parameter.register_hook(lambda grad: grad * float("nan"))
-            result = original_step(engine, micro_batches, ranks, probe)
+            result = original_step(engine, micro_batches, ranks, probe, limit)
             if handle is not None:
                 handle.remove()
             return result

@@ -1,0 +1,238 @@
+"""Writes checkpoints (see checkpoint.py) beside training: a step waits for a copy in memory, not for the disk.
+
+All ranks call the same methods in the same order. `begin` copies what the rank holds of the training state into host
+memory, and a thread writes it into a hidden folder. When every rank's thread is done, the main process' thread writes
+the manifest and renames the folder: until then the checkpoint is not there at all. Whether all are done is found out in
+`advance`, from a vote that the training loop holds once a step anyway.
+
+Storage that fails (a full disk, a quota, a mount that went away) fails the checkpoint, not the run: the hidden folder
+is dropped, the failure reported, and the next attempt comes after a tenth of the interval.
+"""
+
+import json
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lrnn.errors import UserError
+from lrnn.pretrain import checkpoint
+from lrnn.pretrain.config import CheckpointConfig
+from lrnn.pretrain.distributed import Ranks
+from lrnn.pretrain.zero_state import KINDS, local_fragments
+
+READY, BUSY, FAILED = 0, 1, 2  # votes of a rank, the worst of which counts
+STORAGE_ERRORS = (OSError, safetensors.SafetensorError)  # what a disk can do; all else is a bug and ends the run
+
+
+@dataclass
+class Outcome:
+    """What became of one checkpoint."""
+
+    step: int
+    folder: Path  # where it is, or would have been
+    error: str | None  # why it is not there
+    warning: str | None  # it is there, but `latest` or older checkpoints are not as they should be (main process)
+    stall_s: float  # how long training waited for the copy, and for the checkpoint before
+    write_s: float  # from the copy to the end
+
+
+@dataclass
+class _Pending:
+    step: int
+    partial: Path
+    stall_s: float
+    begun: float = field(default_factory=time.monotonic)
+    committing: bool = False
+    warning: str | None = None
+
+
+class CheckpointWriter:
+    """The writer of one rank.
+
+    Args:
+        run_dir: of the run; `checkpoints/` is made in it.
+        settings: how often, how many are kept, and whether training goes on meanwhile.
+        save_tokenizer: writes the tokenizer's files into a folder that it makes.
+        report: called on all ranks with the outcome of every checkpoint, in order.
+
+    Attributes:
+        saved_step: step of the newest checkpoint that this writer has completed; None: none so far.
+        error: why the last checkpoint failed; None: it did not.
+
+    Raises:
+        UserError: the folder of checkpoints cannot be written.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        ranks: Ranks,
+        settings: CheckpointConfig,
+        save_tokenizer: Callable[[Path], object],
+        report: Callable[[Outcome], None],
+    ):
+        self._root, self._ranks, self._settings = run_dir / "checkpoints", ranks, settings
+        self._save_tokenizer, self._report = save_tokenizer, report
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._future: Future | None = None
+        self._pending: _Pending | None = None
+        self._buffers: dict[str, Tensor] = {}
+        self.error: str | None = None
+        self.saved_step: int | None = None
+        # Of this run alone: a rank of an earlier one that outlived it cannot write into our folders.
+        self._token = ranks.gather(secrets.token_hex(4))[0]
+        ranks.together(self._prepare_root if ranks.is_main else lambda: None)
+
+    def _prepare_root(self) -> None:
+        try:
+            self._root.mkdir(exist_ok=True)
+            for leftover in self._root.glob(".step-*"):  # of a process that was killed
+                shutil.rmtree(leftover)
+        except OSError as error:
+            raise UserError(f"{self._root} cannot be written ({error.strerror}: {error.filename})") from None
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint should be begun after `step` steps."""
+        every = self._settings.every
+        return step % every == 0 or (self.error is not None and step % max(1, every // 10) == 0)
+
+    def begin(self, engine: Any, progress: dict[str, Any], texts: dict[str, str]) -> None:
+        """Begin a checkpoint of `progress["step"]`. Waits for the one before, if it is not written yet.
+
+        Args:
+            engine: the DeepSpeed engine.
+            progress: what `progress.json` will hold.
+            texts: further small files, name to content (`config.json`, `run.yaml`).
+        """
+        start = time.monotonic()
+        self.wait()
+        tensors = self._snapshot(engine)
+        step = progress["step"]
+        files = {**texts, "progress.json": json.dumps(progress, indent=1)}
+        self._pending = _Pending(step, self._root / f".step-{step:08d}.{self._token}", time.monotonic() - start)
+        self._future = self._executor.submit(self._write, self._pending.partial, tensors, files)
+        if not self._settings.background:
+            self.wait()
+
+    @property
+    def vote(self) -> int:
+        """`READY`, `BUSY` or `FAILED`: what this rank has to say to `advance`."""
+        if self._future is None:
+            return READY
+        if not self._future.done():
+            return BUSY
+        return FAILED if self._future.exception() is not None else READY
+
+    def advance(self, worst: int) -> None:
+        """Go on with what is pending, given the worst vote of all ranks: the same call on all of them."""
+        pending = self._pending
+        if pending is None or worst == BUSY:
+            return
+        results = self._ranks.gather(self._result())
+        errors = [error for _, error in results if error is not None]
+        if not errors and not pending.committing:
+            pending.committing = True
+            if self._ranks.is_main:
+                files = {name: entry for written, _ in results for name, entry in written.items()}
+                self._future = self._executor.submit(self._commit, pending, files)
+            return
+        self._pending = None
+        self.error = errors[0] if errors else None
+        if not errors:
+            self.saved_step = pending.step
+        elif self._ranks.is_main:
+            self._executor.submit(shutil.rmtree, pending.partial, ignore_errors=True)
+        self._report(
+            Outcome(
+                step=pending.step,
+                folder=self._folder(pending.step),
+                error=self.error,
+                warning=pending.warning,
+                stall_s=pending.stall_s,
+                write_s=time.monotonic() - pending.begun,
+            )
+        )
+
+    def wait(self) -> None:
+        """Wait until nothing is pending."""
+        while self._pending is not None:
+            if self._future is not None:
+                wait_for([self._future])
+            self.advance(max(self._ranks.gather(self.vote)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        # After an error the other ranks need not come along, so nothing is waited for but this rank's thread.
+        self._executor.shutdown(wait=True)
+
+    def _folder(self, step: int) -> Path:
+        return self._root / f"step-{step:08d}"
+
+    def _snapshot(self, engine: Any) -> dict[str, Tensor]:
+        """The rank's fragments, copied into buffers that are kept from one checkpoint to the next."""
+        tensors = {}
+        for fragment in local_fragments(engine):
+            for kind in KINDS:
+                source = fragment.tensors[kind].detach()
+                key = f"{kind}:{fragment.name}:{fragment.start}"
+                if key not in self._buffers:
+                    self._buffers[key] = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+                self._buffers[key].copy_(source, non_blocking=True)
+                tensors[key] = self._buffers[key]
+        if self._ranks.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        return tensors
+
+    def _write(self, partial: Path, tensors: dict[str, Tensor], files: dict[str, str]) -> dict[str, Any]:
+        """In the thread: write this rank's state and, on the main process, the small files. Returns their entries."""
+        partial.mkdir(exist_ok=True)  # its parent is made once: storage that went away must not be made anew
+        name = f"state-{self._ranks.rank:05d}-of-{self._ranks.world_size:05d}.safetensors"
+        safetensors.torch.save_file(tensors, partial / name)
+        entries = {name: checkpoint.seal(partial / name)}
+        if self._ranks.is_main:
+            for text_name, text in files.items():
+                (partial / text_name).write_text(text)
+                entries[text_name] = checkpoint.seal(partial / text_name)
+            self._save_tokenizer(partial / "tokenizer")
+            for file in sorted((partial / "tokenizer").iterdir()):
+                entries[f"tokenizer/{file.name}"] = checkpoint.seal(file)
+            checkpoint.sync(partial / "tokenizer")
+        return entries
+
+    def _commit(self, pending: _Pending, files: dict[str, Any]) -> None:
+        """In the main process' thread: make the checkpoint visible, whole, and drop those that need not be kept."""
+        checkpoint.write_manifest(pending.partial, pending.step, files)
+        folder = self._folder(pending.step)
+        if folder.exists():  # a broken one of the same step
+            shutil.rmtree(folder.rename(pending.partial.with_name(f"{pending.partial.name}.old")))
+        pending.partial.rename(folder)
+        checkpoint.sync(self._root)
+        try:
+            checkpoint.write_atomically(self._root / "latest", folder.name + "\n")
+            checkpoint.retain(folder, self._settings.keep_last, self._settings.keep_every)
+        except OSError as error:
+            pending.warning = str(error)
+
+    def _result(self) -> tuple[dict[str, Any], str | None]:
+        """What the thread returned, and how it failed. Raises what is no failure of storage."""
+        if self._future is None:
+            return {}, None
+        future, self._future = self._future, None
+        try:
+            return future.result() or {}, None
+        except STORAGE_ERRORS as error:
+            where = f" (rank {self._ranks.rank})" if self._ranks.world_size > 1 else ""
+            return {}, f"{error}{where}"
