@@ -103,7 +103,9 @@ def read_checkpoint(source: Path, tokenizer: str | None = None) -> Trained:
         checkpoint.verify(source)
     else:
         raise UserError(f"{source} is neither a run folder nor a checkpoint (a folder named step-NNNNNNNN)")
-    config = LrnnConfig(**json.loads((source / "config.json").read_text()))
+    known = LrnnConfig().to_dict()  # a stranger's further fields, some of which name code, are not passed on
+    fields = json.loads((source / "config.json").read_text())
+    config = LrnnConfig(**{name: value for name, value in fields.items() if name in known})
     progress = checkpoint.read_progress(source)
     trained_tokenizer = _tokenizer_of(source, progress["data"], tokenizer)
     _check_vocabulary(trained_tokenizer, config)
@@ -117,7 +119,10 @@ def read_checkpoint(source: Path, tokenizer: str | None = None) -> Trained:
         "run_config_sha256": files["run.yaml"]["sha256"],
         "tokenizer_sha256": trained_tokenizer.fingerprint,
     }
-    run = yaml.safe_load((source / "run.yaml").read_text())
+    try:
+        run = yaml.safe_load((source / "run.yaml").read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{source / 'run.yaml'} is no plain YAML: {' '.join(str(error).split())}") from None
     return Trained(model, trained_tokenizer, training, progress["data"], run)
 
 

@@ -1,6 +1,7 @@
 """Load an exported folder as somebody does who has transformers alone, and write down what comes out.
 
 Run by the exporter in a fresh process: python -I reload_child.py FOLDER INPUT.safetensors OUTPUT.safetensors TEXTS.json
+The code that it trusts is the model's, which the exporter has just copied out of lrnn; the tokenizer has none.
 """
 
 import json
@@ -21,7 +22,7 @@ def main(folder: str, input_file: str, output_file: str, texts_file: str) -> Non
         logits["native"] = model(given["input_ids"]).logits.float()
         logits["float32"] = model.float()(given["input_ids"]).logits
     save_file(logits, output_file)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     with open(texts_file) as f:
         texts = json.load(f)
     with open(texts_file, "w") as f:

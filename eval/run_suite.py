@@ -11,17 +11,15 @@ The tasks are ordinary lm-eval tasks, so lm-eval's own command line runs them on
     --include_path "$(python -c 'from lrnn.eval.suites import TASK_FOLDER; print(TASK_FOLDER)')" \\
     --tasks lrnn_humaneval_bpb,lrnn_gsm8k_bpb --output_path out --log_samples
 
-(`lrnn_heldout_bpb` reads the file named by LRNN_EVAL_HELDOUT; code tasks want --confirm_run_unsafe_code.)
+(`lrnn_heldout_bpb` reads the file named by LRNN_EVAL_HELDOUT; code tasks want --confirm_run_unsafe_code. Unlike that
+line, `lrnn eval` itself runs no code of the folder: it has lrnn's own.)
 """
 
 import argparse
-import atexit
 import json
 import logging
 import os
-import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -168,10 +166,15 @@ def choose_tasks(suite: str, heldout: bool, allow_code: bool, skip_code: bool) -
 
 
 def check_export(folder: Path) -> dict[str, Any]:
-    """The folder's config.json; raises UserError if it is not a complete exported model."""
+    """The folder's config.json; raises UserError if it is not a complete exported model.
+
+    The weights have to be safetensors: other formats are pickles. A model that needs code of its own is refused.
+    """
+    from transformers import CONFIG_MAPPING
+
     if not folder.is_dir():
         raise UserError(f"model folder not found: {folder}")
-    wanted = {"config.json": "config.json", "tokenizer_config.json": "a tokenizer", "*.safetensors": "weights"}
+    wanted = {"config.json": "config.json", "tokenizer_config.json": "a tokenizer", "model.safetensors*": "weights"}
     for pattern, what in wanted.items():
         if not any(folder.glob(pattern)):
             raise UserError(
@@ -184,22 +187,37 @@ def check_export(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
     if "model_type" not in config:
         raise UserError(f"{folder / 'config.json'} names no model_type: not an exported model")
+    if config["model_type"] not in CONFIG_MAPPING:
+        raise UserError(
+            f"{folder / 'config.json'}: neither lrnn nor transformers has the model_type {config['model_type']!r}, and "
+            "code that comes with a model is not run; export the checkpoint with --format hf"
+        )
+    check_shards(folder / "model.safetensors.index.json")
     return config
 
 
+def check_shards(index: Path) -> None:
+    """Raises UserError where the index of weights in several files is no JSON, or names other files than safetensors,
+    which transformers would unpickle."""
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is no index of weights: {error!r}") from None
+        for name in names:
+            if not str(name).endswith(".safetensors"):
+                raise UserError(f"{index} names {name!r}; only weights in safetensors are read")
+
+
 def prepare_environment() -> None:
-    """No network, remote code in a folder of this process alone, and no bars in log files.
+    """No network, and no bars in log files.
 
     Environment variables serve what is imported later; what `import lrnn` has already imported is set directly.
     """
     import huggingface_hub.constants
-    from transformers import dynamic_module_utils
 
-    modules = tempfile.mkdtemp(prefix="lrnn-eval-modules-")
-    atexit.register(shutil.rmtree, modules, ignore_errors=True)
-    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_MODULES_CACHE=modules)
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     huggingface_hub.constants.HF_HUB_OFFLINE = True
-    dynamic_module_utils.HF_MODULES_CACHE = modules
     # Every task has `custom_dataset`, and lm-eval warns for each that it could take arguments.
     logging.getLogger("lm_eval.api.task").addFilter(lambda record: "Custom kwargs" not in record.getMessage())
     if not sys.stderr.isatty():
@@ -234,7 +252,11 @@ def check_lengths(folder: Path, tasks: dict[str, Any], max_length: int, limit: i
     """Raise UserError if a gold answer, or what a task may generate, does not fit into `max_length` tokens."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: its tokenizer cannot be loaded, or needs code of its own ({reason})") from error
     for name, task in tasks.items():
         if task.OUTPUT_TYPE == "loglikelihood":
             answers = task.test_docs()[:limit]["continuation"]
@@ -253,7 +275,10 @@ def check_lengths(folder: Path, tasks: dict[str, Any], max_length: int, limit: i
 def load_model(
     folder: Path, device: str | None, dtype: str | None, batch_size: int, max_length: int
 ) -> tuple[Any, dict[str, Any]]:
-    """lm-eval's own Hugging Face model on the folder, and the settings it was loaded with."""
+    """lm-eval's own Hugging Face model on the folder, and the settings it was loaded with.
+
+    The folder may be a stranger's: none of its code is run, and nothing is unpickled.
+    """
     import torch
     from lm_eval.models.huggingface import HFLM
 
@@ -262,7 +287,10 @@ def load_model(
     settings = {"device": device, "dtype": dtype, "batch_size": batch_size, "max_length": max_length}
     settings["softmax_dtype"] = "float32"  # in bfloat16 a log-softmax is quantised to 0.005 nats a token
     print(f"loading {folder} on {device} in {dtype}", flush=True)
-    return HFLM(pretrained=str(folder), trust_remote_code=True, **settings), settings
+    try:
+        return HFLM(pretrained=str(folder), trust_remote_code=False, use_safetensors=True, **settings), settings
+    except OSError as error:
+        raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def run_tasks(lm: Any, tasks: dict[str, Any], limit: int | None = None) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def export_tokenizer(trained: Tokenizer, folder: Path) -> PreTrainedTokenizerFas
     if trained.kind == "sentencepiece":
         tokenizer = convert_sentencepiece(folder / "tokenizer.model")
     else:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **SETTINGS)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **SETTINGS)
         if tokenizer.backend_tokenizer.encode("").ids:  # it adds bos or eos
             tokenizer.backend_tokenizer.post_processor = None
         if tokenizer.pad_token is None:
@@ -125,7 +125,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
     config["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 5 writes a name that 4 does not know
-    for key in ("backend", "add_bos_token", "add_eos_token", "is_local", "local_files_only"):
+    # auto_map names code, of the tokenizer's author; whoever trusts lrnn's model code would run it too.
+    for key in ("backend", "add_bos_token", "add_eos_token", "is_local", "local_files_only", "auto_map"):
         config.pop(key, None)
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 

@@ -6,7 +6,7 @@
         run.yaml                           the run's resolved configuration
         progress.json                      step, samples and tokens consumed, state of a streamed source
         tokenizer/                         the corpus' tokenizer
-        manifest.json                      size and SHA-256 of every file above; written last
+        manifest.json                      size and SHA-256 of every file above, and its own SHA-256; written last
     RUN/checkpoints/latest                 name of the newest one
 
 A checkpoint is written into a hidden folder, synced, and renamed (checkpoint_writer.py).
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lrnn.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NAME = re.compile(r"^step-(\d{8})$")
 
 
@@ -37,10 +37,15 @@ class BrokenCheckpoint(UserError):
 
 def write_manifest(folder: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
     """Write the manifest of a checkpoint whose files are sealed: `files` maps their names to what `seal` returned."""
-    manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    (folder / "manifest.json").write_text(manifest_text(step, files))
     sync(folder / "manifest.json")
     sync(folder)
+
+
+def manifest_text(step: int, files: dict[str, dict[str, Any]]) -> str:
+    """The content of `manifest.json`; `files` as for `write_manifest`."""
+    content = {"format_version": FORMAT_VERSION, "step": step, "files": files}
+    return json.dumps({**content, "sha256": _manifest_sha256(content)}, indent=1)
 
 
 def seal(file: Path) -> dict[str, Any]:
@@ -151,7 +156,10 @@ class SavedState:
         for name in _manifest(folder)["files"]:
             if not name.startswith("state-"):
                 continue
-            self._files[name] = safetensors.safe_open(folder / name, framework="pt")
+            try:
+                self._files[name] = safetensors.safe_open(folder / name, framework="pt")
+            except safetensors.SafetensorError as error:
+                raise BrokenCheckpoint(f"{folder / name} is no safetensors file ({error})") from None
             for key in self._files[name].keys():  # noqa: SIM118 (no mapping)
                 kind, parameter, start = key.split(":")
                 end = int(start) + self._files[name].get_slice(key).get_shape()[0]
@@ -210,18 +218,34 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
+    file = folder / "manifest.json"
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads(file.read_text())
         version = manifest["format_version"]
-        if version == FORMAT_VERSION and not all({"size", "sha256"} <= set(e) for e in manifest["files"].values()):
-            raise ValueError("a file without size or sha256")
+        if version == FORMAT_VERSION:
+            if manifest["sha256"] != _manifest_sha256(manifest):
+                raise ValueError("its own SHA-256 differs")
+            if not all({"size", "sha256"} <= set(e) for e in manifest["files"].values()):
+                raise ValueError("a file without size or sha256")
     except FileNotFoundError:
         raise BrokenCheckpoint(f"{folder} is no complete checkpoint: it has no manifest.json") from None
+    except OSError as error:
+        raise BrokenCheckpoint(f"{file} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BrokenCheckpoint(f"{folder}/manifest.json is damaged: {error!r}") from None
+        raise BrokenCheckpoint(f"{file} is damaged: {error!r}") from None
     if version != FORMAT_VERSION:
         raise BrokenCheckpoint(f"{folder} has checkpoint format {version}, this program reads {FORMAT_VERSION}")
+    for name in manifest["files"]:
+        parts = name.removeprefix("tokenizer/").split("/")
+        if len(parts) != 1 or parts[0] in ("", ".", ".."):  # a stranger's checkpoint must not read what lies elsewhere
+            raise BrokenCheckpoint(f"{file} names {name!r}, which is outside of the checkpoint")
     return manifest
+
+
+def _manifest_sha256(manifest: dict[str, Any]) -> str:
+    """Over everything but the checksum itself: damage to the manifest must not pass for another content."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _step(folder: Path) -> int:

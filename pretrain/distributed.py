@@ -103,6 +103,9 @@ def init_ranks() -> Ranks:
     import deepspeed  # after DS_ACCELERATOR is set
 
     deepspeed.logger.setLevel("ERROR")
+    # An operator for inference on CPU, which DeepSpeed would compile at the first start. A process that is killed
+    # meanwhile leaves a lock behind for which every later one waits without end.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed calls names that newer versions of torch deprecate; its users can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if not dist.is_initialized():

@@ -1,16 +1,20 @@
 """Submit a pretraining run to SLURM, or its continuation where it failed or was cancelled: the same command does both.
 
 Fills in `slurm/train.sbatch`, shows it, writes it to RUN_DIR/train.sbatch and gives it to sbatch. A run that is queued
-or running is not submitted a second time. What sbatch reads from its environment (SBATCH_ACCOUNT, SBATCH_PARTITION)
-counts here too.
+or running is not submitted a second time, nor is one by two commands at the same moment. What sbatch reads from its
+environment (SBATCH_ACCOUNT, SBATCH_PARTITION) counts here too.
 """
 
 import argparse
 import re
 import shlex
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 import lrnn
 from lrnn.errors import UserError
@@ -24,6 +28,7 @@ OVER = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
     "TIMEOUT",
 }  # fmt: skip
+LOCK_WAIT_S = 60  # for another `lrnn submit` of the run; squeue and sbatch take seconds at most
 DIRECTIVE = re.compile(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", re.MULTILINE)
 RESERVED = {
     "comment": "it names the run, for the next lrnn submit to find the job",
@@ -80,13 +85,13 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(f"{script}\n# {status}; not submitted (--dry-run)")
         return 0
-    refuse_second_job(run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomically(run_dir / "train.sbatch", script)
-    except OSError as error:
-        raise UserError(f"run_dir {run_dir} cannot be written ({error.strerror}: {error.filename})") from None
-    job = call("sbatch", "--parsable", str(run_dir / "train.sbatch")).strip().split(";")[0]
+    with only_one(run_dir):
+        refuse_second_job(run_dir)
+        try:
+            checkpoint.write_atomically(run_dir / "train.sbatch", script)
+        except OSError as error:
+            raise _not_writable(run_dir, error) from None
+        job = call("sbatch", "--parsable", str(run_dir / "train.sbatch")).strip().split(";")[0]
     print(f"{script}\nsubmitted job {job}: {status}; output in {run_dir / 'slurm.log'}")
     return 0
 
@@ -152,6 +157,37 @@ def _directive(name: str, value: str) -> str:
 def comment(run_dir: Path) -> str:
     """What marks the jobs of a run."""
     return f"lrnn run_dir={run_dir}"
+
+
+@contextmanager
+def only_one(run_dir: Path) -> Iterator[None]:
+    """Makes the run's folder, and holds a lock on it: between squeue and sbatch no other command may submit the run.
+
+    Raises UserError where the folder cannot be written, or another command holds the lock for too long.
+    """
+    lock = FileLock(run_dir / ".submit.lock")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"another lrnn submit of {run_dir} is at work; waiting for it up to {LOCK_WAIT_S} s", flush=True)
+            lock.acquire(timeout=LOCK_WAIT_S)
+    except Timeout:
+        raise UserError(
+            f"run_dir {run_dir}: another lrnn submit is still at work after {LOCK_WAIT_S} s; look with squeue what it "
+            "did, end it if it hangs, and try again"
+        ) from None
+    except OSError as error:
+        raise _not_writable(run_dir, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _not_writable(run_dir: Path, error: OSError) -> UserError:
+    return UserError(f"run_dir {run_dir} cannot be written ({error.strerror}: {error.filename})")
 
 
 def refuse_second_job(run_dir: Path) -> None:

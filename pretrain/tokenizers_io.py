@@ -116,11 +116,11 @@ class HuggingFaceTokenizer(Tokenizer):
                 for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
             }
             self._files = {file: Path(path) for file, path in found.items() if path is not None}
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # else it asks on a terminal
         except (OSError, ValueError) as error:
             raise UserError(
-                f"tokenizer {name!r}: neither here nor a tokenizer on the hub that can be reached "
-                f"({str(error).splitlines()[0]})"
+                f"tokenizer {name!r}: neither here nor a tokenizer on the hub that can be reached, or one that needs "
+                f"code of its own, which is not run ({str(error).splitlines()[0]})"
             ) from error
         if "tokenizer.json" not in self._files or not tokenizer.is_fast:
             raise UserError(f"tokenizer {name!r}: it has no tokenizer.json; give its SentencePiece .model file instead")

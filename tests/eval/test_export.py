@@ -19,6 +19,7 @@ from lrnn.errors import UserError
 from lrnn.eval import export as export_module
 from lrnn.eval.export import export, read_checkpoint
 from lrnn.eval.fla_format import from_fla, to_fla_config
+from lrnn.pretrain.checkpoint import manifest_text
 from lrnn.pretrain.tokenizers_io import train_sentencepiece
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -65,7 +66,7 @@ def sha256(path: Path) -> str:
 def write_manifest(folder: Path):
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
     files = {n: {"size": (folder / n).stat().st_size, "sha256": sha256(folder / n)} for n in names}
-    (folder / "manifest.json").write_text(json.dumps({"format_version": 1, "step": 10, "files": files}))
+    (folder / "manifest.json").write_text(manifest_text(10, files))
 
 
 def write_checkpoint(run: Path, model: LrnnForCausalLM, tokenizer: Path | None, step: int = 10) -> Path:

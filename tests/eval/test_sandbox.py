@@ -3,6 +3,8 @@
 import itertools
 import socket
 import sys
+import tempfile
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -79,15 +81,56 @@ def _read(path):
         return ""
 
 
-@pytest.mark.parametrize("family", ["internet", "abstract unix"])
-def test_no_network_not_even_to_this_machine(family):
+FORK_BOMB = """
+import ctypes, os
+ctypes.CDLL(None).prctl(15, b"{name}", 0, 0, 0)  # PR_SET_NAME: what /proc/PID/comm says, of children too
+while True:
+    try:
+        os.fork()
+    except OSError:
+        pass
+"""
+
+
+def test_a_fork_bomb_is_held_and_ended():
+    name = uuid.uuid4().hex[:15]
+    outcomes: list[sandbox.Outcome] = []
+    program = FORK_BOMB.format(name=name)
+    running = threading.Thread(target=lambda: outcomes.append(sandbox.run(program, timeout_s=2.0)))
+    running.start()
+    most = 0
+    while running.is_alive():
+        most = max(most, _count(name))
+        time.sleep(0.05)
+    assert outcomes[0].timed_out and not outcomes[0].passed
+    assert 8 < most <= sandbox.PROCESSES, f"{most} processes at once"
+    deadline = time.monotonic() + 5
+    while alive := _count(name):
+        assert time.monotonic() < deadline, f"{alive} are still running"
+        time.sleep(0.05)
+
+
+def _count(name: str) -> int:
+    return sum(_read(path).strip() == name for path in Path("/proc").glob("[0-9]*/comm"))
+
+
+@pytest.fixture
+def short_folder():
+    """The path of a socket has 107 characters at most: tmp_path may be too long."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield folder
+
+
+@pytest.mark.parametrize("family", ["internet", "abstract unix", "unix"])
+def test_no_network_not_even_to_this_machine(family, short_folder):
     if family == "internet":
         server = socket.create_server(("127.0.0.1", 0))
         address = server.getsockname()
         connect = f"socket.create_connection({address!r}, timeout=2)"
     else:
         server = socket.socket(socket.AF_UNIX)
-        server.bind(address := f"\0lrnn-{uuid.uuid4().hex}")
+        address = f"\0lrnn-{uuid.uuid4().hex}" if family == "abstract unix" else f"{short_folder}/socket"
+        server.bind(address)
         server.listen()
         connect = f"socket.socket(socket.AF_UNIX).connect({address!r})"
     with server:
@@ -113,6 +156,24 @@ def test_sees_no_file_of_the_machine_but_python(tmp_path, monkeypatch):
     home = sandbox.run(f"import os; print(os.listdir({str(Path.home())!r})); assert 0").stderr
     hidden = [p.name for p in Path.home().iterdir() if not sys.base_prefix.startswith(str(p))]
     assert not any(name in home for name in hidden)
+
+
+def test_the_home_directory_can_be_neither_read_nor_written():
+    with tempfile.NamedTemporaryFile("w+", dir=Path.home(), prefix=".lrnn-test-") as secret:
+        secret.write("s3cret")
+        secret.flush()
+        assert Path(secret.name).read_text() == "s3cret"
+        for program in (
+            f"open({secret.name!r}).read()",
+            f"open({secret.name!r}, 'w')",
+            f"open({str(Path.home() / '.lrnn-was-here')!r}, 'w')",
+            "import pathlib; open(pathlib.Path.home() / '.lrnn-was-here', 'w')",
+            f"import os; os.chdir('/'); [os.chdir('..') for _ in range(9)]; open('.' + {secret.name!r})",
+            f"import os; os.link({secret.name!r}, '/tmp/a')",
+        ):
+            outcome = sandbox.run(program)
+            assert not outcome.passed and "Error" in outcome.stderr, program
+        assert Path(secret.name).read_text() == "s3cret" and not (Path.home() / ".lrnn-was-here").exists()
 
 
 def test_cannot_write_outside_tmp_nor_gain_rights():

@@ -1,5 +1,6 @@
 """Checkpoints: whole or invisible, every kind of damage seen, any slice read back from any partition."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -13,7 +14,7 @@ from synthetic_checkpoints import SHAPES, Saver, state_of
 
 from lrnn.errors import UserError
 from lrnn.pretrain import checkpoint
-from lrnn.pretrain.checkpoint import BrokenCheckpoint, SavedState, find_newest, retain, verify
+from lrnn.pretrain.checkpoint import BrokenCheckpoint, SavedState, find_newest, manifest_text, retain, verify
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def test_every_damage_is_seen(save, tmp_path, name, damage):
 
 
 def test_any_bit_of_any_file(save):
-    """A bit flipped anywhere is seen, or it stands where nothing is read (the step in the manifest)."""
+    """A bit flipped anywhere is seen; in the manifest, which vouches for the rest, each of them is tried."""
     folder = save(1)
     truth = verify(folder)
     rng = random.Random(0)
@@ -122,26 +123,51 @@ def test_any_bit_of_any_file(save):
         bits = range(8 * len(content)) if name == "manifest.json" else rng.sample(range(8 * len(content)), 16)
         for bit in bits:
             flip(folder / name, bit)
-            try:
-                seen = verify(folder)
-            except BrokenCheckpoint:
-                seen = None
-            assert seen is None or (name == "manifest.json" and seen["files"] == truth["files"]), (name, bit)
+            with pytest.raises(BrokenCheckpoint):
+                verify(folder)
+                pytest.fail(f"bit {bit} of {name}")
             (folder / name).write_bytes(content)
     assert verify(folder) == truth
 
 
-def test_a_manifest_that_names_one_file_twice(save):
-    """One flipped bit makes the entry of rank 0 a second one of rank 1; JSON readers take the last."""
+def test_a_manifest_that_leaves_out_a_state_file(save):
+    """Its parameters would be missing, or another file's be taken for them."""
     folder = save(1)
     shutil.copy(folder / "state-00000-of-00001.safetensors", folder / "state-00001-of-00001.safetensors")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["state-00001-of-00001.safetensors"] = manifest["files"].pop("state-00000-of-00001.safetensors")
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    files["state-00001-of-00001.safetensors"] = files.pop("state-00000-of-00001.safetensors")
+    (folder / "manifest.json").write_text(manifest_text(1, files))
     with pytest.raises(
         BrokenCheckpoint, match=r"manifest\.json is damaged: it lacks state-00000-of-00001\.safetensors"
     ):
         verify(folder)
+
+
+def test_a_manifest_without_its_own_checksum_or_with_entries_of_another_kind(save):
+    folder = save(1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["sha256"]
+    for text in (json.dumps(manifest), "[]", "1", manifest_text(1, {"run.yaml": {"size": 3}})):
+        (folder / "manifest.json").write_text(text)
+        with pytest.raises(BrokenCheckpoint, match=r"manifest\.json is damaged"):
+            verify(folder)
+
+
+@pytest.mark.parametrize("name", ["../run.yaml", "tokenizer/../../x", "tokenizer/..", "a/b", ".", "", "/etc/hostname"])
+def test_a_manifest_that_names_a_file_elsewhere(save, name):
+    """Though the file be there, and as the manifest says."""
+    folder = save(1)
+    (folder.parent / "run.yaml").write_text("a")
+    files = verify(folder)["files"]
+    target = folder / name
+    if target.is_file():
+        files[name] = {"size": target.stat().st_size, "sha256": hashlib.sha256(target.read_bytes()).hexdigest()}
+    else:
+        files[name] = {"size": 0, "sha256": ""}
+    (folder / "manifest.json").write_text(manifest_text(1, files))
+    for read in (verify, SavedState):
+        with pytest.raises(BrokenCheckpoint, match="which is outside of the checkpoint"):
+            read(folder)
 
 
 def test_all_broken(save, tmp_path):
@@ -165,8 +191,8 @@ def test_no_checkpoint_at_all(tmp_path):
 def test_another_format(save):
     folder = save(1)
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "format_version": 2, "files": None}))
-    with pytest.raises(BrokenCheckpoint, match="has checkpoint format 2, this program reads 1"):
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format_version": 3, "files": None}))
+    with pytest.raises(BrokenCheckpoint, match="has checkpoint format 3, this program reads 2"):
         verify(folder)
 
 
@@ -280,7 +306,7 @@ def write_partitioned(folder: Path, state: dict, rng: random.Random, files: int)
     for name, part in zip(names, parts, strict=True):
         save_file(part, folder / name)
     entries = {name: {"size": (folder / name).stat().st_size, "sha256": ""} for name in names}
-    (folder / "manifest.json").write_text(json.dumps({"format_version": 1, "step": 1, "files": entries}))
+    (folder / "manifest.json").write_text(manifest_text(1, entries))
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -1,12 +1,11 @@
 """Checkpoints are written beside training, whole or not at all, and storage that fails does not end the run."""
 
-import os
-import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import small_disk as small_disk_module
 import torch
 from synthetic_checkpoints import Saver, ThreadRank, state_of
 
@@ -137,13 +136,8 @@ def test_a_rank_that_outlives_its_run_cannot_write_into_a_later_ones(tmp_path, m
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 64 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder]).returncode:
-        pytest.skip("mounting a small file system takes root")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    with small_disk_module.mounted(tmp_path / "disk", "64k") as folder:
+        yield folder
 
 
 def test_a_full_disk(small_disk, monkeypatch):

@@ -1,34 +1,18 @@
 """Whole trainings on CPU over gloo: stopped anywhere and resumed they are bitwise what they would have been."""
 
 import json
-import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
+from training_group import losses, run_group
 
 from lrnn.pretrain import checkpoint
-from lrnn.pretrain.distributed import STOPPED, launch
+from lrnn.pretrain.distributed import STOPPED
 from lrnn.pretrain.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
-WORKER = Path(__file__).with_name("training_worker.py")
 STEPS = 6
-
-
-def run_group(tmp_path, specs, processes=2):
-    """Run the specs one after the other in one group of processes; returns their statuses."""
-    path = tmp_path / f"spec-{len(list(tmp_path.glob('spec-*')))}.json"
-    path.write_text(json.dumps(specs))
-    code = launch(processes, [sys.executable, str(WORKER), str(path)])
-    assert code == 0, f"worker ended with {code}"
-    return [json.loads(line)["status"] for line in Path(f"{path}.status").read_text().splitlines()]
-
-
-def losses(config):
-    """Loss by step, the last record of each step, and gradient norm and held-out loss with it."""
-    records = {r["step"]: r for r in read_metrics(Path(config["run_dir"])) if "event" not in r}
-    return {step: (r["loss"], r["grad_norm"], r.get("heldout_loss")) for step, r in sorted(records.items())}
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -1,25 +1,24 @@
 """The whole training step against plain PyTorch: one process, one batch, a loop that can be read in a minute."""
 
 import json
-import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from training_group import run_group
 
 from lrnn.cli import main
 from lrnn.pretrain import checkpoint
 from lrnn.pretrain.config import validate
 from lrnn.pretrain.data import open_data
-from lrnn.pretrain.distributed import Ranks, launch
+from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.engine import build_model, load_model_config
 from lrnn.pretrain.loader import Loader
 from lrnn.pretrain.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
-WORKER = Path(__file__).with_name("training_worker.py")
 STEPS, LR, DECAY, CLIP = 5, 0.01, 0.5, 0.8
 DECAYED = {"embeddings", "lm_head", *(f"{x}_proj" for x in ("q", "k", "v", "g", "b", "a", "o", "gate", "up", "down"))}
 
@@ -88,8 +87,7 @@ def test_steps_are_those_of_plain_pytorch(base, short_documents, tmp_path):
     assert min(shares) < 0.8 * max(shares), "a mean of the micro-batches' means would be the same"
     assert max(norms) > 1.5 * CLIP and losses[-1] < losses[0] - 0.3
 
-    (tmp_path / "spec.json").write_text(json.dumps([{"config": raw} for raw in runs]))
-    assert launch(2, [sys.executable, str(WORKER), str(tmp_path / "spec.json")]) == 0
+    assert run_group(tmp_path, [{"config": raw} for raw in runs]) == [0] * len(runs)
     for raw in runs:
         records = [r for r in read_metrics(Path(raw["run_dir"])) if "event" not in r]
         assert [r["loss"] for r in records] == pytest.approx(losses, rel=1e-5)

@@ -1,14 +1,18 @@
 """`lrnn submit` with stubs of SLURM's commands: the script that it makes, and what it refuses."""
 
-import json
 import os
 import shlex
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from lrnn.cli import main
+from lrnn.pretrain import submit as submit_module
+from lrnn.pretrain.checkpoint import manifest_text
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs/tiny.yaml")
@@ -111,8 +115,59 @@ def test_resume_is_announced_where_there_is_a_checkpoint(submit, tmp_path):
 def test_a_finished_run_is_not_submitted(submit, tmp_path):
     folder = tmp_path / "my run/checkpoints/step-00000200"
     folder.mkdir(parents=True)
-    manifest = {"format_version": 1, "step": 200, "files": {}}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(manifest_text(200, {}))
     status, _, err, calls = submit("--gpus-per-node", "2")
     assert status == 2 and calls == [] and "is finished" in err and "step 200 of 200" in err
     assert submit("--gpus-per-node", "2", "steps=300")[0] == 0
+
+
+def test_two_commands_at_once_make_one_job(submit, tmp_path):
+    """The real race: sbatch of one is slow, and squeue names its job only when it is done."""
+    run, calls = tmp_path / "my run", tmp_path / "calls"
+    (tmp_path / "queue").touch()
+    (tmp_path / "bin/sbatch").write_text(
+        f"#!/bin/sh\ncd '{tmp_path}'\necho called >> calls\n"
+        "for i in $(seq 300); do [ -e go ] && break; sleep 0.1; done\n"
+        f"echo '4711|PENDING|Priority|lrnn run_dir={run}' >> queue\necho 4711\n"
+    )
+    command = [sys.executable, "-m", "lrnn.cli", "submit", CONFIG, f"run_dir={run}", "--gpus-per-node", "2"]
+    outputs = [tmp_path / f"out-{i}" for i in range(2)]
+    processes = []
+    for output in outputs:
+        with output.open("w") as file:
+            processes.append(subprocess.Popen(command, stdout=file, stderr=file))
+
+    def both_are_there() -> bool:
+        n_calls = len(calls.read_text().splitlines()) if calls.exists() else 0
+        return n_calls + sum("waiting for it" in output.read_text() for output in outputs) == 2
+
+    try:
+        deadline = time.monotonic() + 60
+        while not both_are_there():
+            assert time.monotonic() < deadline and None in [p.poll() for p in processes], [
+                o.read_text() for o in outputs
+            ]
+            time.sleep(0.05)
+        (tmp_path / "go").touch()
+        statuses = [process.wait(timeout=60) for process in processes]
+    finally:
+        (tmp_path / "go").touch()
+        for process in processes:
+            process.kill()
+    assert sorted(statuses) == [0, 2] and calls.read_text() == "called\n"
+    first, second = (outputs[statuses.index(status)].read_text() for status in (0, 2))
+    assert "submitted job 4711" in first and "waiting" not in first
+    assert f"another lrnn submit of {run} is at work; waiting for it up to 60 s" in second
+    assert "my run has job 4711 already (PENDING, Priority)" in second
+
+
+def test_a_command_that_hangs_does_not_let_a_second_job_through(submit, tmp_path, monkeypatch):
+    monkeypatch.setattr(submit_module, "LOCK_WAIT_S", 0.2)
+    run = tmp_path / "my run"
+    run.mkdir()
+    with FileLock(run / ".submit.lock"):
+        status, _, err, calls = submit("--gpus-per-node", "2")
+        assert status == 2 and calls == [] and "another lrnn submit is still at work after 0.2 s" in err
+        assert [p.name for p in run.iterdir()] == [".submit.lock"]
+        assert submit("--gpus-per-node", "2", "--dry-run")[0] == 0, "--dry-run submits nothing and needs no lock"
+    assert submit("--gpus-per-node", "2")[0] == 0

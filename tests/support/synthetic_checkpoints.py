@@ -30,7 +30,9 @@ class ThreadRank:
         return gathered
 
     def together(self, action):
-        return action()
+        value = action()
+        self.gather(None)
+        return value
 
 
 def state_of(seed: int) -> dict[tuple[str, str], torch.Tensor]:

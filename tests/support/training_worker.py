@@ -1,15 +1,18 @@
-"""One process of a group: runs trainings one after the other, as `training_worker.py SPEC.json` under `launch`.
+"""One process of a group, which runs trainings one after the other (training_group.py).
 
 SPEC is a list of {"config": {...}} with, where wanted,
     "stop_at": at this step the last rank gets the signal that announces a pre-emption; 0: while the engine starts;
     "poison_at": at this step one gradient of the last rank becomes NaN;
+    "strange_at": at this step the labels of the last rank's last micro-batch are all the same token;
+    "fill_at": before this step the disk of the run folder is filled up, "free_at": and before this one freed;
     "no_warm_up": true leaves the throw-away pass before the first step out.
 """
 
 import json
 import os
 import signal
-import sys
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -23,10 +26,19 @@ original_start = train_module.start_engine
 original_warm_up = train_module.warm_up
 
 
-def main() -> None:
+def fill(path: Path) -> None:
+    """Write until there is no room."""
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
+
+
+def main(file: Path, environment: dict[str, str]) -> None:
+    """Run the trainings of SPEC, which stands in `file`, as the process that `environment` (RANK, ...) describes."""
     torch.set_num_threads(1)
+    os.environ.update(environment)
     ranks = init_ranks()
-    for i, spec in enumerate(json.load(open(sys.argv[1]))):  # noqa: SIM115
+    for i, spec in enumerate(json.loads(file.read_text())):
         config = validate(spec["config"], "test")
 
         def step(engine, micro_batches, ranks, probe, limit, spec=spec, config=config):
@@ -34,6 +46,13 @@ def main() -> None:
             last = ranks.rank == ranks.world_size - 1
             if last and number == spec.get("stop_at"):
                 os.kill(os.getpid(), signal.SIGUSR1)
+            if last and number == spec.get("strange_at"):
+                micro_batches[-1].labels.fill_(1)
+            filler = Path(config.run_dir) / "filler"
+            if ranks.is_main and number == spec.get("fill_at"):
+                fill(filler)
+            if ranks.is_main and number == spec.get("free_at"):
+                filler.unlink()
             handle = None
             if last and number == spec.get("poison_at"):
                 parameter = engine.module.model.layers[0].mlp.up_proj.weight
@@ -57,8 +76,5 @@ def main() -> None:
         except (UserError, RuntimeError) as error:
             status = f"{type(error).__name__}: {error}"
         if ranks.is_main:
-            with open(f"{sys.argv[1]}.status", "a") as f:
+            with open(f"{file}.status", "a") as f:
                 f.write(json.dumps({"run": i, "status": status}) + "\n")
-
-
-main()

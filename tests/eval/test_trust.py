@@ -1,0 +1,245 @@
+"""Model folders and checkpoints of a stranger: nothing of them is executed, by `lrnn eval` and `lrnn export` as by
+transformers after `import lrnn`.
+
+Every hostile file is also loaded the careless way, in a process of its own, to see that it would have been executed.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hostile import (
+    add_hostile_code,
+    hostile_pickle,
+    hostile_python,
+    hostile_yaml,
+    load_carelessly,
+    pickle_carelessly,
+    tokenizer_carelessly,
+)
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import lrnn
+from lrnn import LrnnConfig, LrnnForCausalLM, LrnnModel, cli
+from lrnn.eval import run_suite
+from lrnn.eval.export import AUTO_MAP, CODE
+from lrnn.pretrain.checkpoint import manifest_text
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+ALL_CODE = {"configuration_lrnn", "modeling_lrnn", "tokenizer", "generate"}
+
+
+@pytest.fixture(autouse=True)
+def somebody_says_yes(monkeypatch):
+    """transformers asks on a terminal whether to run the code; lrnn is not to get that far."""
+    monkeypatch.setattr("builtins.input", lambda *args: "y")
+
+
+@pytest.fixture
+def marks(tmp_path) -> Path:
+    """Folder of the files that hostile code leaves."""
+    folder = tmp_path / "marks"
+    folder.mkdir()
+    return folder
+
+
+def found(marks: Path) -> set[str]:
+    return {path.name for path in marks.iterdir()}
+
+
+@pytest.fixture
+def model(tiny_model):
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 16, "intermediate_size": 48}
+    vocab_size = len(AutoTokenizer.from_pretrained(tiny_model))
+    return LrnnForCausalLM(LrnnConfig(vocab_size=vocab_size, max_position_embeddings=2048, **size))
+
+
+@pytest.fixture
+def exported(model, tiny_model, marks, tmp_path) -> Path:
+    """What an exported folder looks like, but that each of its modules leaves a mark, and a few more do."""
+    folder = tmp_path / "exported"
+    model.save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        shutil.copy(tiny_model / name, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": AUTO_MAP}))
+    for file in CODE:
+        source = (Path(lrnn.__file__).parent / file).read_text()
+        mark = marks / Path(file).stem
+        (folder / Path(file).name).write_text(source + "\n" + hostile_python(mark) if "kernels" not in file else source)
+    add_hostile_code(folder, marks / "tokenizer", known_class=True)
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate/generate.py").write_text(
+        hostile_python(marks / "generate") + "def generate(model, **kwargs): pass\n"
+    )
+    return folder
+
+
+def edit_json(file: Path, **changes) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def evaluate(folder: Path) -> int:
+    return cli.main(["eval", str(folder), "--suite", "quick", "--limit", "1", "--device", "cpu"])
+
+
+def test_the_folder_would_run_code_if_it_were_trusted(exported, marks, tmp_path):
+    load_carelessly(
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"AutoTokenizer.from_pretrained({str(exported)!r}, trust_remote_code=True)\n"
+        f"AutoModelForCausalLM.from_pretrained({str(exported)!r}, trust_remote_code=True)",
+        tmp_path,
+    )
+    assert found(marks) == ALL_CODE
+
+
+def test_lrnn_eval_loads_a_folder_with_its_own_classes(exported, marks, eval_data, monkeypatch):
+    loaded = []
+    original = run_suite.run_tasks
+    monkeypatch.setattr(run_suite, "run_tasks", lambda lm, *rest: loaded.append(lm) or original(lm, *rest))
+    assert evaluate(exported) == 0
+    assert type(loaded[0].model) is LrnnForCausalLM
+    assert found(marks) == set()
+
+
+def test_transformers_after_import_lrnn_has_its_classes(exported, marks):
+    assert type(AutoConfig.from_pretrained(exported)) is LrnnConfig
+    assert type(AutoModel.from_pretrained(exported)) is LrnnModel
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
+    assert type(model) is LrnnForCausalLM
+    model.generate(**tokenizer("def f(x):", return_tensors="pt"), max_new_tokens=2)
+    assert found(marks) == set()
+
+
+def test_what_needs_its_own_code_is_not_evaluated(exported, marks, eval_data, capsys, tmp_path):
+    add_hostile_code(exported, marks / "tokenizer", known_class=False)
+    assert evaluate(exported) == 2
+    assert "its tokenizer cannot be loaded, or needs code of its own" in capsys.readouterr().err
+    edit_json(exported / "config.json", model_type="own")
+    assert evaluate(exported) == 2
+    assert "has the model_type 'own', and code that comes with a model is not run" in capsys.readouterr().err
+    assert found(marks) == set()
+    load_carelessly(tokenizer_carelessly(exported), tmp_path)
+    assert {"tokenizer", "configuration_lrnn"} <= found(marks)
+
+
+@pytest.mark.parametrize("decoy", [None, "model.safetensors.index.json", "model.safetensors.old"])
+def test_pickled_weights_are_refused(exported, marks, eval_data, capsys, tmp_path, decoy):
+    """Also where something has the look of safetensors."""
+    weights = exported / "pytorch_model.bin"
+    (exported / "model.safetensors").unlink()
+    weights.write_bytes(hostile_pickle(marks / "pickle"))
+    if decoy is not None:
+        index = {"metadata": {}, "weight_map": {"lm_head.weight": "pytorch_model.bin"}}
+        (exported / decoy).write_text(json.dumps(index))
+    assert evaluate(exported) == 2
+    error = capsys.readouterr().err
+    assert "safetensors" in error and str(exported) in error
+    with pytest.raises(Exception):  # noqa: B017 (of transformers, whichever)
+        AutoModelForCausalLM.from_pretrained(exported)
+    assert found(marks) == set()
+    load_carelessly(pickle_carelessly(weights), tmp_path)
+    assert found(marks) == {"pickle"}
+
+
+def test_pickled_weights_of_an_fla_folder_are_refused(exported, marks, capsys, tmp_path):
+    fla = tmp_path / "fla"
+    fla.mkdir()
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 16, "expand_v": 1.0}
+    auto_map = {"AutoConfig": "configuration_own.Own"}
+    (fla / "config.json").write_text(json.dumps({"model_type": "gated_deltanet", "auto_map": auto_map, **size}))
+    (fla / "configuration_own.py").write_text(hostile_python(marks / "configuration"))
+    (fla / "pytorch_model.bin").write_bytes(hostile_pickle(marks / "pickle"))
+    assert cli.main(["export", "--from-fla", str(fla), str(tmp_path / "out")]) == 2
+    assert "weights in other formats are not read" in capsys.readouterr().err and found(marks) == set()
+    load_carelessly(pickle_carelessly(fla / "pytorch_model.bin"), tmp_path)
+    assert found(marks) == {"pickle"}
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def seal(checkpoint: Path) -> None:
+    """Write the manifest that fits the files: a stranger can do that too."""
+    files = {}
+    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != "manifest.json"):
+        content = path.read_bytes()
+        files[str(path.relative_to(checkpoint))] = {
+            "size": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+    (checkpoint / "manifest.json").write_text(manifest_text(1, files))
+
+
+@pytest.fixture
+def checkpoint(model, tiny_model, tmp_path) -> Path:
+    """A checkpoint in a run, with a Hugging Face tokenizer."""
+    folder = tmp_path / "run/checkpoints/step-00000001"
+    (folder / "tokenizer").mkdir(parents=True)
+    save_file(
+        {f"param:{name}:0": p.detach().flatten().clone() for name, p in model.named_parameters()},
+        folder / "state-00000-of-00001.safetensors",
+    )
+    (folder / "config.json").write_text(model.config.to_json_string(use_diff=False))
+    progress = {"step": 1, "progress": {"step": 1, "tokens": 8}, "data": {"seed": 0, "corpora": [], "weights": []}}
+    (folder / "progress.json").write_text(json.dumps(progress))
+    (folder / "run.yaml").write_text("steps: 1\n")
+    for name in TOKENIZER_FILES:
+        shutil.copy(tiny_model / name, folder / "tokenizer")
+    seal(folder)
+    return folder
+
+
+def export(checkpoint: Path, out: Path) -> int:
+    return cli.main(["export", str(checkpoint.parents[1]), str(out)])
+
+
+def test_code_that_a_checkpoint_names_is_neither_run_nor_passed_on(checkpoint, marks, tmp_path):
+    """By a path, so that the tokenizer's code would be found from the exported folder as well."""
+    add_hostile_code(checkpoint / "tokenizer", marks / "tokenizer", known_class=True, elsewhere=True)
+    pipeline = {"text-generation": {"impl": "own.Pipeline", "pt": ["AutoModelForCausalLM"]}}
+    edit_json(checkpoint / "config.json", auto_map={"AutoConfig": "own.Config"}, custom_pipelines=pipeline)
+    (checkpoint / "pytorch_model.bin").write_bytes(hostile_pickle(marks / "pickle"))
+    seal(checkpoint)
+    assert export(checkpoint, tmp_path / "out") == 0
+    assert found(marks) == set()
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["auto_map"] == AUTO_MAP and "custom_pipelines" not in config
+    assert "auto_map" not in json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert not list((tmp_path / "out").glob("*own*")) and not list((tmp_path / "out").glob("*.bin"))
+    load_carelessly(tokenizer_carelessly(tmp_path / "out"), tmp_path)
+    assert found(marks) == set()
+    load_carelessly(tokenizer_carelessly(checkpoint / "tokenizer"), tmp_path)
+    assert found(marks) == {"tokenizer"}
+
+
+def test_a_tokenizer_that_needs_its_own_code_is_not_exported(checkpoint, marks, capsys, tmp_path):
+    add_hostile_code(checkpoint / "tokenizer", marks / "tokenizer", known_class=False)
+    seal(checkpoint)
+    assert export(checkpoint, tmp_path / "out") == 2
+    assert "needs code of its own, which is not run" in capsys.readouterr().err and found(marks) == set()
+
+
+def test_a_pickle_in_the_place_of_the_state_is_refused(checkpoint, marks, capsys, tmp_path):
+    state = checkpoint / "state-00000-of-00001.safetensors"
+    state.write_bytes(hostile_pickle(marks / "pickle"))
+    seal(checkpoint)
+    assert export(checkpoint, tmp_path / "out") == 2
+    assert f"{state} is no safetensors file" in capsys.readouterr().err and found(marks) == set()
+    load_carelessly(pickle_carelessly(state), tmp_path)
+    assert found(marks) == {"pickle"}
+
+
+def test_yaml_that_calls_python_is_refused(checkpoint, marks, capsys, tmp_path):
+    file = checkpoint / "run.yaml"
+    file.write_text(hostile_yaml(marks / "yaml"))
+    seal(checkpoint)
+    assert export(checkpoint, tmp_path / "out") == 2
+    assert f"{file} is no plain YAML" in capsys.readouterr().err and found(marks) == set()
+    load_carelessly(f"import yaml\nyaml.unsafe_load(open({str(file)!r}))", tmp_path)
+    assert found(marks) == {"yaml"}

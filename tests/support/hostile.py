@@ -1,0 +1,67 @@
+"""Files that leave a mark if something executes them, and the careless way to load them, which proves it."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+
+class _Opens:
+    """Its pickle opens a file for writing when it is loaded."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return open, (str(self.mark), "w")
+
+
+def hostile_pickle(mark: Path) -> bytes:
+    return pickle.dumps({"weight": _Opens(mark)}, protocol=2)
+
+
+def hostile_yaml(mark: Path) -> str:
+    return f"run_dir: !!python/object/apply:os.system ['touch {mark}']\n"
+
+
+def hostile_python(mark: Path) -> str:
+    """Goes in front of a module, or is one."""
+    return f"open({str(mark)!r}, 'w').close()\n"
+
+
+def add_hostile_code(tokenizer: Path, mark: Path, *, known_class: bool, elsewhere: bool = False) -> None:
+    """Give a tokenizer folder code of its own.
+
+    Args:
+        mark: file that the code makes.
+        known_class: whether transformers has the class that the folder names too, and can do without the code.
+        elsewhere: name the code by a path, so that copies of the folder without the code find it.
+    """
+    (tokenizer / "tokenization_own.py").write_text(
+        hostile_python(mark)
+        + "from transformers import PreTrainedTokenizerFast\nclass OwnTokenizer(PreTrainedTokenizerFast): pass\n"
+    )
+    path = tokenizer / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    prefix = f"{tokenizer.resolve()}--" if elsewhere else ""
+    reference = f"{prefix}tokenization_own.OwnTokenizer"
+    config["auto_map"] = {"AutoTokenizer": [reference, reference]}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast" if known_class else "OwnTokenizer"
+    path.write_text(json.dumps(config))
+
+
+def load_carelessly(code: str, work: Path) -> None:
+    """Run Python code in a process without lrnn; whether it succeeds does not matter, the mark does."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(work / "modules")}
+    program = f"import sys\nsys.modules['lrnn'] = None\n{code}"
+    subprocess.run([sys.executable, "-I", "-c", program], cwd=work, env=env, capture_output=True, timeout=120)
+
+
+def tokenizer_carelessly(folder: Path) -> str:
+    return f"import transformers\ntransformers.AutoTokenizer.from_pretrained({str(folder)!r}, trust_remote_code=True)"
+
+
+def pickle_carelessly(file: Path) -> str:
+    return f"import torch\ntorch.load(open({str(file)!r}, 'rb'), weights_only=False)"

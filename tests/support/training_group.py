@@ -1,0 +1,42 @@
+"""Trainings in groups of processes that are forked from one that has imported everything: a start costs 1 s, not 9."""
+
+import json
+import multiprocessing
+import time
+from pathlib import Path
+
+import training_worker
+
+from lrnn.pretrain.distributed import _free_port, _local_environment
+from lrnn.pretrain.metrics import read_metrics
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+# DeepSpeed imports its Muon at every start, and torch's compiler with it.
+_CONTEXT.set_forkserver_preload(["training_worker", "deepspeed.runtime.zero.muon.muon_optimizer", "pandas"])
+
+
+def run_group(tmp_path, specs, processes=2):
+    """Run the specs (see training_worker.py) one after the other in one group of processes; returns their statuses."""
+    path = tmp_path / f"spec-{len(list(tmp_path.glob('spec-*')))}.json"
+    path.write_text(json.dumps(specs))
+    port = _free_port()
+    workers = [
+        _CONTEXT.Process(target=training_worker.main, args=(path, _local_environment(rank, processes, port)))
+        for rank in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    while any(worker.is_alive() for worker in workers):
+        if any(worker.exitcode for worker in workers):  # the others would wait for it
+            for worker in workers:
+                worker.kill()
+        time.sleep(0.02)
+    codes = [worker.exitcode for worker in workers]
+    assert codes == [0] * processes, f"workers ended with {codes}"
+    return [json.loads(line)["status"] for line in Path(f"{path}.status").read_text().splitlines()]
+
+
+def losses(config):
+    """Loss by step, the last record of each step, and gradient norm and held-out loss with it."""
+    records = {r["step"]: r for r in read_metrics(Path(config["run_dir"])) if "event" not in r}
+    return {step: (r["loss"], r["grad_norm"], r.get("heldout_loss")) for step, r in sorted(records.items())}
