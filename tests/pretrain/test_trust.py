@@ -89,7 +89,7 @@ def test_resume_executes_nothing_of_a_run(base, tmp_path, mark):
     state = newest / "state-00000-of-00001.safetensors"
     state.write_bytes(hostile_pickle(mark))
     files = json.loads((newest / "manifest.json").read_text())["files"]
-    files[state.name] = checkpoint._seal(state)
+    files[state.name] = checkpoint.seal(state)
     (newest / "manifest.json").write_text(checkpoint.manifest_text(2, files))
     assert f"BrokenCheckpoint: {state} is no safetensors file" in str(train(base(steps=3, **SHORT), tmp_path))
     assert not mark.exists()
