@@ -78,6 +78,7 @@ def write_synthetic_corpus(path: Path, num_tokens: int, seed: int = 0) -> None:
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
+        "dtype": "uint16",
         "tokenizer": {
             "kind": "none",
             "fingerprint": "0" * 64,
@@ -109,7 +110,7 @@ def measure_loader(
     from lrnn.pretrain.corpus import TokenCorpus
     from lrnn.pretrain.loader import CorpusData, Loader
 
-    corpus = TokenCorpus(corpus_path, verify="size")
+    corpus = TokenCorpus(corpus_path)
     data = CorpusData([corpus], [1.0], seq_len, seed=0, reset_at_document_boundaries=reset_at_document_boundaries)
     rates = []
     with Loader(data, global_batch_size, micro_batch_size) as loader:
@@ -136,7 +137,7 @@ def bench_data(args: argparse.Namespace) -> None:
             path = Path(temporary) / "corpus"
             print("writing a synthetic corpus of 200M tokens", flush=True)
             write_synthetic_corpus(path, 200_000_000)
-        print(repr(TokenCorpus(path, verify="size")))
+        print(repr(TokenCorpus(path)))
         print(
             f"{platform.node()}, {_cpu_name()}, {len(os.sched_getaffinity(0))} cores; "
             f"Python {platform.python_version()}, "

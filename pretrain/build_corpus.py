@@ -1,4 +1,4 @@
-"""Tokenise text or code into a corpus: Arrow shards of token ids and a manifest.
+"""Tokenise text or code into a corpus: Arrow shards of token ids, their checksums, and a manifest.
 
 SOURCE is a folder, of which every file is a document, or anything that `datasets.load_dataset` takes, of which every
 row is one. The corpus appears under its name only when it is complete; a build that was cut off goes on when it is
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import lrnn
 from lrnn.errors import UserError
+from lrnn.pretrain import shard_table
 from lrnn.pretrain.corpus import FORMAT, FORMAT_VERSION
 from lrnn.pretrain.shard_writer import token_dtype, watch_parent, write_json, write_part
 from lrnn.pretrain.sources import DatasetArguments, DatasetSource, FolderSource, Source, StreamingSource
@@ -185,9 +186,16 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 
 def _open_work(args: argparse.Namespace, source: Source) -> Path:
-    """The folder of the unfinished corpus: a new one, or one that the same arguments on the same source began."""
+    """The folder of the unfinished corpus: a new one, or one that the same arguments on the same source began.
+
+    One of another format is not gone on with: its shards lack what belongs to this one's.
+    """
     work = args.out.with_name(args.out.name + ".partial")
-    begun = {"arguments": _arguments_record(args), "source": source.fingerprint}
+    begun = {
+        "format_version": FORMAT_VERSION,
+        "arguments": _arguments_record(args),
+        "source": source.fingerprint,
+    }
     if work.exists():
         try:
             found = json.loads((work / "begun.json").read_text())
@@ -195,8 +203,8 @@ def _open_work(args: argparse.Namespace, source: Source) -> Path:
             found = None
         if found != begun and not args.overwrite:
             raise UserError(
-                f"{work} is an unfinished corpus of other arguments or of a source that has changed since; "
-                "remove it, or give --overwrite"
+                f"{work} is an unfinished corpus of other arguments, of another version of this program, or of a "
+                "source that has changed since; remove it, or give --overwrite"
             )
         if found != begun:
             shutil.rmtree(work)
@@ -253,9 +261,10 @@ def _finish_split(work: Path, split: str, dtype: str, entries: list[dict]) -> di
     shards = []
     for index, entry in enumerate(entries):
         name = f"{split}/data-{index:05d}-of-{len(entries):05d}.arrow"
-        written = work / split / f"part-{index:05d}.arrow"
-        if written.exists():  # not there when a run before this one was cut off below
-            os.replace(written, work / name)
+        for suffix in ("", shard_table.SUFFIX):
+            written = work / split / f"part-{index:05d}.arrow{suffix}"
+            if written.exists():  # not there when a run before this one was cut off below
+                os.replace(written, work / f"{name}{suffix}")
         shards.append({"file": name, **{k: v for k, v in entry["splits"][split].items() if k != "bytes"}})
     features = {"tokens": {"feature": {"dtype": dtype, "_type": "Value"}, "_type": "List"}}
     write_json(work / split / "dataset_info.json", {"features": features})

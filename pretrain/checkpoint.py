@@ -135,13 +135,14 @@ def _looks_whole(folder: Path) -> bool:
 def retain(newest: Path, keep_last: int, keep_every: int) -> None:
     """Delete checkpoints older than `newest`, the one just written.
 
-    The last `keep_last` that look whole stay, `newest` among them, and those of steps that `keep_every` divides
-    (0: none). Later ones, which the run passed over as broken when it resumed, are left alone and do not count.
+    The last `keep_last` that look whole stay, `newest` among them, with what lies between them, and those of steps that
+    `keep_every` divides (0: none). Later ones, which the run passed over as broken when it resumed, are left alone and
+    do not count.
     """
     checkpoints = [p for p in list_checkpoints(newest.parent.parent) if p.name <= newest.name]
-    kept = [p for p in reversed(checkpoints) if _looks_whole(p)][:keep_last]
-    for folder in checkpoints:
-        if folder not in kept and folder != newest and not (keep_every and _step(folder) % keep_every == 0):
+    oldest_kept = [p for p in reversed(checkpoints) if _looks_whole(p)][:keep_last][-1]
+    for folder in checkpoints[: checkpoints.index(oldest_kept)]:
+        if not (keep_every and _step(folder) % keep_every == 0):
             hidden = folder.rename(folder.with_name(f".{folder.name}"))  # first: a half-deleted one is no checkpoint
             shutil.rmtree(hidden)
 

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lrnn.errors import UserError
 
+DAY_SECONDS = 24 * 3600
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -89,6 +91,15 @@ class LogConfig(Section):
     wandb_project: str | None = None
 
 
+class WatchdogConfig(Section):
+    """Seconds after which a run counts as hung and ends. A day at most: then the collectives themselves give up."""
+
+    lost_seconds: float = Field(120, gt=0, le=DAY_SECONDS)  # without a sign of life from a process
+    stall_seconds: float = Field(600, gt=0, le=DAY_SECONDS)  # in which no process enters a new phase of its step
+    startup_seconds: float = Field(3600, gt=0, le=DAY_SECONDS)  # the same up to the end of the first step
+    heartbeat_seconds: float = Field(60, gt=0, le=DAY_SECONDS)  # between lines that say which phase is taking long
+
+
 class Config(Section):
     run_dir: str  # everything the run writes; a run is resumed from what is there
     model: str  # Hugging Face config.json of the model
@@ -102,6 +113,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     spikes: SpikeConfig = SpikeConfig()
     log: LogConfig = LogConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     seed: int = Field(0, ge=0)
     activation_checkpointing: bool = False
     max_skipped_steps: int = Field(5, gt=0)  # steps in a row that are not applied, after which the run stops

@@ -1,25 +1,29 @@
-"""Read a corpus: memory-mapped Arrow shards seen as one stream of tokens with document boundaries.
+"""Read a corpus: Arrow shards seen as one stream of tokens with document boundaries.
 
 A corpus is a folder that `lrnn corpus` wrote (see build_corpus.py): `manifest.json`, `tokenizer/`, and a folder a split
-with Arrow stream files that `datasets.load_from_disk` opens as well. In Arrow a list column is a flat buffer of
-values plus offsets: the values are the token stream, the offsets the document boundaries, and neither is copied here.
+with Arrow stream files that `datasets.load_from_disk` opens as well, each with a table of checksums beside it (see
+shard_table.py). In Arrow a list column is a flat buffer of values plus offsets: the values are the token stream, the
+offsets the document boundaries. Only the tables are read at the start, which takes no longer for a large corpus; what
+is read of a shard later is compared with its checksum every time (see block_reader.py).
 """
 
 import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from lrnn.errors import UserError
+from lrnn.pretrain import shard_table
+from lrnn.pretrain.block_reader import ADVICE, BlockFile
 
 FORMAT = "lrnn-corpus"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def read_manifest(path: str | Path) -> dict:
@@ -51,22 +55,41 @@ def read_manifest(path: str | Path) -> dict:
     return manifest
 
 
-def _check_shard(path: Path, shard: dict, checksum: bool) -> None:
+def _open_shard(path: Path, shard: dict) -> tuple[BlockFile, np.ndarray]:
+    """The shard, to be read from, and the layout of its record batches (see `shard_table.batch_layout`)."""
+    label = f"corpus {path}: shard {shard['file']}"
     name = path / shard["file"]
     try:
         size = os.path.getsize(name)
         if size != shard["size"]:
-            raise UserError(f"corpus {path}: shard {shard['file']} has {size} bytes, the manifest says {shard['size']}")
-        if checksum:
-            with open(name, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != shard["sha256"]:
-                raise UserError(
-                    f"corpus {path}: shard {shard['file']} is corrupt (sha256 {digest[:12]}..., the manifest says "
-                    f"{shard['sha256'][:12]}...); copy or build it again"
-                )
+            raise UserError(f"{label} has {size} bytes, the manifest says {shard['size']}; {ADVICE}")
     except OSError as error:
-        raise UserError(f"corpus {path}: shard {shard['file']} cannot be read ({error.strerror})") from error
+        raise UserError(f"{label} cannot be read ({error.strerror}); {ADVICE}") from error
+    try:
+        table = name.with_name(name.name + shard_table.SUFFIX).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{label}{shard_table.SUFFIX}, its table of checksums, cannot be read ({error.strerror}); {ADVICE}"
+        ) from error
+    digest = hashlib.sha256(table).hexdigest()
+    if digest != shard["table_sha256"]:
+        raise UserError(
+            f"{label}{shard_table.SUFFIX}, its table of checksums, is corrupt (sha256 {digest[:12]}..., the manifest "
+            f"says {shard['table_sha256'][:12]}...); {ADVICE}"
+        )
+    digests, layout = shard_table.unpack_table(table, size)
+    return BlockFile(name, label, size, digests), layout
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A record batch: ids from byte `ids_at` of its shard on, and from byte `offsets_at` where its documents start."""
+
+    shard: BlockFile
+    offsets_at: int
+    num_documents: int
+    ids_at: int
+    num_ids: int
 
 
 class TokenCorpus:
@@ -75,7 +98,6 @@ class TokenCorpus:
     Args:
         path: the corpus folder.
         split: "train" or "heldout".
-        verify: True compares the sha256 of every shard (reads them all, in threads); "size" compares sizes only.
 
     Attributes:
         manifest: the parsed manifest.json.
@@ -83,11 +105,12 @@ class TokenCorpus:
         tokenizer_fingerprint: sha256 of the tokenizer's model file.
 
     Raises:
-        UserError: no such corpus or split, an empty split, a shard that is missing, corrupt, or holds an id outside of
-            the vocabulary.
+        UserError: no such corpus or split, an empty split, a shard that is missing, has another size, holds an id
+            outside of the vocabulary, or whose table is corrupt. Whether a shard's content is whole shows when it is
+            read.
     """
 
-    def __init__(self, path: str | Path, split: str = "train", verify: Literal[True, "size"] = True):
+    def __init__(self, path: str | Path, split: str = "train"):
         self.path = Path(path)
         self.split = split
         self.manifest = read_manifest(self.path)
@@ -104,20 +127,23 @@ class TokenCorpus:
 
         shards = description["shards"]
         with ThreadPoolExecutor(min(8, len(shards))) as pool:
-            for _ in pool.map(lambda shard: _check_shard(self.path, shard, verify is True), shards):
-                pass
-        self._values: list[np.ndarray] = []  # token ids, one array a record batch
-        self._offsets: list[np.ndarray] = []  # int32, where its documents start, and its length
-        self._starts: list[int] = []  # position of its first token in the stream
+            opened = list(pool.map(lambda shard: _open_shard(self.path, shard), shards))
+        self._dtype = np.dtype(self.manifest["dtype"])
+        self._batches: list[_Batch] = []
+        self._starts: list[int] = []  # position in the stream of each batch's first token
         position = 0
-        for shard in shards:
+        for shard, (file, layout) in zip(shards, opened, strict=True):
             if shard["max_token_id"] >= self.vocab_size:
                 raise UserError(
                     f"corpus {path}: shard {shard['file']} holds token id {shard['max_token_id']}, outside of its "
                     f"tokenizer's vocabulary of {self.vocab_size}"
                 )
             before = position
-            position = self._map_shard(shard["file"], position)
+            for row in layout.tolist():
+                batch = _Batch(file, *row)
+                self._batches.append(batch)
+                self._starts.append(position)
+                position += batch.num_ids
             if position - before != shard["tokens"]:
                 raise UserError(
                     f"corpus {path}: shard {shard['file']} holds {position - before} tokens, "
@@ -126,50 +152,41 @@ class TokenCorpus:
         if position != self.num_tokens:
             raise UserError(f"corpus {path}: the shards hold {position} tokens, the manifest says {self.num_tokens}")
 
-    def _map_shard(self, file: str, position: int) -> int:
-        import pyarrow as pa
-
-        try:
-            batches = pa.ipc.open_stream(pa.memory_map(str(self.path / file))).read_all().to_batches()
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"corpus {self.path}: shard {file} is not a readable Arrow file ({error})") from error
-        for batch in batches:
-            column = batch.column("tokens")
-            self._values.append(column.values.to_numpy(zero_copy_only=True))
-            self._offsets.append(column.offsets.to_numpy(zero_copy_only=True))
-            self._starts.append(position)
-            position += len(column.values)
-        return position
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[_Batch, int, int, int]]:
+        """(batch, position of its first token, first and last of its own ids) of the batches of a range, in order."""
+        assert 0 <= start <= stop <= self.num_tokens
+        for i in range(bisect_right(self._starts, start) - 1, len(self._batches)):
+            batch, base = self._batches[i], self._starts[i]
+            yield batch, base, max(start - base, 0), min(stop - base, batch.num_ids)
+            if stop <= base + batch.num_ids:
+                break
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Ids at positions `start` to `stop` of the stream: [stop - start], uint16 or uint32, not to be written to."""
-        assert 0 <= start <= stop <= self.num_tokens
-        batch = bisect_right(self._starts, start) - 1
-        pieces = []
-        while True:
-            base = self._starts[batch]
-            values = self._values[batch]
-            pieces.append(values[max(start - base, 0) : stop - base])
-            if stop <= base + len(values):
-                break
-            batch += 1
+        """Ids at positions `start` to `stop` of the stream: [stop - start], uint16 or uint32, not to be written to.
+
+        Raises:
+            CorruptData: they cannot be read as they were written.
+        """
+        width = self._dtype.itemsize
+        pieces = [
+            np.frombuffer(batch.shard.read(batch.ids_at + first * width, batch.ids_at + last * width), self._dtype)
+            for batch, _, first, last in self._parts(start, stop)
+        ]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """Positions p, `start <= p < stop`, at which a document begins: int64, ascending."""
-        assert 0 <= start <= stop <= self.num_tokens
-        batch = bisect_right(self._starts, start) - 1
+        """Positions p, `start <= p < stop`, at which a document begins: int64, ascending.
+
+        Raises:
+            CorruptData: they cannot be read as they were written.
+        """
         pieces = []
-        while True:
-            base = self._starts[batch]
-            offsets = self._offsets[batch]
+        for batch, base, first, last in self._parts(start, stop):
+            stored = batch.shard.read(batch.offsets_at, batch.offsets_at + 4 * batch.num_documents)
+            offsets = np.frombuffer(stored, np.dtype("<i4"))
             # int32 bounds: any other dtype would make numpy convert the whole array of offsets.
-            bounds = np.array([max(start - base, 0), min(stop - base, int(offsets[-1]))], dtype=np.int32)
-            first, last = np.searchsorted(offsets, bounds, side="left")
-            pieces.append(offsets[first:last].astype(np.int64) + base)
-            if stop <= base + len(self._values[batch]):
-                break
-            batch += 1
+            begin, end = np.searchsorted(offsets, np.array([first, last], dtype=np.int32), side="left")
+            pieces.append(offsets[begin:end].astype(np.int64) + base)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     @property

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,9 +62,7 @@ def open_data(config: Config, model_config: LrnnConfig, ranks: Ranks) -> Data:
     }
     if d.stream is not None:
         return _open_stream(config, d.stream, model_config, description)
-    # One process reads all checksums; the others look at the sizes.
-    verify: Literal[True, "size"] = True if ranks.is_main else "size"
-    corpora = [TokenCorpus(c.path, verify=verify) for c in d.corpora]
+    corpora = [TokenCorpus(c.path) for c in d.corpora]
     check_model_matches_corpora(model_config.vocab_size, model_config.tokenizer_fingerprint, corpora)
     weights = [c.weight for c in d.corpora]
     source = CorpusData(corpora, weights, d.seq_len, config.seed, d.reset_at_document_boundaries)
@@ -118,9 +116,7 @@ class HeldOut:
         if self._every:
             if config.data.stream is not None:
                 raise UserError("log.heldout_every needs corpora with a held-out split; a stream has none, set it to 0")
-            corpora = [
-                TokenCorpus(c.path, "heldout", verify=True if ranks.is_main else "size") for c in config.data.corpora
-            ]
+            corpora = [TokenCorpus(c.path, "heldout") for c in config.data.corpora]
             self._batches = list(
                 heldout_batches(
                     corpora,

@@ -1,10 +1,12 @@
 """Processes: who they are, how they start, how they agree to stop."""
 
+import faulthandler
 import logging
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -14,12 +16,16 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from lrnn.errors import UserError
 
 STOPPED = 75  # exit status of a run that was told to stop and can be resumed (EX_TEMPFAIL of sysexits.h)
 T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+RENDEZVOUS_TIMEOUT = timedelta(minutes=30)  # for all processes to have started
+# Of collectives: longer than any limit of the watchdog, which ends a run that hangs and says where.
+COLLECTIVE_TIMEOUT = timedelta(days=2)
 
 
 @dataclass
@@ -86,6 +92,8 @@ def slurm_environment(env: dict[str, str]) -> dict[str, str]:
 
 def init_ranks() -> Ranks:
     """Join the other processes: NCCL on GPUs, gloo on CPU. A process alone forms a group of one."""
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # a crash in native code leaves the Python stacks in the log
     if "RANK" not in os.environ:
         if "SLURM_STEP_ID" in os.environ:
             os.environ.update(slurm_environment(dict(os.environ)))
@@ -110,7 +118,11 @@ def init_ranks() -> Ranks:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        # DeepSpeed makes groups with torch's own limit, which is 10 minutes for NCCL, and takes no other.
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = COLLECTIVE_TIMEOUT
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
+        store.set_timeout(COLLECTIVE_TIMEOUT)  # NCCL's communicators are made through it, when first used
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
     deepspeed.init_distributed(verbose=False)
     return Ranks(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
 
@@ -124,7 +136,7 @@ def launch(n: int, command: list[str]) -> int:
     """Run a command as n processes on this host, pass on stop signals, and return the job's exit status.
 
     torchrun is not used here because it ends its workers 30 s after a signal, which is too short to save a large model.
-    If a process fails, the others are stopped: they would wait for it.
+    If a process fails, it is named on stderr and the others are stopped: they would wait for it.
     """
     port = _free_port()
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
@@ -141,10 +153,12 @@ def launch(n: int, command: list[str]) -> int:
             environment = {**os.environ, **_local_environment(i, n, port), "OMP_NUM_THREADS": threads}
             # A session of its own: otherwise Ctrl-C would reach a worker twice, from the terminal and from here.
             workers.append(subprocess.Popen(command, env=environment, start_new_session=True))
-        while any(w.poll() is None for w in workers):
-            failed = [w for w in workers if w.poll() not in (None, 0, STOPPED)]
-            if failed:
-                _stop(workers)
+        while True:
+            ended = {i: code for i, w in enumerate(workers) if (code := w.poll()) is not None}
+            failed = {i: code for i, code in ended.items() if code not in (0, STOPPED)}
+            _report(failed)
+            if failed or len(ended) == n:
+                break
             time.sleep(0.1)
     finally:
         _stop(workers)
@@ -153,6 +167,15 @@ def launch(n: int, command: list[str]) -> int:
     codes = [w.returncode for w in workers]
     # A process that was ended for another's failure has a negative code: report the failure itself.
     return next((c for c in codes if c > 0 and c != STOPPED), next((c for c in codes if c != 0), 0))
+
+
+def _report(failed: dict[int, int]) -> None:
+    """Name the processes that failed, with their exit statuses, unless it was for bad input, which names itself."""
+    for i, code in failed.items():
+        if code < 0:
+            print(f"lrnn: process {i} was killed by {signal.Signals(-code).name}", file=sys.stderr)
+        elif code != 2:
+            print(f"lrnn: process {i} ended with status {code}", file=sys.stderr)
 
 
 def _stop(workers: list[subprocess.Popen], grace_s: float = 10) -> None:

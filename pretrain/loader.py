@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from lrnn.errors import UserError
+from lrnn.pretrain.block_reader import CorruptData
 from lrnn.pretrain.corpus import TokenCorpus
 from lrnn.pretrain.data_order import MixedOrder
 
@@ -82,6 +83,12 @@ def build_micro_batch(
     return MicroBatch(input_ids, labels, cu_seqlens, torch.from_numpy(np.asarray(sample_indices, dtype=np.int64)))
 
 
+def _ranges(indices: np.ndarray) -> str:
+    """`indices` ([n] int64) for a message, with consecutive ones as "first..last"."""
+    runs = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)
+
+
 class CorpusData:
     """Samples of corpora mixed by weight: a pure function of their numbers.
 
@@ -133,8 +140,15 @@ class CorpusData:
         return corpus, window
 
     def gather(self, corpus: np.ndarray, window: np.ndarray, indices: np.ndarray) -> MicroBatch:
-        """The micro-batch of samples `indices` that `locate` found at (corpus, window); all [B] int64."""
-        rows = [self._window(self.corpora[c], w) for c, w in zip(corpus.tolist(), window.tolist(), strict=True)]
+        """The micro-batch of samples `indices` that `locate` found at (corpus, window); all [B] int64.
+
+        Raises:
+            CorruptData: a sample cannot be read as it was written; the message names the samples too.
+        """
+        try:
+            rows = [self._window(self.corpora[c], w) for c, w in zip(corpus.tolist(), window.tolist(), strict=True)]
+        except CorruptData as error:
+            raise CorruptData(f"{error} (while reading samples {_ranges(indices)})") from error
         return build_micro_batch(rows, self.seq_len, indices, self.reset_at_document_boundaries)
 
     def batch(self, indices: np.ndarray) -> MicroBatch:

@@ -1,4 +1,7 @@
-"""Turn one part of a source into a shard of each split: an Arrow stream file, one list of `tokens` a document."""
+"""Turn one part of a source into a shard of each split: an Arrow stream file, one list of `tokens` a document.
+
+Beside each stands its table (see shard_table.py).
+"""
 
 import hashlib
 import json
@@ -15,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lrnn.pretrain import shard_table
 from lrnn.pretrain.sources import Document, Part, is_heldout
 from lrnn.pretrain.tokenizers_io import Tokenizer, load_tokenizer
 
@@ -28,11 +32,12 @@ def token_dtype(vocab_size: int) -> str:
 
 
 class _HashingFile(RawIOBase):
-    """A file that knows the sha256 and the size of what was written to it."""
+    """A file that knows the sha256, the checksums of the blocks and the size of what was written to it."""
 
     def __init__(self, path: Path):
         self._file = open(path, "wb")  # noqa: SIM115, closed by close()
         self.sha256 = hashlib.sha256()
+        self.blocks = shard_table.BlockDigests()
         self.size = 0
 
     def writable(self) -> bool:
@@ -40,6 +45,7 @@ class _HashingFile(RawIOBase):
 
     def write(self, data) -> int:
         self.sha256.update(data)
+        self.blocks.update(memoryview(data))
         self.size += len(data)
         return self._file.write(data)
 
@@ -52,7 +58,10 @@ class _HashingFile(RawIOBase):
 
 
 class ShardWriter:
-    """Write documents (lists of ids) to `path`, which appears under its name only when `close` has written it whole."""
+    """Write documents (lists of ids) to `path`, and its table beside it.
+
+    Both appear under their names only when `close` has written them whole.
+    """
 
     def __init__(self, path: Path, dtype: str):
         import pyarrow as pa
@@ -98,6 +107,9 @@ class ShardWriter:
         self._flush()
         self._stream.close()
         self._file.close()
+        layout = shard_table.batch_layout(self._temporary)
+        table = shard_table.pack_table(self._file.blocks.digests(), layout)
+        _write_atomically(self._path.with_name(self._path.name + shard_table.SUFFIX), table)
         os.replace(self._temporary, self._path)
         return {
             "documents": self._documents,
@@ -105,15 +117,19 @@ class ShardWriter:
             "max_token_id": self._max_token_id,
             "sha256": self._file.sha256.hexdigest(),
             "size": self._file.size,
+            "table_sha256": hashlib.sha256(table).hexdigest(),
         }
 
 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file that is there whole or not at all."""
+    _write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
+    with open(temporary, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -36,6 +36,7 @@ from lrnn.pretrain.metrics import EigenvalueProbe, MetricsLog, Speed
 from lrnn.pretrain.run import Run, contents_of_checkpoint, open_run, roll_back, start_engine
 from lrnn.pretrain.schedule import learning_rate
 from lrnn.pretrain.stream import StreamLoader
+from lrnn.pretrain.watchdog import Watchdog
 
 
 def train(config: Config, ranks: Ranks, stop: StopRequest) -> int:
@@ -45,13 +46,17 @@ def train(config: Config, ranks: Ranks, stop: StopRequest) -> int:
     is in a checkpoint, unless the storage is what is wrong.
     """
     with ExitStack() as exits:
+        watchdog = exits.enter_context(Watchdog(ranks, config.watchdog))
+        watchdog.enter("checking data and checkpoints", 0)
         run = open_run(config, ranks, exits)
         progress, data, first = run.progress, run.data, run.progress.step
+        watchdog.enter("starting the engine" if run.saved is None else "loading the checkpoint", 0)
         engine, probe = start_engine(run, config, ranks)
         log = None
         if ranks.is_main:
             log = exits.enter_context(closing(MetricsLog(config, first, run.saved is not None, ranks)))
             log.say(_describe(run, config, ranks, engine))
+            watchdog.log = log
         speed = Speed(config, run.model_config, ranks)
         bad_steps = BadSteps(config, ranks, progress.losses, log)
         writer = exits.enter_context(
@@ -63,12 +68,15 @@ def train(config: Config, ranks: Ranks, stop: StopRequest) -> int:
         loader = make_loader(data, config, ranks, progress.samples, progress.stream)
         exits.enter_context(loader)
         if first < config.steps:
+            watchdog.enter("trying a first pass", 0)
             warm_up(engine, data.throwaway_batch(), ranks)
         speed.skip()
         stopping, data_error = False, None
 
         while progress.step < config.steps:
+            watchdog.enter("waiting for data", progress.step + 1)
             micro_batches, data_error = next_step(loader)
+            watchdog.enter("agreeing whether to go on", progress.step + 1)
             # One agreement a step: does any rank want to stop, lack data, still write?
             stopped, broken, writing = ranks.worst(stop.signal is not None, data_error is not None, writer.vote)
             writer.advance(writing)
@@ -81,6 +89,7 @@ def train(config: Config, ranks: Ranks, stop: StopRequest) -> int:
             for group in engine.optimizer.param_groups:
                 group["lr"] = lr
             probe.enabled = logging
+            watchdog.enter("computing the step", progress.step + 1)
             with speed.step():
                 done = train_step(engine, micro_batches, ranks, probe, bad_steps.limit)
 
@@ -96,6 +105,7 @@ def train(config: Config, ranks: Ranks, stop: StopRequest) -> int:
             if verdict is not Verdict.GOOD:
                 progress.skipped_steps += 1
             if verdict is Verdict.ROLL_BACK:
+                watchdog.enter("going back to a checkpoint", progress.step)
                 writer.wait()
                 spike_at = progress.step
                 saved = roll_back(run, engine, config, ranks)
@@ -113,14 +123,18 @@ def train(config: Config, ranks: Ranks, stop: StopRequest) -> int:
                 record |= speed.read(loader.take_wait_s())
                 record["eigenvalues"] = probe.read()
             if run.heldout.due(progress.step):
+                watchdog.enter("measuring the held-out loss", progress.step)
                 record |= {"step": progress.step, "heldout_loss": run.heldout.loss(engine)}
                 speed.skip()
+            watchdog.enter("writing metrics", progress.step)
             if log is not None and record:
                 log.write(record)
             if writer.due(progress.step):
+                watchdog.enter("saving a checkpoint", progress.step)
                 writer.begin(engine, *contents_of_checkpoint(run, config, engine))
                 speed.skip()
 
+        watchdog.enter("saving a checkpoint", progress.step)
         writer.wait()
         if progress.step not in (first, writer.saved_step):
             writer.begin(engine, *contents_of_checkpoint(run, config, engine))
@@ -133,6 +147,7 @@ def train(config: Config, ranks: Ranks, stop: StopRequest) -> int:
         reasons = [reason for reason in ranks.gather(data_error) if reason is not None]
         if reasons:
             raise UserError(f"{reasons[0]} (the run stands at step {progress.step}, and its checkpoint is written)")
+        watchdog.enter("closing the logs", progress.step)
         if log is not None:
             log.say("stopped by a signal: run the same command to go on" if stopping else "done")
         return STOPPED if stopping else 0

@@ -5,6 +5,7 @@ import random
 import sys
 import sysconfig
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -98,13 +99,13 @@ def model_json(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def base(corpora, model_json, tmp_path):
-    """The configuration of a run in `tmp_path/run`; a copy can be changed freely."""
+@pytest.fixture(scope="session")
+def config_in(corpora, model_json):
+    """`config_in(folder)`: the configuration of a run in `folder/run`; a copy can be changed freely."""
 
-    def make(run="run", stage=2, **changes):
+    def make(folder, run="run", stage=2, **changes):
         config = {
-            "run_dir": str(tmp_path / run),
+            "run_dir": str(folder / run),
             "model": str(model_json),
             "deepspeed": str(ROOT / f"configs/deepspeed/zero{stage}.json"),
             "steps": 6,
@@ -126,3 +127,9 @@ def base(corpora, model_json, tmp_path):
         return {**config, **changes}
 
     return make
+
+
+@pytest.fixture
+def base(config_in, tmp_path):
+    """`config_in` for this test's own folder."""
+    return partial(config_in, tmp_path)

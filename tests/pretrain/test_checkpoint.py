@@ -287,7 +287,9 @@ def test_a_broken_checkpoint_does_not_count_among_the_last(save, tmp_path):
         if lost:
             remove(folder / lost)
     retain(folder, 2, 0)
-    assert steps(tmp_path) == [10, 40]
+    assert steps(tmp_path) == [10, 20, 30, 40]
+    retain(save(50), 2, 0)
+    assert steps(tmp_path) == [40, 50]
 
 
 # --- slices -----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 import sentencepiece
+import xxhash
 
 from lrnn.cli import main
 from lrnn.pretrain import build_corpus as build_corpus_module
@@ -79,6 +80,10 @@ def test_folder(build_corpus, text_folder, sentencepiece_model, small_parts):
     for shard in train["shards"]:
         data = (corpus / shard["file"]).read_bytes()
         assert shard["size"] == len(data) and shard["sha256"] == hashlib.sha256(data).hexdigest()
+        table = (corpus / f"{shard['file']}.table").read_bytes()
+        assert shard["table_sha256"] == hashlib.sha256(table).hexdigest()
+        blocks = [data[at : at + 65536] for at in range(0, len(data), 65536)]
+        assert table.startswith(b"".join(xxhash.xxh3_64(block).digest() for block in blocks))
         rows = datasets.Dataset.from_file(str(corpus / shard["file"]))["tokens"][:]
         found = (len(rows), sum(map(len, rows)), max(map(max, rows)))
         assert (shard["documents"], shard["tokens"], shard["max_token_id"]) == found
@@ -354,13 +359,14 @@ def test_unfinished_corpus_goes_on(build_corpus, jsonl, small_parts, monkeypatch
     assert manifests[0] == manifests[1]
 
 
-@pytest.mark.parametrize("step", ["rename", "manifest", "last"])
+@pytest.mark.parametrize("step", ["rename", "between", "manifest", "last"])
 def test_cut_off_while_finishing(build_corpus, text_folder, small_parts, monkeypatch, step):
     whole = build_corpus(text_folder, "--heldout", "0.2", out="whole")
     real_replace, real_write = os.replace, build_corpus_module.write_json
 
     def replace(a, b):
-        if Path(b).name.startswith({"rename": "data-00002", "manifest": "-", "last": "corpus"}[step]):
+        places = {"rename": "data-00002*", "between": "data-00002*.table", "manifest": "-", "last": "corpus"}
+        if Path(b).match(places[step]):
             raise KeyboardInterrupt
         real_replace(a, b)
 
@@ -376,6 +382,21 @@ def test_cut_off_while_finishing(build_corpus, text_folder, small_parts, monkeyp
             build_corpus(text_folder, "--heldout", "0.2")
     assert not whole.with_name("corpus").exists()
     assert content(build_corpus(text_folder, "--heldout", "0.2")) == content(whole)
+
+
+def test_older_format_does_not_go_on(build_corpus, text_folder, tmp_path, monkeypatch, capsys, sentencepiece_model):
+    """Shards that an older version of the program wrote have no tables."""
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_corpus_module, "FORMAT_VERSION", 1)
+        patch.setattr(build_corpus_module, "write_part", fail)
+        with pytest.raises(KeyboardInterrupt):
+            build_corpus(text_folder)
+    arguments = [text_folder, "--tokenizer", sentencepiece_model, "--out", tmp_path / "corpus", "--processes", "1"]
+    assert "another version of this program" in error_of(capsys, *arguments)
 
 
 def test_changed_source_does_not_go_on(build_corpus, tmp_path, monkeypatch, capsys, sentencepiece_model):

@@ -95,10 +95,38 @@ def test_others_that_ignore_the_signal_are_killed(command, monkeypatch):
     assert time.monotonic() - start < 10
 
 
-def test_a_killed_worker_is_a_failure(command, monkeypatch):
+def test_a_killed_worker_is_a_failure_and_named(command, monkeypatch, capfd):
     monkeypatch.setattr(distributed._stop, "__defaults__", (1.0,))
     code = launch(2, command("os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(60)"))
     assert code not in (0, STOPPED)
+    assert capfd.readouterr().err == "lrnn: process 1 was killed by SIGKILL\n"  # not what was stopped for it
+
+
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        ("sys.exit(3) if rank else (signal.signal(signal.SIGTERM, signal.SIG_DFL), time.sleep(60))", "status 3"),
+        ("sys.exit(2)", None),  # bad input, which the process itself has named
+        (f"sys.exit({STOPPED})", None),
+    ],
+)
+def test_who_failed_is_said(command, capfd, code, line):
+    launch(2, command(code))
+    assert capfd.readouterr().err == (f"lrnn: process 1 ended with {line}\n" if line else "")
+
+
+def test_a_stopped_worker_is_not_left_over(command, tmp_path, monkeypatch):
+    """One that got SIGSTOP heeds no other signal than SIGKILL."""
+    monkeypatch.setattr(distributed._stop, "__defaults__", (1.0,))
+    code = """
+    (folder / f"id-{rank}").write_text(str(os.getpid()))
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    wait_until(lambda: (folder / "id-0").exists()); time.sleep(0.2); sys.exit(5)
+    """
+    assert launch(2, command(code)) == 5
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "id-0").read_text()), 0)
 
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM", "SIGINT"])

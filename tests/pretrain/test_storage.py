@@ -2,18 +2,25 @@
 
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_disk import mounted
 from training_group import losses, run_group
 
+from lrnn.cli import main
 from lrnn.errors import UserError
 from lrnn.pretrain import checkpoint
+from lrnn.pretrain.block_reader import CorruptData
+from lrnn.pretrain.corpus import TokenCorpus
+from lrnn.pretrain.loader import CorpusData
 from lrnn.pretrain.metrics import read_metrics
 from lrnn.pretrain.run_lock import RunLock
 
@@ -36,9 +43,10 @@ def test_a_disk_that_is_full_for_a_while(base, tmp_path):
         assert run_group(tmp_path, specs) == [0, 0]
         assert losses(filled) == losses(straight) and len(losses(filled)) == 12
         failed = [(e["step"], e["error"]) for e in events(disk / "run", "checkpoint_failed")]
-        assert [step for step, _ in failed] == [4, 5, 6][: len(failed)] and "No space left" in failed[0][1]
+        # How many attempts there were depends on how long the disk takes to refuse them.
+        assert failed[0][0] == 4 and {step for step, _ in failed} <= {4, 5, 6} and "No space left" in failed[0][1]
         saved = [e["step"] for e in events(disk / "run", "checkpoint")]
-        assert saved[0] in (6, 7) and saved[-2:] == [8, 12], saved
+        assert saved[0] in (5, 6, 7) and saved[-2:] == [8, 12], saved
         assert [folder.name for folder in checkpoint.list_checkpoints(disk / "run")][-1] == "step-00000012"
         assert not list((disk / "run/checkpoints").glob(".step*"))
 
@@ -57,6 +65,87 @@ def test_a_disk_that_stays_full(base, tmp_path):
         (disk / "run/filler").unlink()
         assert run_group(tmp_path, [{"config": filled}]) == [0]
         assert losses(filled) == losses(straight)
+
+
+# --- a corpus that breaks in the middle of a run ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def long_corpus(corpora, tmp_path) -> tuple[Path, Path]:
+    """A corpus of several blocks, and its shard."""
+    (tmp_path / "text").mkdir()
+    rng = random.Random(0)
+    for i in range(40):
+        (tmp_path / "text" / f"{i}.txt").write_text("".join(rng.choices("abcdef \n", k=20_000)))
+    options = ["--tokenizer", str(corpora / "a" / "tokenizer"), "--processes", "1", "--heldout", "0.1"]
+    assert main(["corpus", str(tmp_path / "text"), *options, "--out", str(tmp_path / "long")]) == 0
+    (shard,) = (tmp_path / "long/train").glob("*.arrow")
+    return tmp_path / "long", shard
+
+
+def damage(corpus: Path, shard: Path, rank: int) -> int:
+    """Change a byte that, of two processes, `rank` alone reads first; returns how many steps come before that."""
+
+    def readable(data: CorpusData, micro_batch: int) -> bool:
+        try:
+            data.batch(np.array([2 * micro_batch, 2 * micro_batch + 1]))
+        except CorruptData:
+            return False
+        return True
+
+    good = shard.read_bytes()
+    for at in range(len(good) - 100, len(good) // 10, -(1 << 16)):
+        shard.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        data = CorpusData([TokenCorpus(corpus)], [1.0], seq_len=64, seed=0)
+        for step in range(6):
+            bad = [m for m in range(4 * step, 4 * step + 4) if not readable(data, m)]
+            if bad and step > 0 and {m % 2 for m in bad} == {rank}:
+                return step
+            if bad:
+                break
+    raise AssertionError("no block that this rank alone reads first")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_shard_that_is_corrupt(base, long_corpus, tmp_path, rank):
+    """Whichever process reads it, the run ends on all of them with one message; what was trained is in a checkpoint,
+    and with the shard mended it goes on as if nothing had been."""
+    corpus, shard = long_corpus
+    good = shard.read_bytes()
+
+    def config(run: str) -> dict:
+        changed = base(run)
+        return changed | {"data": changed["data"] | {"corpora": [{"path": str(corpus)}]}}
+
+    straight, broken = config("straight"), config("broken")
+    assert run_group(tmp_path, [{"config": straight}]) == [0]
+    step = damage(corpus, shard, rank)
+    (status,) = run_group(tmp_path, [{"config": broken}])
+    samples = re.search(r"while reading samples (\d+)\.\.(\d+)\)", status)
+    assert status.startswith(f"UserError: corpus {corpus}: shard train/{shard.name} is corrupt in bytes"), status
+    assert 8 * step <= int(samples[1]) < int(samples[2]) < 8 * step + 8 and int(samples[1]) // 2 % 2 == rank
+    assert f"the run stands at step {step}, and its checkpoint is written" in status
+    assert checkpoint.find_newest(tmp_path / "broken").name == f"step-{step:08d}"
+    if rank == 1:  # and from the command line: one line, from the main process, and status 2
+        (tmp_path / "run.yaml").write_text(json.dumps(broken))
+        command = [sys.executable, "-m", "lrnn.cli", "pretrain", str(tmp_path / "run.yaml"), "--nproc", "2"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith(f"lrnn: error: corpus {corpus}: shard train/{shard.name} is corrupt")
+    shard.write_bytes(good)
+    assert run_group(tmp_path, [{"config": broken}]) == [0]
+    assert losses(broken) == losses(straight)
+
+
+def test_a_shard_that_vanishes(base, long_corpus, tmp_path):
+    """A file that is removed while it is read stays readable for those who have it open; the next start names it."""
+    corpus, shard = long_corpus
+    changed = base(steps=8)
+    config = changed | {"data": changed["data"] | {"corpora": [{"path": str(corpus)}]}}
+    specs = [{"config": config, "remove": [3, str(shard)]}, {"config": config | {"steps": 9}}]
+    first, second = run_group(tmp_path, specs)
+    assert first == 0 and not shard.exists()
+    assert second.startswith(f"UserError: corpus {corpus}: shard train/{shard.name} cannot be read (No such file or ")
 
 
 # --- two runs on one folder -------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ SPEC is a list of {"config": {...}} with, where wanted,
     "poison_at": at this step one gradient of the last rank becomes NaN;
     "strange_at": at this step the labels of the last rank's last micro-batch are all the same token;
     "fill_at": before this step the disk of the run folder is filled up, "free_at": and before this one freed;
+    "remove": [step, path]: before this step the file is removed;
     "no_warm_up": true leaves the throw-away pass before the first step out.
 """
 
@@ -53,6 +54,8 @@ def main(file: Path, environment: dict[str, str]) -> None:
                 fill(filler)
             if ranks.is_main and number == spec.get("free_at"):
                 filler.unlink()
+            if ranks.is_main and [number] == spec.get("remove", [])[:1]:
+                Path(spec["remove"][1]).unlink()
             handle = None
             if last and number == spec.get("poison_at"):
                 parameter = engine.module.model.layers[0].mlp.up_proj.weight
