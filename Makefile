@@ -17,9 +17,10 @@ quickstart: setup
 test: lint
 	$(BIN)/pytest -q
 
-# Twenty endings of a job instead of three; wants root and Debian, for a SLURM of its own.
+# 200 kills instead of 12, twenty endings of a job instead of three, other numbers of processes. Some 30 minutes.
+# The jobs want root and Debian, for a SLURM of their own.
 torture: setup
-	LRNN_TORTURE=1 $(BIN)/pytest -q -s tests/slurm
+	LRNN_TORTURE=1 $(BIN)/pytest -q -s tests/pretrain/test_torture.py tests/slurm
 
 lint: setup
 	$(BIN)/ruff check .

@@ -347,7 +347,7 @@ def test_a_stopped_rank_is_named(outcomes):
     assert run.status == [HUNG, None] and LOST_S - 1 < run.seconds < LOST_S + MARGIN_S
     assert "lrnn: error: rank 1 (" in run.err[0] and "is lost: no sign of life for" in run.err[0]
     assert "it was last waiting for data (step 3)" in run.err[0]
-    assert "the others: rank 0 computing the step (step 3) for" in run.err[0]
+    assert "the others: rank 0 agreeing whether to go on (step 3) for" in run.err[0]
     assert run.events[0]["ranks"] == [1] and run.events[0]["message"] in run.err[0]
 
 
@@ -356,7 +356,7 @@ def test_a_stopped_main_rank_is_named_by_the_others(outcomes):
     assert run.status == [None, HUNG] and LOST_S - 1 < run.seconds < LOST_S + MARGIN_S
     assert "lrnn: error: rank 0 (" in run.err[1] and "is lost" in run.err[1]
     assert "it was last waiting for data (step 3)" in run.err[1]
-    assert "the others: rank 1 computing the step (step 3)" in run.err[1]
+    assert "the others: rank 1 agreeing whether to go on (step 3)" in run.err[1]
 
 
 def test_a_rank_that_never_returns_is_named_with_its_stack(outcomes):
@@ -367,7 +367,7 @@ def test_a_rank_that_never_returns_is_named_with_its_stack(outcomes):
     assert "stacks of rank 1 (" in run.err[1] and "in forget_the_time" in run.err[1]
     assert "stacks of rank 0 (" in run.err[0] and "in worst" in run.err[0]
     assert run.events[0]["ranks"] == [1]
-    assert "still computing the step (step 3): 1 s; rank 1 waiting for data (step 3)" in run.out[0]
+    assert "still agreeing whether to go on (step 3): 1 s; rank 1 waiting for data (step 3)" in run.out[0]
 
 
 def test_a_crashed_rank_leaves_its_stack_and_is_named_where_no_launcher_does(outcomes):

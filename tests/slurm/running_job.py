@@ -13,6 +13,7 @@ from cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 180
+TORTURE = os.environ.get("LRNN_TORTURE") == "1"  # the long form of these tests
 # Each asks a running job to stop so that it can resume. What the comments say was seen on SLURM 22.05.
 ENDINGS = {
     "usr1": ["scancel", "--signal=USR1"],  # to the tasks alone
@@ -42,14 +43,22 @@ class RunningJob:
 
     def submit(self, *more: str) -> subprocess.CompletedProcess:
         """Run `lrnn submit`, and note the job where it made one."""
-        # The commands find lrnn where these tests have it, whatever is installed on the nodes.
-        path = f"{Path(sys.executable).parent}{os.pathsep}{self.slurm.env['PATH']}"
-        env = {**self.slurm.env, "PATH": path, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "lrnn.cli", "submit", *self.arguments, *more]
-        done = subprocess.run(command, env=env, cwd=self.folder.parent, capture_output=True, text=True)
+        done = self._call(sys.executable, "-m", "lrnn.cli", "submit", *self.arguments, *more)
         submitted = re.search(r"^submitted job (\d+):", done.stdout, re.MULTILINE)
         self.job = submitted[1] if submitted else self.job
         return done
+
+    def sbatch(self, script: Path) -> str:
+        """Give a batch script to sbatch; returns the job."""
+        done = self._call("sbatch", "--parsable", str(script))
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def _call(self, *command: str) -> subprocess.CompletedProcess:
+        # Jobs find lrnn where these tests have it, whatever is installed on the nodes.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{self.slurm.env['PATH']}"
+        env = {**self.slurm.env, "PATH": path, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, env=env, cwd=self.folder.parent, capture_output=True, text=True)
 
     def end(self, kind: str) -> None:
         """End the job as `kind` says, and wait until it is in the queue again."""
@@ -80,6 +89,19 @@ class RunningJob:
     def show(self) -> dict[str, str]:
         """The fields of `scontrol show job`."""
         return dict(re.findall(r"(\w+)=(\S*)", self.slurm.run("scontrol", "--oneliner", "show", "job", self.job)))
+
+    def process_of_task(self, task: int) -> int:
+        """The process number of a running task, which is on this machine as all nodes are."""
+        wanted = {f"SLURM_JOB_ID={self.job}", f"SLURM_PROCID={task}", "SLURM_STEP_ID=0"}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = set((folder / "environ").read_text().split("\0"))
+                command = (folder / "cmdline").read_text().split("\0")
+            except OSError:  # it has just ended
+                continue
+            if wanted <= environment and "pretrain" in command:
+                return int(folder.name)
+        raise AssertionError(f"task {task} of job {self.job} does not run")
 
     def metrics(self) -> list[dict[str, Any]]:
         """All records, in the order they were written; unlike `read_metrics` it leaves no broken line out."""

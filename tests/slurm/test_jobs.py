@@ -5,13 +5,16 @@ LRNN_TORTURE=1 makes it twenty endings (`make torture`).
 
 import os
 import random
+import signal
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
-from running_job import ENDINGS, RunningJob
+from cluster import KILL_WAIT_S
+from running_job import ENDINGS, TORTURE, RunningJob
 
-TORTURE = os.environ.get("LRNN_TORTURE") == "1"
+torture = pytest.mark.skipif(not TORTURE, reason="takes minutes: make torture")
 # In the short form one ending of each sort that differs in who gets which signal.
 SHORT = ["usr1 --full", "requeue", "time limit"]
 STEPS_BETWEEN = 8
@@ -127,3 +130,24 @@ def test_a_cancelled_job_stays_cancelled(slurm, corpus, tmp_path):
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
     run.wait_for_checkpoint()
     assert (run.folder / f"checkpoints/step-{run.last_step():08d}").is_dir()
+
+
+@torture
+@pytest.mark.parametrize(("number", "sign"), [(signal.SIGSTOP, "is lost"), (signal.SIGKILL, "Killed")])
+def test_one_task_that_is_gone_ends_the_job(slurm, corpus, tmp_path, number, sign):
+    """Within the watchdog's limit, the minute that srun waits for the other tasks, and KillWait."""
+    run = RunningJob(slurm, tmp_path / "run", corpus, 10000)
+    assert run.submit("watchdog.lost_seconds=10").returncode == 0
+    run.wait_for_step(5)
+    victim = run.process_of_task(1)
+    os.kill(victim, number)
+    started = time.monotonic()
+    job = run.wait_for_end()
+    assert job["JobState"] == "FAILED" and job["Restarts"] == "0", run.log()
+    assert time.monotonic() - started < 10 + 60 + KILL_WAIT_S + 15
+    (line,) = [line for line in run.log().splitlines() if sign in line and ("rank 1" in line or "task 1" in line)]
+    print(f"\nended {time.monotonic() - started:.0f} s after {number.name}: {line}")
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{victim}").exists():
+        assert time.monotonic() < deadline, "the task is left over"
+        time.sleep(0.1)

@@ -1,0 +1,29 @@
+"""Kills at random moments, each followed by a resume. LRNN_TORTURE=1 makes it 200 (`make torture`)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+KILLS = 200 if os.environ.get("LRNN_TORTURE") == "1" else 12
+PROGRAM = Path(__file__).with_name("torture.py")
+
+
+def test_every_kill_is_survived(base, tmp_path):
+    """Losses are bitwise those of an undisturbed run after every kill, and no more than an interval is done again."""
+    config = base(
+        steps=60, global_batch_size=4, checkpoint={"every": 5, "keep_last": 2}, log={"every": 1, "tensorboard": False}
+    )
+    config["data"] |= {"seq_len": 32}
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps({"config": config, "folder": str(tmp_path), "kills": KILLS, "seed": 0}))
+    # Arrow's allocator would start a thread, and a process with threads must not fork.
+    environment = {**os.environ, "JE_ARROW_MALLOC_CONF": "background_thread:false", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(PROGRAM), str(spec)], env=environment, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(f"\n{json.dumps(result, indent=1)}")
+    assert sum(result[way]["kills"] for way in ("waited for", "in the background")) == KILLS
+    for way, most in (("waited for", 5), ("in the background", 10)):
+        assert result[way]["finished"] == result[way]["runs"] and result[way]["steps repeated at most"] <= most
