@@ -43,7 +43,7 @@ class Outcome:
     folder: Path  # where it is, or would have been
     error: str | None  # why it is not there
     warning: str | None  # it is there, but `latest` or older checkpoints are not as they should be (main process)
-    stall_s: float  # how long training waited for the copy, and for the checkpoint before
+    stall_s: float  # how long training waited: for the copy, the checkpoint before, and all of it if not in background
     write_s: float  # from the copy to the end
 
 
@@ -153,14 +153,15 @@ class CheckpointWriter:
             self.saved_step = pending.step
         elif self._ranks.is_main:
             self._executor.submit(shutil.rmtree, pending.partial, ignore_errors=True)
+        write_s = time.monotonic() - pending.begun
         self._report(
             Outcome(
                 step=pending.step,
                 folder=self._folder(pending.step),
                 error=self.error,
                 warning=pending.warning,
-                stall_s=pending.stall_s,
-                write_s=time.monotonic() - pending.begun,
+                stall_s=pending.stall_s + (0 if self._settings.background else write_s),
+                write_s=write_s,
             )
         )
 

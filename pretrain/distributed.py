@@ -1,5 +1,6 @@
 """Processes: who they are, how they start, how they agree to stop."""
 
+import ctypes
 import faulthandler
 import logging
 import os
@@ -23,6 +24,8 @@ from lrnn.errors import UserError
 STOPPED = 75  # exit status of a run that was told to stop and can be resumed (EX_TEMPFAIL of sysexits.h)
 T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+LAUNCHER = "LRNN_LAUNCHER"  # in the environment of launched processes: the process number of their launcher
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 RENDEZVOUS_TIMEOUT = timedelta(minutes=30)  # for all processes to have started
 # Of collectives: longer than any limit of the watchdog, which ends a run that hangs and says where.
 COLLECTIVE_TIMEOUT = timedelta(days=2)
@@ -151,6 +154,7 @@ def launch(n: int, command: list[str]) -> int:
     try:
         for i in range(n):
             environment = {**os.environ, **_local_environment(i, n, port), "OMP_NUM_THREADS": threads}
+            environment[LAUNCHER] = str(os.getpid())
             # A session of its own: otherwise Ctrl-C would reach a worker twice, from the terminal and from here.
             workers.append(subprocess.Popen(command, env=environment, start_new_session=True))
         while True:
@@ -167,6 +171,18 @@ def launch(n: int, command: list[str]) -> int:
     codes = [w.returncode for w in workers]
     # A process that was ended for another's failure has a negative code: report the failure itself.
     return next((c for c in codes if c > 0 and c != STOPPED), next((c for c in codes if c != 0), 0))
+
+
+def end_with_launcher() -> None:
+    """Get SIGTERM when the process that `launch`ed this one dies in any way; does nothing in other processes.
+
+    Left alone, a run would go on unseen and hold its folder.
+    """
+    if LAUNCHER not in os.environ:
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != int(os.environ[LAUNCHER]):  # it died before
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _report(failed: dict[int, int]) -> None:

@@ -26,6 +26,7 @@ from lrnn.pretrain.distributed import (
     StopRequest,
     check_world,
     default_processes,
+    end_with_launcher,
     init_ranks,
     is_worker,
     launch,
@@ -260,6 +261,7 @@ def main(args: argparse.Namespace) -> int:
         if processes > 1:
             return launch(processes, [sys.executable, "-m", "lrnn.cli", "pretrain", args.config, *args.overrides])
     with StopRequest() as stop:  # before all that takes long: a signal during that must not end the run for good
+        end_with_launcher()
         ranks = init_ranks()
         try:
             return train(config, ranks, stop)
@@ -269,3 +271,7 @@ def main(args: argparse.Namespace) -> int:
             return 2  # the main process says it
         finally:
             dist.destroy_process_group()
+            try:
+                sys.stdout.flush()
+            except OSError:  # the disk of the log is full; Python would exit with 120, where batch scripts go by 75
+                sys.stdout = None

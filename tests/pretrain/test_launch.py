@@ -1,6 +1,7 @@
 """Starting processes: exit statuses, signals, and what SLURM tells."""
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -176,6 +177,37 @@ def test_no_worker_outlives_a_launcher_that_fails(command, monkeypatch):
     with pytest.raises(OSError, match="no more processes"):
         launch(2, command(code))
     assert started[0].poll() is not None
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_workers_end_with_a_launcher_that_is_killed(command, tmp_path, late):
+    """Also where it died before they could ask to be told."""
+    worker = """
+        (folder / f"process-{rank}").write_text(str(os.getpid()))
+        wait_until((folder / "go").exists)
+        from lrnn.pretrain.distributed import end_with_launcher
+        end_with_launcher()
+        (folder / f"asked-{rank}").touch()
+        wait_until(lambda: noted(1), 60)
+    """
+    code = "import json, sys; from lrnn.pretrain.distributed import launch; launch(2, json.loads(sys.argv[1]))"
+    launcher = subprocess.Popen([sys.executable, "-c", code, json.dumps(command(worker))])
+
+    def wait_for(pattern: str) -> None:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob(pattern))) < 2:
+            assert time.monotonic() < deadline, pattern
+            time.sleep(0.05)
+
+    wait_for("process-*")
+    if not late:
+        (tmp_path / "go").touch()
+        wait_for("asked-*")
+    launcher.kill()
+    launcher.wait()
+    (tmp_path / "go").touch()
+    wait_for("signals-*")
+    assert signals(tmp_path, 0) == signals(tmp_path, 1) == ["SIGTERM"]
 
 
 def test_handlers_are_put_back(command):

@@ -67,6 +67,16 @@ def test_a_disk_that_stays_full(base, tmp_path):
         assert losses(filled) == losses(straight)
 
 
+def test_a_log_that_cannot_be_written(base, tmp_path):
+    """The output of a job often lies on the disk that is full: the run goes on, and its exit status is right."""
+    (tmp_path / "run.yaml").write_text(json.dumps(base(steps=3)))
+    command = [sys.executable, "-m", "lrnn.cli", "pretrain", str(tmp_path / "run.yaml"), "--nproc", "1"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [r["step"] for r in read_metrics(tmp_path / "run") if "loss" in r] == [1, 2, 3]
+
+
 # --- a corpus that breaks in the middle of a run ----------------------------------------------------------------------
 
 
