@@ -1,4 +1,4 @@
-"""Plot the metrics of one or several runs: loss (resumes marked), learning rate, speed, eigenvalues."""
+"""Plot the metrics of one or several runs: loss (resumes and bad steps marked), learning rate, speed, eigenvalues."""
 
 import argparse
 from pathlib import Path
@@ -7,18 +7,23 @@ from typing import Any
 from lrnn.errors import UserError
 from lrnn.pretrain.metrics import read_metrics
 
+MARKS = {"resumed": ":", "loss_spike": "--", "skipped_step": "-", "rollback": "-."}  # what is marked, with which line
 
-def split_records(records: list[dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], list[int]]:
-    """Records by step (where a resumed run repeated steps, the later one), and the steps at which the run resumed."""
+
+def split_records(records: list[dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], dict[str, list[int]]]:
+    """Records by step (where a run repeated steps, the later one), and the steps of what `MARKS` names."""
     by_step: dict[int, dict[str, Any]] = {}
-    resumed = []
+    marked: dict[str, list[int]] = {name: [] for name in MARKS}
     for record in records:
-        if record.get("event") == "start":
+        event = record.get("event")
+        if event == "start":
             if record["resumed"]:
-                resumed.append(record["step"])
-        elif "event" not in record:
+                marked["resumed"].append(record["step"])
+        elif event in marked:
+            marked[event].append(record["step"])
+        elif event is None:
             by_step[record["step"]] = record
-    return dict(sorted(by_step.items())), resumed
+    return dict(sorted(by_step.items())), marked
 
 
 def plot_runs(run_dirs: list[Path], out: Path) -> None:
@@ -34,13 +39,13 @@ def plot_runs(run_dirs: list[Path], out: Path) -> None:
 
     runs = {}
     for run_dir in run_dirs:
-        by_step, resumed = split_records(read_metrics(run_dir))
+        by_step, marked = split_records(read_metrics(run_dir))
         if not by_step:
             raise UserError(f"{run_dir}/metrics.jsonl holds no step yet")
-        runs[str(run_dir)] = (by_step, resumed)
+        runs[str(run_dir)] = (by_step, marked)
     figure, axes = plt.subplots(2, 2, figsize=(13, 8), layout="constrained")
-    for color, (name, (by_step, resumed)) in zip(_colors(), runs.items(), strict=False):
-        _lines(axes, name, by_step, resumed, color)
+    for color, (name, (by_step, marked)) in zip(_colors(), runs.items(), strict=False):
+        _lines(axes, name, by_step, marked, color)
     first, (by_step, _) = next(iter(runs.items()))
     _eigenvalues(figure, axes[1, 1], by_step, first if len(runs) > 1 else "")
     axes[0, 0].set(title="loss", xlabel="step", ylabel="nats a token")
@@ -65,7 +70,7 @@ def _colors():
     return itertools.cycle(f"C{i}" for i in range(10))
 
 
-def _lines(axes: Any, name: str, by_step: dict[int, dict[str, Any]], resumed: list[int], color: str) -> None:
+def _lines(axes: Any, name: str, by_step: dict[int, dict[str, Any]], marked: dict[str, list[int]], color: str) -> None:
     def series(key: str) -> tuple[list[int], list[float]]:
         points = [(step, record[key]) for step, record in by_step.items() if record.get(key) is not None]
         return [p[0] for p in points], [p[1] for p in points]
@@ -74,8 +79,10 @@ def _lines(axes: Any, name: str, by_step: dict[int, dict[str, Any]], resumed: li
     heldout = series("heldout_loss")
     if heldout[0]:
         axes[0, 0].plot(*heldout, color=color, marker="o", ms=4, ls="--", lw=1, label=f"{name} held-out")
-    for i, step in enumerate(resumed):
-        axes[0, 0].axvline(step, color=color, ls=":", label=f"{name} resumed" if i == 0 else None)
+    for what, steps in marked.items():
+        for i, step in enumerate(steps):
+            label = f"{name} {what.replace('_', ' ')}" if i == 0 else None
+            axes[0, 0].axvline(step, color=color, ls=MARKS[what], lw=1, alpha=0.6, label=label)
     axes[0, 1].plot(*series("lr"), color=color)
     axes[1, 0].plot(*series("tokens_per_second_per_gpu"), color=color, lw=1)
 

@@ -13,6 +13,7 @@ from training_group import losses, run_group
 
 from lrnn.pretrain import checkpoint
 from lrnn.pretrain.config import SpikeConfig
+from lrnn.pretrain.distributed import STOPPED
 from lrnn.pretrain.loss_spikes import LossSpikes
 from lrnn.pretrain.metrics import read_metrics
 
@@ -90,8 +91,11 @@ def test_a_spike_is_logged_or_skipped(base, tmp_path):
         return base(run, steps=STEPS, spikes=SPIKES | {"action": action})
 
     logged, skipped, calm = config("logged", "log"), config("skipped", "skip"), config("calm", "skip")
-    specs = [{"config": c, "strange_at": STRANGE} for c in (logged, skipped)] + [{"config": calm}]
-    assert run_group(tmp_path, specs) == [0, 0, 0]
+    resumed = config("resumed", "skip")
+    specs = [{"config": c, "strange_at": STRANGE} for c in (logged, skipped, resumed)] + [{"config": calm}]
+    specs.insert(2, {"config": resumed, "stop_at": STRANGE - 1})
+    assert run_group(tmp_path, specs) == [0, 0, STOPPED, 0, 0]
+    assert losses(resumed) == losses(skipped), "the losses that a spike is known by are not part of the checkpoint"
     for c, outcome in ((logged, "applied"), (skipped, "skipped")):
         (event,) = spikes_at(c, STRANGE)
         assert event["outcome"].startswith(outcome)

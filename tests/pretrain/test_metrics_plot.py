@@ -158,10 +158,13 @@ def test_later_records_of_a_step_count():
         {"event": "checkpoint", "step": 30, "path": "x"},
         {"event": "start", "step": 15, "resumed": True},
         {"step": 20, "loss": 2.0},
+        {"event": "loss_spike", "step": 22, "loss": "9.0"},
+        {"event": "rollback", "step": 22, "to": "x"},
+        {"event": "skipped_step", "step": 24, "loss": "nan"},
         {"step": 25, "loss": 2.5},
     ]
-    by_step, resumed = split_records(records)
-    assert resumed == [15]
+    by_step, marked = split_records(records)
+    assert marked == {"resumed": [15], "loss_spike": [22], "skipped_step": [24], "rollback": [22]}
     assert {s: r["loss"] for s, r in by_step.items()} == {10: 1.0, 20: 2.0, 25: 2.5, 30: 1.0}
     assert list(by_step) == [10, 20, 25, 30]
 
@@ -306,7 +309,7 @@ def test_plot_of_two_runs(tmp_path, capsys):
 
 
 def test_what_is_drawn(tmp_path, monkeypatch):
-    """The numbers of the lines, and a line where the run was resumed."""
+    """The numbers of the lines, and lines where the run was resumed and where a step was skipped."""
     import matplotlib.figure
 
     figures = []
@@ -316,6 +319,7 @@ def test_what_is_drawn(tmp_path, monkeypatch):
     )
     resumed = {"event": "start", "step": 25, "processes": 1, "resumed": True}
     records = [START, step_record(10, 4.0), step_record(20, 3.0, heldout_loss=3.5), resumed]
+    records.append({"event": "skipped_step", "step": 28, "loss": "nan"})
     write_run(tmp_path, [*records, {"step": 30, "heldout_loss": 2.5}, step_record(40, 2.0, mfu=0.5)])
     assert main(["plot", str(tmp_path)]) == 0
     assert (tmp_path / "metrics.png").stat().st_size > 10_000
@@ -324,6 +328,7 @@ def test_what_is_drawn(tmp_path, monkeypatch):
     assert lines[f"{tmp_path} training"] == [[10, 4.0], [20, 3.0], [40, 2.0]]
     assert lines[f"{tmp_path} held-out"] == [[20, 3.5], [30, 2.5]]
     assert [point[0] for point in lines[f"{tmp_path} resumed"]] == [25, 25]
+    assert [point[0] for point in lines[f"{tmp_path} skipped step"]] == [28, 28]
     assert lr.lines[0].get_xydata().tolist() == [[10, 0.01], [20, 0.02], [40, 0.04]]
     assert speed.lines[0].get_xydata().tolist() == [[10, 1010], [20, 1020], [40, 1040]]
     eigenvalues = figures[0].axes[3]
