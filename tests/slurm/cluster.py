@@ -18,6 +18,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 NODES = ("127.0.0.1", "127.0.0.2")
 CPUS = 4  # of a node; more than the machine has, since nothing binds tasks to them
 KILL_WAIT_S = 20  # between SIGTERM and SIGKILL, as KillWait in slurm.conf
+GRACE_TIME_S = 20  # between the SIGTERM that announces a pre-emption and the end
 TIMEOUT_S = 30
 
 CONFIGURATION = """\
@@ -52,7 +53,10 @@ SchedulerParameters=sched_interval=2
 SlurmctldTimeout=300
 SlurmdTimeout=300
 {nodes}
-PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime={grace_time}
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
 """
 
 
@@ -105,6 +109,7 @@ class Cluster:
             CONFIGURATION.format(
                 host=socket.gethostname().split(".")[0], controller_port=ports[0], folder=folder, nodes=nodes,
                 kill_wait=KILL_WAIT_S,
+                grace_time=GRACE_TIME_S,
                 first_job=random.randrange(1, 19_000),
             )
         )  # fmt: skip
@@ -129,7 +134,9 @@ class Cluster:
         self._daemons.append(subprocess.Popen(command, env=self.env, stdout=log, stderr=log, start_new_session=True))
 
     def _idle(self) -> bool:
-        done = subprocess.run(["sinfo", "-h", "-N", "-o", "%t"], env=self.env, capture_output=True, text=True)
+        done = subprocess.run(
+            ["sinfo", "-h", "-N", "-p", "test", "-o", "%t"], env=self.env, capture_output=True, text=True
+        )
         return done.stdout.split() == ["idle"] * len(NODES)
 
     def run(self, *command: str) -> str:

@@ -22,6 +22,15 @@ ENDINGS = {
     "term": ["scancel", "--signal=TERM"],  # to the tasks alone
     "requeue": ["scontrol", "requeue"],  # SIGCONT and SIGTERM to both, SIGKILL after KillWait
     "time limit": [],  # as --signal says, to the tasks alone
+    # SIGCONT and SIGTERM to both, and the end after the partition's GraceTime.
+    "pre-empted": [
+        "sbatch",
+        "--partition=urgent",
+        "--nodes=2",
+        "--ntasks-per-node=4",
+        "--output=/dev/null",
+        "--wrap=true",
+    ],
     "usr1 at start": ["scancel", "--signal=USR1"],  # while Python loads its packages
 }
 
@@ -65,6 +74,8 @@ class RunningJob:
         before = int(self.show()["Restarts"])
         if kind == "time limit":
             self.slurm.run("scontrol", "update", f"JobId={self.job}", "TimeLimit=1")
+        elif kind == "pre-empted":
+            self.slurm.run(*ENDINGS[kind])
         else:
             self.slurm.run(*ENDINGS[kind], self.job)
         self._wait(lambda: self.show()["Restarts"] == str(before + 1), f"{kind} does not requeue the job")

@@ -16,7 +16,7 @@ from running_job import ENDINGS, TORTURE, RunningJob
 
 torture = pytest.mark.skipif(not TORTURE, reason="takes minutes: make torture")
 # In the short form one ending of each sort that differs in who gets which signal.
-SHORT = ["usr1 --full", "requeue", "time limit"]
+SHORT = ["requeue", "time limit", "pre-empted"]
 STEPS_BETWEEN = 8
 
 
@@ -151,3 +151,22 @@ def test_one_task_that_is_gone_ends_the_job(slurm, corpus, tmp_path, number, sig
     while Path(f"/proc/{victim}").exists():
         assert time.monotonic() < deadline, "the task is left over"
         time.sleep(0.1)
+
+
+@torture
+def test_a_node_that_fails(slurm, corpus, tmp_path):
+    """SLURM puts the job back into the queue by itself, whether or not there is time for a checkpoint."""
+    run = RunningJob(slurm, tmp_path / "run", corpus, 100)
+    assert run.submit("checkpoint.every=10").returncode == 0
+    run.wait_for_step(35)
+    slurm.run("scontrol", "update", "NodeName=127.0.0.2", "State=DOWN", "Reason=test")  # it comes back by itself
+    job = run.wait_for_end()
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), run.log()
+    (_, resumed) = [record["step"] for record in run.metrics() if record.get("event") == "start"]
+    steps = [step for step, _ in run.losses()]
+    before = steps[: len(steps) - (100 - resumed)]
+    assert before == list(range(1, len(before) + 1)) and steps[len(before) :] == list(range(resumed + 1, 101))
+    assert 0 <= len(before) - resumed <= 20
+    by_step: dict[int, float] = {}
+    for step, loss in run.losses():
+        assert by_step.setdefault(step, loss) == loss, "a step that is done again has another loss"
