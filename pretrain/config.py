@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,6 +21,9 @@ DAY_SECONDS = 24 * 3600
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Section)
 
 
 class CorpusSource(Section):
@@ -138,7 +141,12 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a run's YAML file and apply `key.sub=value` overrides (values are YAML).
+    """Read a run's YAML file; see `load`."""
+    return load(Config, path, overrides)
+
+
+def load(schema: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
+    """Read a YAML file of a schema and apply `key.sub=value` overrides (values are YAML).
 
     Raises:
         UserError: the file is missing or no YAML mapping, an override has no `=`, a key is unknown, a value has the
@@ -158,18 +166,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if not (key and sep):
             raise UserError(f"override {override!r} should look like key.sub=value")
         _assign(raw, key, _parse_yaml(value, f"override {override}: the value"))
-    return validate(raw, str(path))
+    return validate(raw, str(path), schema)
 
 
-def validate(raw: dict, origin: str) -> Config:
-    """Check a parsed configuration against the schema. Raises UserError naming each bad key."""
+def validate(raw: dict, origin: str, schema: type[S] = Config) -> S:  # type: ignore[assignment]
+    """Check a parsed configuration against its schema. Raises UserError naming each bad key."""
     try:
-        return Config.model_validate(raw)
+        return schema.model_validate(raw)
     except ValidationError as error:
-        raise UserError("; ".join(_explain(e, origin) for e in error.errors())) from None
+        raise UserError("; ".join(_explain(e, origin, schema) for e in error.errors())) from None
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: Section) -> str:
     """The resolved configuration as YAML."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
@@ -212,10 +220,10 @@ def _assign(raw: dict, key: str, value: Any) -> None:
     raw[last] = value
 
 
-def _explain(error: Any, origin: str) -> str:
+def _explain(error: Any, origin: str, schema: type[BaseModel]) -> str:
     path = ".".join(str(p) for p in error["loc"])
     if error["type"] == "extra_forbidden":
-        names = list(_section_at(error["loc"][:-1]).model_fields)
+        names = list(_section_at(schema, error["loc"][:-1]).model_fields)
         return f"{origin}: unknown key {path}; {name_hint(str(error['loc'][-1]), names)}"
     if error["type"] == "missing":
         return f"{origin}: key {path} is missing"
@@ -224,8 +232,8 @@ def _explain(error: Any, origin: str) -> str:
     return f"{origin}: {where}{message}"
 
 
-def _section_at(loc: tuple) -> type[BaseModel]:
-    section: Any = Config
+def _section_at(schema: type[BaseModel], loc: tuple) -> type[BaseModel]:
+    section: Any = schema
     for name in loc:
         if isinstance(name, int):
             continue

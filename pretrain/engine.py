@@ -17,24 +17,29 @@ from lrnn.pretrain.loader import accumulation_steps
 
 def load_model_config(path: str | Path) -> LrnnConfig:
     """The model described by a Hugging Face `config.json`. Raises UserError for unknown fields and bad values."""
-    raw = read_json(path, "model configuration")
-    kind = raw.pop("model_type", LrnnConfig.model_type)
+    return model_config_from(read_json(path, "model configuration"), f"model configuration {path}")
+
+
+def model_config_from(raw: dict[str, Any], origin: str) -> LrnnConfig:
+    """The model described by the fields of a `config.json`, strictly. Raises UserError that begins with `origin`."""
+    fields = dict(raw)
+    kind = fields.pop("model_type", LrnnConfig.model_type)
     if kind != LrnnConfig.model_type:
-        raise UserError(f"model configuration {path}: model_type {kind!r} should be {LrnnConfig.model_type!r}")
+        raise UserError(f"{origin}: model_type {kind!r} should be {LrnnConfig.model_type!r}")
     types = inspect.get_annotations(LrnnConfig.__init__)
     known = LrnnConfig().to_dict()
-    for name, value in raw.items():
+    for name, value in fields.items():
         if name not in known:
             hint = name_hint(name, list(types))
-            raise UserError(f"model configuration {path}: unknown field {name}; {hint}")
+            raise UserError(f"{origin}: unknown field {name}; {hint}")
         # transformers checks no types: the string "false" would be true.
         kind = types.get(name)
         if kind in (bool, int, float) and type(value) not in ((int, float) if kind is float else (kind,)):
-            raise UserError(f"model configuration {path}: {name} = {value!r} should be {kind.__name__}")
+            raise UserError(f"{origin}: {name} = {value!r} should be {kind.__name__}")
     try:
-        return LrnnConfig(**raw)
+        return LrnnConfig(**fields)
     except (ValueError, TypeError) as error:
-        raise UserError(f"model configuration {path}: {error}") from None
+        raise UserError(f"{origin}: {error}") from None
 
 
 def build_model(model_config: LrnnConfig, seed: int, activation_checkpointing: bool) -> LrnnForCausalLM:

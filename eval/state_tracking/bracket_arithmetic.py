@@ -1,0 +1,116 @@
+"""Modular arithmetic with brackets (arXiv 2411.12537 section 5.1), grown for a whole batch at once.
+
+An expression of n tokens is `d`, `-d`, `(d)` or `(-d)` for n of 1 to 4, else `(left op right)` with the left length
+uniform in 1..n-4. Instead of recursing sample by sample, all expressions of the batch that are equally deep are split
+in one step; values are then folded from the deepest level up. Every expression starts at a token of its own, so its
+start is the counter of its random draws and the place where its value is kept.
+"""
+
+import torch
+from torch import Tensor
+
+from lrnn.errors import UserError
+from lrnn.eval.state_tracking.counter_rng import Field, integers
+from lrnn.eval.state_tracking.formal_languages import MAX_MODULUS
+from lrnn.eval.state_tracking.task import Task, check_integer, mean_over_sizes, one_answer, size_range
+
+OPERATORS = ("+", "-", "*")
+AROUND = 3  # the tokens of a sequence besides its expression: `=`, the answer and one PAD
+SMALLEST = 5
+
+
+class BracketArithmetic(Task):
+    """An expression of `size - 3` tokens and `=`; the answer is the value modulo `modulus`.
+
+    Digits are ids 0..modulus-1, then `+ - * ( ) =` (5-10 modulo 5), PAD last (11). `operators` is "+-" (what the
+    released generator makes) or "+-*" (Table 3 of the paper). As in the released generator a size below 5 becomes 5.
+    """
+
+    first_answer_id = 0
+
+    def __init__(self, modulus: int = 5, operators: str = "+-*") -> None:
+        self.num_classes = check_integer("modular_arithmetic_brackets", "modulus", modulus, 2, MAX_MODULUS)
+        if operators not in ("+-", "+-*"):
+            raise UserError(f"modular_arithmetic_brackets: operators must be '+-' or '+-*', not {operators!r}")
+        self.operators = operators
+        self.plus, self.minus, self.times, self.open, self.close, self.equals = range(modulus, modulus + 6)
+        self.pad_id = modulus + 6
+        self.vocab_size = modulus + 7
+
+    def sizes(self, min_length: int, max_length: int) -> list[int]:
+        sizes = size_range("modular_arithmetic_brackets", min_length, max_length, smallest=3)
+        if max_length < SMALLEST:
+            raise UserError(f"modular_arithmetic_brackets: max_length must be at least {SMALLEST}, not {max_length}")
+        return [max(size, SMALLEST) for size in sizes]
+
+    def fill(self, keys: Tensor, lengths: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        expression_lengths = lengths - AROUND
+        content, answer = self.expressions(keys, expression_lengths, width)
+        content.scatter_(1, expression_lengths[:, None], self.equals)
+        return one_answer(content, expression_lengths + 1, answer, self.pad_id)
+
+    def expressions(self, keys: Tensor, lengths: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Token ids `[B, width]` of expressions with these keys and lengths (`[B]` int64), and their values `[B]`.
+
+        Tokens after an expression's end are the pad id.
+        """
+        tokens = torch.full((len(keys), width), self.pad_id, device=keys.device)
+        values = torch.empty_like(tokens)  # at an expression's first token, its value
+        flat_tokens, flat_values = tokens.view(-1), values.view(-1)
+        first = torch.arange(len(keys), device=keys.device) * width
+        start = first  # into the flat tensors
+        levels = []
+        while len(start):
+            short = lengths < SMALLEST
+            self._write_short(flat_tokens, flat_values, keys, start[short], lengths[short], width)
+            start, lengths = start[~short], lengths[~short]
+            left, operator = self._split(keys, start, lengths, width)
+            middle = start + 1 + left
+            flat_tokens[start] = self.open
+            flat_tokens[middle] = operator
+            flat_tokens[start + lengths - 1] = self.close
+            levels.append((start, middle, operator))
+            start, lengths = torch.cat([start + 1, middle + 1]), torch.cat([left, lengths - left - 3])
+        for start, middle, operator in reversed(levels):
+            flat_values[start] = self._apply(operator, flat_values[start + 1], flat_values[middle + 1])
+        return tokens, values[:, 0]
+
+    def _split(self, keys: Tensor, start: Tensor, lengths: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """The left length and the operator's id of long expressions, `[N]` each."""
+        sample, place = start // width, start % width
+        left = integers(keys[sample], Field.SPLIT, place, lengths - 4) + 1
+        operator = integers(keys[sample], Field.OPERATOR, place, len(self.operators)) + self.plus
+        return left, operator
+
+    def _write_short(
+        self, tokens: Tensor, values: Tensor, keys: Tensor, start: Tensor, lengths: Tensor, width: int
+    ) -> None:
+        """Write `d`, `-d`, `(d)` or `(-d)` and its value at every start, by length."""
+        digit = integers(keys[start // width], Field.SYMBOL, start % width, self.num_classes)
+        negative, bracketed = lengths % 2 == 0, lengths >= 3
+        opening = bracketed.long()
+        # A later line overwrites an earlier one where a form lacks the sign or the bracket.
+        tokens[start] = self.open
+        tokens[start + lengths - 1] = self.close
+        tokens[(start + opening)[negative]] = self.minus
+        tokens[start + opening + negative] = digit
+        values[start] = torch.where(negative, -digit % self.num_classes, digit)
+
+    def _apply(self, operator: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        total = torch.where(operator == self.minus, left - right, left + right)
+        return torch.where(operator == self.times, left * right, total) % self.num_classes
+
+    def answer_distribution(self, min_length: int, max_length: int) -> Tensor:
+        m = self.num_classes
+        sizes = self.sizes(min_length, max_length)
+        residues = torch.arange(m)
+        pairs = residues.repeat_interleave(m), residues.repeat(m)
+        longest = max(sizes) - AROUND
+        by_length = torch.full((longest + 1, m), 1 / m, dtype=torch.float64)  # a digit and its negative are uniform
+        for length in range(SMALLEST, longest + 1):
+            joint = by_length[1 : length - 3].T @ by_length[1 : length - 3].flip(0) / (length - 4)  # of (left, right)
+            total = torch.zeros(m, dtype=torch.float64)
+            for operator in range(self.plus, self.plus + len(self.operators)):
+                total.index_add_(0, self._apply(torch.tensor(operator), *pairs), joint.flatten())
+            by_length[length] = total / len(self.operators)
+        return mean_over_sizes({size: by_length[size - AROUND] for size in sizes}, sizes)

@@ -1,0 +1,103 @@
+"""What `lrnn track` trains: tasks x models x eigenvalue ranges x seeds, from a YAML file."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from lrnn import LrnnConfig
+from lrnn.errors import UserError
+from lrnn.eval.state_tracking.task import Task
+from lrnn.eval.state_tracking.tasks import make_task
+from lrnn.pretrain.config import Section, load
+from lrnn.pretrain.engine import model_config_from
+
+Range = Literal["negative", "positive"]
+UNIMPORTANT = {"log_every", "checkpoint_seconds"}  # settings that change no result
+RANGE_NAMES = {"negative": "[-1, 1]", "positive": "[0, 1]"}
+
+
+class TrainSettings(Section):
+    min_length: int = Field(gt=0)
+    max_length: int = Field(gt=0)
+    steps: int = Field(gt=0)
+    batch_size: int = Field(gt=0)  # sequences
+    lr: float = Field(gt=0)  # peak; 10% linear warm-up, then a cosine down to min_lr
+    min_lr: float = Field(1e-6, ge=0)
+    weight_decay: float = Field(0.1, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    log_every: int = Field(100, gt=0)  # steps
+    checkpoint_seconds: float = Field(60.0, gt=0)
+
+
+class TestSettings(Section):
+    min_length: int = Field(gt=0)
+    max_length: int = Field(gt=0)
+    samples: int = Field(8192, gt=0)
+    batch_size: int = Field(512, gt=0)  # sequences
+
+
+class GridConfig(Section):
+    out: str  # folder of all results
+    tasks: dict[str, dict[str, Any]] = Field(min_length=1)  # name in the results: {task: ..., parameters of the task}
+    models: dict[str, dict[str, Any]] = Field(min_length=1)  # name in the results: fields of the model's config.json
+    ranges: list[Range] = Field(["negative", "positive"], min_length=1)  # of the eigenvalues
+    seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
+    train: TrainSettings
+    test: TestSettings
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of the grid."""
+
+    task_name: str
+    model_name: str
+    range: Range
+    seed: int
+    task: Task
+    model_config: LrnnConfig
+    folder: Path  # of its results
+    fingerprint: str  # of all that decides the result: task, model, range, seed, training and test
+
+    def __str__(self) -> str:
+        return f"{self.task_name}, {self.model_name} {RANGE_NAMES[self.range]}, seed {self.seed}"
+
+
+def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> tuple[GridConfig, list[Cell]]:
+    """Read a grid and check every cell of it before any is trained.
+
+    Raises:
+        UserError: see `lrnn.pretrain.config.load`; a task, a model or a length that does not exist.
+    """
+    grid = load(GridConfig, path, overrides)
+    cells = list(_cells(grid, str(path)))
+    for cell in cells:
+        for settings in (grid.train, grid.test):
+            cell.task.sizes(settings.min_length, settings.max_length)
+    return grid, cells
+
+
+def _cells(grid: GridConfig, origin: str) -> Iterator[Cell]:
+    for task_name, parameters in grid.tasks.items():
+        if "task" not in parameters:
+            raise UserError(f"{origin}: tasks.{task_name} should have a key task, such as task: parity")
+        task = make_task(parameters["task"], **{k: v for k, v in parameters.items() if k != "task"})
+        for model_name, fields in grid.models.items():
+            for range_ in grid.ranges:
+                # No id of a task is special to the model: every one may be an input or an answer.
+                fixed: dict[str, Any] = {"vocab_size": task.vocab_size, "allow_neg_eigval": range_ == "negative"}
+                fixed |= {"bos_token_id": None, "eos_token_id": None, "max_position_embeddings": grid.train.max_length}
+                for name in fixed.keys() & fields.keys():
+                    raise UserError(f"{origin}: models.{model_name}.{name} is set by the grid; remove it")
+                config = model_config_from(fields | fixed, f"{origin}: models.{model_name}")
+                for seed in grid.seeds:
+                    folder = Path(grid.out) / task_name / model_name / range_ / f"seed-{seed}"
+                    facts = [parameters, config.to_diff_dict(), seed]
+                    facts += [grid.train.model_dump(exclude=UNIMPORTANT), grid.test.model_dump(exclude=UNIMPORTANT)]
+                    fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+                    yield Cell(task_name, model_name, range_, seed, task, config, folder, fingerprint)

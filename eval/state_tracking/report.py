@@ -1,0 +1,128 @@
+"""Tables and pictures of a grid: accuracy by length, best and median over seeds, where the eigenvalues went."""
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from lrnn.eval.state_tracking.grid import RANGE_NAMES, Cell, GridConfig
+from lrnn.eval.state_tracking.papers import reported
+from lrnn.pretrain.checkpoint import write_atomically
+from lrnn.pretrain.metrics import read_metrics
+
+LENGTH_BINS = 24  # points of a curve, at most
+
+Group = tuple[str, str]  # model name, range
+
+
+def write_report(grid: GridConfig, cells: list[Cell], results: list[dict[str, Any]]) -> str:
+    """Write `results.csv`, `table.md` and pictures into the grid's folder; returns the table."""
+    out = Path(grid.out)
+    with (out / "results.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["task", "model", "range", "seed", "length", "accuracy"])
+        for result in results:
+            for length, accuracy in result["by_length"].items():
+                writer.writerow([*(result[k] for k in ("task", "model", "range", "seed")), length, f"{accuracy:.6f}"])
+    sections = []
+    for task in grid.tasks:
+        of_task = [(cell, result) for cell, result in zip(cells, results, strict=True) if cell.task_name == task]
+        sections.append(_table(grid, task, of_task))
+        _plot_lengths(out / f"accuracy-{task}.png", grid, task, of_task)
+        _plot_eigenvalues(out / f"eigenvalues-{task}.png", of_task)
+    text = "\n".join(sections)
+    write_atomically(out / "table.md", text)
+    return text
+
+
+def _grouped(of_task: list[tuple[Cell, dict[str, Any]]]) -> dict[Group, list[tuple[Cell, dict[str, Any]]]]:
+    groups: dict[Group, list[tuple[Cell, dict[str, Any]]]] = defaultdict(list)
+    for cell, result in of_task:
+        groups[cell.model_name, cell.range].append((cell, result))
+    return groups
+
+
+def _table(grid: GridConfig, task: str, of_task: list[tuple[Cell, dict[str, Any]]]) -> str:
+    """Scaled accuracy over all test samples: best [median] of the seeds, the papers' figure, the majority floor."""
+    train, test = grid.train, grid.test
+    kind = grid.tasks[task]["task"]
+    lines = [
+        f"## {task}",
+        "",
+        f"Trained on lengths {train.min_length} to {train.max_length} for {train.steps} steps of {train.batch_size}, "
+        f"tested on {test.min_length} to {test.max_length} ({test.samples} sequences a seed). Scaled accuracy, best "
+        f"[median] of {len(grid.seeds)} seeds; always giving the most frequent answer has "
+        f"{of_task[0][1]['scaled_floor']:.3f}.",
+        "",
+        "| model | eigenvalues | scaled accuracy | at the longest length | papers |",
+        "|---|---|---|---|---|",
+    ]
+    for (model, _), members in _grouped(of_task).items():
+        scores = [result["scaled_accuracy"] for _, result in members]
+        last = [list(result["by_length"].values())[-1] for _, result in members]
+        cell = members[0][0]
+        paper = reported(kind, cell.model_config.mixer, cell.range)
+        lines.append(
+            f"| {model} | {RANGE_NAMES[cell.range]} | {max(scores):.3f} [{median(scores):.3f}] "
+            f"| {max(last):.3f} [{median(last):.3f}] | {paper} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _plot_lengths(path: Path, grid: GridConfig, task: str, of_task: list[tuple[Cell, dict[str, Any]]]) -> None:
+    """Accuracy by length: the median of the seeds, and a band from the worst to the best."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    colors: dict[str, str] = {}
+    for (model, range_), members in _grouped(of_task).items():
+        color = colors.setdefault(model, f"C{len(colors) % 10}")
+        lengths = np.array([int(n) for n in members[0][1]["by_length"]])
+        curves = np.array([list(result["by_length"].values()) for _, result in members])
+        bins = np.array_split(np.arange(len(lengths)), min(LENGTH_BINS, len(lengths)))
+        x = np.array([lengths[b].mean() for b in bins])
+        y = np.array([curves[:, b].mean(1) for b in bins])  # [bins, seeds]
+        style = "-" if range_ == "negative" else "--"
+        axis.plot(x, np.median(y, 1), style, color=color, label=f"{model} {RANGE_NAMES[members[0][0].range]}")
+        axis.fill_between(x, y.min(1), y.max(1), color=color, alpha=0.12)
+    axis.axvline(grid.train.max_length, color="grey", ls=":", label="longest in training")
+    floor = of_task[0][1]["floor"]
+    axis.axhline(floor, color="grey", lw=0.8, label=f"majority floor {floor:.2f}")
+    axis.set(title=task, xlabel="length", ylabel="accuracy", ylim=(-0.02, 1.02))
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _plot_eigenvalues(path: Path, of_task: list[tuple[Cell, dict[str, Any]]]) -> None:
+    """The distribution of 1 - beta over training, all layers together, of the first seed of each model and range."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = []
+    for members in _grouped(of_task).values():
+        cell = members[0][0]
+        by_step = {r["step"]: r["eigenvalues"] for r in read_metrics(cell.folder) if r.get("eigenvalues")}
+        if by_step:
+            shown.append((cell, by_step))
+    if not shown:
+        return
+    figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), 4), layout="constrained", squeeze=False)
+    for axis, (cell, by_step) in zip(axes[0], shown, strict=True):
+        steps = np.array(sorted(by_step))
+        shares = np.array([np.mean(by_step[step]["histogram"], axis=0) for step in steps]).T  # [bins, steps]
+        centers = np.linspace(-1, 1, shares.shape[0] * 2 + 1)[1::2]
+        image = axis.pcolormesh(steps, centers, shares, vmin=0, cmap="viridis", shading="nearest")
+        axis.set(title=f"{cell.model_name} {RANGE_NAMES[cell.range]}", xlabel="step", ylabel="eigenvalue 1 - beta")
+        figure.colorbar(image, ax=axis, label="share")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
