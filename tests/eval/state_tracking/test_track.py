@@ -172,8 +172,18 @@ def test_errors_come_before_any_training(grid_file, tmp_path, capsys, changes, m
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+CONFIGS = Path(__file__).parents[3] / "configs/track"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_grids_of_the_repository_are_valid(path):
+    grid, cells = load_grid(path)
+    assert len(cells) == len(grid.tasks) * len(grid.models) * len(grid.ranges) * len(grid.seeds) >= 12
+    assert len({cell.fingerprint for cell in cells}) == len({cell.folder for cell in cells}) == len(cells)
+
+
 def test_learning_rate():
-    grid, _ = load_grid(Path(__file__).parents[3] / "configs/track/parity.yaml")
+    grid, _ = load_grid(CONFIGS / "parity.yaml")
     settings = grid.train
     assert learning_rate(0, settings) == pytest.approx(settings.lr / 2000)
     assert learning_rate(1999, settings) == learning_rate(2000, settings) == settings.lr
