@@ -8,14 +8,13 @@ from lrnn.errors import UserError
 
 
 def collect(folders: list[Path]) -> str:
-    """Markdown table of every results.json below `folders`, by training step where that is known.
+    """Markdown table of every results.json of `lrnn eval` below `folders`, by training step where that is known.
 
     Raises UserError if a folder holds no results, or if two results of a model give different values for one metric.
     """
     rows: dict[tuple[str, int, str], dict[str, str]] = {}
     columns: list[str] = []
-    for path in [path for folder in folders for path in _results_below(folder)]:
-        results = json.loads(path.read_text(encoding="utf-8"))
+    for path, results in [found for folder in folders for found in _results_below(folder)]:
         row = rows.setdefault(_model(results["model"]), {})
         for metric in results["metrics"]:
             name, cell = _column(metric, results["limit"]), _cell(metric)
@@ -30,12 +29,14 @@ def collect(folders: list[Path]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _results_below(folder: Path) -> list[Path]:
+def _results_below(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     # A name that begins with a dot is a result that is being written or replaced.
-    found = [p for p in folder.rglob("results.json") if not any(part.startswith(".") for part in p.parts[-2:])]
-    if not found:
+    paths = [p for p in folder.rglob("results.json") if not any(part.startswith(".") for part in p.parts[-2:])]
+    found = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(paths)]
+    suites = [(path, results) for path, results in found if "metrics" in results]  # `lrnn position` writes curves
+    if not suites:
         raise UserError(f"{folder} holds no results.json, neither itself nor below; give folders that lrnn eval wrote")
-    return sorted(found)
+    return suites
 
 
 def _model(model: dict[str, Any]) -> tuple[str, int, str]:

@@ -46,7 +46,9 @@ def _results(folder: Path) -> dict[tuple[str, str, str], float]:
     path = folder / "results.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no results.json: not a result folder of `lrnn eval`")
-    metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
+    metrics = json.loads(path.read_text(encoding="utf-8")).get("metrics")
+    if metrics is None:
+        raise UserError(f"{folder} is no result folder of `lrnn eval`; `lrnn position` compares the models it is given")
     return {(row["task"], row["metric"], row["filter"]): row["value"] for row in metrics}
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -111,12 +112,20 @@ def check_output(out: Path) -> None:
 
 
 def write(out: Path, results: Raw, raw: Raw) -> None:
-    """Write the folder `out`: first beside it, results.json last, then renamed, so that it is never half there."""
+    """Write the folder `out`, whole or not at all."""
+    replace_folder(out, lambda new: _fill(new, results, raw))
+
+
+def replace_folder(out: Path, fill: Callable[[Path], None]) -> None:
+    """Make the folder `out` of what `fill` writes into an empty one.
+
+    That one stands beside it and is renamed when it is done, so that `out` is never half there.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     new, old = (out.with_name(f".{out.name}.{kind}.{os.getpid()}") for kind in ("new", "old"))
     new.mkdir()
     try:
-        _fill(new, results, raw)
+        fill(new)
     except BaseException:
         shutil.rmtree(new)
         raise

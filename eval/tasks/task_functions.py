@@ -5,7 +5,6 @@ lm-eval finds this file beside the task files, so the tasks work from `lrnn eval
 """
 
 import ast
-import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ from datasets import Dataset
 
 from lrnn.errors import UserError
 from lrnn.eval import sandbox
+from lrnn.eval.documents import read_texts
 from lrnn.eval.fetch_data import load_rows
 
 Doc = dict[str, Any]
@@ -37,16 +37,7 @@ def read_heldout(path: Path) -> list[Doc]:
     """Documents {"text": str} of a jsonl file; raises UserError for a missing file, a bad row or no text at all."""
     if not path.is_file():
         raise UserError(f"held-out file not found: {path}")
-    docs = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f'{path}, line {number}: expected a JSON object with "text", got {line[:80]!r}') from error
-        if not isinstance(text, str):
-            raise UserError(f'{path}, line {number}: "text" must be a string, got {type(text).__name__}')
-        if text:
-            docs.append({"text": text})
+    docs = [{"text": text} for _, text in read_texts(path) if text]
     if not docs:
         raise UserError(f"{path} holds no text")
     return docs

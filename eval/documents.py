@@ -1,0 +1,125 @@
+"""Long documents of a jsonl file: which there are, found in one pass, and their tokens, read again when needed.
+
+So what stays in memory is a few numbers a document, not its tokens.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lrnn.errors import UserError
+from lrnn.pretrain.tokenizers_io import Tokenizer
+
+
+@dataclass(frozen=True)
+class Document:
+    """`offsets`: the bytes at which its lines of the file start, more than one where documents were joined.
+
+    `length`: tokens that a model predicts in it, that is without the first, which has nothing before it.
+    """
+
+    offsets: tuple[int, ...]
+    length: int
+
+
+def read_texts(path: Path) -> Iterator[tuple[int, str]]:
+    """(byte at which the line starts, "text") of every line; raises UserError, with its number, for a bad line."""
+    with path.open("rb") as file:
+        offset = 0
+        for number, line in enumerate(file, start=1):
+            yield offset, _text(line, f"{path}, line {number}")
+            offset += len(line)
+
+
+def _text(line: bytes, where: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{where}: expected a JSON object with "text", got {line[:80]!r}') from error
+    if not isinstance(text, str):
+        raise UserError(f'{where}: "text" must be a string, got {type(text).__name__}')
+    return text
+
+
+def document_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of a document as a corpus stores it, from bos to eos."""
+    return [*tokenizer.document_prefix, *tokenizer.encode_batch([text])[0], *tokenizer.document_suffix]
+
+
+def find_documents(
+    path: Path, tokenizer: Tokenizer, min_length: int, max_length: int, limit: int | None = None
+) -> list[Document]:
+    """The documents of at least `min_length` tokens, in the file's order, cut at `max_length`; `limit`: the first ones.
+
+    Raises:
+        UserError: the file is missing or has a bad line, or fewer than two documents are long enough.
+    """
+    lengths = []
+    found = []
+    for offset, text in _texts(path):
+        length = len(document_ids(text, tokenizer)) - 1
+        lengths.append(length)
+        if length >= min_length:
+            found.append(Document((offset,), min(length, max_length)))
+        if len(found) == limit:
+            break
+    if len(found) < 2:
+        longest = ", ".join(f"{n:,}" for n in sorted(lengths, reverse=True)[:3])
+        raise UserError(
+            f"{path}: {len(found)} of {len(lengths):,} documents have at least {min_length:,} tokens, and a band over "
+            f"documents takes two or more; the longest have {longest}. Give a smaller --max-length or --min-tokens, "
+            "longer documents, or --join to join them"
+        )
+    return found
+
+
+def join_documents(path: Path, tokenizer: Tokenizer, max_length: int, limit: int | None = None) -> list[Document]:
+    """Documents joined in the file's order until they have `max_length` tokens; each joined one begins with a document.
+
+    Raises:
+        UserError: the file is missing or has a bad line, or the text does not give two.
+    """
+    found = []
+    offsets: list[int] = []
+    total = tokens = 0
+    for offset, text in _texts(path):
+        offsets.append(offset)
+        added = len(document_ids(text, tokenizer))
+        total, tokens = total + added, tokens + added
+        if tokens > max_length:
+            found.append(Document(tuple(offsets), max_length))
+            offsets, tokens = [], 0
+        if len(found) == limit:
+            break
+    if len(found) < 2:
+        raise UserError(
+            f"{path}: its documents, {total:,} tokens in all, do not join into two of {max_length:,} tokens, and a "
+            "band over documents takes two or more; give a smaller --max-length or more text"
+        )
+    return found
+
+
+def load_ids(path: Path, document: Document, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Ids int32 [length + 1] of a document, and bool [length]: whether the id that follows is to be predicted.
+
+    It is not at the seams of joined documents: in training too no label crosses a document boundary.
+    """
+    parts = []
+    with path.open("rb") as file:
+        for offset in document.offsets:
+            file.seek(offset)
+            parts.append(np.array(document_ids(_text(file.readline(), str(path)), tokenizer), dtype=np.int32))
+    ids = np.concatenate(parts)[: document.length + 1]
+    predicted = np.ones(len(ids), dtype=bool)
+    seams = np.cumsum([0, *map(len, parts)])
+    predicted[seams[seams < len(ids)]] = False
+    return ids, predicted[1:]
+
+
+def _texts(path: Path) -> Iterator[tuple[int, str]]:
+    if not path.is_file():
+        raise UserError(f"document file not found: {path}")
+    return ((offset, text) for offset, text in read_texts(path) if text)
