@@ -27,7 +27,22 @@ AUTO_MAP = {
     "AutoModel": "modeling_lrnn.LrnnModel",
     "AutoModelForCausalLM": "modeling_lrnn.LrnnForCausalLM",
 }
-CODE = ("configuration_lrnn.py", "modeling_lrnn.py", "kernels/delta_rule_reference.py")  # inside the package
+CODE = (  # inside the package; all of it, whatever the mixer: the model's file imports every mixer
+    "configuration_lrnn.py",
+    "modeling_lrnn.py",
+    "layers_lrnn.py",
+    "mixer_deltanet.py",
+    "mixer_gla.py",
+    "mixer_mamba.py",
+    "mixer_mamba2.py",
+    "mixer_mlstm.py",
+    "mixer_rwkv7.py",
+    "mixer_slstm.py",
+    "mixer_transformer.py",
+    "kernels/delta_rule_reference.py",
+    "kernels/diagonal_recurrence.py",
+    "kernels/step_recurrences.py",
+)
 EXAMPLES = """examples:
   lrnn export runs/340m exports/340m                       # the newest intact checkpoint of a run
   lrnn export runs/340m/checkpoints/step-00010000 exports/340m-10k --dtype bfloat16
@@ -152,16 +167,18 @@ def export(
         model; None for the fla format, of which names, shapes and values are compared (fla computes on a GPU alone).
 
     Raises:
-        UserError: `out` is not empty; the tokenizer cannot be converted.
+        UserError: `out` is not empty; the tokenizer cannot be converted; fla's format does not have the mixer.
         RuntimeError: what was written does not load, or gives other logits. Nothing is left at `out` then.
     """
     import torch
 
     from lrnn.eval.export_check import check_hf_folder, logits, sample_batch
-    from lrnn.eval.fla_format import check_fla_folder
+    from lrnn.eval.fla_format import check_fla_folder, to_fla_config
     from lrnn.eval.tokenizer import export_tokenizer
 
     model = trained.model.eval()
+    if export_format == "fla":
+        to_fla_config(model.config)  # refuses a mixer before anything is written
     with _new_folder(out) as folder:
         tokenizer = export_tokenizer(trained.tokenizer, folder)
         say(f"tokenizer of {trained.tokenizer.vocab_size:,} pieces: ids compared on real text, equal")
@@ -197,7 +214,7 @@ def empty_model(config: "LrnnConfig") -> "LrnnForCausalLM":
 
 
 def round_weights(model: "LrnnForCausalLM", dtype: "torch.dtype") -> None:
-    """Cast the weights in place, but for those that stay float32 whatever the dtype of the model (A_log, dt_bias)."""
+    """Cast the weights in place, but for the gates that stay float32 whatever the dtype of the model."""
     kept = tuple(f".{name}" for name in model._keep_in_fp32_modules_strict)
     for name, parameter in model.named_parameters():
         if not name.endswith(kept):

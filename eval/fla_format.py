@@ -44,7 +44,14 @@ FIXED: dict[str, dict[str, Any]] = {
 
 
 def to_fla_config(config: LrnnConfig) -> dict[str, Any]:
-    """The `config.json` of fla's model that computes the same function with the same parameters."""
+    """The `config.json` of fla's model that computes the same function with the same parameters.
+
+    Raises:
+        UserError: a mixer that this conversion does not know.
+    """
+    if config.mixer not in MIXER_OF.values():
+        known = " and ".join(MIXER_OF.values())
+        raise UserError(f"the fla format is for the mixers {known}; this model's is {config.mixer}: use --format hf")
     kind = next(k for k, mixer in MIXER_OF.items() if mixer == config.mixer)
     fla = {"model_type": kind, "architectures": [ARCHITECTURES[kind]], **FIXED[kind]}
     fla |= {name: getattr(config, name) for name in SHARED}

@@ -10,7 +10,27 @@ from lrnn import LrnnConfig
 PAPERS = {
     "gated_deltanet": ("Gated DeltaNet", "2412.06464"),
     "deltanet": ("DeltaNet", "2406.06484"),
+    "gated_deltaproduct": ("Gated DeltaProduct", "2502.10297"),
+    "deltaproduct": ("DeltaProduct", "2502.10297"),
+    "gla": ("Gated linear attention", "2312.06635"),
+    "mamba2": ("Mamba-2", "2405.21060"),
+    "mamba": ("Mamba", "2312.00752"),
+    "mlstm": ("mLSTM", "2405.04517"),
+    "rwkv7": ("RWKV-7", "2503.14456"),
+    "slstm": ("sLSTM", "2405.04517"),
+    "transformer": ("Softmax attention with rotary positions", "1706.03762"),
 }
+# What an eigenvalue range of [-1, 1] and of [0, 1] mean, in the mixers that have one.
+RANGES = {
+    "gla": ("decay 2 a - 1", "decay a"),
+    "mamba2": ("decay 2 a - 1", "decay a"),
+    "mamba": ("decay 2 exp(dt A) - 1", "decay exp(dt A)"),
+    "mlstm": ("forget gate 2 f - 1", "forget gate f"),
+    "rwkv7": ("in-context rate times 1 + min(w)", "in-context rate a; with decay w down to min(w) - 1"),
+}
+RANGES |= dict.fromkeys(
+    ("gated_deltanet", "deltanet", "gated_deltaproduct", "deltaproduct"), ("beta = 2 sigmoid", "beta = sigmoid")
+)
 
 
 def model_card(
@@ -40,7 +60,7 @@ def model_card(
         license=license,
         library_name="transformers" if export_format == "hf" else "fla",
         pipeline_tag="text-generation",
-        tags=["linear-rnn", config.mixer, "state-tracking"],
+        tags=[_kind(config).replace(" ", "-"), config.mixer, "state-tracking"],
     )
     # Documents begin with bos or, for a tokenizer that has none, with eos.
     first_id = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
@@ -58,20 +78,43 @@ def model_card(
 
 def _architecture(config: LrnnConfig, dtype: str, num_parameters: int) -> str:
     title, paper = PAPERS[config.mixer]
-    low, factor = (-1, "2 sigmoid") if config.allow_neg_eigval else (0, "sigmoid")
-    rows = {
-        "token mixer": f"{title} (arXiv:{paper})",
-        "eigenvalues of the state transition": f"[{low}, 1]: beta = {factor} (arXiv:2411.12537)",
+    rows = {"token mixer": f"{title} (arXiv:{paper})"}
+    if config.mixer in RANGES:
+        low = -1 if config.allow_neg_eigval else 0
+        how = RANGES[config.mixer][0 if config.allow_neg_eigval else 1]
+        rows["eigenvalues of the state transition"] = f"[{low}, 1]: {how} (arXiv:2411.12537)"
+    rows |= {
         "parameters": f"{num_parameters:,} ({num_parameters / 1e6:.1f}M), {dtype}",
         "layers, hidden size": f"{config.num_hidden_layers}, {config.hidden_size}",
         "heads, head dimension": f"{config.num_heads}, {config.head_dim}",
-        "recurrent state": f"{config.num_hidden_layers * config.num_heads * config.head_dim**2:,} numbers a sequence",
-        "short convolution": f"{config.conv_size} taps",
+    }
+    if config.mixer.endswith("deltaproduct"):
+        rows["Householder factors a token"] = str(config.num_householder)
+    if config.mixer != "transformer":
+        rows["recurrent state"] = f"{config.num_hidden_layers * _state_size(config):,} numbers a sequence"
+    if config.mixer not in ("gla", "rwkv7", "slstm", "transformer"):
+        rows["short convolution"] = f"{config.conv_size} taps"
+    rows |= {
         "SwiGLU size": str(config.intermediate_size),
         "vocabulary": f"{config.vocab_size:,}{', tied embeddings' if config.tie_word_embeddings else ''}",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return f"A linear RNN: it keeps a state of fixed size and has no attention.\n\n| | |\n|---|---|\n{table}"
+    if config.mixer == "transformer":
+        first = "A transformer, trained for comparison with linear RNNs: its cache grows with the text."
+    else:
+        first = f"A {_kind(config).replace('rnn', 'RNN')}: it keeps a state of fixed size and has no attention."
+    return f"{first}\n\n| | |\n|---|---|\n{table}"
+
+
+def _kind(config: LrnnConfig) -> str:
+    return {"transformer": "transformer", "slstm": "non-linear rnn"}.get(config.mixer, "linear rnn")
+
+
+def _state_size(config: LrnnConfig) -> int:
+    """Numbers in the recurrent state of a layer."""
+    H, D = config.num_heads, config.head_dim
+    special = {"mamba": H * D * config.state_size, "mlstm": H * D * (D + 1) + H, "slstm": 4 * H * D}
+    return special.get(config.mixer, H * D**2)
 
 
 def _training(training: dict[str, Any], data: dict[str, Any] | None, run: dict[str, Any] | None) -> str:
@@ -130,7 +173,7 @@ def _limits(export_format: str) -> str:
     lines = [
         "A base model: it continues text, and follows no instructions.",
         "Pad on the left, and pass the attention mask (the tokenizer does both).",
-        "No assisted or speculative decoding: a recurrent state cannot be rolled back.",
+        "No assisted or speculative decoding: the cache cannot be rolled back.",
     ]
     if export_format == "hf":
         lines.append(

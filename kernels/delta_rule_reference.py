@@ -109,6 +109,46 @@ def fused_gated_delta_rule(
     return gated_delta_rule(q, k, v, g, beta, scale, initial_state, cu_seqlens, True, output_final_state)
 
 
+def gated_delta_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    normalize_qk: bool = False,
+    output_final_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Gated DeltaProduct (arXiv 2502.10297, equation 5) on the rule above; arguments as in `factors_as_steps`."""
+    steps = factors_as_steps(q, k, v, g, beta, cu_seqlens)
+    n_h = k.shape[2]
+    q, k, v, g, beta, cu_seqlens = steps
+    o, state = gated_delta_rule(q, k, v, g, beta, scale, initial_state, cu_seqlens, normalize_qk, output_final_state)
+    return o[:, n_h - 1 :: n_h], state
+
+
+def factors_as_steps(q, k, v, g, beta, cu_seqlens):
+    """n_h factors a token as n_h steps of the rule: the gate on the first, the query on the last.
+
+    q [B, T, H, K], k [B, T, n_h, H, K], v [B, T, n_h, HV, V], g [B, T, HV] or None, beta [B, T, n_h, HV]; `cu_seqlens`
+    counts tokens. Returns them in the same order for T n_h steps; token t has its output from step t n_h + n_h - 1.
+    """
+    if k.ndim != 5 or v.ndim != 5 or k.shape[:3] != v.shape[:3] or k.shape[:2] != q.shape[:2]:
+        raise ValueError(
+            "q must be [B, T, H, K], k [B, T, n_h, H, K] and v [B, T, n_h, HV, V]; "
+            f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+        )
+    n_h = k.shape[2]
+    # [B, T, n_h, ...] -> [B, T n_h, ...]
+    q = F.pad(q.unsqueeze(2), (0, 0, 0, 0, n_h - 1, 0)).flatten(1, 2)
+    if g is not None:
+        g = F.pad(g.unsqueeze(2), (0, 0, 0, n_h - 1)).flatten(1, 2)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens * n_h
+    return q, k.flatten(1, 2), v.flatten(1, 2), g, beta.flatten(1, 2), cu_seqlens
+
+
 def document_ids(cu_seqlens: Tensor, batch_size: int, seq_len: int) -> Tensor:
     """Number of the document that each token belongs to: int64 [B, T], non-decreasing along the flattened tokens."""
     first = torch.zeros(batch_size * seq_len + 1, dtype=torch.int64, device=cu_seqlens.device)

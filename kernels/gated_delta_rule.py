@@ -135,29 +135,16 @@ def gated_delta_product(
 
     The other arguments, the results and the errors are those of `gated_delta_rule`; `cu_seqlens` counts tokens.
     """
-    if k.ndim != 5 or v.ndim != 5 or k.shape[:3] != v.shape[:3] or k.shape[:2] != q.shape[:2]:
-        raise ValueError(
-            "q must be [B, T, H, K], k [B, T, n_h, H, K] and v [B, T, n_h, HV, V]; "
-            f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-        )
-    n_h = k.shape[2]
-    pad = (0, 0, 0, 0)
-    # [B, T, n_h, ...] -> [B, T n_h, ...]; only the last factor's step is asked for its output
-    q = torch.nn.functional.pad(q.unsqueeze(2), (*pad, n_h - 1, 0)).flatten(1, 2)
-    if g is not None:
-        g = torch.nn.functional.pad(g.unsqueeze(2), (0, 0, 0, n_h - 1)).flatten(1, 2)
+    *steps, bounds = reference.factors_as_steps(q, k, v, g, beta, cu_seqlens)
     o, state = gated_delta_rule(
-        q,
-        k.flatten(1, 2),
-        v.flatten(1, 2),
-        g,
-        beta.flatten(1, 2),
+        *steps,
         scale=scale,
         normalize_qk=normalize_qk,
         initial_state=initial_state,
         output_final_state=output_final_state,
-        cu_seqlens=None if cu_seqlens is None else cu_seqlens * n_h,
+        cu_seqlens=bounds,
     )
+    n_h = k.shape[2]
     return o[:, n_h - 1 :: n_h], state
 
 

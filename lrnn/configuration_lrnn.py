@@ -2,7 +2,19 @@
 
 from transformers.configuration_utils import PretrainedConfig
 
-MIXERS = ("gated_deltanet", "deltanet")
+MIXERS = (
+    "gated_deltanet",
+    "deltanet",
+    "gated_deltaproduct",
+    "deltaproduct",
+    "gla",
+    "mamba2",
+    "mamba",
+    "mlstm",
+    "rwkv7",
+    "slstm",
+    "transformer",
+)
 
 
 class LrnnConfig(PretrainedConfig):
@@ -12,22 +24,27 @@ class LrnnConfig(PretrainedConfig):
         vocab_size: rows of the embedding.
         hidden_size: width of the residual stream.
         num_hidden_layers: number of blocks.
-        mixer: "gated_deltanet" (arXiv 2412.06464) or "deltanet" (arXiv 2406.06484: no gate on the state or the output).
-        num_heads, head_dim: heads of the mixer and their key and value size; the recurrent state of a layer has
-            num_heads * head_dim ** 2 numbers.
-        allow_neg_eigval: eigenvalues of the state transition in [-1, 1] (beta = 2 sigmoid) rather than [0, 1]
-            (beta = sigmoid); arXiv 2411.12537.
-        conv_size: taps of the causal short convolutions on q, k and v.
+        mixer: "gated_deltanet" (arXiv 2412.06464), "deltanet" (2406.06484: no gate on the state or the output),
+            "gated_deltaproduct" and "deltaproduct" (2502.10297), "gla" (2312.06635), "mamba2" (2405.21060), "mamba"
+            (2312.00752), "mlstm" and "slstm" (2405.04517), "rwkv7" (2503.14456), or "transformer".
+        num_heads, head_dim: heads of the mixer and their key and value size.
+        num_householder: factors a token of the DeltaProduct mixers, 1 to 4; the others do not read it.
+        state_size: numbers that each channel of "mamba" keeps; the others do not read it.
+        allow_neg_eigval: eigenvalues of the state transition in [-1, 1] rather than [0, 1] (arXiv 2411.12537): for the
+            DeltaNet mixers beta = 2 sigmoid rather than sigmoid, for the others see their files. "slstm" and
+            "transformer" have no such range.
+        conv_size: taps of the causal short convolutions, in the mixers that have any.
         intermediate_size: width of the SwiGLU MLP.
         norm_eps: epsilon of every RMSNorm.
-        max_position_embeddings: sequence length in training, in tokens. There are no position embeddings; evaluation
+        max_position_embeddings: sequence length in training, in tokens. Nothing in the model is bound to it; evaluation
             tools read their window from it.
         initializer_range: standard deviation of linear and embedding weights at the start.
         tokenizer_fingerprint: SHA-256 of the tokenizer's `tokenizer.model` or `tokenizer.json`, as a corpus' manifest
             has it. Where it is given, corpora made with another tokenizer are refused.
 
     Raises:
-        ValueError: an unknown mixer, or a size that is not positive.
+        ValueError: an unknown mixer, a size that is not positive, more than 4 Householder factors, an odd head_dim of a
+            "transformer".
     """
 
     model_type = "lrnn"
@@ -41,6 +58,8 @@ class LrnnConfig(PretrainedConfig):
         mixer: str = "gated_deltanet",
         num_heads: int = 16,
         head_dim: int = 128,
+        num_householder: int = 2,
+        state_size: int = 16,
         allow_neg_eigval: bool = True,
         conv_size: int = 4,
         intermediate_size: int = 5632,
@@ -63,6 +82,8 @@ class LrnnConfig(PretrainedConfig):
             "num_hidden_layers": num_hidden_layers,
             "num_heads": num_heads,
             "head_dim": head_dim,
+            "num_householder": num_householder,
+            "state_size": state_size,
             "conv_size": conv_size,
             "intermediate_size": intermediate_size,
         }
@@ -70,6 +91,10 @@ class LrnnConfig(PretrainedConfig):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer; got {value!r}")
             setattr(self, name, value)
+        if num_householder > 4:
+            raise ValueError(f"num_householder must be 1, 2, 3 or 4; got {num_householder}")
+        if mixer == "transformer" and head_dim % 2:
+            raise ValueError(f"head_dim of a transformer must be even, for rotary positions; got {head_dim}")
         self.mixer = mixer
         self.allow_neg_eigval = allow_neg_eigval
         self.norm_eps = norm_eps

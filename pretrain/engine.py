@@ -57,11 +57,12 @@ def build_model(model_config: LrnnConfig, seed: int, activation_checkpointing: b
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices; none on norms, A_log, dt_bias (one dimension) and the taps of the convolutions."""
+    """Weight decay on matrices; none on norms, A_log, dt_bias, other vectors and the taps of the convolutions."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (decayed if parameter.ndim == 2 and "conv1d" not in name else free).append(parameter)
+        is_matrix = parameter.ndim == 2 and "conv1d" not in name and not name.endswith("A_log")  # Mamba's has two
+        (decayed if is_matrix else free).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 

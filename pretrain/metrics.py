@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
-from lrnn.modeling_lrnn import DeltaNet
+from lrnn.layers_lrnn import Mixer
 from lrnn.pretrain.config import Config
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.flops import peak_flops, train_flops_per_token
@@ -191,23 +191,25 @@ class Speed:
 
 
 class EigenvalueProbe:
-    """How much each layer uses negative eigenvalues: the distribution of 1 - beta over tokens and heads.
+    """How much each layer uses negative eigenvalues: the distribution of those of the state transitions, over tokens,
+    heads and whatever else has one (channels, factors).
 
-    While `enabled`, each forward pass notes the eigenvalues of every DeltaNet layer.
+    While `enabled`, each forward pass notes the eigenvalues of every mixer that has a range of them; otherwise they are
+    not computed.
     """
 
     def __init__(self, model: nn.Module):
         self.enabled = False
         self._counts: dict[int, Tensor] = {}
         for module in model.modules():
-            if isinstance(module, DeltaNet):
-                module.b_proj.register_forward_hook(self._hook(module.layer_idx, module.beta_range))
+            if isinstance(module, Mixer) and module.has_eigenvalue_range:
+                module.on_eigenvalues = self._note(module.layer_idx)
 
-    def _hook(self, layer: int, beta_range: float):
-        def note(module, args, logits: Tensor) -> None:
+    def _note(self, layer: int) -> Callable[[Callable[[], Tensor]], None]:
+        def note(compute: Callable[[], Tensor]) -> None:
             if self.enabled:
-                eigenvalues = 1 - beta_range * logits.detach().float().sigmoid()
-                self._counts[layer] = torch.histc(eigenvalues, EIGENVALUE_BINS, -1, 1)
+                with torch.no_grad():
+                    self._counts[layer] = torch.histc(compute().float(), EIGENVALUE_BINS, -1, 1)
 
         return note
 

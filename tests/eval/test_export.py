@@ -30,7 +30,18 @@ VARIANTS = {
     "deltanet": {"mixer": "deltanet", "allow_neg_eigval": False},
     "deltanet-tied": {"mixer": "deltanet", "tie_word_embeddings": True, "num_heads": 3, "conv_size": 3},
 }
-EXPORTED = {"gated-tied": "bfloat16", "deltanet": "float32"}
+OTHER_MIXERS = {
+    "gated_deltaproduct": {"mixer": "gated_deltaproduct", "num_householder": 3},
+    "mlstm": {"mixer": "mlstm"},
+    "transformer": {"mixer": "transformer"},
+}
+EXPORTED = {
+    "gated-tied": "bfloat16",
+    "deltanet": "float32",
+    "gated_deltaproduct": "float32",
+    "mlstm": "bfloat16",
+    "transformer": "float32",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,13 +60,17 @@ def sentencepiece_model(tmp_path_factory):
 def random_model(variant: str) -> LrnnForCausalLM:
     """A model whose every parameter matters to its logits."""
     torch.manual_seed(0)
-    model = LrnnForCausalLM(LrnnConfig(vocab_size=640, max_position_embeddings=64, **{**SIZE, **VARIANTS[variant]}))
+    model = LrnnForCausalLM(
+        LrnnConfig(vocab_size=640, max_position_embeddings=64, **{**SIZE, **(VARIANTS | OTHER_MIXERS)[variant]})
+    )
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 2:
                 p.normal_(std=0.2)
             elif "norm" in name:
                 p.uniform_(0.5, 1.5)
+            if name.endswith("gate_bias"):
+                p.normal_()
     return model.eval()
 
 
@@ -99,7 +114,7 @@ def write_checkpoint(run: Path, model: LrnnForCausalLM, tokenizer: Path | None, 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, sentencepiece_model):
-    """Folder of two exported models: tied gated DeltaNet in bfloat16, and DeltaNet in float32."""
+    """Folder of exported models: tied gated DeltaNet in bfloat16, DeltaNet in float32, and other mixers."""
     root = tmp_path_factory.mktemp("exported")
     for variant, dtype in EXPORTED.items():
         write_checkpoint(root / "runs" / variant, random_model(variant), sentencepiece_model)
@@ -192,7 +207,7 @@ class TestWithoutLrnn:
 
     def test_dtypes_and_tying(self, stranger, variant):
         for name, dtype in stranger[variant]["dtypes"].items():
-            gate = name.endswith(("A_log", "dt_bias"))
+            gate = name.endswith(("A_log", "dt_bias", "gate_bias"))
             assert dtype == ("float32" if gate else EXPORTED[variant]), name
         assert stranger[variant]["tied"] == (variant == "gated-tied")
 
@@ -235,6 +250,11 @@ def test_contents_of_the_folder(exported, sentencepiece_model):
     assert front["license"] == "apache-2.0" and front["library_name"] == "transformers"
     assert "[-1, 1]" in card and "5,000 tokens" in card and "c0ffee" in card and sha256(sentencepiece_model) in card
     assert "[0, 1]" in (exported / "deltanet" / "README.md").read_text()
+    product = (exported / "gated_deltaproduct" / "README.md").read_text()
+    assert "2502.10297" in product and "factors a token | 3 |" in product
+    assert "forget gate 2 f - 1" in (exported / "mlstm" / "README.md").read_text()
+    transformer = (exported / "transformer" / "README.md").read_text()
+    assert "eigenvalues" not in transformer and "no attention" not in transformer
     repository = Path(export_module.__file__).parents[1]
     assert sha256(folder / "modeling_lrnn.py") == sha256(repository / "modeling_lrnn.py")
 
@@ -248,6 +268,9 @@ def test_weights_are_those_of_the_checkpoint(exported):
     for name, p in random_model("gated-tied").named_parameters():
         gate = name.endswith(("A_log", "dt_bias"))
         assert torch.equal(tied[name], p if gate else p.bfloat16()), name
+    mlstm = load_file(exported / "mlstm" / "model.safetensors")
+    name = "model.layers.1.attn.gate_bias"
+    assert torch.equal(mlstm[name], random_model("mlstm").get_parameter(name))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -395,6 +418,12 @@ class TestRefused:
         write_manifest(checkpoint)
         assert name in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
 
+    @pytest.mark.parametrize("variant", OTHER_MIXERS)
+    def test_fla_does_not_have_the_mixer(self, variant, tmp_path, capsys, sentencepiece_model):
+        checkpoint = write_checkpoint(tmp_path / "run", random_model(variant), sentencepiece_model)
+        error = refused(capsys, tmp_path, checkpoint, tmp_path / "out", "--format", "fla")
+        assert f"this model's is {variant}: use --format hf" in error
+
     def test_neither_run_nor_checkpoint(self, tmp_path, capsys):
         (tmp_path / "corpus").mkdir()
         (tmp_path / "corpus" / "manifest.json").write_text("{}")
@@ -468,9 +497,9 @@ def test_code_that_computes_something_else_is_found(checkpoint, tmp_path, monkey
 
     def write_and_harm(trained, folder, *rest):
         write(trained, folder, *rest)
-        code = (folder / "modeling_lrnn.py").read_text()
+        code = (folder / "mixer_deltanet.py").read_text()
         assert code.count("2.0 if config.allow_neg_eigval") == 1
-        (folder / "modeling_lrnn.py").write_text(code.replace("2.0 if", "1.9 if"))
+        (folder / "mixer_deltanet.py").write_text(code.replace("2.0 if", "1.9 if"))
 
     monkeypatch.setattr(export_module, "_write_texts", write_and_harm)
     with pytest.raises(RuntimeError, match="without lrnn, its logits differ"):
@@ -479,8 +508,9 @@ def test_code_that_computes_something_else_is_found(checkpoint, tmp_path, monkey
 
 
 def test_code_that_needs_lrnn_is_found(checkpoint, tmp_path, monkeypatch):
-    """Without its third file the code runs only where lrnn is installed."""
-    monkeypatch.setattr(export_module, "CODE", ("configuration_lrnn.py", "modeling_lrnn.py"))
+    """Without its kernels' files the code runs only where lrnn is installed."""
+    code = tuple(file for file in export_module.CODE if not file.startswith("kernels/"))
+    monkeypatch.setattr(export_module, "CODE", code)
     with pytest.raises(RuntimeError, match="does not load without lrnn"):
         export(read_checkpoint(checkpoint), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from lrnn import LrnnConfig, LrnnForCausalLM
+from lrnn.configuration_lrnn import MIXERS as ALL_MIXERS
 from lrnn.modeling_lrnn import LrnnCache
 
 SIZE = {
@@ -423,7 +424,9 @@ def test_a_fresh_model_is_a_function_of_the_seed():
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("mixer", "mamba", "mixer 'mamba' is not one of gated_deltanet, deltanet"),
+        ("mixer", "lstm", f"mixer 'lstm' is not one of {', '.join(ALL_MIXERS)}"),
+        ("num_householder", 5, "num_householder must be 1, 2, 3 or 4; got 5"),
+        ("state_size", 0, "state_size must be a positive integer; got 0"),
         ("num_heads", 0, "num_heads must be a positive integer; got 0"),
         ("head_dim", 12.5, "head_dim must be a positive integer; got 12.5"),
         ("hidden_size", -32, "hidden_size must be a positive integer; got -32"),

@@ -207,7 +207,8 @@ def test_workers_end_with_a_launcher_that_is_killed(command, tmp_path, late):
     launcher.wait()
     (tmp_path / "go").touch()
     wait_for("signals-*")
-    assert signals(tmp_path, 0) == signals(tmp_path, 1) == ["SIGTERM"]
+    # The kernel may send it twice, once for each of the launcher's threads that ends.
+    assert set(signals(tmp_path, 0)) == set(signals(tmp_path, 1)) == {"SIGTERM"}
 
 
 def test_handlers_are_put_back(command):

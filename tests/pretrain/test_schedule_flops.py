@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lrnn import LrnnConfig, LrnnForCausalLM
-from lrnn.modeling_lrnn import DeltaNet, ShortConvolution
+from lrnn.configuration_lrnn import MIXERS
+from lrnn.layers_lrnn import Mixer, ShortConvolution
 from lrnn.pretrain.config import validate
 from lrnn.pretrain.engine import load_model_config
 from lrnn.pretrain.flops import peak_flops, train_flops_per_token
@@ -76,6 +77,25 @@ def test_short_runs(schedule):
 # --- FLOPs ------------------------------------------------------------------------------------------------------------
 
 
+def recurrence_of_a_head(config: LrnnConfig) -> int:
+    """Multiply-adds of a token and head, by the equations in the mixers' docstrings."""
+    D, N, n = config.head_dim, config.state_size, config.num_householder
+    read = write = D * D
+    return {
+        "gated_deltanet": read + write + read,
+        "deltanet": read + write + read,
+        "gated_deltaproduct": n * (read + write) + read,
+        "deltaproduct": n * (read + write) + read,
+        "gla": write + read,
+        "mamba2": write + read,
+        "mamba": D * N + D * N,  # in each channel of a head, N numbers are written and read
+        "mlstm": write + read + 2 * D,  # the normaliser
+        "rwkv7": read + write + write + read,  # with kappa; what is removed; k v^T; with r
+        "slstm": 4 * read,  # h times a matrix for each gate
+        "transformer": 2 * D * (config.max_position_embeddings + 1) // 2,  # on average, a score and a sum
+    }[config.mixer]
+
+
 def counted_flops(config: LrnnConfig) -> float:
     """Forward and backward FLOPs of one token, counted over the modules that exist."""
     with torch.device("meta"):
@@ -87,19 +107,19 @@ def counted_flops(config: LrnnConfig) -> float:
         elif isinstance(module, ShortConvolution):
             channels, _, taps = module.weight.shape
             multiply_adds += channels * taps
-        elif isinstance(module, DeltaNet):
-            for _head in range(module.num_heads):
-                read_with_k = write = read_with_q = module.head_dim * module.head_dim
-                multiply_adds += read_with_k + write + read_with_q
+        elif isinstance(module, Mixer):
+            multiply_adds += config.num_heads * recurrence_of_a_head(config)
     return 3 * 2 * multiply_adds
 
 
-@pytest.mark.parametrize("mixer", ["gated_deltanet", "deltanet"])
+@pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize(
     "sizes",
     [
-        dict(vocab_size=97, hidden_size=24, num_hidden_layers=3, num_heads=5, head_dim=7, intermediate_size=31),
-        dict(vocab_size=11, hidden_size=40, num_hidden_layers=1, num_heads=2, head_dim=16, conv_size=3),
+        dict(vocab_size=97, hidden_size=24, num_hidden_layers=3, num_heads=5, head_dim=6, intermediate_size=31),
+        dict(
+            vocab_size=11, hidden_size=40, num_hidden_layers=1, num_heads=2, head_dim=16, conv_size=3, num_householder=3
+        ),
     ],
 )
 def test_flops(mixer, sizes):

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-import lrnn.modeling_lrnn as modeling
-from lrnn import LrnnConfig, LrnnForCausalLM
+from lrnn import LrnnConfig, LrnnForCausalLM, layers_lrnn, mixer_deltanet
 from lrnn.kernels import delta_rule_reference
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 64}
@@ -15,8 +14,9 @@ def in_pytorch(monkeypatch):
     """A function after which models run in plain PyTorch."""
 
     def switch():
-        monkeypatch.setattr(modeling, "use_kernels", lambda x: False)
-        monkeypatch.setattr(modeling, "fused_gated_delta_rule", delta_rule_reference.fused_gated_delta_rule)
+        monkeypatch.setattr(layers_lrnn, "use_kernels", lambda x: False)
+        monkeypatch.setattr(mixer_deltanet, "fused_gated_delta_rule", delta_rule_reference.fused_gated_delta_rule)
+        monkeypatch.setattr(mixer_deltanet, "gated_delta_product", delta_rule_reference.gated_delta_product)
 
     return switch
 
@@ -40,7 +40,15 @@ def losses_and_gradients(model: LrnnForCausalLM, **inputs) -> dict[str, torch.Te
 
 @pytest.mark.parametrize(
     ("mixer", "kind"),
-    [("gated_deltanet", "documents"), ("gated_deltanet", "padded"), ("deltanet", "plain")],
+    [
+        ("gated_deltanet", "documents"),
+        ("gated_deltanet", "padded"),
+        ("deltanet", "plain"),
+        ("gated_deltaproduct", "documents"),
+        ("gated_deltaproduct", "padded"),
+        ("mamba2", "padded"),  # of the other mixers the convolutions and the norm run on kernels
+        ("mlstm", "documents"),
+    ],
 )
 def test_logits_and_gradients(mixer, kind, in_pytorch):
     model = make_model(mixer)

@@ -1,0 +1,136 @@
+"""Recurrences of token mixers that have neither a form by chunks nor a kernel here, in plain PyTorch.
+
+Mamba's selective scan (arXiv 2312.00752) and RWKV-7's generalised delta rule (arXiv 2503.14456). Both take transitions
+of either sign as they are. They are computed in float32, or float64 for float64 inputs, whatever autocast says, in
+segments of which backward keeps the first state alone. The file depends on torch alone: it is copied into exported
+model folders.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+SEGMENT = 32  # tokens whose states exist at a time
+
+
+def document_starts(document: Tensor) -> Tensor:
+    """Bool [B, T], True at the first token of each document; int64 [B, T], which document a token belongs to."""
+    first = torch.ones_like(document[:, :1], dtype=torch.bool)
+    return torch.cat([first, document[:, 1:] != document[:, :-1]], 1)
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    allow_neg_eigval: bool,
+    initial_state: Tensor | None = None,
+    document: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mamba's scan, for channel d and state n; a = exp(dt A), or 2 exp(dt A) - 1 for eigenvalues in [-1, 1]
+    (arXiv 2411.12537):
+
+        h_t[d, n] = a_t[d, n] h_{t-1}[d, n] + dt_t[d] B_t[n] x_t[d]        y_t[d] = sum_n C_t[n] h_t[d, n]
+
+    Args:
+        x, dt: [B, T, D]; dt >= 0.
+        A: [D, N], at most 0.
+        B, C: [B, T, N].
+        initial_state: [B, D, N], or None for zeros.
+        document: int64 [B, T]: the state starts anew at each document.
+
+    Returns:
+        y [B, T, D] and the state h [B, D, N] after the last token.
+    """
+    x, dt, A, B, C = _wide(x, dt, A, B, C)
+    start = None if document is None else document_starts(document)
+
+    def segment(h, A, x, dt, B, C, start=None):
+        a = (dt[..., None] * A).exp()
+        if allow_neg_eigval:
+            a = 2 * a - 1
+        if start is not None:
+            a = a * ~start[..., None, None]
+        states = _scan(a, (dt * x)[..., None] * B[:, :, None, :], h)
+        return (states @ C[..., None])[..., 0], states[:, -1]
+
+    h = x.new_zeros(x.shape[0], *A.shape) if initial_state is None else initial_state.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return _by_segments(lambda h, *parts: segment(h, A, *parts), h, [x, dt, B, C], start)
+
+
+def rwkv7_recurrence(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kappa: Tensor,
+    a: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    document: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RWKV-7's generalised delta rule (arXiv 2503.14456, section 4), with the state transposed to [K, V]:
+
+        S_t = (diag(w_t) - (a_t . kappa_t) kappa_t^T) S_{t-1} + k_t v_t^T        o_t = S_t^T r_t
+
+    Args:
+        r, w, k, kappa, a: [B, T, H, K]: receptance, decay, key, removal key of norm 1, in-context rate.
+        v: [B, T, H, V].
+        initial_state: [B, H, K, V], or None for zeros.
+        document: int64 [B, T]: the state starts anew at each document.
+
+    Returns:
+        o [B, T, H, V] and the state [B, H, K, V] after the last token.
+    """
+    r, w, k, v, kappa, a = _wide(r, w, k, v, kappa, a)
+    start = None if document is None else document_starts(document)
+
+    def segment(S, r, w, k, v, kappa, rate, start=None):
+        out = []
+        for t in range(r.shape[1]):
+            if start is not None:
+                S = S * ~start[:, t, None, None, None]
+            removed = kappa[:, t, :, None, :] @ S
+            S = w[:, t, ..., None] * S - rate[:, t, ..., None] * removed + k[:, t, ..., None] * v[:, t, :, None, :]
+            out.append((r[:, t, :, None, :] @ S)[..., 0, :])
+        return torch.stack(out, 1), S
+
+    S = r.new_zeros(r.shape[0], *r.shape[2:], v.shape[-1]) if initial_state is None else initial_state.to(r.dtype)
+    with torch.autocast(r.device.type, enabled=False):
+        return _by_segments(segment, S, [r, w, k, v, kappa, a * kappa], start)
+
+
+def _scan(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
+    """h_t = a_t h_{t-1} + b_t for all t of [B, T, ...], given h [B, ...] ahead of the first: log2(T) doublings."""
+    b = torch.cat([(b[:, 0] + a[:, 0] * h)[:, None], b[:, 1:]], 1)
+    reach = 1
+    while reach < b.shape[1]:
+        b = torch.cat([b[:, :reach], b[:, reach:] + a[:, reach:] * b[:, :-reach]], 1)
+        a = torch.cat([a[:, :reach], a[:, reach:] * a[:, :-reach]], 1)
+        reach *= 2
+    return b
+
+
+def _by_segments(function: Callable, state: Tensor, inputs: Sequence[Tensor], start: Tensor | None):
+    """Run function(state, *inputs of a segment) -> (outputs, state) over inputs [B, T, ...], in turn."""
+    if start is not None:
+        inputs = [*inputs, start]
+    outputs = []
+    for parts in zip(*(x.split(SEGMENT, 1) for x in inputs), strict=True):
+        if torch.is_grad_enabled():
+            out, state = checkpoint(function, state, *parts, use_reentrant=False)
+        else:
+            out, state = function(state, *parts)
+        outputs.append(out)
+    return torch.cat(outputs, 1), state
+
+
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    return [x.to(dtype) for x in tensors]

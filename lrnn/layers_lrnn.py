@@ -1,0 +1,192 @@
+"""What token mixers share: norms, the short convolution, the cache, the interface. Copied into exported folders."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+try:
+    from lrnn.kernels.gated_rms_norm import gated_rms_norm
+    from lrnn.kernels.short_conv import short_conv
+    from lrnn.kernels.tiles import use_kernels
+except ImportError:  # an exported folder, loaded where lrnn is not installed
+
+    def use_kernels(x: Tensor) -> bool:
+        return False
+
+
+class LrnnCache(Cache):
+    """What generation carries on: for each layer the last inputs of the convolutions and the state of the mixer.
+
+    But for the Transformer's, its size does not depend on the number of tokens read. It cannot be cropped: a recurrent
+    state has no way back.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, num_layers: int):
+        self.layers: list = []  # read by transformers' Cache
+        self.layer_class_to_replicate = None
+        self.offloading = False
+        self.reset_states(num_layers)
+
+    def reset_states(self, num_layers: int):
+        self.conv: list[Tensor | None] = [None] * num_layers  # [B, taps - 1, channels]
+        # None, a tensor or a tuple of tensors, batch first; recurrent states are float32.
+        self.state: list[Any] = [None] * num_layers
+        self.seen_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+    def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
+        return self.seen_tokens
+
+    def get_max_cache_shape(self, layer_idx: int = 0, *args, **kwargs) -> int:
+        return -1
+
+    def get_max_length(self, *args, **kwargs) -> None:
+        return None
+
+    def reset(self):
+        self.reset_states(len(self.state))
+
+    def _apply(self, function):
+        self.conv = [None if x is None else function(x) for x in self.conv]
+        self.state = [
+            tuple(function(y) for y in x) if isinstance(x, tuple) else None if x is None else function(x)
+            for x in self.state
+        ]
+
+    def reorder_cache(self, beam_idx: Tensor):
+        self._apply(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int):
+        self._apply(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor):
+        self._apply(lambda x: x[indices])
+
+    def crop(self, *args, **kwargs):
+        raise NotImplementedError("a recurrent state cannot be rolled back, so its cache cannot be cropped")
+
+
+class Mixer(nn.Module):
+    """A token mixer: forward(x, cache, mask, cu_seqlens, document) -> [B, T, hidden] in the dtype of x.
+
+    x [B, T, hidden]; `mask` bool [B, T] or None, False at padding, which leaves the state as it is; `document` int64
+    [B, T] or None is `document_ids(cu_seqlens, B, T)`, and the state starts anew at each document. The state that comes
+    after x goes into `cache`, which is never given together with documents.
+    """
+
+    has_eigenvalue_range = True  # whether `allow_neg_eigval` means anything to it
+    # Where set, called in every forward pass with a function that returns the eigenvalues of the state transitions.
+    on_eigenvalues: Callable[[Callable[[], Tensor]], None] | None = None
+
+    def __init__(self, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def reset_parameters(self):
+        """Initial values of the parameters that belong to no module inside."""
+
+    def note_eigenvalues(self, compute: Callable[[], Tensor]) -> None:
+        if self.on_eigenvalues is not None:
+            self.on_eigenvalues(compute)
+
+    def set_fresh(self, name: str, value: Tensor | float) -> None:
+        """Give a parameter its initial value, unless it has just been loaded from a file."""
+        parameter = self.get_parameter(name)
+        if not getattr(parameter, "_is_hf_initialized", False):
+            with torch.no_grad():
+                parameter.copy_(torch.as_tensor(value))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in float32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class GatedRMSNorm(RMSNorm):
+    """norm(x) * silu(gate), or without a gate norm(x) alone, in float32; the result has the given dtype."""
+
+    def forward(self, x: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        if use_kernels(x):
+            return gated_rms_norm(x, gate, self.weight, self.eps).to(dtype)
+        y = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+        if gate is not None:
+            y = y * F.silu(gate.float())
+        return y.to(dtype)
+
+
+class ShortConvolution(nn.Module):
+    """Causal depthwise convolution over time, then SiLU, summed in float32. Weight [D, 1, taps], as in `fla`."""
+
+    def __init__(self, size: int, taps: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, 1, taps))
+
+    def reset_parameters(self):
+        # PyTorch's default for a convolution with `taps` inputs a channel.
+        bound = self.weight.shape[-1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, x: Tensor, before: Tensor | None, cu_seqlens: Tensor | None, document: Tensor | None) -> Tensor:
+        """x [B, T, D]; before [B, taps - 1, D], the inputs ahead of x, None for zeros.
+
+        `document` int64 [B, T] or None is `document_ids(cu_seqlens, B, T)`: no tap reaches into another document.
+        Returns [B, T, D] in float32, on the kernels in the dtype of x.
+        """
+        if use_kernels(x):
+            states = None if before is None else [before.to(x.dtype)]
+            return short_conv([x], [self.weight], before=states, cu_seqlens=cu_seqlens)[0]
+        taps = self.weight.shape[-1]
+        weight = self.weight[:, 0].float()
+        y = weight[:, -1] * x
+        T = x.shape[1]
+        padded = F.pad(x, (0, 0, taps - 1, 0)) if before is None else torch.cat([before.to(x.dtype), x], 1)
+        for back in range(1, taps):
+            shifted = padded[:, taps - 1 - back : taps - 1 - back + T]
+            if document is not None:
+                same = document == F.pad(document, (back, 0), value=-1)[:, :T]
+                shifted = shifted * same[..., None]
+            y = y + weight[:, taps - 1 - back] * shifted
+        return F.silu(y)
+
+
+def convolve(
+    convolutions: Sequence[ShortConvolution],
+    inputs: Sequence[Tensor],
+    cache: LrnnCache | None,
+    layer_idx: int,
+    cu_seqlens: Tensor | None,
+    document: Tensor | None,
+) -> list[Tensor]:
+    """Each convolution on its input [B, T, D_i]; the inputs ahead come from the cache, the last ones go into it."""
+    before: Sequence[Tensor | None] = [None] * len(inputs)
+    if cache is not None:
+        window = cache.conv[layer_idx]
+        if window is not None:
+            before = window.split([x.shape[-1] for x in inputs], -1)
+        taps = convolutions[0].weight.shape[-1]
+        cache.conv[layer_idx] = last_inputs(torch.cat(list(inputs), -1), window, taps - 1)
+    return [conv(x, b, cu_seqlens, document) for conv, x, b in zip(convolutions, inputs, before, strict=True)]
+
+
+def last_inputs(x: Tensor, before: Tensor | None, count: int) -> Tensor:
+    """The last `count` steps of x [B, T, D], those `before` [B, count, D] ahead of it; zeros where there are none."""
+    if before is None:
+        before = x.new_zeros(x.shape[0], count, x.shape[-1])
+    joined = torch.cat([before, x], 1)
+    return joined[:, joined.shape[1] - count :].clone()

@@ -1,0 +1,121 @@
+"""DeltaNet and DeltaProduct, gated or not, as token mixers. Copied into exported folders."""
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration_lrnn import LrnnConfig
+from .layers_lrnn import GatedRMSNorm, LrnnCache, Mixer, ShortConvolution, convolve
+
+try:
+    from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule, gated_delta_product
+except ImportError:  # an exported folder, loaded where lrnn is not installed
+    from .delta_rule_reference import (  # type: ignore[import-not-found, no-redef]
+        fused_gated_delta_rule,
+        gated_delta_product,
+    )
+
+
+class DeltaNet(Mixer):
+    """DeltaNet (arXiv 2406.06484), gated DeltaNet (2412.06464, equation 10) or, with n_h = `num_householder` factors a
+    token, (gated) DeltaProduct (2502.10297, equation 5), as `config.mixer` says:
+
+        S_t = prod_j (I - beta_tj k_tj k_tj^T) alpha_t S_{t-1} + what the factors write        o_t = K^-0.5 S_t^T q_t
+
+    beta_tj = range * sigmoid(W_b x_t), with range 2 for eigenvalues in [-1, 1] and 1 for [0, 1] (2411.12537);
+    log alpha_t = -exp(A_log) softplus(W_a x_t + dt_bias), 0 without a gate. The gate comes ahead of the first factor,
+    the query reads after the last. Rows of the projections of k, v and b go by factor, then head, as in `fla`.
+    """
+
+    def __init__(self, config: LrnnConfig, layer_idx: int):
+        super().__init__(layer_idx)
+        self.num_heads = config.num_heads
+        self.head_dim = config.head_dim
+        self.beta_range = 2.0 if config.allow_neg_eigval else 1.0
+        self.gated = config.mixer.startswith("gated_")
+        self.num_householder = config.num_householder if config.mixer.endswith("deltaproduct") else 1
+        inner = config.num_heads * config.head_dim
+        factors = self.num_householder
+        self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, factors * inner, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, factors * inner, bias=False)
+        self.b_proj = nn.Linear(config.hidden_size, factors * config.num_heads, bias=False)
+        self.q_conv1d = ShortConvolution(inner, config.conv_size)
+        self.k_conv1d = ShortConvolution(factors * inner, config.conv_size)
+        self.v_conv1d = ShortConvolution(factors * inner, config.conv_size)
+        if self.gated:
+            self.a_proj = nn.Linear(config.hidden_size, config.num_heads, bias=False)
+            self.A_log = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
+            self.dt_bias = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
+            self.g_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.o_norm = GatedRMSNorm(config.head_dim, config.norm_eps)
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def reset_parameters(self):
+        """Gates as in Mamba-2 and `fla`: A uniform in (0, 16), step softplus(dt_bias) log-uniform in [0.001, 0.1]."""
+        if self.gated:
+            # The lower bound keeps log A finite; a head at it decays by less than 1e-5 a step.
+            self.set_fresh("A_log", torch.empty_like(self.A_log).uniform_(0, 16).clamp_(min=1e-4).log_())
+            dt = torch.empty_like(self.dt_bias).uniform_(math.log(0.001), math.log(0.1)).exp_()
+            self.set_fresh("dt_bias", dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+    def forward(
+        self,
+        x: Tensor,
+        cache: LrnnCache | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        document: Tensor | None,
+    ) -> Tensor:
+        if mask is not None:
+            x = x * mask[..., None].to(x.dtype)
+        q, k, v = convolve(
+            (self.q_conv1d, self.k_conv1d, self.v_conv1d),
+            (self.q_proj(x), self.k_proj(x), self.v_proj(x)),
+            cache,
+            self.layer_idx,
+            cu_seqlens,
+            document,
+        )
+        b = self.b_proj(x)
+        a = self.a_proj(x) if self.gated else None
+        self.note_eigenvalues(partial(self._eigenvalues, b))
+        if mask is not None:  # a padded step is the identity on the state: beta = 0 and a log-gate of 0
+            b = b.masked_fill(~mask[..., None], float("-inf"))
+            a = None if a is None else a.masked_fill(~mask[..., None], float("-inf"))
+        rule = self._one_factor if self.num_householder == 1 else self._several_factors
+        o, state = rule(
+            q,
+            k,
+            v,
+            a,
+            b,
+            initial_state=None if cache is None else cache.state[self.layer_idx],
+            output_final_state=cache is not None,
+            cu_seqlens=cu_seqlens,
+        )
+        if cache is not None:
+            cache.state[self.layer_idx] = state
+        gate = self.g_proj(x).unflatten(-1, (self.num_heads, self.head_dim)) if self.gated else None
+        return self.o_proj(self.o_norm(o, gate, x.dtype).flatten(-2))
+
+    def _eigenvalues(self, b: Tensor) -> Tensor:
+        return 1 - self.beta_range * b.float().sigmoid()
+
+    def _one_factor(self, q, k, v, a, b, **options) -> tuple[Tensor, Tensor | None]:
+        q, k, v = (y.unflatten(-1, (self.num_heads, self.head_dim)) for y in (q, k, v))
+        A_log, dt_bias = (self.A_log, self.dt_bias) if self.gated else (None, None)
+        return fused_gated_delta_rule(q, k, v, a, b, A_log, dt_bias, allow_neg_eigval=self.beta_range == 2.0, **options)
+
+    def _several_factors(self, q, k, v, a, b, **options) -> tuple[Tensor, Tensor | None]:
+        heads = (self.num_heads, self.head_dim)
+        q = q.unflatten(-1, heads)
+        k, v = (y.unflatten(-1, (self.num_householder, *heads)) for y in (k, v))
+        with torch.autocast(q.device.type, enabled=False):
+            beta = self.beta_range * b.float().sigmoid().unflatten(-1, (self.num_householder, self.num_heads))
+            g = None if a is None else -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())
+        o, state = gated_delta_product(q, k, v, g, beta, normalize_qk=True, **options)
+        return o.contiguous(), state

@@ -1,0 +1,85 @@
+"""Mamba as a token mixer. Copied into exported folders."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration_lrnn import LrnnConfig
+from .layers_lrnn import LrnnCache, Mixer, ShortConvolution, convolve
+
+try:
+    from lrnn.kernels.step_recurrences import selective_scan
+except ImportError:  # an exported folder, loaded where lrnn is not installed
+    from .step_recurrences import selective_scan  # type: ignore[import-not-found, no-redef]
+
+
+class Mamba(Mixer):
+    """Mamba (arXiv 2312.00752, algorithm 2), with num_heads * head_dim channels of N = `state_size` numbers each:
+
+        x = silu(conv(W_v u))        dt = softplus(W_dt W_r x + dt_bias)        (B, C) = W_B x, W_C x
+        h_t = a_t h_{t-1} + dt_t B_t x_t        a_t = exp(-dt_t exp(A_log))        y_t = C_t^T h_t + D x_t
+
+    then y silu(W_g u), without a norm. For eigenvalues in [-1, 1] a_t = 2 exp(-dt_t exp(A_log)) - 1, the rest stays as
+    it is (2411.12537).
+    """
+
+    def __init__(self, config: LrnnConfig, layer_idx: int):
+        super().__init__(layer_idx)
+        self.allow_neg_eigval = config.allow_neg_eigval
+        inner, N = config.num_heads * config.head_dim, config.state_size
+        self.widths = [math.ceil(config.hidden_size / 16), N, N]  # of W_r x, B, C
+        self.v_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.g_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.v_conv1d = ShortConvolution(inner, config.conv_size)
+        self.x_proj = nn.Linear(inner, sum(self.widths), bias=False)
+        self.dt_proj = nn.Linear(self.widths[0], inner, bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(inner, dtype=torch.float32))
+        self.A_log = nn.Parameter(torch.empty(inner, N, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(inner))
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def reset_parameters(self):
+        """A of 1 to N in each channel, step softplus(dt_bias) log-uniform in [0.001, 0.1], D of 1, as in the paper."""
+        N = self.A_log.shape[1]
+        self.set_fresh("A_log", torch.arange(1, N + 1, device=self.A_log.device).log().expand_as(self.A_log))
+        dt = torch.empty_like(self.dt_bias).uniform_(math.log(0.001), math.log(0.1)).exp_()
+        self.set_fresh("dt_bias", dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.set_fresh("D", 1.0)
+
+    def forward(
+        self,
+        x: Tensor,
+        cache: LrnnCache | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        document: Tensor | None,
+    ) -> Tensor:
+        if mask is not None:
+            x = x * mask[..., None].to(x.dtype)
+        (v,) = convolve([self.v_conv1d], [self.v_proj(x)], cache, self.layer_idx, cu_seqlens, document)
+        low_rank, B, C = self.x_proj(v.to(x.dtype)).split(self.widths, -1)
+        dt = F.softplus(self.dt_proj(low_rank).float() + self.dt_bias.float())
+        if mask is not None:  # a padded step is the identity on the state: nothing written, a decay of 1
+            dt = dt * mask[..., None]
+        A = -self.A_log.float().exp()
+        self.note_eigenvalues(lambda: self._eigenvalues(dt, A))
+        y, state = selective_scan(
+            v,
+            dt,
+            A,
+            B,
+            C,
+            allow_neg_eigval=self.allow_neg_eigval,
+            initial_state=None if cache is None else cache.state[self.layer_idx],
+            document=document,
+        )
+        if cache is not None:
+            cache.state[self.layer_idx] = state
+        y = (y + self.D.float() * v.float()) * F.silu(self.g_proj(x).float())
+        return self.o_proj(y.to(x.dtype))
+
+    def _eigenvalues(self, dt: Tensor, A: Tensor) -> Tensor:
+        a = (dt[..., None] * A).exp()
+        return 2 * a - 1 if self.allow_neg_eigval else a

@@ -1,0 +1,98 @@
+"""Mamba-2 as a token mixer. Copied into exported folders."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration_lrnn import LrnnConfig
+from .layers_lrnn import GatedRMSNorm, LrnnCache, Mixer, ShortConvolution, convolve
+
+try:
+    from lrnn.kernels.diagonal_recurrence import diagonal_recurrence, signed_decay
+except ImportError:  # an exported folder, loaded where lrnn is not installed
+    from .diagonal_recurrence import (  # type: ignore[import-not-found, no-redef]
+        diagonal_recurrence,
+        signed_decay,
+    )
+
+
+class Mamba2(Mixer):
+    """Mamba-2 (arXiv 2405.21060, section 7), with q, k, v for its C, B, x:
+
+        S_t = a_t S_{t-1} + dt_t k_t v_t^T        o_t = S_t^T q_t + D v_t
+        dt_t = softplus(W_a x_t + dt_bias)        a_t = exp(-exp(A_log) dt_t), one number a head
+
+    then norm(o_t) silu(W_g x_t), the norm over a head. q and k, of size `head_dim`, are shared by the heads; q, k and v
+    pass through a short convolution. For eigenvalues in [-1, 1] the decay is 2 a_t - 1, dt_t k_t stays as it is: done
+    for Mamba-1 in arXiv 2411.12537, for Mamba-2 it is new here.
+    """
+
+    def __init__(self, config: LrnnConfig, layer_idx: int):
+        super().__init__(layer_idx)
+        self.heads = (config.num_heads, config.head_dim)
+        self.allow_neg_eigval = config.allow_neg_eigval
+        inner = config.num_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.a_proj = nn.Linear(config.hidden_size, config.num_heads, bias=False)
+        self.g_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.q_conv1d = ShortConvolution(config.head_dim, config.conv_size)
+        self.k_conv1d = ShortConvolution(config.head_dim, config.conv_size)
+        self.v_conv1d = ShortConvolution(inner, config.conv_size)
+        self.A_log = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(config.num_heads))
+        self.o_norm = GatedRMSNorm(config.head_dim, config.norm_eps)
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def reset_parameters(self):
+        """A uniform in (1, 16), step softplus(dt_bias) log-uniform in [0.001, 0.1], D of 1, as in the paper's code."""
+        self.set_fresh("A_log", torch.empty_like(self.A_log).uniform_(1, 16).log_())
+        dt = torch.empty_like(self.dt_bias).uniform_(math.log(0.001), math.log(0.1)).exp_()
+        self.set_fresh("dt_bias", dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.set_fresh("D", 1.0)
+
+    def forward(
+        self,
+        x: Tensor,
+        cache: LrnnCache | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        document: Tensor | None,
+    ) -> Tensor:
+        if mask is not None:
+            x = x * mask[..., None].to(x.dtype)
+        q, k, v = convolve(
+            (self.q_conv1d, self.k_conv1d, self.v_conv1d),
+            (self.q_proj(x), self.k_proj(x), self.v_proj(x)),
+            cache,
+            self.layer_idx,
+            cu_seqlens,
+            document,
+        )
+        q, k = (y[:, :, None].expand(-1, -1, self.heads[0], -1) for y in (q, k))
+        v = v.unflatten(-1, self.heads)
+        dt = F.softplus(self.a_proj(x).float() + self.dt_bias.float())[..., None]
+        if mask is not None:  # a padded step is the identity on the state: nothing written, a decay of 1
+            dt = dt * mask[..., None, None]
+        log_a = -self.A_log.float().exp()[:, None] * dt
+        g, sign = signed_decay(log_a) if self.allow_neg_eigval else (log_a, None)
+        self.note_eigenvalues(lambda: g.exp() if sign is None else sign * g.exp())
+        o, state = diagonal_recurrence(
+            q,
+            dt * k,
+            v,
+            g,
+            sign,
+            initial_state=None if cache is None else cache.state[self.layer_idx],
+            output_final_state=cache is not None,
+            document=document,
+        )
+        if cache is not None:
+            cache.state[self.layer_idx] = state
+        o = o + self.D.float()[:, None] * v.float()
+        gate = self.g_proj(x).unflatten(-1, self.heads)
+        return self.o_proj(self.o_norm(o.to(x.dtype), gate, x.dtype).flatten(-2))

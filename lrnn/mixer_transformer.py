@@ -1,0 +1,80 @@
+"""Softmax attention as a token mixer, for comparison. Copied into exported folders."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration_lrnn import LrnnConfig
+from .layers_lrnn import LrnnCache, Mixer
+
+ROTARY_BASE = 10_000.0
+
+
+class Attention(Mixer):
+    """Causal multi-head attention (arXiv 1706.03762) with rotary positions (2104.09864). It has no eigenvalue range.
+
+    Its state in the cache is (keys [B, H, S, D], values [B, H, S, D], bool [B, S] of what is no padding).
+    """
+
+    has_eigenvalue_range = False
+
+    def __init__(self, config: LrnnConfig, layer_idx: int):
+        super().__init__(layer_idx)
+        self.heads = (config.num_heads, config.head_dim)
+        inner = config.num_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        cache: LrnnCache | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        document: Tensor | None,
+    ) -> Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, self.heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        T = x.shape[1]
+        before = None if cache is None else cache.state[self.layer_idx]
+        start = 0 if before is None else before[0].shape[2]
+        # Attention sees differences of positions alone, so they may count padding, and run on through documents.
+        q, k = rotate(q, start), rotate(k, start)
+        seen = mask
+        if cache is not None:
+            seen = x.new_ones(x.shape[0], T, dtype=torch.bool) if mask is None else mask
+            if before is not None:
+                k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)
+                seen = torch.cat([before[2], seen], 1)
+            cache.state[self.layer_idx] = (k, v, seen)
+        if start == 0 and mask is None and document is None:
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_pattern(T, start, seen, document, x.device))
+        return self.o_proj(o.transpose(1, 2).flatten(-2))
+
+
+def attention_pattern(T: int, start: int, seen: Tensor | None, document: Tensor | None, device: torch.device) -> Tensor:
+    """Bool [1 or B, 1, T, start + T]: token i, after `start` others, sees what is not behind it, no padding (`seen`
+    [B, start + T]) and of its own document ([B, T], for start = 0); and always itself, so that no row is empty."""
+    position = torch.arange(start + T, device=device)
+    ahead = position[start:, None] - position
+    sees = (ahead >= 0)[None, None]
+    if seen is not None:
+        sees = sees & seen[:, None, None, :]
+    if document is not None:
+        sees = sees & (document[:, None, :, None] == document[:, None, None, :])
+    return sees | (ahead == 0)
+
+
+def rotate(x: Tensor, start: int) -> Tensor:
+    """Rotary positions start, start + 1, ... on x [B, H, T, D]: pairs (i, i + D/2) turn by position / base^(2i/D)."""
+    D = x.shape[-1]
+    frequency = ROTARY_BASE ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
+    angle = torch.arange(start, start + x.shape[2], device=x.device, dtype=torch.float32)[:, None] * frequency
+    cos, sin = angle.cos(), angle.sin()
+    first, second = x.float().chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)

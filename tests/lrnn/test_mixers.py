@@ -1,0 +1,556 @@
+"""Every token mixer against the equations of its paper, and what training and generation ask of each."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lrnn import LrnnConfig, LrnnForCausalLM
+from lrnn.configuration_lrnn import MIXERS
+from lrnn.mixer_deltanet import DeltaNet
+from lrnn.mixer_mlstm import stabilizer
+from lrnn.pretrain.engine import parameter_groups
+from lrnn.pretrain.metrics import EigenvalueProbe
+
+SIZE = {"vocab_size": 97, "hidden_size": 32, "num_heads": 2, "head_dim": 16, "intermediate_size": 48, "state_size": 5}
+VARIANTS = {f"{mixer}{n}": {"mixer": mixer, "num_householder": n} for mixer in MIXERS[2:4] for n in (1, 3)}
+VARIANTS |= {mixer: {"mixer": mixer} for mixer in MIXERS if not mixer.endswith("product")}
+RANGES = {True: (-1, 1), False: (0, 1)}
+WITHOUT_RANGE = ("slstm", "transformer")
+
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+both_ranges = pytest.mark.parametrize("allow_neg_eigval", [True, False])
+every_case = pytest.mark.parametrize(
+    "variant, allow_neg_eigval", [(v, r) for v in VARIANTS for r in (True, False) if r or v not in WITHOUT_RANGE]
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def make_model(variant: str, allow_neg_eigval: bool = True, **config) -> LrnnForCausalLM:
+    """A model whose every parameter matters, and whose decays and steps spread over their whole range."""
+    torch.manual_seed(0)
+    fields = {**SIZE, **VARIANTS[variant], "allow_neg_eigval": allow_neg_eigval, "num_hidden_layers": 1, **config}
+    model = LrnnForCausalLM(LrnnConfig(**fields))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name:
+                p.uniform_(0.5, 1.5)
+            elif p.ndim == 2 and not name.endswith(("A_log", "gate_bias")):
+                p.normal_(std=0.2)
+            elif name.endswith((".D", ".r_k", ".k_k", ".k_a", ".bias")):
+                p.add_(0.3 * torch.randn_like(p))
+            elif name.endswith(("A_log", "dt_bias", "gate_bias")):
+                p.copy_(0.5 * torch.randn_like(p))
+            if "gk_proj.1" in name:  # GLA's decay is below 0.5 where the logit is below -11
+                p.mul_(12).sub_(8 if p.ndim == 1 else 0)
+            if "a_proj.1.weight" in name:
+                p.mul_(4)  # RWKV-7's in-context rates, near 0 and 1
+    return model.eval()
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(SIZE["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+def largest(x: torch.Tensor) -> float:
+    return x.abs().max().item()
+
+
+def states(cache, layer: int = 0) -> tuple[torch.Tensor, ...]:
+    state = cache.state[layer]
+    return state if isinstance(state, tuple) else (state,)
+
+
+# ---- the equations, token by token in float64: x [T, hidden] -> output [T, hidden], eigenvalues or None
+
+
+def conv(x, weight):
+    """y[t] = silu(sum_i weight[:, i] x[t - taps + 1 + i]), zeros before the start."""
+    taps = weight.shape[-1]
+    padded = torch.cat([x.new_zeros(taps - 1, x.shape[1]), x])
+    return F.silu(sum(weight[:, 0, i] * padded[i : i + len(x)] for i in range(taps)))
+
+
+def norm(x, weight, eps=1e-6):
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def unit(x):
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def doubled(a, c):
+    return 2 * a - 1 if c.allow_neg_eigval else a
+
+
+def delta(x, p, c):
+    n = c.num_householder if c.mixer.endswith("product") else 1
+    H, D, T = c.num_heads, c.head_dim, len(x)
+    q, k, v = (conv(x @ p[f"{y}_proj.weight"].T, p[f"{y}_conv1d.weight"]) for y in "qkv")
+    q, k, v = unit(q.view(T, H, D)), unit(k.view(T, n, H, D)), v.view(T, n, H, D)
+    beta = (2 if c.allow_neg_eigval else 1) * (x @ p["b_proj.weight"].T).sigmoid().view(T, n, H)
+    gated = c.mixer.startswith("gated")
+    alpha = torch.ones(T, H)
+    if gated:
+        alpha = torch.exp(-p["A_log"].exp() * F.softplus(x @ p["a_proj.weight"].T + p["dt_bias"]))
+    out = []
+    for h in range(H):
+        S = torch.zeros(D, D).to(x)
+        for t in range(T):
+            S = alpha[t, h] * S
+            for j in range(n):
+                key = k[t, j, h]
+                S = (torch.eye(D).to(x) - beta[t, j, h] * torch.outer(key, key)) @ S
+                S = S + beta[t, j, h] * torch.outer(key, v[t, j, h])
+            out.append(S.T @ q[t, h] / D**0.5)
+    o = norm(torch.stack(out).view(H, T, D).transpose(0, 1), p["o_norm.weight"])
+    if gated:
+        o = o * F.silu(x @ p["g_proj.weight"].T).view(T, H, D)
+    return o.reshape(T, -1) @ p["o_proj.weight"].T, 1 - beta
+
+
+def linear_attention(q, k, v, a):
+    """S_t = diag(a_t) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t; q, k [T, H, K], v [T, H, V], a [T, H, K] or [T, H, 1]."""
+    S = torch.zeros(q.shape[1], q.shape[2], v.shape[2]).to(q)
+    out = []
+    for t in range(len(q)):
+        S = a[t, :, :, None] * S + k[t, :, :, None] * v[t, :, None, :]
+        out.append((S * q[t, :, :, None]).sum(1))
+    return torch.stack(out)
+
+
+def gla(x, p, c):
+    q, k, v, g = ((x @ p[f"{y}_proj.weight"].T).view(-1, c.num_heads, c.head_dim) for y in "qkvg")
+    logits = x @ p["gk_proj.0.weight"].T @ p["gk_proj.1.weight"].T + p["gk_proj.1.bias"]
+    a = doubled(logits.sigmoid() ** (1 / 16), c).view(q.shape)
+    o = norm(linear_attention(q / c.head_dim**0.5, k, v, a), p["o_norm.weight"]) * F.silu(g)
+    return o.flatten(1) @ p["o_proj.weight"].T, a
+
+
+def mamba2(x, p, c):
+    q, k, v = (conv(x @ p[f"{y}_proj.weight"].T, p[f"{y}_conv1d.weight"]) for y in "qkv")
+    v = v.view(-1, c.num_heads, c.head_dim)
+    q, k = (y[:, None].repeat(1, c.num_heads, 1) for y in (q, k))
+    dt = F.softplus(x @ p["a_proj.weight"].T + p["dt_bias"])[..., None]
+    a = doubled(torch.exp(-dt * p["A_log"].exp()[:, None]), c)
+    o = linear_attention(q, dt * k, v, a) + p["D"][:, None] * v
+    o = norm(o, p["o_norm.weight"]) * F.silu(x @ p["g_proj.weight"].T).view(v.shape)
+    return o.flatten(1) @ p["o_proj.weight"].T, a
+
+
+def mamba(x, p, c):
+    N, rank = c.state_size, math.ceil(c.hidden_size / 16)
+    v = conv(x @ p["v_proj.weight"].T, p["v_conv1d.weight"])
+    low, B, C = (v @ p["x_proj.weight"].T).split([rank, N, N], -1)
+    dt = F.softplus(low @ p["dt_proj.weight"].T + p["dt_bias"])
+    a = doubled(torch.exp(-dt[..., None] * p["A_log"].exp()), c)
+    h = torch.zeros(v.shape[1], N).to(x)
+    out = []
+    for t in range(len(x)):
+        h = a[t] * h + dt[t][:, None] * B[t] * v[t][:, None]
+        out.append(h @ C[t] + p["D"] * v[t])
+    return (torch.stack(out) * F.silu(x @ p["g_proj.weight"].T)) @ p["o_proj.weight"].T, a
+
+
+def mlstm(x, p, c):
+    """Without a stabiliser: float64 holds the exponential gates of a short sequence."""
+    H, D = c.num_heads, c.head_dim
+    q, k = (conv(x @ p[f"{y}_proj.weight"].T, p[f"{y}_conv1d.weight"]).view(-1, H, D) for y in "qk")
+    v, gate = ((x @ p[f"{y}_proj.weight"].T).view(-1, H, D) for y in "vg")
+    gates = x @ p["if_proj.weight"].T
+    i = (gates[:, :H] + p["gate_bias"][0]).exp()
+    f = doubled((gates[:, H:] + p["gate_bias"][1]).sigmoid(), c)
+    C, n, out = torch.zeros(H, D, D).to(x), torch.zeros(H, D).to(x), []
+    for t in range(len(x)):
+        key = k[t] / D**0.5
+        C = f[t][:, None, None] * C + i[t][:, None, None] * torch.einsum("hv,hk->hvk", v[t], key)
+        n = f[t][:, None] * n + i[t][:, None] * key
+        h = torch.einsum("hvk,hk->hv", C, q[t]) / (n * q[t]).sum(-1, keepdim=True).abs().clamp(min=1)
+        out.append(norm(h, p["o_norm.weight"]) * gate[t].sigmoid())
+    return torch.stack(out).flatten(1) @ p["o_proj.weight"].T, f
+
+
+def rwkv7(x, p, c):
+    """With the state [V, K] and row vectors, as the paper writes it."""
+    H, D = c.num_heads, c.head_dim
+    previous = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+    mixed = {name: x + p["shift_mix"][i, 0, 0] * (previous - x) for i, name in enumerate("rwkvag")}
+    r, k, v = (mixed[y] @ p[f"{y}_proj.weight"].T for y in "rkv")
+    d = (mixed["w"] @ p["w_proj.0.weight"].T).tanh() @ p["w_proj.2.weight"].T + p["w_proj.2.bias"]
+    w = torch.exp(-math.exp(-0.5) * d.sigmoid()).view(-1, H, D)
+    a = (mixed["a"] @ p["a_proj.0.weight"].T @ p["a_proj.1.weight"].T + p["a_proj.1.bias"]).sigmoid()
+    g = (mixed["g"] @ p["g_proj.0.weight"].T).sigmoid() @ p["g_proj.2.weight"].T
+    kappa = unit((k * p["k_k"]).view(-1, H, D))
+    k = (k * (1 + p["k_a"] * (a - 1))).view(-1, H, D)
+    r, v, a = (y.view(-1, H, D) for y in (r, v, a))
+    rate = a * (1 + w.min(-1, keepdim=True).values) if c.allow_neg_eigval else a
+    wkv, out, eigenvalues = [torch.zeros(D, D).to(x)] * H, [], []
+    for t in range(len(x)):
+        row = []
+        for h in range(H):
+            A = torch.diag(w[t, h]) - torch.outer(kappa[t, h], rate[t, h] * kappa[t, h])
+            wkv[h] = wkv[h] @ A + torch.outer(v[t, h], k[t, h])
+            bonus = (r[t, h] * p["r_k"].view(H, D)[h] * k[t, h]).sum() * v[t, h]
+            row.append(norm(wkv[h] @ r[t, h], p["o_norm.weight"]) + bonus)
+            eigenvalues.append(torch.linalg.eigvals(A.detach()))
+        out.append(torch.cat(row))
+    return (torch.stack(out) * g) @ p["o_proj.weight"].T, torch.stack(eigenvalues)
+
+
+def slstm(x, p, c):
+    """Without a stabiliser."""
+    H, D = c.num_heads, c.head_dim
+    inputs = (x @ p["zifo_proj.weight"].T).view(-1, H, 4 * D) + p["gate_bias"]
+    cell, n, h = (torch.zeros(H, D).to(x) for _ in range(3))
+    out = []
+    for t in range(len(x)):
+        z, i, f, o = (inputs[t] + (h[:, None] @ p["recurrent"])[:, 0]).split(D, -1)
+        cell = f.sigmoid() * cell + i.exp() * z.tanh()
+        n = f.sigmoid() * n + i.exp()
+        h = o.sigmoid() * cell / n
+        out.append(norm(h, p["o_norm.weight"]).flatten())
+    return torch.stack(out) @ p["o_proj.weight"].T, None
+
+
+def transformer(x, p, c):
+    H, D = c.num_heads, c.head_dim
+    q, k, v = ((x @ p[f"{y}_proj.weight"].T).view(-1, H, D) for y in "qkv")
+    turn = torch.polar(
+        torch.ones(len(x), D // 2).double(),
+        torch.arange(len(x)).double()[:, None] * 10_000.0 ** (-torch.arange(0, D, 2).double() / D),
+    )
+    q, k = (torch.complex(y[..., : D // 2], y[..., D // 2 :]) * turn[:, None] for y in (q, k))
+    out = []
+    for t in range(len(x)):
+        scores = (q[t].conj() * k[: t + 1]).real.sum(-1) / D**0.5
+        out.append((scores.softmax(0)[..., None] * v[: t + 1]).sum(0).flatten())
+    return torch.stack(out) @ p["o_proj.weight"].T, None
+
+
+TRUTH = dict.fromkeys(MIXERS[:4], delta)
+TRUTH |= {"gla": gla, "mamba2": mamba2, "mamba": mamba, "mlstm": mlstm, "rwkv7": rwkv7}
+TRUTH |= {"slstm": slstm, "transformer": transformer}
+
+
+def truth(model: LrnnForCausalLM, x: torch.Tensor):
+    """Output, eigenvalues and the gradients of the mixer, of one sequence [T, hidden], in float64."""
+    attn = model.model.layers[0].attn
+    p = {n: y.detach().double().requires_grad_() for n, y in attn.named_parameters()}
+    x = x.double().requires_grad_()
+    out, eigenvalues = TRUTH[model.config.mixer](x, p, model.config)
+    (out * direction(out.shape)).sum().backward()
+    return out.detach(), eigenvalues, {"x": x.grad, **{n: y.grad for n, y in p.items()}}
+
+
+def direction(shape) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+
+
+@every_case
+def test_outputs_gradients_and_eigenvalues_are_those_of_the_paper(variant, allow_neg_eigval):
+    model = make_model(variant, allow_neg_eigval)
+    attn = model.model.layers[0].attn
+    x = torch.randn(70, 32, generator=torch.Generator().manual_seed(1))
+    true, eigenvalues, gradients = truth(model, x)
+    seen = []
+    attn.on_eigenvalues = lambda compute: seen.append(compute().detach()[0])
+    x = x.requires_grad_()
+    out = attn(x[None], None, None, None, None)[0]
+    assert largest(true) > 0.1
+    assert largest(out - true) < 2e-5 * max(1, largest(true))
+    (out.double() * direction(out.shape)).sum().backward()
+    for name, true_gradient in gradients.items():
+        found = x.grad if name == "x" else attn.get_parameter(name).grad
+        assert true_gradient.norm() > 0, name
+        assert ((found - true_gradient).norm() / true_gradient.norm()).item() < 2e-4, name
+    assert attn.has_eigenvalue_range == bool(seen)
+    if not seen:
+        assert model.config.mixer in WITHOUT_RANGE
+        return
+    low, high = RANGES[allow_neg_eigval]
+    if model.config.mixer == "rwkv7":
+        assert eigenvalues.imag.abs().max() < 1e-6
+        eigenvalues = eigenvalues.real.view(70, 2, -1)
+        assert (eigenvalues.min(-1).values - 1e-5 <= seen[0]).all() and (seen[0] <= eigenvalues.max(-1).values).all()
+        low = low or -0.46
+    else:
+        assert largest(seen[0].flatten() - eigenvalues.detach().flatten()) < 1e-5
+    assert low - 1e-6 <= eigenvalues.min() and eigenvalues.max() <= high + 1e-6
+    assert allow_neg_eigval == bool((seen[0] < -0.5).any())
+    assert (eigenvalues > 0.5).any()
+
+
+@pytest.mark.parametrize("variant", ["mlstm", "slstm"])
+@pytest.mark.parametrize("input_gate", [-60, 200])
+def test_exponential_gates_far_from_one(variant, input_gate):
+    """exp(200) is no float32: the stabiliser keeps it out. exp(-60) leaves the mLSTM's normaliser below its bound."""
+    model = make_model(variant)
+    attn = model.model.layers[0].attn
+    with torch.no_grad():
+        i = attn.gate_bias[0] if variant == "mlstm" else attn.gate_bias[:, 16:32]
+        i.add_(input_gate + 20 * torch.randn(i.shape))
+    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(1))
+    true, _, gradients = truth(model, x)
+    out = attn(x[None], None, None, None, None)[0]
+    assert largest(out - true) <= 1e-4 * largest(true)
+    (out.double() * direction(out.shape)).sum().backward()
+    for name, true_gradient in gradients.items():
+        if name != "x":
+            assert (attn.get_parameter(name).grad - true_gradient).norm() <= 1e-3 * true_gradient.norm() + 1e-12, name
+
+
+def test_stabilizer_of_the_mlstm():
+    """m_t by its recurrence, with documents, with padding and with a state ahead."""
+    generator = torch.Generator().manual_seed(0)
+    log_i, g = 30 * torch.randn(2, 50, 3, generator=generator), -10 * torch.rand(2, 50, 3, generator=generator)
+    log_i[0, 10:20], g[0, 10:20] = float("-inf"), 0  # padding
+    before = 20 * torch.randn(2, 3, generator=generator)
+    document = (torch.arange(100) // 13).view(2, 50)
+    for ahead, boundaries in ((None, None), (before, None), (None, document)):
+        m, shift = stabilizer(log_i, g, ahead, boundaries)
+        for b in range(2):
+            last = torch.zeros(3) if ahead is None else ahead[b]
+            for t in range(50):
+                if boundaries is not None and t and boundaries[b, t] != boundaries[b, t - 1]:
+                    last = torch.zeros(3)
+                now = torch.maximum(g[b, t] + last, log_i[b, t])
+                assert torch.allclose(m[b, t], now, atol=1e-4) and torch.allclose(shift[b, t], last - now, atol=1e-4)
+                last = now
+
+
+@pytest.mark.parametrize("gate", ["gated_", ""])
+@both_ranges
+def test_one_factor_is_deltanet(gate, allow_neg_eigval, monkeypatch):
+    product = make_model(f"{gate}deltaproduct1", allow_neg_eigval)
+    plain = make_model(f"{gate}deltanet", allow_neg_eigval)
+    plain.load_state_dict(product.state_dict())
+    ids = tokens(2, 70)
+    with torch.no_grad():
+        logits = plain(ids).logits
+        assert torch.equal(product(ids).logits, logits)
+        # The same rule runs for both. That for several factors agrees with it.
+        monkeypatch.setattr(DeltaNet, "_one_factor", DeltaNet._several_factors)
+        assert largest(product(ids).logits - logits) < 1e-5
+
+
+# ---- generation
+
+
+@every_case
+@pytest.mark.parametrize("cuts", [[1] * 20, [50, 1, 1, 18]])
+def test_continuing_from_a_cache(variant, allow_neg_eigval, cuts):
+    model = make_model(variant, allow_neg_eigval, num_hidden_layers=2)
+    ids = tokens(2, sum(cuts))
+    cache, pieces = None, []
+    with torch.no_grad():
+        full = model(ids, use_cache=False).logits
+        for piece in ids.split(cuts, 1):
+            out = model(piece, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            pieces.append(out.logits)
+        assert largest(torch.cat(pieces, 1) - full) < 2e-4
+        if model.config.mixer != "transformer":
+            assert all(x.dtype == torch.float32 for x in states(cache))
+
+
+@every_variant
+def test_cache_can_be_reordered_and_repeated(variant):
+    model = make_model(variant)
+    ids, step = tokens(3, 8), tokens(3, 1, seed=1)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        cache.reorder_cache(torch.tensor([2, 0, 0]))
+        got = model(step, past_key_values=cache).logits
+        assert largest(got - model(torch.cat([ids[[2, 0, 0]], step], 1)).logits[:, -1:]) < 1e-4
+        cache = model(ids, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(2)
+        got = model(step.repeat_interleave(2, 0), past_key_values=cache).logits
+        assert largest(got - model(torch.cat([ids, step], 1)).logits[:, -1:].repeat_interleave(2, 0)) < 1e-4
+
+
+@every_case
+def test_padding_on_the_left_changes_nothing(variant, allow_neg_eigval):
+    model = make_model(variant, allow_neg_eigval, num_hidden_layers=2)
+    short, long, step = tokens(1, 5), tokens(1, 70, seed=1), tokens(2, 1, seed=2)
+    pad = 65
+    batch = torch.cat([F.pad(short, (pad, 0), value=3), long])
+    mask = torch.ones_like(batch)
+    mask[0, :pad] = 0
+    with torch.no_grad():
+        out = model(batch, attention_mask=mask, use_cache=True)
+        alone = model(short, use_cache=True)
+        assert largest(out.logits[0, pad:] - alone.logits[0]) < 1e-4
+        assert largest(out.logits[1] - model(long).logits[0]) < 1e-4
+        assert largest(model(batch).logits[0, pad:] - alone.logits[0]) > 1e-2  # without the mask
+        if model.config.mixer != "transformer":
+            for padded, single in zip(states(out.past_key_values, 1), states(alone.past_key_values, 1), strict=True):
+                assert largest(padded[:1] - single) < 1e-4 * max(1, largest(single))
+        more = model(step, past_key_values=out.past_key_values).logits
+        assert largest(more[:1] - model(step[:1], past_key_values=alone.past_key_values).logits) < 1e-4
+
+
+@every_variant
+def test_padding_behind_a_text_leaves_the_state_as_it_is(variant):
+    model = make_model(variant)
+    ids = tokens(2, 20)
+    mask = (torch.arange(70) < 20).long().expand(2, 70)
+    step = tokens(2, 1, seed=2)
+    with torch.no_grad():
+        before = model(ids, use_cache=True).past_key_values
+        after = model(F.pad(ids, (0, 50), value=3), attention_mask=mask, use_cache=True).past_key_values
+        if model.config.mixer != "transformer":
+            for a, b in zip(states(before), states(after), strict=True):
+                assert largest(a - b) < 1e-5 * max(1, largest(a))
+            return
+        # Positions have gone on, but nothing that was padding is seen.
+        assert not after.state[0][2][:, 20:].any()
+        assert model(step, past_key_values=after).logits.isfinite().all()
+
+
+# ---- packed documents
+
+BOUNDARIES = torch.tensor([0, 30, 33, 100, 140, 200], dtype=torch.int32)  # two rows of 100
+
+
+def documents(x: torch.Tensor) -> list[torch.Tensor]:
+    flat = x.flatten(0, 1)
+    return [flat[a:b] for a, b in zip(BOUNDARIES[:-1].tolist(), BOUNDARIES[1:].tolist(), strict=True)]
+
+
+@every_case
+def test_packed_documents_are_as_if_each_were_alone(variant, allow_neg_eigval):
+    model = make_model(variant, allow_neg_eigval, num_hidden_layers=2).train()
+    ids, labels = tokens(2, 100), tokens(2, 100, seed=1)
+    with torch.no_grad():
+        packed = documents(model(ids, cu_seqlens=BOUNDARIES).logits)
+        for logits, document in zip(packed, documents(ids), strict=True):
+            assert largest(logits - model(document[None]).logits[0]) < 1e-4
+        assert largest(documents(model(ids).logits)[1] - packed[1]) > 1e-2  # boundaries matter
+    model(ids, shift_labels=labels, cu_seqlens=BOUNDARIES, num_items_in_batch=1).loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    for document, label in zip(documents(ids), documents(labels), strict=True):
+        model(document[None], shift_labels=label[None], num_items_in_batch=1).loss.backward()
+    for name, p in model.named_parameters():
+        assert largest(p.grad - gradients[name]) < 2e-4 * largest(p.grad), name
+
+
+# ---- training
+
+
+@every_case
+def test_a_fresh_model_learns(variant, allow_neg_eigval):
+    torch.manual_seed(0)
+    model = LrnnForCausalLM(
+        LrnnConfig(**SIZE, **VARIANTS[variant], allow_neg_eigval=allow_neg_eigval, num_hidden_layers=1)
+    )
+    assert all(p.isfinite().all() for p in model.parameters())
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=3e-3)
+    ids = tokens(4, 40)
+    losses = []
+    for _ in range(6):
+        loss = model.train()(ids, labels=ids).loss
+        loss.backward()
+        for name, p in model.named_parameters():
+            assert p.grad.isfinite().all() and (largest(p.grad) > 0 or len(losses) == 0), name
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert all(math.isfinite(x) for x in losses) and losses[-1] < losses[0] - 0.1
+
+
+@every_variant
+def test_every_parameter_has_an_initial_value(variant):
+    model = make_model(variant)
+    for p in model.parameters():
+        p.data.fill_(float("nan"))
+        p._is_hf_initialized = False
+    for module in model.modules():
+        model._init_weights(module)
+    for name, p in model.named_parameters():
+        assert p.isfinite().all(), name
+        assert not name.endswith(".D") or (p == 1).all()
+
+
+@every_variant
+def test_autocast_keeps_the_state_in_float32(variant):
+    model = make_model(variant)
+    ids = tokens(1, 20)
+    with torch.no_grad():
+        full = model(ids).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(ids, use_cache=True)
+    assert out.logits.dtype == torch.bfloat16
+    if model.config.mixer != "transformer":
+        assert all(x.dtype == torch.float32 for x in states(out.past_key_values))
+    assert largest(out.logits.float() - full) < 0.15 * largest(full)
+
+
+@every_variant
+def test_gradient_checkpointing_gives_the_same_gradients(variant):
+    model = make_model(variant).train()
+    ids = tokens(2, 40)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(ids, shift_labels=ids).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    plain = gradients()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for name, gradient in gradients().items():
+        assert torch.equal(plain[name], gradient), name
+
+
+@every_variant
+def test_saved_and_loaded(variant, tmp_path):
+    model = make_model(variant)
+    model.save_pretrained(tmp_path)
+    loaded = LrnnForCausalLM.from_pretrained(tmp_path)
+    for field, value in model.config.to_dict().items():
+        assert field in ("dtype", "_name_or_path") or loaded.config.to_dict()[field] == value, field
+    for name, p in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), p), name
+    low, info = LrnnForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for name, p in low.named_parameters():
+        gate = name.endswith(("A_log", "dt_bias", "gate_bias"))
+        assert p.dtype == (torch.float32 if gate else torch.bfloat16), name
+    with torch.no_grad():
+        logits = low.eval()(tokens(1, 10)).logits
+    assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
+
+
+@every_variant
+def test_weight_decay_is_for_matrices(variant):
+    model = make_model(variant)
+    decayed = {id(p) for p in parameter_groups(model, 0.1)[0]["params"]}
+    for name, p in model.named_parameters():
+        if name.endswith(("A_log", "dt_bias", "bias", ".D", "norm.weight", "conv1d.weight", "_k", "_a")):
+            assert id(p) not in decayed or name.endswith("gate_bias"), name
+        elif name.endswith("_proj.weight"):
+            assert id(p) in decayed, name
+
+
+@every_variant
+def test_the_probe_reads_every_mixer_with_a_range(variant):
+    model = make_model(variant, num_hidden_layers=2)
+    probe = EigenvalueProbe(model)
+    ids = tokens(2, 30)
+    with torch.no_grad():
+        model(ids)
+        assert probe.read() == {}  # not enabled: nothing computed
+        probe.enabled = True
+        model(ids)
+    found = probe.read()
+    if model.config.mixer in WITHOUT_RANGE:
+        assert found == {}
+        return
+    assert set(found["negative_fraction"]) == {"0", "1"}
+    for negative, histogram in zip(found["negative_fraction"].values(), found["histogram"], strict=True):
+        assert 0 < negative < 1 and abs(sum(histogram) - 1) < 1e-3
