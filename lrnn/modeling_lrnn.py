@@ -7,7 +7,7 @@ kernels wherever lrnn is installed; on CPU, without lrnn, and for the recurrence
 Parameter names and shapes of the DeltaNet mixers are those of `fla`'s `gated_deltanet` and `delta_net` models.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ try:
 except ImportError:  # an exported folder, loaded where lrnn is not installed
     from .delta_rule_reference import document_ids  # type: ignore[import-not-found, no-redef]
 
-MIXERS: dict[str, Callable[[LrnnConfig, int], Mixer]] = {
+MIXERS: dict[str, Any] = {  # classes of mixers, made from (config, layer index)
     "gated_deltanet": DeltaNet,
     "deltanet": DeltaNet,
     "gated_deltaproduct": DeltaNet,

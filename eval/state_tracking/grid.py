@@ -13,12 +13,14 @@ from lrnn import LrnnConfig
 from lrnn.errors import UserError
 from lrnn.eval.state_tracking.task import Task
 from lrnn.eval.state_tracking.tasks import make_task
+from lrnn.modeling_lrnn import MIXERS
 from lrnn.pretrain.config import Section, load
 from lrnn.pretrain.engine import model_config_from
 
 Range = Literal["negative", "positive"]
+NO_RANGE = "none"  # in the results, of architectures that have no range
 UNIMPORTANT = {"log_every", "checkpoint_seconds"}  # settings that change no result
-RANGE_NAMES = {"negative": "[-1, 1]", "positive": "[0, 1]"}
+RANGE_NAMES = {"negative": "[-1, 1]", "positive": "[0, 1]", NO_RANGE: "-"}
 
 
 class TrainSettings(Section):
@@ -45,7 +47,7 @@ class GridConfig(Section):
     out: str  # folder of all results
     tasks: dict[str, dict[str, Any]] = Field(min_length=1)  # name in the results: {task: ..., parameters of the task}
     models: dict[str, dict[str, Any]] = Field(min_length=1)  # name in the results: fields of the model's config.json
-    ranges: list[Range] = Field(["negative", "positive"], min_length=1)  # of the eigenvalues
+    ranges: list[Range] = Field(["negative", "positive"], min_length=1)  # of the eigenvalues, where a model has one
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
     train: TrainSettings
     test: TestSettings
@@ -57,7 +59,7 @@ class Cell:
 
     task_name: str
     model_name: str
-    range: Range
+    range: str  # a Range, or NO_RANGE
     seed: int
     task: Task
     model_config: LrnnConfig
@@ -88,7 +90,9 @@ def _cells(grid: GridConfig, origin: str) -> Iterator[Cell]:
             raise UserError(f"{origin}: tasks.{task_name} should have a key task, such as task: parity")
         task = make_task(parameters["task"], **{k: v for k, v in parameters.items() if k != "task"})
         for model_name, fields in grid.models.items():
-            for range_ in grid.ranges:
+            mixer = MIXERS.get(fields.get("mixer", LrnnConfig().mixer))  # an unknown one is refused below
+            has_range = mixer is None or mixer.has_eigenvalue_range
+            for range_ in grid.ranges if has_range else [NO_RANGE]:
                 # No id of a task is special to the model: every one may be an input or an answer.
                 fixed: dict[str, Any] = {"vocab_size": task.vocab_size, "allow_neg_eigval": range_ == "negative"}
                 fixed |= {"bos_token_id": None, "eos_token_id": None, "max_position_embeddings": grid.train.max_length}

@@ -88,7 +88,7 @@ def _plot_lengths(path: Path, grid: GridConfig, task: str, of_task: list[tuple[C
         bins = np.array_split(np.arange(len(lengths)), min(LENGTH_BINS, len(lengths)))
         x = np.array([lengths[b].mean() for b in bins])
         y = np.array([curves[:, b].mean(1) for b in bins])  # [bins, seeds]
-        style = "-" if range_ == "negative" else "--"
+        style = "--" if range_ == "positive" else "-"
         axis.plot(x, np.median(y, 1), style, color=color, label=f"{model} {RANGE_NAMES[members[0][0].range]}")
         axis.fill_between(x, y.min(1), y.max(1), color=color, alpha=0.12)
     axis.axvline(grid.train.max_length, color="grey", ls=":", label="longest in training")
