@@ -15,8 +15,8 @@ from cluster import KILL_WAIT_S
 from running_job import ENDINGS, TORTURE, RunningJob
 
 torture = pytest.mark.skipif(not TORTURE, reason="takes minutes: make torture")
-# In the short form one ending of each sort that differs in who gets which signal.
-SHORT = ["requeue", "time limit", "pre-empted"]
+# In the short form one ending of each sort that differs in who gets which signal; a time limit takes a minute more.
+SHORT = ["usr1 --full", "requeue", "pre-empted"]
 STEPS_BETWEEN = 8
 
 
@@ -29,8 +29,8 @@ def endings() -> list[str]:
     return kinds
 
 
-# A time limit may come 30 s after it could: some 200 steps.
-STEPS = STEPS_BETWEEN * len(endings()) + 200 * endings().count("time limit")
+# Some steps are done before a signal is there; a time limit may come 30 s after it could, which is some 200 steps.
+STEPS = STEPS_BETWEEN * (len(endings()) + 3) + 200 * endings().count("time limit")
 
 
 @pytest.fixture(scope="module")
