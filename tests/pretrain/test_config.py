@@ -234,7 +234,7 @@ def test_model_is_what_the_file_says(tmp_path):
         ({"num_head": 2}, "unknown field num_head; did you mean num_heads?"),
         ({"zzz": 1}, "unknown field zzz; valid: vocab_size, hidden_size"),
         ({"model_type": "llama"}, "model_type 'llama' should be 'lrnn'"),
-        ({"mixer": "mamba"}, "mixer 'mamba' is not one of gated_deltanet, deltanet"),
+        ({"mixer": "mamba3"}, "mixer 'mamba3' is not one of gated_deltanet, deltanet"),
         ({"hidden_size": 0}, "hidden_size must be a positive integer; got 0"),
         ({"hidden_size": "32"}, "hidden_size = '32' should be int"),
         ({"vocab_size": True}, "vocab_size = True should be int"),
