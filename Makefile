@@ -17,7 +17,7 @@ quickstart: setup
 test: lint
 	$(BIN)/pytest -q
 
-# 200 kills instead of 12, twenty endings of a job instead of three, other numbers of processes. Some 30 minutes.
+# 300 kills instead of 12, twenty endings of a job instead of three, other numbers of processes. Some 30 minutes.
 # The jobs want root and Debian, for a SLURM of their own.
 torture: setup
 	LRNN_TORTURE=1 $(BIN)/pytest -q -s tests/pretrain/test_torture.py tests/slurm

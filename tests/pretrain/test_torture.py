@@ -1,4 +1,4 @@
-"""Kills at random moments, each followed by a resume. LRNN_TORTURE=1 makes it 200 (`make torture`)."""
+"""Kills at random moments, each followed by a resume. LRNN_TORTURE=1 makes it 300 (`make torture`)."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-KILLS = 200 if os.environ.get("LRNN_TORTURE") == "1" else 12
+KILLS = 200 if os.environ.get("LRNN_TORTURE") == "1" else 8  # and half as many with checkpoints in the background
 PROGRAM = Path(__file__).with_name("torture.py")
 
 
@@ -24,6 +24,6 @@ def test_every_kill_is_survived(base, tmp_path):
     assert done.returncode == 0
     result = json.loads(done.stdout.splitlines()[-1])
     print(f"\n{json.dumps(result, indent=1)}")
-    assert sum(result[way]["kills"] for way in ("waited for", "in the background")) == KILLS
-    for way, most in (("waited for", 5), ("in the background", 10)):
+    for way, kills, most in (("waited for", KILLS, 5), ("in the background", KILLS // 2, 10)):
+        assert result[way]["kills"] == kills
         assert result[way]["finished"] == result[way]["runs"] and result[way]["steps repeated at most"] <= most

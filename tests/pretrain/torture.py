@@ -2,9 +2,9 @@
 
     JE_ARROW_MALLOC_CONF=background_thread:false python tests/pretrain/torture.py SPEC.json
 
-SPEC holds {"config": ..., "folder": ..., "kills": n, "seed": s}. Packages are imported once and every start is a fork
-of this process, which saves 8 s a start; what the forks run is `lrnn pretrain` as torchrun would start it, two
-processes.
+SPEC holds {"config": ..., "folder": ..., "kills": n, "seed": s}: n kills of runs that wait for their checkpoints, and
+half as many of runs that write them in the background. Packages are imported once and every start is a fork of this
+process, which saves 8 s a start; what the forks run is `lrnn pretrain` as torchrun would start it, two processes.
 Prints one JSON object: how often which moment was hit, and what followed.
 """
 
@@ -256,14 +256,14 @@ def main() -> None:
     assert list(truth) == list(range(1, spec["config"]["steps"] + 1)), straight.log.read_text()[-3000:]
 
     result: dict[str, Any] = {}
-    for background in (False, True):
+    for background, kills in ((False, spec["kills"]), (True, spec["kills"] // 2)):
         hit: Counter[str] = Counter()
         repeated: list[int] = []
         runs = finished = 0
-        while hit.total() < spec["kills"] // 2:
+        while hit.total() < kills:
             torture = Torture(spec, f"background-{background}-{runs}", background, truth, rng)
             runs += 1
-            while hit.total() + torture.hit.total() < spec["kills"] // 2 and torture.kill_once():
+            while hit.total() + torture.hit.total() < kills and torture.kill_once():
                 done = hit.total() + torture.hit.total()
                 if done % 10 == 0:
                     print(f"{done} kills, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
