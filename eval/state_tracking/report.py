@@ -48,7 +48,6 @@ def _grouped(of_task: list[tuple[Cell, dict[str, Any]]]) -> dict[Group, list[tup
 def _table(grid: GridConfig, task: str, of_task: list[tuple[Cell, dict[str, Any]]]) -> str:
     """Scaled accuracy over all test samples: best [median] of the seeds, the papers' figure, the majority floor."""
     train, test = grid.train, grid.test
-    kind = grid.tasks[task]["task"]
     lines = [
         f"## {task}",
         "",
@@ -64,7 +63,7 @@ def _table(grid: GridConfig, task: str, of_task: list[tuple[Cell, dict[str, Any]
         scores = [result["scaled_accuracy"] for _, result in members]
         last = [list(result["by_length"].values())[-1] for _, result in members]
         cell = members[0][0]
-        paper = reported(kind, cell.model_config.mixer, cell.range)
+        paper = reported(grid.tasks[task], cell.model_config.mixer, cell.range)
         lines.append(
             f"| {model} | {RANGE_NAMES[cell.range]} | {max(scores):.3f} [{median(scores):.3f}] "
             f"| {max(last):.3f} [{median(last):.3f}] | {paper} |"

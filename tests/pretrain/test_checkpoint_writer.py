@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import small_disk as small_disk_module
 import torch
+from small_disk import mounted
 from synthetic_checkpoints import Saver, ThreadRank, state_of
 
 from lrnn.errors import UserError
@@ -136,7 +136,7 @@ def test_a_rank_that_outlives_its_run_cannot_write_into_a_later_ones(tmp_path, m
 
 @pytest.fixture
 def small_disk(tmp_path):
-    with small_disk_module.mounted(tmp_path / "disk", "64k") as folder:
+    with mounted(tmp_path / "disk", "64k") as folder:
         yield folder
 
 

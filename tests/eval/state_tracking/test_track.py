@@ -12,6 +12,7 @@ from lrnn import LrnnForCausalLM
 from lrnn.cli import main
 from lrnn.eval.state_tracking import train_cell
 from lrnn.eval.state_tracking.grid import load_grid
+from lrnn.eval.state_tracking.papers import reported
 from lrnn.eval.state_tracking.train_cell import learning_rate
 from lrnn.pretrain.metrics import read_metrics
 
@@ -208,6 +209,20 @@ def test_grids_of_the_repository_are_valid(path):
     trained = len(grid.models) * len(grid.ranges) - without_range
     assert len(cells) == len(grid.tasks) * trained * len(grid.seeds) >= 6
     assert len({cell.fingerprint for cell in cells}) == len({cell.folder for cell in cells}) == len(cells)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "figure"),
+    [
+        ({"task": "modular_arithmetic"}, ".971 [.826]"),
+        ({"task": "modular_arithmetic_brackets"}, ".260 [.227]"),
+        ({"task": "modular_arithmetic_brackets", "operators": "+-"}, ".200 [.129]"),
+        ({"task": "modular_arithmetic", "modulus": 7}, "-"),
+        ({"task": "even_pairs"}, "-"),
+    ],
+)
+def test_figures_of_the_paper_stand_beside_the_same_task_alone(parameters, figure):
+    assert reported(parameters, "deltanet", "negative") == figure
 
 
 def test_learning_rate():
