@@ -17,8 +17,10 @@ from torch import Tensor
 
 from lrnn.kernels.chunk_backward import chunk_backward_kernel
 from lrnn.kernels.chunk_forward import chunk_forward_kernel
+from lrnn.kernels.chunk_forward_hopper import chunk_forward_hopper_kernel, hopper_launch
 from lrnn.kernels.chunk_inverse import chunk_inverse_kernel
 from lrnn.kernels.chunk_scan_backward import chunk_scan_backward_kernel
+from lrnn.kernels.chunk_scan_backward_hopper import chunk_scan_backward_hopper_kernel, hopper_backward_launch
 from lrnn.kernels.gate_backward import gate_backward_kernel
 from lrnn.kernels.launch import launch
 from lrnn.kernels.launch_config import INVERSE_LAUNCH, chunk_launch, scan_backward_stages, scan_launch
@@ -129,10 +131,49 @@ class _Scan:
         states: Tensor | None = None,
         transition: bool = False,
     ) -> None:
-        columns = (self.V + self.K * transition) // self.launch.BV
+        width = self.V + self.K * transition
+        count = self.HV * self.chunks.sequences
+        hopper = hopper_launch(self.K, self.V, self.dtype, self.is_full, count, o is not None, self.device)
+        flags = {
+            "OUTPUT": o is not None,
+            "SAVE_STATES": states is not None,
+            "TRANSITION": transition,
+            "HAS_INITIAL": initial is not None,
+            "SAVE_FINAL": final is not None,
+        }
+        if hopper is not None:
+            launch(
+                chunk_forward_hopper_kernel,
+                (width // (64 * hopper.HALVES) * count, 1, 1),
+                self.q if o is not None else None,
+                self.k,
+                self.v,
+                self.c,
+                self.result(o),
+                self.result(y),
+                None if states is None else Tiles(states, self.launch.BV, self.K),
+                self.vectors,
+                self.vector_rows,
+                initial,
+                final,
+                self.chunks.seq_len,
+                self.R,
+                self.scale,
+                H=self.H,
+                HV=self.HV,
+                K=self.K,
+                V=self.V,
+                BT=CHUNK,
+                NORMALIZE=self.heads["NORMALIZE"],
+                num_warps=4,
+                **flags,
+                **hopper._asdict(),
+            )
+            return
+        columns = width // self.launch.BV
         launch(
             chunk_forward_kernel,
-            (columns * self.HV * self.chunks.sequences, 1, 1),
+            (columns * count, 1, 1),
             self.q if o is not None else None,
             self.k,
             self.v,
@@ -151,14 +192,10 @@ class _Scan:
             self.scale,
             V=self.V,
             BV=self.launch.BV,
-            OUTPUT=o is not None,
-            SAVE_STATES=states is not None,
-            TRANSITION=transition,
-            HAS_INITIAL=initial is not None,
-            SAVE_FINAL=final is not None,
             STAGES=self.launch.stages,
             num_warps=self.launch.warps,
             num_stages=self.launch.stages,
+            **flags,
             **self.heads,
         )
 
@@ -170,6 +207,40 @@ class _Scan:
         dw: Tensor | None = None,
         dstates: Tensor | None = None,
     ) -> None:
+        flags = {
+            "SAVE_STATES": dstates is not None,
+            "HAS_FINAL": dfinal is not None,
+            "SAVE_INITIAL": dinitial is not None,
+        }
+        count = self.HV * self.chunks.sequences
+        hopper = hopper_backward_launch(self.K, self.V, self.dtype, self.is_full, count, self.device)
+        if hopper is not None:
+            launch(
+                chunk_scan_backward_hopper_kernel,
+                (self.V // (64 * hopper.HALVES) * count, 1, 1),
+                self.q,
+                self.k,
+                self.c,
+                Tiles(do, CHUNK, self.launch.BV),
+                self.result(dw),
+                None if dstates is None else Tiles(dstates, self.launch.BV, self.K),
+                self.vectors,
+                self.vector_rows,
+                dfinal,
+                dinitial,
+                self.chunks.seq_len,
+                self.R,
+                self.scale,
+                H=self.H,
+                HV=self.HV,
+                K=self.K,
+                V=self.V,
+                BT=CHUNK,
+                num_warps=4,
+                **flags,
+                **hopper._asdict(),
+            )
+            return
         stages = scan_backward_stages(self.K, self.V, self.dtype)
         launch(
             chunk_scan_backward_kernel,
@@ -191,12 +262,10 @@ class _Scan:
             self.scale,
             V=self.V,
             BV=self.launch.BV,
-            SAVE_STATES=dstates is not None,
-            HAS_FINAL=dfinal is not None,
-            SAVE_INITIAL=dinitial is not None,
             STAGES=stages,
             num_warps=self.launch.warps,
             num_stages=stages,
+            **flags,
             **self.heads,
         )
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.runtime import driver
 
-from lrnn.kernels.tiles import INTERPRETED, Tiles
+from lrnn.kernels.tiles import INTERPRETED, GluonTiles, Tiles
 
 _compiled: dict[tuple, tuple[CompiledKernel, tuple]] = {}  # with the values of the kernel's constants, in its order
 
@@ -19,7 +20,7 @@ def launch(kernel: Any, grid: tuple[int, int, int], *args: Any, **constants: Any
     """`kernel[grid](*args, **constants)` on the current device.
 
     Args:
-        kernel: a function under `triton.jit`, which takes its constants (`tl.constexpr`) last.
+        kernel: a function under `triton.jit` or `gluon.jit`, which takes its constants (`tl.constexpr`) last.
         args: every other argument: tensors, `Tiles`, integers, floats or None.
         constants: every constant, and `num_warps` and `num_stages` where they are not Triton's own.
     """
@@ -29,6 +30,8 @@ def launch(kernel: Any, grid: tuple[int, int, int], *args: Any, **constants: Any
     key = (kernel.fn, driver.active.get_current_device(), *map(_specialization, args), *constants.items())
     found = _compiled.get(key)
     if found is None:
+        if isinstance(kernel, GluonJITFunction):
+            args = tuple(GluonTiles(x) if isinstance(x, Tiles) else x for x in args)
         compiled = kernel[grid](*args, **constants)
         if isinstance(compiled, CompiledKernel):
             _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run on CPU tensors, for tests
@@ -151,6 +153,16 @@ class Tiles(TensorDescriptor):
             self.shape, self.strides = (B * T, H * D), (self.strides[1], 1)
         self.block_shape = [rows, columns]
         self.kind = (x.dtype, rows, columns)  # what a compiled kernel depends on
+
+
+class GluonTiles(GluonTensorDescriptor):
+    """What a kernel in Gluon is compiled for, which wants to know how tiles lie in shared memory: rows swizzled by 128
+    bytes, as the tensor cores read them, or a single row as it is. Compiled, it takes the `Tiles` themselves."""
+
+    def __init__(self, tiles: Tiles):
+        self.base, self.shape, self.strides = tiles.base, tiles.shape, tiles.strides
+        self.block_shape = tiles.block_shape
+        self.layout = NVMMASharedLayout(128 if tiles.block_shape[0] >= 8 else 0, tiles.base.element_size() * 8, rank=2)
 
 
 def result_tiles(matrix: Tensor | None, rows: int, columns: int, is_full: bool) -> "Tensor | Tiles | None":

@@ -1,0 +1,47 @@
+"""What the kernels in Gluon share: its names in several versions of Triton, vectors in shared memory, P.
+
+Gluon is experimental, and renames. These are the names of Triton 3.6, or those of 3.9.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma
+
+_IS_OLD = gl.constexpr(hasattr(gl, "thread_barrier"))
+part_barrier = gl.thread_barrier if _IS_OLD.value else gl.barrier  # of the warps of one part
+tma_load = tma.async_copy_global_to_shared if _IS_OLD.value else tma.async_load
+tma_store = tma.async_copy_shared_to_global if _IS_OLD.value else tma.async_store
+FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))  # of a vector in shared memory
+
+
+@gluon.jit
+def as_vector(tile, BT: gl.constexpr):
+    # a tile [1, BT] of float32, as the TMA puts it there, as a vector
+    if _IS_OLD:
+        return tile._reinterpret(gl.float32, [BT], FLAT)
+    else:
+        return tile.reinterpret(gl.float32, [BT], FLAT)
+
+
+@gluon.jit
+def weigh_keys(q_tile, k_tile, to_query, from_key, rows, columns, tile: gl.constexpr, BT: gl.constexpr):
+    # P = scale tril(G . Q^ K^T r): all factors but Q K^T as exponents, by row `to_query`, by column `-from_key`. The
+    # exponent is masked, since above the diagonal it would overflow.
+    qk = warpgroup_mma(q_tile, k_tile.permute((1, 0)), gl.zeros([BT, BT], gl.float32, tile), use_acc=False)
+    exponent = gl.where(rows[:, None] >= columns[None, :], to_query[:, None] - from_key[None, :], float("-inf"))
+    return qk * gl.exp2(exponent)
+
+
+@gluon.jit
+def step_and_back_prepared(x, beta_s, inverse_s, dtype: gl.constexpr):
+    # `tiles.step_and_back`, with beta and 1 / beta (0 where beta is small) in shared memory: read late, they take no
+    # registers before
+    columns: gl.constexpr = gl.SliceLayout(0, x.type.layout)
+    down = gl.full([x.shape[0]], 1.0, gl.float32, gl.SliceLayout(1, x.type.layout))
+    if dtype == gl.float16:
+        exponent = gl.max(gl.abs(x), 1).to(gl.int32, bitcast=True) & 0x7F800000
+        x = x * (0x7F000000 - exponent).to(gl.float32, bitcast=True)[:, None]
+        down = exponent.to(gl.float32, bitcast=True)
+    stepped = (x * beta_s.load(columns)[None, :]).to(dtype)
+    inverse = inverse_s.load(columns)
+    return stepped, gl.where((inverse == 0.0)[None, :], x, stepped.to(gl.float32) * inverse[None, :]), down
