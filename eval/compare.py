@@ -19,22 +19,27 @@ def compare(first: Path, second: Path) -> str:
     metrics = [_results(first), _results(second)]
     for key in (key for key in metrics[0] if key in metrics[1]):
         task, metric, filter_name = key
-        a, b = _values(first, *key), _values(second, *key)
+        values = [row["value"] for row in (metrics[0][key], metrics[1][key])]
+        # A mean over tasks is the mean over their documents together: each of them has as many.
+        a, b = (
+            _values(folder, found[key].get("tasks", [task]), metric, filter_name)
+            for folder, found in zip((first, second), metrics, strict=True)
+        )
         if a.keys() != b.keys():
             raise UserError(f"{task} was run on other documents in {first} than in {second}: cannot be paired")
         pair = np.array([[a[doc] for doc in a], [b[doc] for doc in a]], dtype=np.float64)
         ratio = metric == "bits_per_byte"
 
         def difference(pair: np.ndarray, ratio: bool = ratio) -> Any:
-            values = bits_per_byte(pair) if ratio else pair.mean(-1)
-            return values[1] - values[0]
+            means = bits_per_byte(pair) if ratio else pair.mean(-1)
+            return means[1] - means[0]
 
         rng, n = np.random.default_rng(SEED), pair.shape[1]
         draws = [difference(pair[:, rng.integers(n, size=n)]) for _ in range(RESAMPLES)]
         low, high = np.quantile(draws, [0.025, 0.975])
         name = metric if filter_name == "none" else f"{metric} ({filter_name})"
         rows.append(
-            f"| {task} | {name} | {metrics[0][key]:.4f} | {metrics[1][key]:.4f} | {difference(pair):+.4f} "
+            f"| {task} | {name} | {values[0]:.4f} | {values[1]:.4f} | {difference(pair):+.4f} "
             f"| [{low:+.4f}, {high:+.4f}] | {n} |"
         )
     if len(rows) == 2:
@@ -42,18 +47,21 @@ def compare(first: Path, second: Path) -> str:
     return "\n".join(rows) + "\n"
 
 
-def _results(folder: Path) -> dict[tuple[str, str, str], float]:
+def _results(folder: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
     path = folder / "results.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no results.json: not a result folder of `lrnn eval`")
     metrics = json.loads(path.read_text(encoding="utf-8")).get("metrics")
     if metrics is None:
         raise UserError(f"{folder} is no result folder of `lrnn eval`; `lrnn position` compares the models it is given")
-    return {(row["task"], row["metric"], row["filter"]): row["value"] for row in metrics}
+    return {(row["task"], row["metric"], row["filter"]): row for row in metrics}
 
 
-def _values(folder: Path, task: str, metric: str, filter_name: str) -> dict[tuple[int, str], Any]:
-    """Value of every document by (its number, the hash of its text)."""
-    with (folder / f"samples_{task}.jsonl").open("rb") as file:
-        samples = [json.loads(line) for line in file]
-    return {(s["doc_id"], s["doc_hash"]): s[metric] for s in samples if s["filter"] == filter_name}
+def _values(folder: Path, tasks: list[str], metric: str, filter_name: str) -> dict[tuple[str, int, str], Any]:
+    """Value of every document by (its task, its number, the hash of its text)."""
+    found: dict[tuple[str, int, str], Any] = {}
+    for task in tasks:
+        with (folder / f"samples_{task}.jsonl").open("rb") as file:
+            samples = [json.loads(line) for line in file]
+        found |= {(task, s["doc_id"], s["doc_hash"]): s[metric] for s in samples if s["filter"] == filter_name}
+    return found

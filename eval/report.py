@@ -1,4 +1,7 @@
-"""Results of a suite on disk: results.json (ours), table.md, and lm-eval's own results and samples, all or nothing."""
+"""Results of a suite on disk: results.json (ours), table.md, and lm-eval's own results and samples, all or nothing.
+
+State-tracking tasks have by_length.csv and by_length.png too.
+"""
 
 import hashlib
 import json
@@ -15,6 +18,7 @@ import numpy as np
 
 import lrnn
 from lrnn.errors import UserError
+from lrnn.eval.state_tracking import text_report
 
 SCHEMA_VERSION = 1
 RESAMPLES = 1000
@@ -39,14 +43,17 @@ def bits_per_byte_stderr(pairs: np.ndarray) -> float | None:
 
 
 def metric_rows(raw: Raw) -> list[Raw]:
-    """One row a task, metric and filter, with a standard error, from the result of lm-eval's `simple_evaluate`."""
+    """One row a task, metric and filter, with a standard error, from the result of lm-eval's `simple_evaluate`.
+
+    Metrics of one length of a state-tracking task are left to `text_report.length_rows`.
+    """
     rows = []
     for task, values in raw["results"].items():
         config = raw["configs"][task]
         shots = (config.get("metadata") or {}).get("shots", raw["n-shot"][task])
         for key, value in values.items():
             metric, _, filter_name = key.partition(",")
-            if not filter_name or metric.endswith("_stderr"):
+            if not filter_name or metric.endswith("_stderr") or text_report.is_by_length(metric):
                 continue
             stderr: Any = values.get(f"{metric}_stderr,{filter_name}")
             if metric == "bits_per_byte":
@@ -100,6 +107,8 @@ def markdown_table(results: Raw) -> str:
         stderr = "n/a" if row["stderr"] is None else f"{row['stderr']:.4f}"
         cells = (row["task"], name, arrow, f"{row['value']:.4f}", stderr, row["n"], row["shots"])
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    if results["by_length"]:
+        lines += ["", text_report.markdown_table(results["by_length"]).rstrip()]
     return "\n".join(lines) + "\n"
 
 
@@ -142,6 +151,8 @@ def _fill(new: Path, results: Raw, raw: Raw) -> None:
     (new / "lm_eval_results.json").write_text(
         _dump({k: v for k, v in raw.items() if k != "samples"}, indent=2), encoding="utf-8"
     )
+    if results["by_length"]:
+        text_report.write(new, results["by_length"])
     (new / "table.md").write_text(markdown_table(results), encoding="utf-8")
     (new / "results.json").write_text(_dump(results, indent=2), encoding="utf-8")
 

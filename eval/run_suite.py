@@ -1,8 +1,9 @@
 """Run an evaluation suite of lm-eval on an exported model, offline.
 
-The suites are `quick`, `fast` and `code_math`; `--heldout FILE` adds the bits per byte of held-out documents. The data
-is fetched once with `lrnn eval --fetch`. Results go to DIR/eval/SUITE: results.json, table.md, lm-eval's own results
-and its samples. Suites with pass@1 run code that the model wrote, in a sandbox, only with --allow-code-execution.
+The suites are `quick`, `fast`, `code_math` and `state_tracking`; `--heldout FILE` adds the bits per byte of held-out
+documents. The data is fetched once with `lrnn eval --fetch`; `state_tracking` makes its own. Results go to
+DIR/eval/SUITE: results.json, table.md, lm-eval's own results and its samples. Suites with pass@1 run code that the
+model wrote, in a sandbox, only with --allow-code-execution.
 
 The tasks are ordinary lm-eval tasks, so lm-eval's own command line runs them on the same folder:
 
@@ -11,7 +12,9 @@ The tasks are ordinary lm-eval tasks, so lm-eval's own command line runs them on
     --include_path "$(python -c 'from lrnn.eval.suites import TASK_FOLDER; print(TASK_FOLDER)')" \\
     --tasks lrnn_humaneval_bpb,lrnn_gsm8k_bpb --output_path out --log_samples
 
-(`lrnn_heldout_bpb` reads the file named by LRNN_EVAL_HELDOUT; code tasks want --confirm_run_unsafe_code. Unlike that
+(`lrnn_heldout_bpb` reads the file named by LRNN_EVAL_HELDOUT; code tasks want --confirm_run_unsafe_code; the groups
+`state_tracking`, `state_tracking_mc` and `state_tracking_gen` name all tasks of that suite, but lm-eval cuts a prompt
+longer than max_length without a word, where `lrnn eval` refuses it. Unlike that
 line, `lrnn eval` itself runs no code of the folder: it has lrnn's own.)
 """
 
@@ -26,12 +29,22 @@ from typing import Any
 
 from lrnn.errors import UserError
 from lrnn.eval import fetch_data, report, sandbox
-from lrnn.eval.suites import CODE_TASKS, GENERATION_TOKENS, HELDOUT_TASK, SUITES, TASK_FOLDER, find_suite
+from lrnn.eval.state_tracking import text_report
+from lrnn.eval.suites import (
+    CODE_TASKS,
+    GENERATION_TOKENS,
+    HELDOUT_TASK,
+    STATE_TRACKING,
+    SUITES,
+    TASK_FOLDER,
+    find_suite,
+)
 
 EXAMPLE = """examples:
   lrnn eval --fetch
   lrnn eval runs/tiny/hf --suite quick --heldout corpora/tiny/heldout.jsonl --limit 50
   lrnn eval runs/1.3b/hf --suite code_math --allow-code-execution --batch-size 32
+  lrnn eval runs/1.3b/hf --suite state_tracking --max-length 8192
   lrnn eval --compare runs/a/hf/eval/fast runs/b/hf/eval/fast
   lrnn eval --collect runs/1.3b/eval
 """
@@ -130,13 +143,15 @@ def evaluate(
     lm, settings = load_model(model, device, dtype, batch_size, max_length)
     start = time.time()
     raw = run_tasks(lm, loaded, limit)
+    rows = report.metric_rows(raw)
     results: dict[str, Any] = {
         "schema_version": report.SCHEMA_VERSION,
         "suite": suite,
         "out": str(out),
         "left_out": left_out,
         "limit": limit,
-        "metrics": report.metric_rows(raw),
+        "metrics": [*text_report.score_rows(rows), *rows],
+        "by_length": text_report.length_rows(raw),
         "seconds": round(time.time() - start, 1),
         "model": report.describe_model(model),
         "settings": settings,
@@ -218,8 +233,12 @@ def prepare_environment() -> None:
 
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     huggingface_hub.constants.HF_HUB_OFFLINE = True
-    # Every task has `custom_dataset`, and lm-eval warns for each that it could take arguments.
+    # Every task has `custom_dataset`, and lm-eval warns for each that it could take arguments. It also warns for every
+    # state-tracking task that the metrics of the lengths are means over other documents, which they are meant to be.
     logging.getLogger("lm_eval.api.task").addFilter(lambda record: "Custom kwargs" not in record.getMessage())
+    logging.getLogger("lm_eval.evaluator_utils").addFilter(
+        lambda record: "not scored on the same number of documents" not in record.getMessage()
+    )
     if not sys.stderr.isatty():
         plain_progress()
 
@@ -249,7 +268,11 @@ def load_tasks(tasks: list[str]) -> dict[str, Any]:
 
 
 def check_lengths(folder: Path, tasks: dict[str, Any], max_length: int, limit: int | None) -> None:
-    """Raise UserError if a gold answer, or what a task may generate, does not fit into `max_length` tokens."""
+    """Raise UserError if a gold answer, or what a task may generate, does not fit into `max_length` tokens.
+
+    Before those, lm-eval cuts a prompt from its left. With a state-tracking question that would change the right
+    answer, so there the prompt has to fit too.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -257,8 +280,18 @@ def check_lengths(folder: Path, tasks: dict[str, Any], max_length: int, limit: i
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder}: its tokenizer cannot be loaded, or needs code of its own ({reason})") from error
+    too_long = {}
     for name, task in tasks.items():
-        if task.OUTPUT_TYPE == "loglikelihood":
+        if name in STATE_TRACKING:
+            docs = task.test_docs()[:limit]
+            texts = [
+                f"{context} {max(choices, key=len)}"
+                for context, choices in zip(docs["context"], docs["choices"], strict=True)
+            ]
+            needed = max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+            # 1 more for a tokenizer that sets a BOS in front.
+            needed, what = needed + GENERATION_TOKENS.get(name, 0) + 1, "has prompts with answers of"
+        elif task.OUTPUT_TYPE == "loglikelihood":
             answers = task.test_docs()[:limit]["continuation"]
             # 8 more, because a context before it can change how an answer's first characters are cut.
             needed = max(map(len, tokenizer(answers, add_special_tokens=False)["input_ids"])) + 8
@@ -266,10 +299,13 @@ def check_lengths(folder: Path, tasks: dict[str, Any], max_length: int, limit: i
         else:
             needed, what = GENERATION_TOKENS.get(name, 0) + 1, "generates"
         if needed > max_length:
-            raise UserError(
-                f"{name} {what} up to {needed} tokens, more than the model's max_position_embeddings or --max-length, "
-                f"{max_length}: give --max-length {max(2048, needed)} (a linear RNN has no hard limit of its own)"
-            )
+            too_long[name] = (what, needed)
+    if too_long:
+        name, (what, needed) = max(too_long.items(), key=lambda item: item[1][1])
+        raise UserError(
+            f"{name} {what} up to {needed} tokens, more than the model's max_position_embeddings or --max-length, "
+            f"{max_length}: give --max-length {max(2048, needed)} (a linear RNN has no hard limit of its own)"
+        )
 
 
 def load_model(

@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrnn.errors import UserError
+from lrnn.eval.state_tracking.text_report import TASK_NAMES
 
 TASK_FOLDER = Path(__file__).resolve().parent / "tasks"
 HELDOUT_TASK = "lrnn_heldout_bpb"
 CODE_TASKS = frozenset({"lrnn_humaneval", "lrnn_mbpp"})  # they run what the model wrote
+STATE_TRACKING = (*TASK_NAMES["mc"], *TASK_NAMES["gen"])  # their prompts are never to be cut
 GENERATION_TOKENS = {"lrnn_humaneval": 1024, "lrnn_mbpp": 256, "lrnn_gsm8k_cot": 256, "lrnn_minerva_math": 256}
+GENERATION_TOKENS |= dict.fromkeys(TASK_NAMES["gen"], 8)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,11 @@ SUITES = {
             "code_math",
             "the final model: fast, pass@1 of HumanEval and MBPP, exact match of GSM8K and MATH",
             (*GOLD, "lrnn_humaneval", "lrnn_mbpp", "lrnn_gsm8k_cot", "lrnn_minerva_math"),
+        ),
+        Suite(
+            "state_tracking",
+            "state-tracking questions in words and in Python, 4 to 256 steps long, chosen and generated answers",
+            STATE_TRACKING,
         ),
     )
 }

@@ -24,6 +24,7 @@ class Field(IntEnum):
     SYMBOL = 1
     OPERATOR = 2
     SPLIT = 3
+    QUESTION = 4
 
 
 def _signed(value: int) -> int:

@@ -133,7 +133,14 @@ def test_code_tasks_can_be_left_out():
     tasks, left_out = run_suite.choose_tasks("code_math", heldout=False, allow_code=False, skip_code=True)
     assert left_out == ["lrnn_humaneval", "lrnn_mbpp"]
     assert tasks == [task for task in run_suite.SUITES["code_math"].tasks if task not in left_out]
-    results = {"suite": "s", "model": {"path": "p"}, "limit": None, "left_out": left_out, "metrics": []}
+    results = {
+        "suite": "s",
+        "model": {"path": "p"},
+        "limit": None,
+        "left_out": left_out,
+        "metrics": [],
+        "by_length": [],
+    }
     assert "Left out: lrnn_humaneval, lrnn_mbpp." in report.markdown_table(results)
 
 
@@ -155,9 +162,11 @@ def error_of(capsys, *arguments):
 def test_bad_requests_are_one_clear_error(tiny_model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run_suite, "load_model", lambda *args: pytest.fail("the model was loaded"))
     unknown = error_of(capsys, tiny_model, "--suite", "qick")
-    assert unknown.endswith("unknown suite 'qick'. Did you mean 'quick'? The suites are: quick, fast, code_math")
+    assert unknown.endswith(
+        "unknown suite 'qick'. Did you mean 'quick'? The suites are: quick, fast, code_math, state_tracking"
+    )
     assert "--allow-code-execution" in error_of(capsys, tiny_model, "--suite", "code_math")
-    assert "{quick,fast,code_math}" in error_of(capsys, tiny_model)
+    assert "{quick,fast,code_math,state_tracking}" in error_of(capsys, tiny_model)
     assert "not found: /nowhere" in error_of(capsys, "/nowhere", "--suite", "quick")
     for missing in ("config.json", "tokenizer_config.json", "model.safetensors"):
         broken = tmp_path / f"without-{missing}"
@@ -179,7 +188,7 @@ def test_bad_requests_are_one_clear_error(tiny_model, tmp_path, capsys, monkeypa
 def test_what_does_not_fit_the_context_is_said_before_the_model_loads(eval_data, tiny_model, capsys, monkeypatch):
     monkeypatch.setattr(run_suite, "load_model", lambda *args: pytest.fail("the model was loaded"))
     short = error_of(capsys, tiny_model, "--suite", "quick", "--max-length", 64)
-    assert "lrnn_humaneval_bpb_0shot has gold answers of up to" in short and "give --max-length 2048" in short
+    assert "lrnn_gsm8k_bpb_0shot has gold answers of up to" in short and "give --max-length 2048" in short
     options = ["--suite", "code_math", "--allow-code-execution", "--limit", 1, "--max-length", 1024]
     assert "lrnn_humaneval generates up to 1025 tokens" in error_of(capsys, tiny_model, *options)
 

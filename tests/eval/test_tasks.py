@@ -63,7 +63,7 @@ def test_fewshot_samples_and_functions_are_lm_evals(monkeypatch):
 
 
 def test_suites_name_tasks_that_exist_and_know_what_they_do():
-    configs = {p.stem: load_yaml(p, resolve_func=False) for p in TASK_FOLDER.glob("lrnn_*.yaml")}
+    configs = {p.stem: load_yaml(p, resolve_func=False) for p in TASK_FOLDER.rglob("lrnn_*.yaml")}
     assert all(config["task"] == name for name, config in configs.items())
     assert {task for suite in SUITES.values() for task in suite.tasks} | {HELDOUT_TASK} == configs.keys()
     assert {name for name, config in configs.items() if config.get("unsafe_code")} == CODE_TASKS
