@@ -1,19 +1,23 @@
 """Train small models on state-tracking tasks, and report which of them track state at lengths they have not seen.
 
-Trains a grid of tasks x models x eigenvalue ranges x seeds. A grid that was stopped goes on where it was, by the same
-command; a cell whose result is there is not trained again.
+Trains a grid of tasks x models x eigenvalue ranges x seeds, on a GPU several at once, and on all GPUs. A grid that was
+stopped goes on where it was, by the same command; a cell whose result is there is not trained again.
 """
 
 import argparse
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lrnn.errors import UserError
-from lrnn.eval.state_tracking.grid import load_grid
+from lrnn.eval.state_tracking.grid import Cell, GridConfig, load_grid
+from lrnn.eval.state_tracking.interleave import interleave
 from lrnn.eval.state_tracking.report import write_report
 from lrnn.eval.state_tracking.train_cell import train_cell
+from lrnn.eval.state_tracking.workers import run_on_devices
 from lrnn.pretrain.config import dump_config
 from lrnn.pretrain.run_lock import RunLock
 
@@ -22,25 +26,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lrnn track`."""
     parser.add_argument("config", help="YAML file of the grid")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the grid")
-    parser.add_argument("--device", default=None, help="default: cuda where there is a GPU, else cpu")
+    parser.add_argument("--device", default=None, help="one device, such as cuda:1; default: all GPUs, else cpu")
     parser.epilog = "example:\n  lrnn track configs/track/parity.yaml out=runs/track/parity train.steps=5000"
 
 
 def main(args: argparse.Namespace) -> int:
     grid, cells = load_grid(args.config, args.overrides)
-    try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from None
+    devices = _devices(args.device)
     out = Path(grid.out)
     with RunLock(out):
         (out / "grid.yaml").write_text(dump_config(grid))
-        results = []
+        results: dict[Path, dict[str, Any]] = {}
         start = time.monotonic()
-        for i, cell in enumerate(cells):
-            results.append(train_cell(cell, grid, device, lambda text: print(text, flush=True)))
-            score = results[-1]["scaled_accuracy"]
-            print(f"[{i + 1}/{len(cells)}] {cell}: scaled accuracy {score:.3f}  ({time.monotonic() - start:.0f} s)")
-        print(f"\n{write_report(grid, cells, results)}\nwrote {out}/table.md, results.csv and pictures")
+        for cell, result in _run(grid, cells, devices, lambda text: print(text, flush=True)):
+            results[cell.folder] = result
+            print(
+                f"[{len(results)}/{len(cells)}] {cell}: scaled accuracy {result['scaled_accuracy']:.3f}  "
+                f"({time.monotonic() - start:.0f} s)",
+                flush=True,
+            )
+        table = write_report(grid, cells, [results[cell.folder] for cell in cells])
+        print(f"\n{table}\nwrote {out}/table.md, results.csv and pictures")
     return 0
+
+
+def _devices(wanted: str | None) -> list[torch.device]:
+    """The devices to train on. Raises UserError where the wanted one cannot be used."""
+    if wanted is None:
+        return [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
+    try:
+        device = torch.empty(0, device=wanted).device  # with its number
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {wanted} cannot be used: {str(error).splitlines()[0]}") from None
+    return [device]
+
+
+def _run(
+    grid: GridConfig, cells: list[Cell], devices: list[torch.device], say: Callable[[str], None]
+) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Train the cells, and yield (cell, result) as they end."""
+    at_once = grid.train.concurrent if devices[0].type == "cuda" else 1
+    if len(devices) > 1:
+        return run_on_devices(cells, devices, at_once, say)
+    return interleave(cells, lambda cell: train_cell(cell, devices[0], at_once, say), at_once, devices[0])

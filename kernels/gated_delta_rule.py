@@ -11,6 +11,7 @@ CPU, for tests.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lrnn.kernels import delta_rule_reference as reference
@@ -38,8 +39,8 @@ def gated_delta_rule(
     """The gated delta rule over whole sequences, with gradients to every floating-point argument.
 
     Args:
-        q, k: queries and keys [B, T, H, K]; on CUDA K and V are 64, 128 or 256, and q, k, v of one dtype, bfloat16,
-            float16 or float32.
+        q, k: queries and keys [B, T, H, K]; on CUDA K and V are 64, 128 or 256, or less than 64, which costs what 64
+            does; and q, k, v are of one dtype, bfloat16, float16 or float32.
         v: values [B, T, HV, V], HV a multiple of H: value head h uses query and key head h // (HV // H).
         g: log-gates [B, T, HV], at most 0; None for no gate.
         beta: step sizes [B, T, HV], in [0, 2].
@@ -152,8 +153,16 @@ def _run(
     q, k, v, gate, beta, A_log, dt_bias, scale, beta_range, normalize, initial_state, output_final_state, cu_seqlens
 ) -> tuple[Tensor, Tensor | None]:
     K, V = q.shape[3], v.shape[3]
+    scale = K**-0.5 if scale is None else float(scale)
+    more_k, more_v = max(0, HEAD_SIZES[0] - K), max(0, HEAD_SIZES[0] - V)
+    if more_k or more_v:  # zeros change no norm and no product
+        state = None if initial_state is None else F.pad(initial_state, (0, more_v, 0, more_k))
+        q, k, v = F.pad(q, (0, more_k)), F.pad(k, (0, more_k)), F.pad(v, (0, more_v))
+        rest = (A_log, dt_bias, scale, beta_range, normalize, state, output_final_state, cu_seqlens)
+        o, final = _run(q, k, v, gate, beta, *rest)
+        return o[..., :V], None if final is None else final[..., :K, :V]
     if K not in HEAD_SIZES or V not in HEAD_SIZES:
-        raise ValueError(f"the kernels support head sizes 64, 128 and 256; got {K} for keys and {V} for values")
+        raise ValueError(f"the kernels support head sizes up to 64, 128 and 256; got {K} for keys and {V} for values")
     if v.dtype not in DTYPES or q.dtype != v.dtype or k.dtype != v.dtype:
         raise ValueError(
             "the kernels support q, k and v of one dtype, bfloat16, float16 or float32; "
@@ -165,7 +174,6 @@ def _run(
         raise ValueError(f"there must be tokens; got v {list(v.shape)}")
     if q.is_cuda and not torch.compiler.is_compiling():
         check_assembler(q.device)
-    scale = K**-0.5 if scale is None else float(scale)
     if not scale > 0:
         raise ValueError(f"scale must be positive; got {scale}")
     inputs = (q, k, v, gate, beta, A_log, dt_bias, initial_state)

@@ -124,7 +124,7 @@ def _by_segments(function: Callable, state: Tensor, inputs: Sequence[Tensor], st
     outputs = []
     for parts in zip(*(x.split(SEGMENT, 1) for x in inputs), strict=True):
         if torch.is_grad_enabled():
-            out, state = checkpoint(function, state, *parts, use_reentrant=False)
+            out, state = checkpoint(function, state, *parts, use_reentrant=False, preserve_rng_state=False)
         else:
             out, state = function(state, *parts)
         outputs.append(out)

@@ -7,6 +7,7 @@ kernels wherever lrnn is installed; on CPU, without lrnn, and for the recurrence
 Parameter names and shapes of the DeltaNet mixers are those of `fla`'s `gated_deltanet` and `delta_net` models.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ MIXERS: dict[str, Any] = {  # classes of mixers, made from (config, layer index)
     "transformer": Attention,
 }
 LOSS_CHUNK = 4096  # tokens whose logits exist at a time in training: [4096, 32000] in float32 is 0.5 GB
+SMALL_LOGITS = 2**24  # logits up to which all of them are kept for the backward pass: 64 MB in float32
 
 
 class SwiGLU(nn.Module):
@@ -216,11 +218,18 @@ class LrnnForCausalLM(LrnnPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
 
     def _loss(self, h: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-        """Cross-entropy summed over the labels, by pieces whose logits are computed anew in the backward pass."""
+        """Cross-entropy summed over the labels, by pieces whose logits are computed anew in the backward pass, unless
+        they are few."""
 
         def piece(h: Tensor, labels: Tensor) -> Tensor:
             return F.cross_entropy(self.lm_head(h).float(), labels, reduction="sum")
 
-        pieces = zip(h.flatten(0, 1).split(LOSS_CHUNK), labels.flatten().split(LOSS_CHUNK), strict=True)
-        total = torch.stack([checkpoint(piece, *p, use_reentrant=False) for p in pieces]).sum()
+        flat_h, flat_labels = h.flatten(0, 1), labels.flatten()
+        if flat_labels.numel() * self.config.vocab_size <= SMALL_LOGITS:
+            total = piece(flat_h, flat_labels)
+        else:
+            # There is no randomness in it, and the state of a generator cannot be read while a CUDA graph is captured.
+            run = partial(checkpoint, piece, use_reentrant=False, preserve_rng_state=False)
+            pieces = zip(flat_h.split(LOSS_CHUNK), flat_labels.split(LOSS_CHUNK), strict=True)
+            total = torch.stack([run(*p) for p in pieces]).sum()
         return total / ((labels != -100).sum() if num_items is None else num_items)

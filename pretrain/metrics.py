@@ -213,11 +213,18 @@ class EigenvalueProbe:
 
         return note
 
+    def counts(self) -> Tensor | None:
+        """Eigenvalues in each bin [layers, bins], float32 on the device, from the last pass that was noted."""
+        return torch.stack([self._counts[i] for i in sorted(self._counts)]) if self._counts else None
+
     def read(self) -> dict[str, Any]:
         """Per layer the fraction of each bin and of the negative half, from the last pass that was noted."""
-        if not self._counts:
-            return {}
-        counts = torch.stack([self._counts[i] for i in sorted(self._counts)]).cpu()
+        counts = self.counts()
+        return {} if counts is None else self.describe(counts.cpu())
+
+    @staticmethod
+    def describe(counts: Tensor) -> dict[str, Any]:
+        """What `read` returns, from `counts` on the CPU."""
         fractions = counts / counts.sum(-1, keepdim=True)
         negative = fractions[:, : EIGENVALUE_BINS // 2].sum(-1)
         return {

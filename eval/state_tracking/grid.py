@@ -14,12 +14,13 @@ from lrnn.errors import UserError
 from lrnn.eval.state_tracking.task import Task
 from lrnn.eval.state_tracking.tasks import make_task
 from lrnn.modeling_lrnn import MIXERS
-from lrnn.pretrain.config import Section, load
+from lrnn.pretrain.config import Section, load, validate
 from lrnn.pretrain.engine import model_config_from
 
 Range = Literal["negative", "positive"]
 NO_RANGE = "none"  # in the results, of architectures that have no range
-UNIMPORTANT = {"log_every", "checkpoint_seconds"}  # settings that change no result
+UNIMPORTANT = {"log_every", "checkpoint_seconds", "cuda_graphs", "concurrent"}  # settings that change no result
+OF_THE_GRID = {"min_length", "max_length", "concurrent"}  # training settings that a model may not have of its own
 RANGE_NAMES = {"negative": "[-1, 1]", "positive": "[0, 1]", NO_RANGE: "-"}
 
 
@@ -34,19 +35,22 @@ class TrainSettings(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     log_every: int = Field(100, gt=0)  # steps
     checkpoint_seconds: float = Field(60.0, gt=0)
+    cuda_graphs: bool = True  # on a GPU, run a step as one captured graph
+    concurrent: int = Field(6, ge=1, le=32)  # cells that are trained at once on a GPU
 
 
 class TestSettings(Section):
     min_length: int = Field(gt=0)
     max_length: int = Field(gt=0)
     samples: int = Field(8192, gt=0)
-    batch_size: int = Field(512, gt=0)  # sequences
+    batch_size: int = Field(512, gt=0)  # sequences at once, at most: long ones are tested fewer at a time
 
 
 class GridConfig(Section):
     out: str  # folder of all results
     tasks: dict[str, dict[str, Any]] = Field(min_length=1)  # name in the results: {task: ..., parameters of the task}
-    models: dict[str, dict[str, Any]] = Field(min_length=1)  # name in the results: fields of the model's config.json
+    # Name in the results: fields of the model's config.json, and `train`: its own values of training settings.
+    models: dict[str, dict[str, Any]] = Field(min_length=1)
     ranges: list[Range] = Field(["negative", "positive"], min_length=1)  # of the eigenvalues, where a model has one
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
     train: TrainSettings
@@ -63,6 +67,8 @@ class Cell:
     seed: int
     task: Task
     model_config: LrnnConfig
+    train: TrainSettings  # the grid's, with what the model has of its own
+    test: TestSettings
     folder: Path  # of its results
     fingerprint: str  # of all that decides the result: task, model, range, seed, training and test
 
@@ -79,7 +85,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> tuple[GridConf
     grid = load(GridConfig, path, overrides)
     cells = list(_cells(grid, str(path)))
     for cell in cells:
-        for settings in (grid.train, grid.test):
+        for settings in (cell.train, cell.test):
             cell.task.sizes(settings.min_length, settings.max_length)
     return grid, cells
 
@@ -90,6 +96,8 @@ def _cells(grid: GridConfig, origin: str) -> Iterator[Cell]:
             raise UserError(f"{origin}: tasks.{task_name} should have a key task, such as task: parity")
         task = make_task(parameters["task"], **{k: v for k, v in parameters.items() if k != "task"})
         for model_name, fields in grid.models.items():
+            fields = dict(fields)
+            train = _train_settings(grid, fields.pop("train", {}), f"{origin}: models.{model_name}.train")
             mixer = MIXERS.get(fields.get("mixer", LrnnConfig().mixer))  # an unknown one is refused below
             has_range = mixer is None or mixer.has_eigenvalue_range
             for range_ in grid.ranges if has_range else [NO_RANGE]:
@@ -102,6 +110,15 @@ def _cells(grid: GridConfig, origin: str) -> Iterator[Cell]:
                 for seed in grid.seeds:
                     folder = Path(grid.out) / task_name / model_name / range_ / f"seed-{seed}"
                     facts = [parameters, config.to_diff_dict(), seed]
-                    facts += [grid.train.model_dump(exclude=UNIMPORTANT), grid.test.model_dump(exclude=UNIMPORTANT)]
+                    facts += [train.model_dump(exclude=UNIMPORTANT), grid.test.model_dump(exclude=UNIMPORTANT)]
                     fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-                    yield Cell(task_name, model_name, range_, seed, task, config, folder, fingerprint)
+                    yield Cell(task_name, model_name, range_, seed, task, config, train, grid.test, folder, fingerprint)
+
+
+def _train_settings(grid: GridConfig, own: Any, origin: str) -> TrainSettings:
+    """The grid's training settings with a model's own values. Raises UserError that begins with `origin`."""
+    if not isinstance(own, dict):
+        raise UserError(f"{origin} should be a mapping of training settings, such as lr: 1e-2, not {own!r}")
+    for name in sorted(OF_THE_GRID & own.keys()):
+        raise UserError(f"{origin}.{name} is set for the whole grid; remove it")
+    return validate(grid.train.model_dump() | own, origin, TrainSettings)

@@ -130,6 +130,7 @@ class GroupWord(Task):
     """
 
     first_answer_id = 0
+    answers_along_the_way = True
 
     def __init__(self, group: str | Sequence[Sequence[int]] = "S5", variant: str = "all") -> None:
         if variant not in VARIANTS:

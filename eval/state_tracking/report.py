@@ -2,6 +2,7 @@
 
 import csv
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,7 +34,7 @@ def write_report(grid: GridConfig, cells: list[Cell], results: list[dict[str, An
         sections.append(_table(grid, task, of_task))
         _plot_lengths(out / f"accuracy-{task}.png", grid, task, of_task)
         _plot_eigenvalues(out / f"eigenvalues-{task}.png", of_task)
-    text = "\n".join(sections)
+    text = "\n".join([*sections, _origin(results)])
     write_atomically(out / "table.md", text)
     return text
 
@@ -56,8 +57,13 @@ def _table(grid: GridConfig, task: str, of_task: list[tuple[Cell, dict[str, Any]
         f"[median] of {len(grid.seeds)} seeds; always giving the most frequent answer has "
         f"{of_task[0][1]['scaled_floor']:.3f}.",
         "",
-        "| model | eigenvalues | scaled accuracy | at the longest length | papers |",
-        "|---|---|---|---|---|",
+    ]
+    for model, fields in grid.models.items():
+        if own := fields.get("train"):
+            lines += [f"{model} was trained with {', '.join(f'{k} {v}' for k, v in own.items())}.", ""]
+    lines += [
+        "| model | eigenvalues | scaled accuracy | at the longest length | papers | steps/s |",
+        "|---|---|---|---|---|---|",
     ]
     for (model, _), members in _grouped(of_task).items():
         scores = [result["scaled_accuracy"] for _, result in members]
@@ -66,9 +72,25 @@ def _table(grid: GridConfig, task: str, of_task: list[tuple[Cell, dict[str, Any]
         paper = reported(grid.tasks[task], cell.model_config.mixer, cell.range)
         lines.append(
             f"| {model} | {RANGE_NAMES[cell.range]} | {max(scores):.3f} [{median(scores):.3f}] "
-            f"| {max(last):.3f} [{median(last):.3f}] | {paper} |"
+            f"| {max(last):.3f} [{median(last):.3f}] | {paper} | {_speed(result for _, result in members)} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _speed(results: Iterable[dict[str, Any]]) -> str:
+    """The median of the seeds, of one among several cells that shared a device; "-" where none has one."""
+    speeds = [result["steps_per_second"] for result in results if result.get("steps_per_second")]
+    return f"{median(speeds):.0f}" if speeds else "-"
+
+
+def _origin(results: list[dict[str, Any]]) -> str:
+    """On what the results were computed, how many cells at a time, with which software."""
+    lines = set()
+    for result in results:
+        if facts := result.get("environment"):
+            names = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton", "commit") if name in facts)
+            lines.add(f"Run on {facts['device']}, {result['concurrent']} at a time, with {names}.")
+    return "\n".join(sorted(lines)) + "\n"
 
 
 def _plot_lengths(path: Path, grid: GridConfig, task: str, of_task: list[tuple[Cell, dict[str, Any]]]) -> None:

@@ -29,6 +29,7 @@ class Task(ABC):
     num_classes: int
     first_answer_id: int
     pad_id: int
+    answers_along_the_way = False  # whether a sequence has more labels than the one at its end
 
     def batch(
         self, seed: int, indices: Tensor, min_length: int, max_length: int, device: torch.device | str = "cpu"

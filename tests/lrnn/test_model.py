@@ -287,8 +287,10 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.where(labels == -100, 0, logits.exp().sum(-1).log() - picked)
 
 
-def test_shift_labels_loss(monkeypatch):
+@pytest.mark.parametrize("small", [0, 2**24])
+def test_shift_labels_loss(monkeypatch, small):
     monkeypatch.setattr("lrnn.modeling_lrnn.LOSS_CHUNK", 17)  # several pieces, the last one shorter
+    monkeypatch.setattr("lrnn.modeling_lrnn.SMALL_LOGITS", small)
     model = make_model()
     ids, labels = tokens(2, 30), tokens(2, 30, seed=1)
     labels[0, :7] = labels[1, -1] = -100

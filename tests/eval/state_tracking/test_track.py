@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from lrnn import LrnnForCausalLM
 from lrnn.cli import main
-from lrnn.eval.state_tracking import train_cell
+from lrnn.eval.state_tracking import training
 from lrnn.eval.state_tracking.grid import load_grid
 from lrnn.eval.state_tracking.papers import reported
-from lrnn.eval.state_tracking.train_cell import learning_rate
+from lrnn.eval.state_tracking.training import learning_rate
 from lrnn.pretrain.metrics import read_metrics
 
 GRID = {
@@ -40,15 +41,6 @@ def grid_file(tmp_path):
         return path
 
     return write
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are slower with several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def trained(cell) -> LrnnForCausalLM:
@@ -106,7 +98,7 @@ def test_a_grid_that_is_stopped_goes_on_as_if_it_had_not_been(grid_file, tmp_pat
     short["test"] = GRID["test"] | {"samples": 64}
     path = grid_file(**short)
     assert main(["track", str(path), f"out={tmp_path / 'straight'}"]) == 0
-    original, calls = train_cell.learning_rate, 0
+    original, calls = training.learning_rate, 0
 
     def stop(step, settings):
         nonlocal calls
@@ -116,7 +108,7 @@ def test_a_grid_that_is_stopped_goes_on_as_if_it_had_not_been(grid_file, tmp_pat
         return original(step, settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_cell, "learning_rate", stop)
+        patch.setattr(training, "learning_rate", stop)
         with pytest.raises(KeyboardInterrupt):
             main(["track", str(path)])
     assert not list((tmp_path / "out").rglob("result.json"))
@@ -128,6 +120,7 @@ def test_a_grid_that_is_stopped_goes_on_as_if_it_had_not_been(grid_file, tmp_pat
     ]
     assert losses[0] == losses[1] and [step for step, _, _ in losses[1]] == list(range(1, 31))
     results = [json.loads((tmp_path / run / cell / "result.json").read_text()) for run in ("straight", "out")]
+    assert all(result.pop("steps_per_second") > 0 for result in results)
     assert results[0] == results[1]
 
 
@@ -138,6 +131,45 @@ def test_changed_settings_are_not_mixed(grid_file, tmp_path, capsys):
     assert main(["track", str(path), "train.log_every=7"]) == 0
     assert main(["track", str(path), "train.lr=0.5"]) == 2
     assert "holds parity, deltanet [-1, 1], seed 0 with another task, model, training" in capsys.readouterr().err
+
+
+def test_a_model_may_have_training_settings_of_its_own(grid_file, tmp_path):
+    """They are the cell's, decide its fingerprint, stand in the table, and leave other cells as they were."""
+    plain = GRID["models"]["deltanet"]
+    changes = {"train": GRID["train"] | {"steps": 2}, "ranges": ["negative"], "test": GRID["test"] | {"samples": 8}}
+    grid, (before,) = load_grid(grid_file(**changes))
+    path = grid_file(models={"deltanet": plain, "quick": plain | {"train": {"lr": 0.05, "steps": 3}}}, **changes)
+    _, (same, quick) = load_grid(path)
+    assert same.fingerprint == before.fingerprint and same.train == before.train == grid.train
+    assert quick.train == grid.train.model_copy(update={"lr": 0.05, "steps": 3})
+    assert quick.fingerprint != same.fingerprint
+    _, (_, slower) = load_grid(path, ["models.quick.train.lr=0.04"])
+    assert slower.fingerprint != quick.fingerprint
+    for override in ("train.concurrent=2", "train.cuda_graphs=false"):
+        assert [cell.fingerprint for cell in load_grid(path, [override])[1]] == [same.fingerprint, quick.fingerprint]
+
+    assert main(["track", str(path)]) == 0
+    records = read_metrics(quick.folder)
+    assert [r["step"] for r in records] == [3] and records[0]["lr"] == learning_rate(2, quick.train)
+    assert "quick was trained with lr 0.05, steps 3." in (tmp_path / "out/table.md").read_text()
+
+
+def test_the_result_says_where_it_comes_from(grid_file, tmp_path):
+    changes = {"train": GRID["train"] | {"steps": 60}, "ranges": ["negative"], "test": GRID["test"] | {"samples": 8}}
+    assert main(["track", str(grid_file(**changes))]) == 0
+    result = json.loads((tmp_path / "out/parity/deltanet/negative/seed-0/result.json").read_text())
+    assert result["steps_per_second"] > 0 and result["concurrent"] == 1
+    facts = result["environment"]
+    assert facts["device"] == "cpu" and facts["torch"] == torch.__version__ and facts["triton"] == triton.__version__
+    table = (tmp_path / "out/table.md").read_text()
+    assert f"Run on cpu, 1 at a time, with torch {torch.__version__}, triton {triton.__version__}" in table
+    assert f"| {result['steps_per_second']:.0f} |\n" in table
+    # A result that knows nothing of this is reported all the same.
+    path = tmp_path / "out/parity/deltanet/negative/seed-0/result.json"
+    path.write_text(json.dumps({k: v for k, v in result.items() if k not in ("steps_per_second", "environment")}))
+    assert main(["track", str(grid_file(**changes))]) == 0
+    table = (tmp_path / "out/table.md").read_text()
+    assert "Run on" not in table and "| - |\n" in table
 
 
 def test_every_architecture_takes_the_same_path(grid_file, tmp_path):
@@ -163,7 +195,7 @@ def test_every_architecture_takes_the_same_path(grid_file, tmp_path):
     found = {tuple(cell.strip() for cell in line.split("|")[1:3]): line for line in lines if line.startswith("| ")}
     ranges = {mixer: ["-"] if mixer in ("slstm", "transformer") else ["[-1, 1]", "[0, 1]"] for mixer in mixers}
     assert set(found) == {("model", "eigenvalues")} | {(m, r) for m in mixers for r in ranges[m]}
-    assert found["slstm", "-"].endswith("| 1.000 |") and found["mamba", "[0, 1]"].endswith("| .000 |")
+    assert "| 1.000 | " in found["slstm", "-"] and "| .000 | " in found["mamba", "[0, 1]"]
 
 
 def test_word_problems_are_measured_by_prefix(grid_file, tmp_path):
@@ -189,6 +221,10 @@ def test_word_problems_are_measured_by_prefix(grid_file, tmp_path):
         ({"models": {"m": {"mixer": "deltanett"}}}, "models.m: mixer 'deltanett' is not one of"),
         ({"models": {"m": {"vocab_size": 7}}}, "models.m.vocab_size is set by the grid"),
         ({"models": {"m": {"heads": 7}}}, "models.m: unknown field heads"),
+        ({"models": {"m": {"train": {"lrr": 1}}}}, "models.m.train: unknown key lrr; did you mean lr?"),
+        ({"models": {"m": {"train": {"lr": 0.0}}}}, "models.m.train: key lr = 0.0"),
+        ({"models": {"m": {"train": 7}}}, "models.m.train should be a mapping"),
+        ({"models": {"m": {"train": {"max_length": 7}}}}, "models.m.train.max_length is set for the whole grid"),
         ({"ranges": ["both"]}, "key ranges.0 = 'both'"),
         ({"stepz": 1}, "unknown key stepz"),
         ({"test": GRID["test"] | {"min_length": 300}}, "parity: min_length 300 is above max_length 256"),
@@ -226,7 +262,7 @@ def test_figures_of_the_paper_stand_beside_the_same_task_alone(parameters, figur
 
 
 def test_learning_rate():
-    grid, _ = load_grid(CONFIGS / "parity.yaml")
+    grid, _ = load_grid(CONFIGS / "parity.yaml", ["train.steps=20000"])
     settings = grid.train
     assert learning_rate(0, settings) == pytest.approx(settings.lr / 2000)
     assert learning_rate(1999, settings) == learning_rate(2000, settings) == settings.lr

@@ -45,7 +45,16 @@ def test_rows_of_a_batch_do_not_meet():
 
 
 @pytest.mark.parametrize(
-    ("K", "V", "T", "dtype"), [(128, 128, 70, FP16), (64, 128, 65, FP16), (256, 64, 20, FP16), (256, 64, 20, FP32)]
+    ("K", "V", "T", "dtype"),
+    [
+        (128, 128, 70, FP16),
+        (64, 128, 65, FP16),
+        (256, 64, 20, FP16),
+        (256, 64, 20, FP32),
+        (32, 32, 70, FP16),
+        (16, 64, 70, FP32),
+        (64, 32, 70, FP32),
+    ],
 )
 def test_head_sizes(K, V, T, dtype):
     compare(inputs.random(1, T, H=1, K=K, V=V, dtype=dtype), BARS[dtype], f"K {K}, V {V}", normalize_qk=True)
@@ -324,8 +333,8 @@ def test_operators_keep_the_rules():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: x.update(k=x["k"][..., :32], q=x["q"][..., :32], initial_state=None), "64, 128 and 256"),
-        (lambda x: x.update(v=x["v"][..., :48], initial_state=None), "64, 128 and 256"),
+        (lambda x: x.update({n: x[n].repeat(1, 1, 1, 3) for n in "kq"}, initial_state=None), "64, 128 and 256"),
+        (lambda x: x.update(v=x["v"].repeat(1, 1, 1, 3), initial_state=None), "64, 128 and 256"),
         (lambda x: x.update(v=x["v"].float()), "one dtype"),
         (lambda x: x.update({n: x[n].double() for n in "qkv"}), "bfloat16, float16 or float32"),
         (lambda x: x.update(k=x["k"][:, :, :1]), "q and k must"),

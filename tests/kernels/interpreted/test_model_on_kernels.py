@@ -21,9 +21,9 @@ def in_pytorch(monkeypatch):
     return switch
 
 
-def make_model(mixer: str) -> LrnnForCausalLM:
+def make_model(mixer: str, **changes) -> LrnnForCausalLM:
     torch.manual_seed(0)
-    model = LrnnForCausalLM(LrnnConfig(**SIZES, intermediate_size=48, mixer=mixer))
+    model = LrnnForCausalLM(LrnnConfig(**SIZES | changes, intermediate_size=48, mixer=mixer))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -44,6 +44,7 @@ def losses_and_gradients(model: LrnnForCausalLM, **inputs) -> dict[str, torch.Te
         ("gated_deltanet", "documents"),
         ("gated_deltanet", "padded"),
         ("deltanet", "plain"),
+        ("gated_deltanet", "small heads and no convolution"),
         ("gated_deltaproduct", "documents"),
         ("gated_deltaproduct", "padded"),
         ("mamba2", "padded"),  # of the other mixers the convolutions and the norm run on kernels
@@ -51,7 +52,7 @@ def losses_and_gradients(model: LrnnForCausalLM, **inputs) -> dict[str, torch.Te
     ],
 )
 def test_logits_and_gradients(mixer, kind, in_pytorch):
-    model = make_model(mixer)
+    model = make_model(mixer, **({"head_dim": 32, "conv_size": 1} if kind.startswith("small") else {}))
     inputs = {"input_ids": torch.randint(50, (2, 70), generator=torch.Generator().manual_seed(1))}
     if kind == "documents":
         inputs["cu_seqlens"] = torch.tensor([0, 30, 30, 70, 71, 140])

@@ -1,0 +1,80 @@
+"""Several pieces of work at once on one device, driven by one thread.
+
+One tiny model leaves most of a GPU idle. Others fill it, each on a CUDA stream of its own; while the GPU works on what
+is queued for one, the thread queues for the next.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import TypeVar
+
+import torch
+
+A = TypeVar("A")
+T = TypeVar("T")
+
+# Work in pieces. After each it yields a function that tells whether the device is done with the piece; only then it
+# wants to go on.
+Work = Generator[Callable[[], bool], None, T]
+
+POLL_S = 1e-4  # between looks at works of which none can go on
+
+
+def finished(device: torch.device) -> Callable[[], bool]:
+    """A function that tells, without waiting, whether all is done that the current stream has been given so far."""
+    if device.type != "cuda":
+        return lambda: True
+    event = torch.cuda.Event()
+    event.record()
+    return event.query
+
+
+class _Place:
+    """Room for one work at a time. The stream stays: libraries keep a workspace for each."""
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.work: tuple | None = None  # what it belongs to, and the work
+        self.may_go_on: Callable[[], bool] = lambda: True
+
+    def go_on(self) -> None:
+        """Do a piece. Raises StopIteration with the value of the work at its end."""
+        assert self.work is not None
+        with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+            self.may_go_on = next(self.work[1])
+
+
+def interleave(
+    todo: Iterable[A], start: Callable[[A], Work[T]], at_once: int, device: torch.device
+) -> Iterator[tuple[A, T]]:
+    """Do the work `start(x)` for each x of `todo`, `at_once` at a time, and yield (x, its value) as they end.
+
+    `todo` is asked for the next x when there is room for it. A work that raises ends all.
+    """
+    remaining = iter(todo)
+    places = [_Place(device) for _ in range(at_once)]
+    try:
+        while True:
+            is_idle = True
+            for place in places:
+                if place.work is None:
+                    for x in remaining:
+                        place.work, place.may_go_on = (x, start(x)), lambda: True
+                        break
+                if place.work is None or not place.may_go_on():
+                    continue
+                is_idle = False
+                try:
+                    place.go_on()
+                except StopIteration as end:
+                    x, place.work = place.work[0], None
+                    yield x, end.value
+            if all(place.work is None for place in places) and is_idle:
+                return
+            if is_idle:
+                time.sleep(POLL_S)
+    finally:
+        for place in places:
+            if place.work is not None:
+                place.work[1].close()

@@ -1,0 +1,70 @@
+"""How well a trained model answers, over all test samples and by length."""
+
+import csv
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrnn import LrnnForCausalLM
+from lrnn.eval.state_tracking.counter_rng import split_seed
+from lrnn.eval.state_tracking.grid import Cell
+from lrnn.eval.state_tracking.interleave import Work, finished
+from lrnn.eval.state_tracking.metrics import prefix_accuracy, scaled_accuracy
+from lrnn.eval.state_tracking.task import IGNORE
+
+TEST_TOKENS = 2**17  # tokens of a forward pass, at most, unless one sequence is longer
+
+
+def measure(cell: Cell, model: LrnnForCausalLM, device: torch.device) -> Work[dict[str, Any]]:
+    """Test a model, a batch a piece; the value is the result, without what its training cost. Writes `accuracy.csv`.
+
+    With one answer a sequence, a length is the size of the sequence. In word problems every position has an answer, and
+    the accuracy at length t is the share of sequences that are right in every position up to t (arXiv 2411.12537,
+    section 5.2); there the accuracy over all is that of all positions.
+    """
+    settings, seed = cell.test, split_seed(cell.seed, "test")
+    batch_size = min(settings.batch_size, max(1, TEST_TOKENS // settings.max_length))
+    # Sums stay on the device: reading one back would wait for the batch.
+    right, total = torch.zeros(2, settings.max_length + 1, dtype=torch.float64, device=device)
+    positions = torch.zeros(2, dtype=torch.int64, device=device)  # right, all
+    model.eval()
+    for start in range(0, settings.samples, batch_size):
+        indices = torch.arange(start, min(start + batch_size, settings.samples))
+        batch = cell.task.batch(seed, indices, settings.min_length, settings.max_length, device)
+        with torch.no_grad():
+            predictions = model(input_ids=batch.input_ids, use_cache=False).logits.argmax(-1)
+        labelled = batch.labels != IGNORE
+        correct = (predictions == batch.labels) & labelled
+        positions += torch.stack([correct.sum(), labelled.sum()])
+        if cell.task.answers_along_the_way:
+            counted = labelled.sum(0).double()
+            total[1:] += counted
+            right[1:] += (prefix_accuracy(predictions, batch.labels).nan_to_num() * counted).round()
+        else:
+            total.index_add_(0, batch.lengths, torch.ones_like(batch.lengths, dtype=torch.float64))
+            right.index_add_(0, batch.lengths, correct.any(1).double())
+        yield finished(device)
+    model.train()
+    by_length = _write_accuracy(cell, right, total)
+    positions_right, positions_all = positions.tolist()
+    accuracy = positions_right / positions_all
+    floor = cell.task.majority_floor(settings.min_length, settings.max_length)
+    return {
+        "task": cell.task_name, "model": cell.model_name, "range": cell.range, "seed": cell.seed,
+        "parameters": sum(p.numel() for p in model.parameters()), "steps": cell.train.steps, "accuracy": accuracy,
+        "scaled_accuracy": scaled_accuracy(accuracy, cell.task.num_classes),
+        "floor": floor, "scaled_floor": scaled_accuracy(floor, cell.task.num_classes),
+        "by_length": by_length, "fingerprint": cell.fingerprint,
+    }  # fmt: skip
+
+
+def _write_accuracy(cell: Cell, right: Tensor, total: Tensor) -> dict[int, float]:
+    """Accuracy by length, where there is one, also as `accuracy.csv`."""
+    sums = enumerate(zip(right.tolist(), total.tolist(), strict=True))
+    rows = [(n, r / t, round(t)) for n, (r, t) in sums if t > 0]
+    with (cell.folder / "accuracy.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["length", "accuracy", "sequences"])
+        writer.writerows((n, f"{accuracy:.6f}", count) for n, accuracy, count in rows)
+    return {n: accuracy for n, accuracy, _ in rows}

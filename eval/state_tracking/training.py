@@ -1,0 +1,150 @@
+"""The training step of a cell: the same on CPU and GPU, and there, once warm, replayed as one CUDA graph.
+
+The models are tiny, so on a GPU a step that Python drives kernel by kernel waits for Python. A step therefore takes
+nothing from the host: its samples, its learning rate and its number lie on the device, and what it finds stays there.
+"""
+
+import math
+from typing import Any
+
+import torch
+
+from lrnn import LrnnForCausalLM
+from lrnn.eval.state_tracking.counter_rng import split_seed
+from lrnn.eval.state_tracking.grid import Cell, TrainSettings
+from lrnn.pretrain.engine import parameter_groups
+
+LR_WARMUP = 0.1  # of the steps
+SAMPLE_TOKENS = 2**22  # of the samples that are drawn at once: 32 MB of ids, and as much of labels
+EAGER_STEPS = 3  # ahead of a capture: kernels are compiled, libraries and the optimizer allocate what they keep
+
+
+def learning_rate(step: int, settings: TrainSettings) -> float:
+    """Linear warm-up over the first tenth, then a cosine to `min_lr`; `step` counts from 0."""
+    warmup = max(1, round(LR_WARMUP * settings.steps))
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    share = (step - warmup) / max(1, settings.steps - warmup)
+    return settings.min_lr + 0.5 * (settings.lr - settings.min_lr) * (1 + math.cos(math.pi * share))
+
+
+class Training:
+    """Model, optimizer and samples of a cell, after `step` steps.
+
+    On a GPU all of it belongs to the stream that is current when it is made. That must not be the default one, which
+    cannot be captured, and has to be current in every call.
+    """
+
+    def __init__(self, cell: Cell, device: torch.device):
+        settings = self.settings = cell.train
+        torch.manual_seed(cell.seed)
+        self.model = LrnnForCausalLM(cell.model_config).to(device).train()
+        self.step = 0
+        self.loss = self.grad_norm = torch.full((), math.nan, device=device)  # of the last step
+        self._on_gpu = device.type == "cuda"
+        self._optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, settings.weight_decay),
+            lr=settings.lr,
+            fused=self._on_gpu,
+            capturable=self._on_gpu,
+        )
+        self._wants_graph = self._on_gpu and settings.cuda_graphs
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._eager_steps = 0
+        self._draw_samples = lambda indices: cell.task.batch(
+            split_seed(cell.seed, "train"), indices, settings.min_length, settings.max_length, device
+        )
+        self.steps_at_once = max(1, min(settings.steps, SAMPLE_TOKENS // (settings.batch_size * settings.max_length)))
+        shape = (self.steps_at_once, settings.batch_size, settings.max_length)
+        self._input_ids, self._labels = torch.zeros((2, *shape), dtype=torch.int64, device=device)
+        self._drawn = range(0)  # the steps whose samples these are; that of step s in row s % steps_at_once
+        self._number = torch.zeros(1, dtype=torch.int64, device=device)  # of the next step
+        if self._on_gpu:
+            rates = [learning_rate(step, settings) for step in range(settings.steps)]
+            self._rates = torch.tensor(rates, device=device)
+            self._rate = torch.tensor(settings.lr, device=device)
+            self._use_device_rate()
+
+    def run(self, count: int) -> None:
+        """Do `count` steps; on a GPU this returns while they wait for their turn."""
+        for _ in range(count):
+            self._have_samples()
+            if self._wants_graph and self._graph is None and self._eager_steps >= EAGER_STEPS:
+                self._capture()
+            if self._graph is not None:
+                self._graph.replay()
+            else:
+                self._run_step()
+                self._eager_steps += 1
+            self.step += 1
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether steps now take as long as they will to the end."""
+        return self._graph is not None or (not self._wants_graph and self._eager_steps >= EAGER_STEPS)
+
+    def steps_until_drawing(self) -> int:
+        """Steps until new samples must be drawn, which waits for all steps before; at least 1."""
+        return self._drawn.stop - self.step if self.step in self._drawn else 1
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """A forward pass over the samples of the next step, for hooks on the model; it changes nothing."""
+        self._have_samples()
+        self.model(input_ids=self._input_ids[self.step % self.steps_at_once], use_cache=False, logits_to_keep=1)
+
+    def state(self) -> dict[str, Any]:
+        """What `load` takes, on any device and in either mode."""
+        return {"step": self.step, "model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from the state of this or another training of the cell; not after a step."""
+        self.model.load_state_dict(state["model"])
+        # The groups hold how this device computes (fused, capturable): those of the other say nothing.
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        self.step = state["step"]
+        self._number.fill_(self.step)
+        if self._on_gpu:
+            self._use_device_rate()
+
+    def _use_device_rate(self) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate  # the tensor itself: a step overwrites it
+
+    def _have_samples(self) -> None:
+        """Draw the samples of the steps from the next one to a multiple of `steps_at_once`."""
+        if self.step in self._drawn:
+            return
+        N, B = self.steps_at_once, self.settings.batch_size
+        self._drawn = range(self.step, min((self.step // N + 1) * N, self.settings.steps))
+        batch = self._draw_samples(torch.arange(self._drawn.start * B, self._drawn.stop * B))
+        rows = slice(self.step % N, self.step % N + len(self._drawn))
+        self._input_ids[rows] = batch.input_ids.view(-1, B, self.settings.max_length)
+        self._labels[rows] = batch.labels.view(-1, B, self.settings.max_length)
+
+    def _run_step(self) -> None:
+        """One step. Under capture it may read nothing back: no shape and no branch depends on a value."""
+        row = self._number % self.steps_at_once
+        input_ids, labels = self._input_ids.index_select(0, row)[0], self._labels.index_select(0, row)[0]
+        if self._on_gpu:
+            self._rate.copy_(self._rates.index_select(0, self._number)[0])
+        else:
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate(self.step, self.settings)
+        # None, not 0: backward then writes the gradients, in a graph every time to the same place.
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self.model(input_ids=input_ids, shift_labels=labels).loss
+        loss.backward()
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm).detach()
+        self._optimizer.step()
+        self.loss = loss.detach()
+        self._number += 1
+
+    def _capture(self) -> None:
+        """Record a step without doing it. The first steps, done for good, have warmed everything up."""
+        graph = torch.cuda.CUDAGraph()
+        # On the stream of the steps before: libraries keep their workspace by stream.
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            self._run_step()
+        self._graph = graph

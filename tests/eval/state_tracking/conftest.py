@@ -1,0 +1,43 @@
+import json
+
+import pytest
+import torch
+
+from lrnn.eval.state_tracking.grid import load_grid
+
+TINY = {
+    "tasks": {"parity": {"task": "parity"}},
+    "models": {
+        "deltanet": {
+            "mixer": "deltanet", "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 16,
+            "conv_size": 1, "intermediate_size": 64,
+        }
+    },
+    "seeds": [0, 1],
+    "train": {
+        "min_length": 3, "max_length": 10, "steps": 20, "batch_size": 8, "lr": 1e-2, "weight_decay": 0.1,
+        "log_every": 4,
+    },
+    "test": {"min_length": 10, "max_length": 30, "samples": 64, "batch_size": 16},
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny_cells(tmp_path):
+    """`tiny_cells(folder, **changes)`: the cells of a grid with results in tmp_path/folder, trained in a moment."""
+
+    def make(folder: str = "out", **changes):
+        path = tmp_path / f"{folder}.yaml"
+        path.write_text(json.dumps({"out": str(tmp_path / folder), **TINY, **changes}))
+        return load_grid(path)[1]
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small are slower with several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
