@@ -56,13 +56,9 @@ def is_for_hopper(K: int, V: int, dtype: torch.dtype, is_full: bool, device: tor
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def hopper_launch(
-    K: int, V: int, dtype: torch.dtype, is_full: bool, count: int, output: bool, device: torch.device
-) -> HopperLaunch | None:
-    """Settings for `count` sequences times value heads; None where `chunk_forward` has to do it."""
-    if not is_for_hopper(K, V, dtype, is_full, device):
-        return None
-    if count < FULL:
+def hopper_settings(full: bool, output: bool) -> HopperLaunch:
+    """Settings where a program for every sequence and head fills the GPU or does not, with output or without."""
+    if not full:
         return HopperLaunch(1, 3, 0, 152)
     return HopperLaunch(2, 3, 200, 80) if output else HopperLaunch(2, 3, 192, 96)
 

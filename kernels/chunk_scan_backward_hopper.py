@@ -10,7 +10,6 @@ The second term of dS needs nothing of this chunk's chain and is computed at its
 arguments are those of `chunk_scan_backward`.
 """
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -21,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lrnn.kernels.chunk_forward_hopper import FULL, HopperLaunch, is_for_hopper
+from lrnn.kernels.chunk_forward_hopper import HopperLaunch
 from lrnn.kernels.gluon_parts import (
     FLAT,
     as_vector,
@@ -33,13 +32,9 @@ from lrnn.kernels.gluon_parts import (
 )
 
 
-def hopper_backward_launch(
-    K: int, V: int, dtype: torch.dtype, is_full: bool, count: int, device: torch.device
-) -> HopperLaunch | None:
-    """Settings as `hopper_launch` gives them for the forward scan."""
-    if not is_for_hopper(K, V, dtype, is_full, device):
-        return None
-    return HopperLaunch(1, 3, 0, 152) if count < FULL else HopperLaunch(2, 2, 200, 80)
+def hopper_backward_settings(full: bool) -> HopperLaunch:
+    """Settings as `hopper_settings` gives them for the forward scan."""
+    return HopperLaunch(2, 2, 200, 80) if full else HopperLaunch(1, 3, 0, 152)
 
 
 @gluon.jit

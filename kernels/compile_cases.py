@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from triton.experimental.gluon.language import NVMMASharedLayout
 
 from lrnn.kernels.chunk_backward import chunk_backward_kernel
 from lrnn.kernels.chunk_forward import chunk_forward_kernel
+from lrnn.kernels.chunk_forward_hopper import HopperLaunch, chunk_forward_hopper_kernel, hopper_settings
 from lrnn.kernels.chunk_inverse import chunk_inverse_kernel
 from lrnn.kernels.chunk_scan_backward import chunk_scan_backward_kernel
+from lrnn.kernels.chunk_scan_backward_hopper import chunk_scan_backward_hopper_kernel, hopper_backward_settings
 from lrnn.kernels.gate_backward import gate_backward_kernel
 from lrnn.kernels.launch_config import INVERSE_LAUNCH, chunk_launch, scan_backward_stages, scan_launch
 from lrnn.kernels.segment_scan import SEGMENT_SCAN, segment_scan_kernel
@@ -82,6 +85,9 @@ def delta_rule_cases(
         known = {**matrices, "v": values, "o": result, "y": result, "states": tile(launch.BV, K)}
         yield case(name, chunk_forward_kernel, constants, known, launch.warps, launch.stages)
 
+    if (K, V) == (128, 128) and not packed and dtype != torch.float32:
+        yield from hopper_cases(suffix, heads, element, matrix)
+
     stages = scan_backward_stages(K, V, dtype)
     constants = {**scan, "STAGES": stages, "SAVE_STATES": True, "HAS_FINAL": False, "SAVE_INITIAL": False}
     known = {**matrices, "do": values, "dw": result, "dstates": tile(launch.BV, K // 2)}
@@ -105,3 +111,38 @@ def delta_rule_cases(
         constants = {"HV": H, "K": K, "V": V, "E_STRIDE": V, "M_STRIDE": V + K, "BACKWARD": True, **tiles}
         constants |= {"HAS_START": True, "SAVE_LAST": True}
         yield case("segment_scan", segment_scan_kernel, constants, {}, SEGMENT_SCAN["num_warps"], 3)
+
+
+def hopper_cases(suffix: str, heads: dict[str, Any], element: str, matrix: str) -> Iterator[Case]:
+    """The scans in Gluon, with one and with two halves of the values a program."""
+
+    def tile(rows: int, columns: int, of: str = element) -> str:
+        bits = 32 if of == "fp32" else 16
+        layout = NVMMASharedLayout(128 if rows >= 8 else 0, bits, rank=2)
+        return f"tensordesc<{of}[{rows}, {columns}],{layout!r}>"
+
+    def case(name: str, kernel: Any, constants: dict[str, Any], launch: HopperLaunch) -> Case:
+        constants = {**heads, "V": 128, **launch._asdict(), **constants}
+        constants = {n: value for n, value in constants.items() if n in kernel.arg_names}
+        types = {"T": "i32", "R": "i32", "scale": "fp32", "vector_rows": tile(1, CHUNK, "fp32")}
+        types |= {"c": tile(CHUNK, CHUNK, matrix), "states": tile(64, 128), "dstates": tile(64, 128)}
+        types |= dict.fromkeys(("q", "k"), tile(CHUNK, 128))
+        types |= dict.fromkeys(("v", "o", "y", "do", "dw"), tile(CHUNK, 64))
+        types = {n: types.get(n, "*fp32") for n in kernel.arg_names if n not in constants}
+        return f"{name}_{launch.HALVES}{suffix}", kernel, types, constants, 4, 3
+
+    output = {"OUTPUT": True, "SAVE_STATES": False, "TRANSITION": False, "HAS_INITIAL": False, "SAVE_FINAL": False}
+    states = {**output, "OUTPUT": False, "SAVE_STATES": True, "q": None, "o": None}
+    transition = {**output, "OUTPUT": False, "TRANSITION": True, "SAVE_FINAL": True, "q": None, "o": None}
+    nothing_kept = {"y": None, "states": None}
+    absent = {"initial_state": None, "final_state": None}
+    for full in (False, True):
+        launch = hopper_settings(full, output=True)
+        yield case("forward_hopper", chunk_forward_hopper_kernel, output | nothing_kept | absent, launch)
+        launch = hopper_settings(full, output=False)
+        yield case("states_hopper", chunk_forward_hopper_kernel, states | absent, launch)
+        constants = transition | nothing_kept | {"initial_state": None}
+        yield case("transition_hopper", chunk_forward_hopper_kernel, constants, launch)
+        constants = {"SAVE_STATES": True, "HAS_FINAL": False, "SAVE_INITIAL": False, "dfinal": None, "dinitial": None}
+        launch = hopper_backward_settings(full)
+        yield case("scan_backward_hopper", chunk_scan_backward_hopper_kernel, constants, launch)

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from lrnn.kernels.chunk_backward import chunk_backward_kernel
 from lrnn.kernels.chunk_forward import chunk_forward_kernel
-from lrnn.kernels.chunk_forward_hopper import chunk_forward_hopper_kernel, hopper_launch
+from lrnn.kernels.chunk_forward_hopper import FULL, chunk_forward_hopper_kernel, hopper_settings, is_for_hopper
 from lrnn.kernels.chunk_inverse import chunk_inverse_kernel
 from lrnn.kernels.chunk_scan_backward import chunk_scan_backward_kernel
-from lrnn.kernels.chunk_scan_backward_hopper import chunk_scan_backward_hopper_kernel, hopper_backward_launch
+from lrnn.kernels.chunk_scan_backward_hopper import chunk_scan_backward_hopper_kernel, hopper_backward_settings
 from lrnn.kernels.gate_backward import gate_backward_kernel
 from lrnn.kernels.launch import launch
 from lrnn.kernels.launch_config import INVERSE_LAUNCH, chunk_launch, scan_backward_stages, scan_launch
@@ -100,6 +100,7 @@ class _Scan:
         self.chunks = Chunks(self.B * self.segments, self.T // self.segments, cu_seqlens)
         self.is_full = cu_seqlens is None and self.T % CHUNK == 0  # every chunk: no masks, and the TMA may store
         self.launch = scan_launch(self.K, self.V, self.dtype)
+        self.for_hopper = is_for_hopper(self.K, self.V, self.dtype, self.is_full, self.device)
         self.vectors, self.R = vectors, vectors.shape[1]
         self.keys = with_rows(k)
         self.q, self.k = Tiles(with_rows(q), CHUNK, self.K), Tiles(self.keys, CHUNK, self.K)
@@ -133,7 +134,6 @@ class _Scan:
     ) -> None:
         width = self.V + self.K * transition
         count = self.HV * self.chunks.sequences
-        hopper = hopper_launch(self.K, self.V, self.dtype, self.is_full, count, o is not None, self.device)
         flags = {
             "OUTPUT": o is not None,
             "SAVE_STATES": states is not None,
@@ -141,7 +141,8 @@ class _Scan:
             "HAS_INITIAL": initial is not None,
             "SAVE_FINAL": final is not None,
         }
-        if hopper is not None:
+        if self.for_hopper:
+            hopper = hopper_settings(count >= FULL, o is not None)
             launch(
                 chunk_forward_hopper_kernel,
                 (width // (64 * hopper.HALVES) * count, 1, 1),
@@ -213,8 +214,8 @@ class _Scan:
             "SAVE_INITIAL": dinitial is not None,
         }
         count = self.HV * self.chunks.sequences
-        hopper = hopper_backward_launch(self.K, self.V, self.dtype, self.is_full, count, self.device)
-        if hopper is not None:
+        if self.for_hopper:
+            hopper = hopper_backward_settings(count >= FULL)
             launch(
                 chunk_scan_backward_hopper_kernel,
                 (self.V // (64 * hopper.HALVES) * count, 1, 1),

@@ -39,6 +39,7 @@ class Measurement:
     seq_len: int
     forward: list[float] = field(default_factory=list)
     forward_backward: list[float] = field(default_factory=list)
+    graph: list[list[float]] = field(default_factory=list)  # both, replayed as CUDA graphs: without the host's time
     peak_forward: float = 0.0
     peak_forward_backward: float = 0.0
     first_call_seconds: float = 0.0
@@ -178,6 +179,19 @@ def passes(run: Callable[[Inputs], Tensor], x: Inputs) -> tuple[Callable[[], Any
     return forward, both
 
 
+def as_graph(run: Callable[[], Any]) -> Callable[[], None]:
+    """Replays of a call that was captured once."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # what a first call allocates and looks up is not captured
+            run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    return graph.replay
+
+
 def measure(contender: Contender, batch_size: int, seq_len: int, heads: int, size: int) -> Measurement:
     """Time one contender at one shape. A peer that fails is noted, not fatal."""
     from triton.testing import do_bench
@@ -197,6 +211,8 @@ def measure(contender: Contender, batch_size: int, seq_len: int, heads: int, siz
             result.forward = do_bench(forward, warmup=50, rep=200, quantiles=quantiles)
             result.forward_backward = do_bench(both, warmup=50, rep=400, quantiles=quantiles)
             result.peak_forward, result.peak_forward_backward = peak_memory(forward), peak_memory(both)
+            for run in (forward, both):
+                result.graph.append(do_bench(as_graph(run), warmup=50, rep=200, quantiles=quantiles))
         except Exception as error:
             if contender.name == "lrnn":
                 raise
@@ -313,6 +329,8 @@ def bench_kernels(args: argparse.Namespace) -> None:
             torch.cuda.empty_cache()
         for row in rows:
             print(f"{f'B{batch_size} T{seq_len}':12} {row.contender:9} {_figures(row, rows[0])}", flush=True)
+            if not row.error:
+                print(f"{'':12} {'- graph':9} {_graph_figures(row, rows[0])}", flush=True)
         print(f"{'':12} {'floor':9} {floor[0]:21.3f} {floor[1]:24.3f}")
         results += [asdict(row) for row in rows]
         results.append({"contender": "floor", "batch_size": batch_size, "seq_len": seq_len, "forward": [floor[0]]})
@@ -331,10 +349,21 @@ def bench_kernels(args: argparse.Namespace) -> None:
         )
 
 
+def _spread(times: list[float]) -> str:
+    median, low, high = times
+    return f"{median:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _graph_figures(row: Measurement, first: Measurement) -> str:
+    spread = [_spread(times) for times in row.graph]
+    ratios = " / ".join(f"{mine[0] / ours[0]:.2f}" for mine, ours in zip(row.graph, first.graph, strict=True))
+    return f"{spread[0]:>21} {spread[1]:>24} {ratios:>13}"
+
+
 def _figures(row: Measurement, first: Measurement) -> str:
     if row.error:
         return f"failed: {row.error}"
-    spread = [f"{m:.3f} ({low:.3f} to {high:.3f})" for m, low, high in (row.forward, row.forward_backward)]
+    spread = [_spread(times) for times in (row.forward, row.forward_backward)]
     ratios = f"{row.forward[0] / first.forward[0]:.2f} / {row.forward_backward[0] / first.forward_backward[0]:.2f}"
     memory = f"{row.peak_forward:.0f} / {row.peak_forward_backward:.0f}"
     return f"{spread[0]:>21} {spread[1]:>24} {ratios:>13} {memory:>15} {row.first_call_seconds:9.1f} s"

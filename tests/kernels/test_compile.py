@@ -23,6 +23,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 RECORD = Path(__file__).with_name("compile_limits.json")
@@ -71,7 +72,7 @@ def compiled(kernel, types, constants, warps, stages) -> dict[str, int]:
         for i, (n, p) in enumerate(zip(names, kernel.params, strict=True))
         if n not in constants and types[n].startswith(("*", "i")) and not p.do_not_specialize
     ]
-    source = ASTSource(
+    source = (GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource)(
         kernel,
         signature,
         constexprs={(names.index(n),): value for n, value in constants.items()},
