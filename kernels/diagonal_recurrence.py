@@ -7,8 +7,9 @@ arXiv 2405.04517). There it is positive. That it may be negative by 2a - 1, as a
 the form by chunks for it are new here: the sign of the product of a between tokens j and t is s_t s_j, where s_t is
 the running product of all signs. Folded into q and k, it leaves a recurrence with decays |a|, computed in log space.
 
-There is no kernel for CUDA: this file is what runs there too. Everything is computed in float32, or in float64 for
-float64 inputs, whatever autocast says. The file depends on torch alone: it is copied into exported model folders.
+This file is the truth that kernels are tested against, and what runs in float32 on CUDA (`recurrences.py` says what
+runs where). Everything is computed in float32, or in float64 for float64 inputs, whatever autocast says. The file
+depends on torch alone: it is copied into exported model folders.
 """
 
 import torch
@@ -65,7 +66,7 @@ def diagonal_recurrence(
     Raises:
         ValueError: shapes that do not fit; documents together with states.
     """
-    _check(q, k, v, g, sign, initial_state, output_final_state, document)
+    check(q, k, v, g, sign, initial_state, output_final_state, document)
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     with torch.autocast(q.device.type, enabled=False):
         q, k, v, g = (x.to(dtype) for x in (q, k, v, g))
@@ -97,7 +98,8 @@ def recurrent(q: Tensor, k: Tensor, v: Tensor, a: Tensor, state: Tensor | None =
     return torch.stack(out, 1), S
 
 
-def _check(q, k, v, g, sign, initial_state, output_final_state, document):
+def check(q, k, v, g, sign, initial_state, output_final_state, document):
+    """Raise ValueError where the arguments of `diagonal_recurrence` do not fit each other."""
     fits = q.ndim == v.ndim == 4 and q.shape == k.shape and v.shape[:3] == q.shape[:3]
     if not fits or g.shape not in (q.shape, (*q.shape[:3], 1)) or (sign is not None and sign.shape != g.shape):
         raise ValueError(

@@ -6,8 +6,9 @@
 (gated DeltaNet, arXiv 2412.06464, equation 10; DeltaNet, arXiv 2406.06484, without a gate.) With |k| = 1 the factor has
 the eigenvalue 1 - beta along k: beta in (0, 2) reaches [-1, 1], which state tracking needs (arXiv 2411.12537).
 
-On CUDA there is no other path: what the kernels do not support is an error. TRITON_INTERPRET=1 runs the kernels on the
-CPU, for tests.
+On CUDA there is no other path: what the kernels do not support is an error. They are written for heads of 64, 128 and
+256; heads of another size are padded with zeros to the next of them, which changes no result. TRITON_INTERPRET=1 runs
+the kernels on the CPU, for tests.
 """
 
 import torch
@@ -39,8 +40,8 @@ def gated_delta_rule(
     """The gated delta rule over whole sequences, with gradients to every floating-point argument.
 
     Args:
-        q, k: queries and keys [B, T, H, K]; on CUDA K and V are 64, 128 or 256, or less than 64, which costs what 64
-            does; and q, k, v are of one dtype, bfloat16, float16 or float32.
+        q, k: queries and keys [B, T, H, K]; on CUDA K and V are at most 256, each for itself, and q, k, v of one dtype,
+            bfloat16, float16 or float32. A size costs what the next of 64, 128 and 256 does.
         v: values [B, T, HV, V], HV a multiple of H: value head h uses query and key head h // (HV // H).
         g: log-gates [B, T, HV], at most 0; None for no gate.
         beta: step sizes [B, T, HV], in [0, 2].
@@ -120,7 +121,7 @@ def gated_delta_product(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gated DeltaProduct (arXiv 2502.10297, equation 5): n_h generalised Householder factors a token.
+    """Gated DeltaProduct (arXiv 2502.10297): n_h generalised Householder factors a token.
 
         S_t = prod_j (I - beta_tj k_tj k_tj^T) alpha_t S_{t-1} + what the factors write        o_t = scale S_t^T q_t
 
@@ -153,16 +154,8 @@ def _run(
     q, k, v, gate, beta, A_log, dt_bias, scale, beta_range, normalize, initial_state, output_final_state, cu_seqlens
 ) -> tuple[Tensor, Tensor | None]:
     K, V = q.shape[3], v.shape[3]
-    scale = K**-0.5 if scale is None else float(scale)
-    more_k, more_v = max(0, HEAD_SIZES[0] - K), max(0, HEAD_SIZES[0] - V)
-    if more_k or more_v:  # zeros change no norm and no product
-        state = None if initial_state is None else F.pad(initial_state, (0, more_v, 0, more_k))
-        q, k, v = F.pad(q, (0, more_k)), F.pad(k, (0, more_k)), F.pad(v, (0, more_v))
-        rest = (A_log, dt_bias, scale, beta_range, normalize, state, output_final_state, cu_seqlens)
-        o, final = _run(q, k, v, gate, beta, *rest)
-        return o[..., :V], None if final is None else final[..., :K, :V]
-    if K not in HEAD_SIZES or V not in HEAD_SIZES:
-        raise ValueError(f"the kernels support head sizes up to 64, 128 and 256; got {K} for keys and {V} for values")
+    if max(K, V) > HEAD_SIZES[-1]:
+        raise ValueError(f"the kernels support head sizes up to {HEAD_SIZES[-1]}; got {K} for keys and {V} for values")
     if v.dtype not in DTYPES or q.dtype != v.dtype or k.dtype != v.dtype:
         raise ValueError(
             "the kernels support q, k and v of one dtype, bfloat16, float16 or float32; "
@@ -174,12 +167,26 @@ def _run(
         raise ValueError(f"there must be tokens; got v {list(v.shape)}")
     if q.is_cuda and not torch.compiler.is_compiling():
         check_assembler(q.device)
+    scale = K**-0.5 if scale is None else float(scale)
     if not scale > 0:
         raise ValueError(f"scale must be positive; got {scale}")
+    # Zeros in q and k add nothing to norms and products, and their rows of the state stay zero; so do the columns of v.
+    more_k, more_v = _missing(K), _missing(V)
+    if more_k:
+        q, k = F.pad(q, (0, more_k)), F.pad(k, (0, more_k))
+    if more_v:
+        v = F.pad(v, (0, more_v))
+    if initial_state is not None and (more_k or more_v):
+        initial_state = F.pad(initial_state, (0, more_v, 0, more_k))
     inputs = (q, k, v, gate, beta, A_log, dt_bias, initial_state)
     short = v.shape[1] <= SHORT
     if short and not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
         o, final = gated_delta_rule_recurrent(*inputs, cu_seqlens, scale, beta_range, normalize)
     else:
         o, final, *_ = gated_delta_rule_forward(*inputs, cu_seqlens, scale, beta_range, normalize, output_final_state)
-    return o, final if output_final_state else None
+    return o[..., :V], final[..., :K, :V] if output_final_state else None
+
+
+def _missing(size: int) -> int:
+    """Columns to the next head size that the kernels support."""
+    return next(supported for supported in HEAD_SIZES if supported >= size) - size

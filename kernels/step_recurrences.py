@@ -1,9 +1,9 @@
-"""Recurrences of token mixers that have neither a form by chunks nor a kernel here, in plain PyTorch.
+"""Recurrences of token mixers that have no form by chunks here, in plain PyTorch.
 
 Mamba's selective scan (arXiv 2312.00752) and RWKV-7's generalised delta rule (arXiv 2503.14456). Both take transitions
 of either sign as they are. They are computed in float32, or float64 for float64 inputs, whatever autocast says, in
-segments of which backward keeps the first state alone. The file depends on torch alone: it is copied into exported
-model folders.
+segments of which backward keeps the first state alone. On CUDA `recurrences.py` says what runs on kernels instead; this
+is the truth for them. The file depends on torch alone: it is copied into exported model folders.
 """
 
 from collections.abc import Callable, Sequence
@@ -73,9 +73,9 @@ def rwkv7_recurrence(
     a: Tensor,
     *,
     initial_state: Tensor | None = None,
-    document: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """RWKV-7's generalised delta rule (arXiv 2503.14456, section 4), with the state transposed to [K, V]:
+    """RWKV-7's generalised delta rule (arXiv 2503.14456), with the state transposed to [K, V]:
 
         S_t = (diag(w_t) - (a_t . kappa_t) kappa_t^T) S_{t-1} + k_t v_t^T        o_t = S_t^T r_t
 
@@ -83,13 +83,19 @@ def rwkv7_recurrence(
         r, w, k, kappa, a: [B, T, H, K]: receptance, decay, key, removal key of norm 1, in-context rate.
         v: [B, T, H, V].
         initial_state: [B, H, K, V], or None for zeros.
-        document: int64 [B, T]: the state starts anew at each document.
+        cu_seqlens: int32 or int64 [N + 1], boundaries of documents in the flattened B * T tokens: the state starts anew
+            at each. Every row must start one. It excludes an initial state.
 
     Returns:
         o [B, T, H, V] and the state [B, H, K, V] after the last token.
     """
     r, w, k, v, kappa, a = _wide(r, w, k, v, kappa, a)
-    start = None if document is None else document_starts(document)
+    start = None
+    if cu_seqlens is not None:
+        if initial_state is not None:
+            raise ValueError("documents exclude an initial state")
+        start = torch.zeros(r.shape[0] * r.shape[1] + 1, dtype=torch.bool, device=r.device)
+        start = start.index_fill(0, cu_seqlens.long(), True)[:-1].view(r.shape[:2])
 
     def segment(S, r, w, k, v, kappa, rate, start=None):
         out = []
@@ -124,6 +130,7 @@ def _by_segments(function: Callable, state: Tensor, inputs: Sequence[Tensor], st
     outputs = []
     for parts in zip(*(x.split(SEGMENT, 1) for x in inputs), strict=True):
         if torch.is_grad_enabled():
+            # Nothing random is inside, and CUDA graphs cannot capture reading the generator's state.
             out, state = checkpoint(function, state, *parts, use_reentrant=False, preserve_rng_state=False)
         else:
             out, state = function(state, *parts)

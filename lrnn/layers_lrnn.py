@@ -146,12 +146,11 @@ class ShortConvolution(nn.Module):
         """x [B, T, D]; before [B, taps - 1, D], the inputs ahead of x, None for zeros.
 
         `document` int64 [B, T] or None is `document_ids(cu_seqlens, B, T)`: no tap reaches into another document.
-        Returns [B, T, D] in float32, on the kernels in the dtype of x.
+        Returns [B, T, D] in float32, on CUDA in the dtype of x. One tap is a product and needs no kernel: it is PyTorch
+        everywhere.
         """
         taps = self.weight.shape[-1]
-        if use_kernels(x):
-            if taps == 1:  # nothing to convolve, and no kernel for it
-                return F.silu(self.weight[:, 0, 0].float() * x.float()).to(x.dtype)
+        if use_kernels(x) and taps > 1:
             states = None if before is None else [before.to(x.dtype)]
             return short_conv([x], [self.weight], before=states, cu_seqlens=cu_seqlens)[0]
         weight = self.weight[:, 0].float()
@@ -164,7 +163,8 @@ class ShortConvolution(nn.Module):
                 same = document == F.pad(document, (back, 0), value=-1)[:, :T]
                 shifted = shifted * same[..., None]
             y = y + weight[:, taps - 1 - back] * shifted
-        return F.silu(y)
+        y = F.silu(y)
+        return y.to(x.dtype) if use_kernels(x) else y
 
 
 def convolve(

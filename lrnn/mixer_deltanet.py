@@ -21,7 +21,7 @@ except ImportError:  # an exported folder, loaded where lrnn is not installed
 
 class DeltaNet(Mixer):
     """DeltaNet (arXiv 2406.06484), gated DeltaNet (2412.06464, equation 10) or, with n_h = `num_householder` factors a
-    token, (gated) DeltaProduct (2502.10297, equation 5), as `config.mixer` says:
+    token, (gated) DeltaProduct (2502.10297), as `config.mixer` says:
 
         S_t = prod_j (I - beta_tj k_tj k_tj^T) alpha_t S_{t-1} + what the factors write        o_t = K^-0.5 S_t^T q_t
 

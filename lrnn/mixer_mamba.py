@@ -10,7 +10,7 @@ from .configuration_lrnn import LrnnConfig
 from .layers_lrnn import LrnnCache, Mixer, ShortConvolution, convolve
 
 try:
-    from lrnn.kernels.step_recurrences import selective_scan
+    from lrnn.kernels.recurrences import selective_scan
 except ImportError:  # an exported folder, loaded where lrnn is not installed
     from .step_recurrences import selective_scan  # type: ignore[import-not-found, no-redef]
 

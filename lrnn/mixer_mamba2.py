@@ -10,7 +10,8 @@ from .configuration_lrnn import LrnnConfig
 from .layers_lrnn import GatedRMSNorm, LrnnCache, Mixer, ShortConvolution, convolve
 
 try:
-    from lrnn.kernels.diagonal_recurrence import diagonal_recurrence, signed_decay
+    from lrnn.kernels.diagonal_recurrence import signed_decay
+    from lrnn.kernels.recurrences import diagonal_recurrence
 except ImportError:  # an exported folder, loaded where lrnn is not installed
     from .diagonal_recurrence import (  # type: ignore[import-not-found, no-redef]
         diagonal_recurrence,

@@ -8,7 +8,8 @@ from .configuration_lrnn import LrnnConfig
 from .layers_lrnn import GatedRMSNorm, LrnnCache, Mixer, ShortConvolution, convolve
 
 try:
-    from lrnn.kernels.diagonal_recurrence import diagonal_recurrence, signed_decay
+    from lrnn.kernels.diagonal_recurrence import signed_decay
+    from lrnn.kernels.recurrences import diagonal_recurrence
 except ImportError:  # an exported folder, loaded where lrnn is not installed
     from .diagonal_recurrence import (  # type: ignore[import-not-found, no-redef]
         diagonal_recurrence,
@@ -19,7 +20,7 @@ FAR = 1e4  # a log-decay that nothing outlasts
 
 
 class MLSTM(Mixer):
-    """The mLSTM (arXiv 2405.04517, equations 19 to 27), with C_t transposed to [K, V]:
+    """The mLSTM (arXiv 2405.04517), with C_t transposed to [K, V]:
 
         C_t = f_t C_{t-1} + i_t k_t v_t^T        n_t = f_t n_{t-1} + i_t k_t
         h_t = C_t^T q_t / max(|n_t^T q_t|, 1)    i_t = exp(W_i x_t + b_i), f_t = sigmoid(W_f x_t + b_f), one a head

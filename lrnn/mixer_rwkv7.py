@@ -10,7 +10,7 @@ from .configuration_lrnn import LrnnConfig
 from .layers_lrnn import GatedRMSNorm, LrnnCache, Mixer, last_inputs
 
 try:
-    from lrnn.kernels.step_recurrences import rwkv7_recurrence
+    from lrnn.kernels.recurrences import rwkv7_recurrence
 except ImportError:  # an exported folder, loaded where lrnn is not installed
     from .step_recurrences import rwkv7_recurrence  # type: ignore[import-not-found, no-redef]
 
@@ -19,7 +19,7 @@ LOW_RANK = 32  # of the projections of decay, rate and gate
 
 
 class RWKV7(Mixer):
-    """The time mixing of RWKV-7 (arXiv 2503.14456, section 4), with the state transposed to [K, V]:
+    """The time mixing of RWKV-7 (arXiv 2503.14456), with the state transposed to [K, V]:
 
         x^c_t = x_t + mu_c (x_{t-1} - x_t)        for c of r, w, k, v, a, g
         r = W_r x^r, k = W_k x^k, v = W_v x^v     w = exp(-e^-0.5 sigmoid(low-rank tanh(x^w)))
@@ -89,7 +89,9 @@ class RWKV7(Mixer):
         if cache is not None:
             cache.conv[self.layer_idx] = last_inputs(x, before, 1)
         x_r, x_w, x_k, x_v, x_a, x_g = (x + (previous - x) * self.shift_mix.to(x.dtype)).unbind(0)
-        r, k, v = (y.unflatten(-1, self.heads).float() for y in (self.r_proj(x_r), self.k_proj(x_k), self.v_proj(x_v)))
+        # The dtype of r is the one in which the recurrence may run.
+        r, k, v = (y.unflatten(-1, self.heads) for y in (self.r_proj(x_r), self.k_proj(x_k), self.v_proj(x_v)))
+        k, v = k.float(), v.float()
         log_w = -math.exp(-0.5) * self.w_proj(x_w).float().sigmoid().unflatten(-1, self.heads)
         a = self.a_proj(x_a).float().sigmoid().unflatten(-1, self.heads)
         k_k, k_a, r_k = (y.float().view(self.heads) for y in (self.k_k, self.k_a, self.r_k))
@@ -109,7 +111,7 @@ class RWKV7(Mixer):
             kappa,
             rate,
             initial_state=None if cache is None else cache.state[self.layer_idx],
-            document=document,
+            cu_seqlens=cu_seqlens,
         )
         if cache is not None:
             cache.state[self.layer_idx] = state

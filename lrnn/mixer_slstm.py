@@ -14,7 +14,7 @@ except ImportError:  # an exported folder, loaded where lrnn is not installed
 
 
 class SLSTM(Mixer):
-    """The sLSTM (arXiv 2405.04517, equations 8 to 17), where each head has a recurrent matrix R of its own:
+    """The sLSTM (arXiv 2405.04517), where each head has a recurrent matrix R of its own:
 
         (z~, i~, f~, o~)_t = W x_t + R h_{t-1} + b
         c_t = f_t c_{t-1} + i_t tanh(z~_t)        n_t = f_t n_{t-1} + i_t        h_t = sigmoid(o~_t) c_t / n_t

@@ -1,8 +1,9 @@
 """The lrnn model: blocks of a token mixer and an MLP, and the language model on them.
 
 The files `*_lrnn.py` and `mixer_*.py` depend on torch and transformers, and on the kernels of `lrnn.kernels` or, in an
-exported folder without lrnn, on the plain PyTorch files beside them. On CUDA the delta-rule mixers run on Triton
-kernels wherever lrnn is installed; on CPU, without lrnn, and for the recurrences of the other mixers, it is PyTorch.
+exported folder without lrnn, on the plain PyTorch files beside them. On CUDA, wherever lrnn is installed, the mixers
+run on its Triton kernels, or in 16 bits on those of `fla` (`lrnn.kernels.recurrences`); on CPU and without lrnn it is
+PyTorch.
 
 Parameter names and shapes of the DeltaNet mixers are those of `fla`'s `gated_deltanet` and `delta_net` models.
 """

@@ -45,19 +45,40 @@ def test_rows_of_a_batch_do_not_meet():
 
 
 @pytest.mark.parametrize(
-    ("K", "V", "T", "dtype"),
-    [
-        (128, 128, 70, FP16),
-        (64, 128, 65, FP16),
-        (256, 64, 20, FP16),
-        (256, 64, 20, FP32),
-        (32, 32, 70, FP16),
-        (16, 64, 70, FP32),
-        (64, 32, 70, FP32),
-    ],
+    ("K", "V", "T", "dtype"), [(128, 128, 70, FP16), (64, 128, 65, FP16), (256, 64, 20, FP16), (256, 64, 20, FP32)]
 )
 def test_head_sizes(K, V, T, dtype):
     compare(inputs.random(1, T, H=1, K=K, V=V, dtype=dtype), BARS[dtype], f"K {K}, V {V}", normalize_qk=True)
+
+
+@pytest.mark.parametrize(
+    ("K", "V", "T", "dtype"),
+    [(32, 32, 70, FP16), (32, 32, 70, FP32), (16, 48, 65, FP32), (96, 16, 65, FP16), (5, 3, 20, FP32)],
+)
+def test_head_sizes_that_are_padded(K, V, T, dtype):
+    """States in and out have the true sizes, and the scale is that of the true K."""
+    compare(inputs.random(1, T, H=2, K=K, V=V, dtype=dtype), BARS[dtype], f"K {K}, V {V}", normalize_qk=True)
+
+
+@pytest.mark.parametrize("T", [1, 9])
+def test_padded_heads_token_by_token(T):
+    x = inputs.random(2, T, K=32, V=16)
+    o_true, final_true = truth.gated_delta_rule(**x, normalize_qk=True, output_final_state=True)
+    with torch.no_grad():
+        o, final = gated_delta_rule(**x, normalize_qk=True, output_final_state=True)
+    assert o.shape == o_true.shape and final.shape == final_true.shape
+    assert relative_error(o, o_true) < 1e-4 and relative_error(final, final_true) < 1e-4
+
+
+def test_padded_heads_of_the_other_functions():
+    x = inputs.random(1, 40, K=32, V=32, raw=True)
+    compare(x, BARS[FP32], "raw, K 32", fused_gated_delta_rule, truth.fused_gated_delta_rule)
+    x = inputs.random(1, 40, K=32, V=32)
+    steps = {n: x[n].unflatten(1, (20, 2)) for n in ("k", "v", "beta")}
+    x |= steps | {"q": x["q"][:, ::2], "g": x["g"][:, ::2]}
+    do = torch.randn(1, 20, 2, 32)
+    found = evaluate(gated_delta_product, x, do, normalize_qk=True)
+    check(found, evaluate_truth(truth.gated_delta_product, x, do, normalize_qk=True), BARS[FP32], "product, K 32")
 
 
 @pytest.mark.parametrize("dtype", [FP16, FP32])
@@ -333,8 +354,8 @@ def test_operators_keep_the_rules():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: x.update({n: x[n].repeat(1, 1, 1, 3) for n in "kq"}, initial_state=None), "64, 128 and 256"),
-        (lambda x: x.update(v=x["v"].repeat(1, 1, 1, 3), initial_state=None), "64, 128 and 256"),
+        (lambda x: x.update(k=x["k"].repeat(1, 1, 1, 5), q=x["q"].repeat(1, 1, 1, 5), initial_state=None), "up to 256"),
+        (lambda x: x.update(v=x["v"].repeat(1, 1, 1, 5), initial_state=None), "up to 256"),
         (lambda x: x.update(v=x["v"].float()), "one dtype"),
         (lambda x: x.update({n: x[n].double() for n in "qkv"}), "bfloat16, float16 or float32"),
         (lambda x: x.update(k=x["k"][:, :, :1]), "q and k must"),

@@ -1,0 +1,137 @@
+"""Recurrences on fla's kernels (flash-linear-attention 0.6.0), for operands in 16 bits on CUDA.
+
+`recurrences.py` says when they are used. Nothing is read back from the GPU, except with documents in RWKV-7, where fla
+does so once for every `cu_seqlens`. `mlstm_kernels`, the kernels of the mLSTM's authors, do not fit: they take the
+forget gate as a logit of which they compute log-sigmoid, which excludes 2f - 1, and no documents. The mLSTM runs as a
+diagonal recurrence here.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fla.ops.gla import chunk_gla
+from fla.ops.rwkv7 import chunk_rwkv7
+from fla.ops.simple_gla import chunk_simple_gla
+from fla.utils import IS_NVIDIA_HOPPER, TRITON_ABOVE_3_4_0, TRITON_ABOVE_3_7_1
+from torch import Tensor
+
+from lrnn.kernels.diagonal_recurrence import check
+from lrnn.kernels.step_recurrences import document_starts
+
+FORGET = -100.0  # a log-decay that nothing outlasts: e^-100 is below float32
+COLUMNS = 16  # head sizes are padded to multiples of it: fla refuses odd ones, such as the V + 1 of the mLSTM
+TF32 = 2.0**-10  # relative error of a product that the tensor cores make of float32 operands
+# With one number a head, fla has kernels of its own, but refuses their backward pass where Triton miscompiles it: on
+# Hopper, before 3.7.1. There the number is repeated over the key dimension, for the kernels of GLA.
+ONE_NUMBER_KERNELS = not (IS_NVIDIA_HOPPER and TRITON_ABOVE_3_4_0 and not TRITON_ABOVE_3_7_1)
+
+
+def diagonal_recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    sign: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    document: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`lrnn.kernels.diagonal_recurrence.diagonal_recurrence` by `chunk_gla` or, with one number a head, by
+    `chunk_simple_gla`; o has the dtype of q, to which k and v are rounded, and the state is float32.
+
+    Signs are folded into q and k, which is exact. fla sums g in float32 over 64 tokens and exponentiates differences
+    that are at most 0 where they count: no decay is too strong, and log-decays of -20 (2a - 1 near 0) cost no accuracy
+    that 16 bits have; sums of 1e4 would cost 3e-4. A document starts with a decay of e^-100.
+
+    `chunk_gla` finds the gradient of g as a difference of sums that tf32 products went into, so that it has an absolute
+    error; 2a - 1 near 0 would divide that by |2a - 1|, and a few tokens would drown all others. With signs the gradient
+    of g is therefore damped by |a|^2 / (|a|^2 + TF32^2). Where a is evenly spread this leaves an error of some percent.
+    """
+    check(q, k, v, g, sign, initial_state, output_final_state, document)
+    K, V, dtype = q.shape[3], v.shape[3], q.dtype
+    with torch.autocast(q.device.type, enabled=False):
+        g = g.float()
+        if document is not None:
+            g = torch.where(document_starts(document)[..., None, None], FORGET, g)
+        if sign is not None:
+            running = sign.float().cumprod(1)
+            q, k = q * running.to(dtype), k * running.to(k.dtype)
+        q, k, v = (_padded(x.to(dtype)) for x in (q, k, v))
+        state = None
+        if initial_state is not None:
+            state = F.pad(initial_state.float(), (0, v.shape[3] - V, 0, k.shape[3] - K))
+        if g.shape[-1] == 1 and ONE_NUMBER_KERNELS:
+            rule, g = chunk_simple_gla, g[..., 0]
+        else:
+            if sign is not None:
+                g = _DampedGradient.apply(g)
+            rule, g = chunk_gla, g.expand_as(q) if g.shape[-1] == 1 else _padded(g)
+        o, state = rule(q, k, v, g, scale=scale, initial_state=state, output_final_state=output_final_state)
+        if not output_final_state:
+            return o[..., :V], None
+        state = state[..., :K, :V]
+        return o[..., :V], state if sign is None else state * running[:, -1, :, :, None]
+
+
+def rwkv7_recurrence(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kappa: Tensor,
+    a: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`lrnn.kernels.step_recurrences.rwkv7_recurrence` by `chunk_rwkv7`; o has the dtype of r, the state is float32.
+
+    w must be at least 0.01: fla exponentiates sums of up to 16 of -log w. (RWKV-7's is above 0.54.)
+
+    kappa and a . kappa are rounded, and the eigenvalue along kappa would be off by the rounding of |kappa|^2, the same
+    in every step with that key; near -1 the state would grow. So a . kappa is made from the rounded kappa, over its
+    square. What is left is the rounding of a . kappa itself, about 2e-4 in bfloat16.
+    """
+    B, T = r.shape[:2]
+    K, V, dtype = r.shape[3], v.shape[3], r.dtype
+    with torch.autocast(r.device.type, enabled=False):
+        kappa = kappa.to(dtype)
+        # Without a gradient: the caller's a . kappa does not depend on the norm.
+        square = kappa.detach().float().square().sum(-1, keepdim=True).clamp(min=1e-12)
+        erased = (-a.float() * kappa.float() / square).to(dtype)
+        inputs = [_padded(x) for x in (r, w.float().log(), k.to(dtype), v.to(dtype), kappa, erased)]
+        state = None
+        if initial_state is not None:
+            state = F.pad(initial_state.float(), (0, inputs[3].shape[3] - V, 0, inputs[0].shape[3] - K))
+        if cu_seqlens is not None:
+            inputs = [x.flatten(0, 1)[None] for x in inputs]
+            if state is not None:
+                raise ValueError("documents exclude an initial state")
+        o, state = chunk_rwkv7(*inputs, scale=1.0, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)
+        if cu_seqlens is not None:  # of the states of all documents those at the ends of the rows
+            last = torch.arange(1, B + 1, device=r.device) * T - 1
+            state = state[torch.searchsorted(cu_seqlens.long(), last, right=True) - 1]
+        return o.view(B, T, *o.shape[2:])[..., :V], state[..., :K, :V]
+
+
+def _padded(x: Tensor) -> Tensor:
+    """With zeros in the last dimension, to a multiple of COLUMNS."""
+    return F.pad(x, (0, -x.shape[-1] % COLUMNS))
+
+
+class _DampedGradient(torch.autograd.Function):
+    """g, whose gradient is multiplied by e^2g / (e^2g + TF32^2)."""
+
+    @staticmethod
+    def forward(ctx: Any, g):
+        ctx.save_for_backward(g)
+        return g.view_as(g)
+
+    @staticmethod
+    def backward(ctx: Any, dg):
+        (g,) = ctx.saved_tensors
+        square = (2 * g).exp()
+        return dg * (square / (square + TF32**2))

@@ -1,0 +1,169 @@
+"""fla's kernels as this project calls them, against the recurrences in float64, with all gradients and states.
+
+fla is not written for the interpreter: what it asks of a GPU is replaced here, and no arithmetic is. The interpreter
+multiplies float32 exactly, so in float32 the equations show, and in float16 what rounding does to them.
+"""
+
+import builtins
+import copy
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from mixer_recurrences import by_logit, compare, diagonal_inputs, random, rwkv7_inputs, true_diagonal
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.interpreter import InterpreterBuilder
+
+from lrnn import LrnnConfig, LrnnForCausalLM
+from lrnn.kernels import fla_recurrences, recurrences, step_recurrences
+from lrnn.kernels.delta_rule_reference import document_ids
+from lrnn.layers_lrnn import LrnnCache
+
+FP16, FP32 = torch.float16, torch.float32
+BARS = {FP16: {"": 2e-3}, FP32: {"": 1e-4}}
+both_dtypes = pytest.mark.parametrize("dtype", [FP16, FP32])
+
+
+class Count(int):
+    """A loop's variable, which the interpreter makes a plain integer, and fla expects to be a tensor."""
+
+    def to(self, dtype):
+        return self
+
+
+@pytest.fixture(autouse=True)
+def fla_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(Autotuner, "_bench", lambda self, *args, config, **meta: [1.0] * 3)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fla.ops."):
+            monkeypatch.setattr(
+                module, "range", lambda *bounds: map(Count, builtins.range(*map(int, bounds))), raising=False
+            )
+            if hasattr(module, "IS_GATHER_SUPPORTED"):
+                monkeypatch.setattr(module, "IS_GATHER_SUPPORTED", False)
+
+
+@pytest.mark.parametrize("negative", [True, False])
+@both_dtypes
+@pytest.mark.parametrize(
+    ("K", "V", "T", "numbers", "one_number_kernels"),
+    [
+        (32, 33, 66, 1, True),
+        (16, 17, 66, 1, False),
+        (32, 32, 66, 32, True),
+        (20, 7, 35, 20, True),
+    ],
+)
+def test_diagonal(K, V, T, numbers, one_number_kernels, dtype, negative, monkeypatch):
+    monkeypatch.setattr(fla_recurrences, "ONE_NUMBER_KERNELS", one_number_kernels)
+    monkeypatch.setattr(fla_recurrences, "TF32", 1e-9)  # undamped: the interpreter multiplies exactly
+    x = diagonal_inputs(2, T, 1, K, V, numbers)
+    functions = by_logit(fla_recurrences.diagonal_recurrence, negative), by_logit(true_diagonal, negative)
+    bars = BARS[dtype] | ({"dlogit": 5e-3} if negative else {})
+    compare(*functions, x, "qkv", dtype, bars, output_final_state=True)
+    del x["initial_state"]
+    document = (torch.arange(2 * T) // 11).view(2, T)
+    document[0, 20:30] = torch.arange(10) + 1000  # documents of one token
+    # Such put 1e3 into the sums of g, of which float32 loses 1e-4.
+    compare(*functions, x, "qkv", dtype, bars | {"dlogit": 5e-3}, document=document)
+
+
+@pytest.mark.parametrize("numbers", [1, 32])
+@pytest.mark.parametrize("strong", [-20.0, -500.0])
+def test_strong_decays(strong, numbers):
+    """2a - 1 near 0 has a logarithm of -16 to -20; the mLSTM's may be stronger."""
+    x = diagonal_inputs(1, 130, 1, 32, 32, numbers)
+    g = -0.1 * x.pop("logit").abs()
+    g[:, ::3] = g[:, 60:80] = strong
+    x["g"] = g
+    start = x.pop("initial_state")  # its gradient is none
+
+    def run(rule):
+        return lambda **y: rule(**y, sign=None, scale=1.0, initial_state=start, output_final_state=True)
+
+    for dtype in (FP16, FP32):
+        functions = run(fla_recurrences.diagonal_recurrence), run(true_diagonal)
+        # Sums of g around 1e4 lose 3e-4 of float32.
+        compare(*functions, x, "qkv", dtype, {"": 2e-3 if dtype == FP16 else 5e-4})
+
+
+@pytest.mark.parametrize("numbers", [1, 64])
+def test_few_tokens_near_zero_do_not_drown_the_gradient(numbers, monkeypatch):
+    """As on a GPU, where products of float32 operands are made of their first 10 bits: undamped, it is off by 0.15."""
+    multiply = InterpreterBuilder.create_dot
+
+    def tf32(x):
+        if x.data.dtype == np.float32:
+            x = copy.copy(x)
+            x.data = (np.ascontiguousarray(x.data).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+        return x
+
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: multiply(self, tf32(a), tf32(b), *rest)
+    )
+    monkeypatch.setattr(fla_recurrences, "ONE_NUMBER_KERNELS", False)
+    x = diagonal_inputs(1, 192, 2, 64, 16, numbers)
+    functions = by_logit(fla_recurrences.diagonal_recurrence, True), by_logit(true_diagonal, True)
+    compare(*functions, x, "qkv", FP16, {"": 2e-3, "dlogit": 0.08}, output_final_state=True)
+
+
+@both_dtypes
+@pytest.mark.parametrize(("K", "V", "T", "negative"), [(32, 32, 35, True), (20, 7, 33, False), (16, 16, 16, True)])
+def test_rwkv7(K, V, T, negative, dtype):
+    x = rwkv7_inputs(2, T, 1, K, V, negative)
+    functions = fla_recurrences.rwkv7_recurrence, step_recurrences.rwkv7_recurrence
+    compare(*functions, x, "rkv", dtype, BARS[dtype])
+    del x["initial_state"]
+    bounds = torch.tensor([0, 3, 3, 4, T, T + 9, 2 * T])
+    compare(*functions, x, "rkv", dtype, BARS[dtype], cu_seqlens=bounds)
+
+
+def test_reflections_do_not_grow():
+    """One key of any direction, a rate of 2, no decay: the state turns its sign along the key in every step."""
+    T, K = 256, 32
+    kappa = F.normalize(random(0, 1, 1, 1, K), dim=-1).expand(1, T, 1, K)
+    zeros, ones = torch.zeros(1, T, 1, K, dtype=FP16), torch.ones(1, T, 1, K)
+    start = random(1, 1, 1, K, K)
+    _, state = fla_recurrences.rwkv7_recurrence(zeros, ones, zeros, zeros, kappa, 2 * ones, initial_state=start)
+    assert ((state - start).norm() / start.norm()).item() < 0.05
+
+
+@pytest.mark.parametrize("kind", ["documents", "padded", "states"])
+@pytest.mark.parametrize("mixer", ["gla", "mamba2", "mlstm", "rwkv7"])
+def test_mixers(mixer, kind, monkeypatch):
+    """Each mixer in float16, on fla's kernels and on the recurrences in float32."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 1, "head_dim": 16}
+    attn = LrnnForCausalLM(LrnnConfig(**sizes, intermediate_size=48, mixer=mixer)).model.layers[0].attn
+    for p in attn.parameters():
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=0.2)
+    x = random(1, 2, 40, 32)
+    mask = cu_seqlens = document = None
+    if kind == "padded":
+        mask = torch.ones(2, 40, dtype=torch.bool)
+        mask[1, :15] = False
+    if kind == "documents":
+        cu_seqlens = torch.tensor([0, 7, 40, 41, 80])
+        document = document_ids(cu_seqlens, 2, 40)
+    found = []
+    for on_fla in (True, False):
+        monkeypatch.setattr(recurrences, "_runs_on_fla", lambda r, on_fla=on_fla: on_fla and r.dtype == FP16)
+        cache = None if kind == "documents" else LrnnCache(1)
+        attn.zero_grad()
+        leaf = x.half().requires_grad_()
+        with torch.autocast("cpu", FP16):
+            out = attn(leaf, cache, mask, cu_seqlens, document)
+            if kind == "states":
+                cache.conv[0] = None if cache.conv[0] is None else cache.conv[0].detach()  # the kernels' rule
+                out = torch.cat([out, attn(leaf[:, :20], cache, None, None, None)], 1)
+        out = out if mask is None else out * mask[..., None]
+        (out.float() * random(2, *out.shape)).sum().backward()
+        state = () if cache is None else cache.state[0]
+        states = state if isinstance(state, tuple) else (state,)
+        found.append([out, *states, leaf.grad, *(p.grad for p in attn.parameters())])
+    for ours, plain in zip(*found, strict=True):
+        assert (ours.double() - plain.double()).norm() <= 2e-2 * plain.double().norm()
+    assert not torch.equal(found[0][0], found[1][0])
