@@ -67,7 +67,7 @@ def on_a_stream():
         ("parity", "mamba2"),
         ("parity", "gla"),
         ("parity", "mlstm"),
-        ("parity", "rwkv7"),
+        ("parity_baselines", "rwkv7"),
         ("parity_baselines", "slstm"),
         ("parity_baselines", "transformer"),
         ("s5", "deltaproduct_1"),
