@@ -327,7 +327,7 @@ def bench_kernels(args: argparse.Namespace) -> None:
         for contender in runners:
             rows.append(measure(contender, batch_size, seq_len, args.heads, args.head_size))
             torch.cuda.empty_cache()
-        for row in rows:
+            row = rows[-1]
             print(f"{f'B{batch_size} T{seq_len}':12} {row.contender:9} {_figures(row, rows[0])}", flush=True)
             if not row.error:
                 print(f"{'':12} {'- graph':9} {_graph_figures(row, rows[0])}", flush=True)
