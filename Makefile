@@ -14,8 +14,10 @@ quickstart: setup
 	$(BIN)/lrnn eval --fetch
 	$(BIN)/lrnn quickstart
 
+# Two processes for what shares nothing, the longest file first; alone what starts groups of processes and takes times.
 test: lint
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadfile tests/kernels/test_interpreted.py tests/kernels tests/eval tests/lrnn tests/gpu
+	$(BIN)/pytest -q tests/pretrain tests/slurm
 
 # 300 kills instead of 12, twenty endings of a job instead of three, other numbers of processes. Some 30 minutes.
 # The jobs want root and Debian, for a SLURM of their own.
