@@ -2,6 +2,9 @@
 
 arXiv 2411.12537v5, section 5.1 (formal languages, trained on sizes 3 to 40, tested on 40 to 256). The brackets with
 products are those of its Table 3, those without are what its released generator makes.
+
+Word problems have no single figure there: of one layer, section 5.2 of the same paper says where it holds, and arXiv
+2502.10297 how far for how many Householder factors a token (S5 as read off its figure).
 """
 
 from typing import Any
@@ -40,9 +43,25 @@ REPORTED: dict[tuple[str, str, str], str] = {
 }
 
 
-def reported(parameters: dict[str, Any], mixer: str, range_: str) -> str:
-    """The figure of the paper for a task of a grid, an architecture and a range; "-" where it has none."""
+# of one layer: (group, variant, mixer, Householder factors a token)
+WORDS: dict[tuple[str, str, str, int], str] = {
+    ("S3", "all", "deltaproduct", 1): "not solved",
+    ("S3", "all", "deltaproduct", 2): "solved",
+    ("S4", "all", "deltaproduct", 2): "solved",
+    ("A5", "all", "deltaproduct", 2): "solved",
+    ("S5", "all", "deltaproduct", 4): "1.00 to 150, .98 at 200, .86 at 256",
+    ("S5", "only_swaps", "deltanet", 1): "solved",
+}
+
+
+def reported(parameters: dict[str, Any], mixer: str, range_: str, num_householder: int = 1) -> str:
+    """The papers' finding for a task of a grid, an architecture and a range; "-" where they have none."""
     task = parameters["task"]
+    if task == "group_word":
+        if mixer == "deltaproduct" and range_ == "positive":
+            return "not solved"
+        words = parameters.get("group", "S5"), parameters.get("variant", "all"), mixer, num_householder
+        return WORDS.get(words, "-") if isinstance(words[0], str) and range_ == "negative" else "-"
     if task == "modular_arithmetic_brackets":
         task += f" {parameters.get('operators', '+-*')}"
     return REPORTED.get((task, mixer, range_), "-") if parameters.get("modulus", 5) == 5 else "-"

@@ -15,6 +15,7 @@ from lrnn.pretrain.checkpoint import write_atomically
 from lrnn.pretrain.metrics import read_metrics
 
 LENGTH_BINS = 24  # points of a curve, at most
+HOLDS = 0.9  # accuracy
 
 Group = tuple[str, str]  # model name, range
 
@@ -39,6 +40,19 @@ def write_report(grid: GridConfig, cells: list[Cell], results: list[dict[str, An
     return text
 
 
+def holds_to(by_length: dict[str, float]) -> int:
+    """The longest length up to which the accuracy at every length is at least `HOLDS`; 0 if not even at the first.
+
+    Keys are lengths in ascending order, as in result.json.
+    """
+    longest = 0
+    for length, accuracy in by_length.items():
+        if accuracy < HOLDS:
+            break
+        longest = int(length)
+    return longest
+
+
 def _grouped(of_task: list[tuple[Cell, dict[str, Any]]]) -> dict[Group, list[tuple[Cell, dict[str, Any]]]]:
     groups: dict[Group, list[tuple[Cell, dict[str, Any]]]] = defaultdict(list)
     for cell, result in of_task:
@@ -55,24 +69,28 @@ def _table(grid: GridConfig, task: str, of_task: list[tuple[Cell, dict[str, Any]
         f"Trained on lengths {train.min_length} to {train.max_length} for {train.steps} steps of {train.batch_size}, "
         f"tested on {test.min_length} to {test.max_length} ({test.samples} sequences a seed). Scaled accuracy, best "
         f"[median] of {len(grid.seeds)} seeds; always giving the most frequent answer has "
-        f"{of_task[0][1]['scaled_floor']:.3f}.",
+        f"{of_task[0][1]['scaled_floor']:.3f}. A model holds to a length if its accuracy is at least {HOLDS} at that "
+        "one and all tested below.",
         "",
     ]
     for model, fields in grid.models.items():
         if own := fields.get("train"):
             lines += [f"{model} was trained with {', '.join(f'{k} {v}' for k, v in own.items())}.", ""]
     lines += [
-        "| model | eigenvalues | scaled accuracy | at the longest length | papers | steps/s |",
-        "|---|---|---|---|---|---|",
+        "| model | eigenvalues | scaled accuracy | at the longest length | holds to | papers | steps/s |",
+        "|---|---|---|---|---|---|---|",
     ]
     for (model, _), members in _grouped(of_task).items():
         scores = [result["scaled_accuracy"] for _, result in members]
         last = [list(result["by_length"].values())[-1] for _, result in members]
         cell = members[0][0]
-        paper = reported(grid.tasks[task], cell.model_config.mixer, cell.range)
+        config = cell.model_config
+        paper = reported(grid.tasks[task], config.mixer, cell.range, config.num_householder)
+        holds = [holds_to(result["by_length"]) for _, result in members]
         lines.append(
             f"| {model} | {RANGE_NAMES[cell.range]} | {max(scores):.3f} [{median(scores):.3f}] "
-            f"| {max(last):.3f} [{median(last):.3f}] | {paper} | {_speed(result for _, result in members)} |"
+            f"| {max(last):.3f} [{median(last):.3f}] | {max(holds)} [{median(holds):.0f}] "
+            f"| {paper} | {_speed(result for _, result in members)} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -14,6 +14,7 @@ from lrnn.cli import main
 from lrnn.eval.state_tracking import training
 from lrnn.eval.state_tracking.grid import load_grid
 from lrnn.eval.state_tracking.papers import reported
+from lrnn.eval.state_tracking.report import holds_to
 from lrnn.eval.state_tracking.training import learning_rate
 from lrnn.pretrain.metrics import read_metrics
 
@@ -72,7 +73,7 @@ def test_parity_needs_negative_eigenvalues(grid_file, tmp_path, capsys):
 
     out = tmp_path / "out"
     table = (out / "table.md").read_text()
-    assert "| deltanet | [-1, 1] | 1.000 [1.000] | 1.000 [1.000] | 1.000 [.999] |" in table, table
+    assert "| deltanet | [-1, 1] | 1.000 [1.000] | 1.000 [1.000] | 256 [256] | 1.000 [.999] |" in table, table
     assert "always giving the most frequent answer has 0.000" in " ".join(table.split())
     for picture in ("accuracy-parity.png", "eigenvalues-parity.png"):
         assert (out / picture).stat().st_size > 10_000
@@ -256,6 +257,27 @@ def test_grids_of_the_repository_are_valid(path):
 )
 def test_figures_of_the_paper_stand_beside_the_same_task_alone(parameters, figure):
     assert reported(parameters, "deltanet", "negative") == figure
+
+
+@pytest.mark.parametrize(
+    ("parameters", "mixer", "range_", "factors", "finding"),
+    [
+        ({"group": "S5"}, "deltaproduct", "negative", 4, "1.00 to 150, .98 at 200, .86 at 256"),
+        ({"group": "S5"}, "deltaproduct", "negative", 3, "-"),
+        ({"group": "S3"}, "deltaproduct", "negative", 1, "not solved"),
+        ({"group": "S3"}, "deltaproduct", "positive", 2, "not solved"),
+        ({"group": "S5", "variant": "only_swaps"}, "deltanet", "negative", 1, "solved"),
+        ({"group": "S5"}, "deltanet", "negative", 1, "-"),
+        ({"group": [[1, 0]]}, "deltaproduct", "negative", 4, "-"),
+    ],
+)
+def test_findings_of_the_papers_on_words(parameters, mixer, range_, factors, finding):
+    assert reported({"task": "group_word", **parameters}, mixer, range_, factors) == finding
+
+
+def test_the_length_to_which_a_model_holds():
+    assert holds_to({"3": 1.0, "5": 0.9, "7": 0.89, "9": 1.0}) == 5
+    assert holds_to({"3": 0.5, "5": 1.0}) == 0 and holds_to({"8": 1.0}) == 8
 
 
 def test_learning_rate():
