@@ -33,6 +33,7 @@ from lrnn.kernels.gluon_parts import (
     tma_store,
     weigh_keys,
 )
+from lrnn.kernels.launch_config import SAFE_PTXAS, ptxas_version
 from lrnn.kernels.tiles import INTERPRETED
 
 FULL = 100  # sequences x value heads from which on a program each, with all 128 columns, fills an H100
@@ -50,10 +51,13 @@ class HopperLaunch(NamedTuple):
 
 def is_for_hopper(K: int, V: int, dtype: torch.dtype, is_full: bool, device: torch.device) -> bool:
     """Whether the scans in Gluon are made for this: not for other GPUs, other head sizes than 128, float32, and
-    sequences with a chunk that is not full."""
+    sequences with a chunk that is not full. Nor for an assembler that may miscompile them: the plain scans have been
+    tested with one, these have not."""
     if INTERPRETED or K != 128 or V != 128 or dtype == torch.float32 or not is_full:
         return False
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    return ptxas_version() >= SAFE_PTXAS
 
 
 def hopper_settings(full: bool, output: bool) -> HopperLaunch:

@@ -11,6 +11,7 @@ from delta_rule_truth import evaluate, relative_error
 
 from lrnn.kernels import delta_rule_op
 from lrnn.kernels.gated_delta_rule import gated_delta_rule
+from lrnn.kernels.launch_config import SAFE_PTXAS, ptxas_version
 
 PLAIN = {"chunk_forward_kernel", "chunk_scan_backward_kernel"}
 GLUON = {"chunk_forward_hopper_kernel", "chunk_scan_backward_hopper_kernel"}
@@ -36,6 +37,8 @@ def test_scans_in_gluon_are_the_plain_ones(sizes, dtype, normalize, launched, mo
     B, T, H, HV = sizes
     x = inputs.random(B, T, H, K=128, HV=HV, device="cuda", dtype=dtype)
     x = x if normalize else inputs.unit_keys(x)  # longer keys would make the state grow
+    if ptxas_version() < SAFE_PTXAS:
+        pytest.skip(f"with ptxas {ptxas_version()} the scans in Gluon are not used")
     do, dstate = inputs.arriving(x)
     gluon = evaluate(gated_delta_rule, x, do, dstate, normalize_qk=normalize)
     assert not PLAIN & set(launched) and set(launched) >= GLUON
