@@ -96,9 +96,13 @@ def test_a_failure_is_not_requeued_and_goes_on_with_the_same_command(slurm, corp
     run = RunningJob(slurm, tmp_path / "run", corpus, 100)
     more = ["checkpoint.every=10"]
     assert run.submit(*more, "--dry-run").returncode == 0 and run.job == ""
-    assert run.submit(*more).returncode == 0
-    first = run.job
-    second = run.submit(*more)
+    slurm.run("scontrol", "update", "PartitionName=test", "State=DOWN")  # jobs wait, so the first is not over before
+    try:
+        assert run.submit(*more).returncode == 0
+        first = run.job
+        second = run.submit(*more)
+    finally:
+        slurm.run("scontrol", "update", "PartitionName=test", "State=UP")
     assert second.returncode == 2 and run.job == first
     assert f"has job {first} already" in second.stderr and f"scancel {first}" in second.stderr
     run.wait_for_step(12)
