@@ -11,6 +11,9 @@ With k^ = r k (r = 1/|k|), q^ likewise, gamma_i = exp(g_i), rho_i = exp(g_C - g_
 
 Only beta X is rounded, and X is taken back from it: so with one key and beta = 2 the values written cancel in pairs
 without any error, and a reflection is carried as far as one likes. arXiv 2412.06464, section 3.3.
+
+With several keys the rounding of rho r N adds up in the state. SPLIT takes it as a sum of two numbers of 16 bits, high
+and low, each with a product of its own: S' = gamma_C S + K^T high + K^T low.
 """
 
 import triton
@@ -52,6 +55,7 @@ def chunk_forward_kernel(
     IS_VARLEN: tl.constexpr,
     IS_FULL: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     # Columns of state: the values', and with TRANSITION K more that start as the identity and are written nothing:
@@ -141,7 +145,12 @@ def chunk_forward_kernel(
             store_result(o, tl.trans(b_o.to(dtype)), row, i_h * V + i_v * BV, HV * V, m_t, IS_FULL)
         # S'^T = gamma_C S^T + (rho r N)^T K
         rho = tl.exp2(g_last - b_g + log_rk) * b_beta  # beta is 0 past the end of the sequence
-        b_s = tl.dot((b_y * rho[None, :]).to(dtype), b_k, b_s * tl.exp2(g_last), input_precision=PRECISION)
+        b_n = b_y * rho[None, :]
+        b_high = b_n.to(dtype)
+        b_s = tl.dot(b_high, b_k, b_s * tl.exp2(g_last), input_precision=PRECISION)
+        if SPLIT:
+            b_low = (b_n - b_high.to(tl.float32)).to(dtype)
+            b_s = tl.dot(b_low, b_k, b_s, input_precision=PRECISION)
 
     if SAVE_FINAL:
         tl.store(final_state + p_state, b_s)

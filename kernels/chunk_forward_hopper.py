@@ -60,11 +60,14 @@ def is_for_hopper(K: int, V: int, dtype: torch.dtype, is_full: bool, device: tor
     return ptxas_version() >= SAFE_PTXAS
 
 
-def hopper_settings(full: bool, output: bool) -> HopperLaunch:
+def hopper_settings(full: bool, output: bool, split: bool) -> HopperLaunch:
     """Settings where a program for every sequence and head fills the GPU or does not, with output or without."""
     if not full:
         return HopperLaunch(1, 3, 0, 152)
-    return HopperLaunch(2, 3, 200, 80) if output else HopperLaunch(2, 3, 192, 96)
+    if not output:
+        return HopperLaunch(2, 3, 192, 96)
+    # With fewer registers for the state of a split one, ptxas waits for each product in turn.
+    return HopperLaunch(2, 3, 208, 64) if split else HopperLaunch(2, 3, 200, 80)
 
 
 @gluon.jit
@@ -147,7 +150,7 @@ def _prepare(
 def _carry_state(
     to_o, to_y, to_states, p_initial, p_final, tiles, places, half: gl.constexpr, BT: gl.constexpr, K: gl.constexpr,
     WIDTH: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr, OUTPUT: gl.constexpr, SAVE_STATES: gl.constexpr,
-    HAS_INITIAL: gl.constexpr, SAVE_FINAL: gl.constexpr, TRANSITION: gl.constexpr,
+    HAS_INITIAL: gl.constexpr, SAVE_FINAL: gl.constexpr, TRANSITION: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     # four warps: the state of 64 columns of values, its output, or the states and the errors of every chunk
     q_s, k_s, v_s, c_s, vec_s, p_s, ready_vec_s, o_s, y_s, state_s, ready, free, p_ready, p_free = tiles  # noqa: RUF059
@@ -210,8 +213,12 @@ def _carry_state(
         b_y = b_y * down[:, None]
         # S'^T = gamma_C S^T + (rho r N)^T K
         rho = ready_vec_s.index(6 * slot + 3).load(by_column)
-        b_n = gl.convert_layout((b_y * rho[None, :]).to(dtype), left_of_state)
-        b_s = warpgroup_mma(b_n, k_tile, b_s, is_async=True)
+        b_n = b_y * rho[None, :]
+        b_high = b_n.to(dtype)
+        b_s = warpgroup_mma(gl.convert_layout(b_high, left_of_state), k_tile, b_s, is_async=True)
+        if SPLIT:
+            b_low = (b_n - b_high.to(gl.float32)).to(dtype)
+            b_s = warpgroup_mma(gl.convert_layout(b_low, left_of_state), k_tile, b_s, is_async=True)
         if OUTPUT:
             # O^T = (S^T Q^T) scale gamma + N^T P^T
             b_n = gl.convert_layout((b_y * beta_s.load(by_column)[None, :]).to(dtype), left)
@@ -245,7 +252,7 @@ def chunk_forward_hopper_kernel(
     q, k, v, c, o, y, states, vectors, vector_rows, initial_state, final_state, T, R, scale,
     H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BT: gl.constexpr, HALVES: gl.constexpr,
     NORMALIZE: gl.constexpr, OUTPUT: gl.constexpr, SAVE_STATES: gl.constexpr, TRANSITION: gl.constexpr,
-    HAS_INITIAL: gl.constexpr, SAVE_FINAL: gl.constexpr, STAGES: gl.constexpr,
+    HAS_INITIAL: gl.constexpr, SAVE_FINAL: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
     STATE_REGISTERS: gl.constexpr, PREPARE_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     WIDTH: gl.constexpr = V + K if TRANSITION else V  # columns of state, as in `chunk_forward`
@@ -304,9 +311,9 @@ def chunk_forward_hopper_kernel(
         gl.warp_specialize(
             [
                 (_carry_state, (to_o, to_y, to_states, p_initial, p_final, tiles, places, 0, BT, K, WIDTH, STAGES,
-                                HALVES, OUTPUT, SAVE_STATES, HAS_INITIAL, SAVE_FINAL, TRANSITION)),
+                                HALVES, OUTPUT, SAVE_STATES, HAS_INITIAL, SAVE_FINAL, TRANSITION, SPLIT)),
                 (_carry_state, (to_o, to_y, to_states, p_initial, p_final, tiles, places, 1, BT, K, WIDTH, STAGES,
-                                HALVES, OUTPUT, SAVE_STATES, HAS_INITIAL, SAVE_FINAL, TRANSITION)),
+                                HALVES, OUTPUT, SAVE_STATES, HAS_INITIAL, SAVE_FINAL, TRANSITION, SPLIT)),
                 (_prepare, (tiles, p_log_rq, log_scale, chunks, i_v == 0, BT, STAGES, NORMALIZE, OUTPUT)),
                 (_load_tiles, (from_q, k, v, c, vector_rows, tiles, origin, chunks, BT, STAGES, HALVES, OUTPUT)),
             ],
@@ -317,7 +324,7 @@ def chunk_forward_hopper_kernel(
         gl.warp_specialize(
             [
                 (_carry_state, (to_o, to_y, to_states, p_initial, p_final, tiles, places, 0, BT, K, WIDTH, STAGES,
-                                HALVES, OUTPUT, SAVE_STATES, HAS_INITIAL, SAVE_FINAL, TRANSITION)),
+                                HALVES, OUTPUT, SAVE_STATES, HAS_INITIAL, SAVE_FINAL, TRANSITION, SPLIT)),
                 (_prepare, (tiles, p_log_rq, log_scale, chunks, i_v == 0, BT, STAGES, NORMALIZE, OUTPUT)),
                 (_load_tiles, (from_q, k, v, c, vector_rows, tiles, origin, chunks, BT, STAGES, HALVES, OUTPUT)),
             ],

@@ -8,7 +8,7 @@ of the state that leaves a chunk in float32 registers. In the notation of `chunk
     dS = gamma_C dS' - K^T (gamma r beta dW) + Q^^T (scale gamma dO)
 
 Only beta dN is rounded, and dN taken back from it, as X is in the forward scan. dS' of each chunk and dW are stored for
-`chunk_backward`.
+`chunk_backward`. With SPLIT gamma r beta dW is a sum of two numbers of 16 bits, as rho r N is in the forward scan.
 """
 
 import triton
@@ -47,6 +47,7 @@ def chunk_scan_backward_kernel(
     IS_VARLEN: tl.constexpr,
     IS_FULL: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -111,8 +112,12 @@ def chunk_scan_backward_kernel(
                 b_dw_kept += b_dn - b_dn_used
             store_result(dw, tl.trans(b_dw_kept.to(dtype)), row, i_h * V + i_v * BV, HV * V, m_t, IS_FULL)
         # dS^T = gamma_C dS'^T - (gamma r beta dW)^T K + (scale gamma dO)^T Q^
-        b_du = (b_dw * (-tl.exp2(b_g + log_rk) * b_beta)[None, :]).to(dtype)
-        b_ds = tl.dot(b_du, b_k, b_ds * tl.exp2(g_last), input_precision=PRECISION)
+        b_du = b_dw * (-tl.exp2(b_g + log_rk) * b_beta)[None, :]
+        b_high = b_du.to(dtype)
+        b_ds = tl.dot(b_high, b_k, b_ds * tl.exp2(g_last), input_precision=PRECISION)
+        if SPLIT:
+            b_low = (b_du - b_high.to(tl.float32)).to(dtype)
+            b_ds = tl.dot(b_low, b_k, b_ds, input_precision=PRECISION)
         gamma = tl.where(m_t, tl.exp2(b_g + log_rq), 0.0)
         b_doq = (tl.trans(b_do).to(tl.float32) * gamma[None, :]).to(dtype)
         b_ds = tl.dot(b_doq, b_q, b_ds, input_precision=PRECISION)

@@ -103,7 +103,7 @@ def _prepare(tiles, log_scale, chunks, BT: gl.constexpr, STAGES: gl.constexpr):
 def _carry_gradient(
     to_dw, to_dstates, p_final, p_initial, tiles, places, half: gl.constexpr, BT: gl.constexpr, K: gl.constexpr,
     V: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr, SAVE_STATES: gl.constexpr, HAS_FINAL: gl.constexpr,
-    SAVE_INITIAL: gl.constexpr,
+    SAVE_INITIAL: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     # four warps: the gradient of the state of 64 columns of values
     q_s, k_s, c_s, do_s, vec_s, p_s, ready_vec_s, dw_s, state_s, ready, free, p_ready, p_free = tiles  # noqa: RUF059
@@ -158,8 +158,12 @@ def _carry_gradient(
         b_dw = warpgroup_mma(gl.convert_layout(-b_z, left), c_s.index(s), b_used, is_async=True)
         b_dw = warpgroup_mma_wait(0, [b_dw])
         b_dw = b_dw * down[:, None]
-        b_du = (b_dw * ready_vec_s.index(6 * slot + 3).load(by_column)[None, :]).to(dtype)
-        b_ds = warpgroup_mma(gl.convert_layout(b_du, left_of_state), k_tile, b_ds, is_async=True)
+        b_du = b_dw * ready_vec_s.index(6 * slot + 3).load(by_column)[None, :]
+        b_high = b_du.to(dtype)
+        b_ds = warpgroup_mma(gl.convert_layout(b_high, left_of_state), k_tile, b_ds, is_async=True)
+        if SPLIT:
+            b_low = (b_du - b_high.to(gl.float32)).to(dtype)
+            b_ds = warpgroup_mma(gl.convert_layout(b_low, left_of_state), k_tile, b_ds, is_async=True)
         if SAVE_STATES:
             if c_dtype == gl.bfloat16:
                 b_dw += b_dn - b_used  # as in `chunk_scan_backward`
@@ -179,8 +183,8 @@ def _carry_gradient(
 def chunk_scan_backward_hopper_kernel(
     q, k, c, do, dw, dstates, vectors, vector_rows, dfinal, dinitial, T, R, scale,
     H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BT: gl.constexpr, SAVE_STATES: gl.constexpr,
-    HAS_FINAL: gl.constexpr, SAVE_INITIAL: gl.constexpr, HALVES: gl.constexpr, STAGES: gl.constexpr,
-    STATE_REGISTERS: gl.constexpr, PREPARE_REGISTERS: gl.constexpr,
+    HAS_FINAL: gl.constexpr, SAVE_INITIAL: gl.constexpr, SPLIT: gl.constexpr, HALVES: gl.constexpr,
+    STAGES: gl.constexpr, STATE_REGISTERS: gl.constexpr, PREPARE_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     BV: gl.constexpr = 64 * HALVES
     pid = gl.program_id(0)
@@ -229,9 +233,9 @@ def chunk_scan_backward_hopper_kernel(
         gl.warp_specialize(
             [
                 (_carry_gradient, (to_dw, to_dstates, p_final, p_initial, tiles, places, 0, BT, K, V, STAGES, HALVES,
-                                   SAVE_STATES, HAS_FINAL, SAVE_INITIAL)),
+                                   SAVE_STATES, HAS_FINAL, SAVE_INITIAL, SPLIT)),
                 (_carry_gradient, (to_dw, to_dstates, p_final, p_initial, tiles, places, 1, BT, K, V, STAGES, HALVES,
-                                   SAVE_STATES, HAS_FINAL, SAVE_INITIAL)),
+                                   SAVE_STATES, HAS_FINAL, SAVE_INITIAL, SPLIT)),
                 (_prepare, (tiles, log_scale, chunks, BT, STAGES)),
                 (_load_tiles, (q, k, c, do, vector_rows, tiles, origin, chunks, BT, STAGES, HALVES)),
             ],
@@ -242,7 +246,7 @@ def chunk_scan_backward_hopper_kernel(
         gl.warp_specialize(
             [
                 (_carry_gradient, (to_dw, to_dstates, p_final, p_initial, tiles, places, 0, BT, K, V, STAGES, HALVES,
-                                   SAVE_STATES, HAS_FINAL, SAVE_INITIAL)),
+                                   SAVE_STATES, HAS_FINAL, SAVE_INITIAL, SPLIT)),
                 (_prepare, (tiles, log_scale, chunks, BT, STAGES)),
                 (_load_tiles, (q, k, c, do, vector_rows, tiles, origin, chunks, BT, STAGES, HALVES)),
             ],

@@ -26,10 +26,11 @@ TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 def compile_cases() -> Iterator[Case]:
     """Gated training in bf16 with raw gates and normalised keys; the same on packed documents, and what differs most:
-    no gate, step sizes and keys as given."""
+    no gate, step sizes and keys as given. The scans also where they split what enters their state."""
     yield from delta_rule_cases("")
     yield from delta_rule_cases("_packed", packed=True)
     yield from delta_rule_cases("_plain", gate="none", normalize=False)
+    yield from (case for case in delta_rule_cases("_split", split=True) if "SPLIT" in case[1].arg_names)
 
 
 def delta_rule_cases(
@@ -41,10 +42,12 @@ def delta_rule_cases(
     gate: str = "raw",
     normalize: bool = True,
     packed: bool = False,
+    split: bool = False,
 ) -> Iterator[Case]:
     element = TYPES[dtype]
     base = {"HV": H, "BT": CHUNK, "IS_VARLEN": packed}
     heads = {"H": H, "K": K, "NORMALIZE": normalize, "IS_FULL": not packed, "PRECISION": dot_precision(dtype), **base}
+    heads["SPLIT"] = split
     absent = {} if packed else {"cu_seqlens": None}
     no_table, no_starts = ({}, {}) if packed else ({"chunk_table": None}, {"chunk_starts": None})
     documents = {"cu_seqlens": "*i32", "chunk_table": "*i32", "chunk_starts": "*i32"}
@@ -137,9 +140,9 @@ def hopper_cases(suffix: str, heads: dict[str, Any], element: str, matrix: str) 
     nothing_kept = {"y": None, "states": None}
     absent = {"initial_state": None, "final_state": None}
     for full in (False, True):
-        launch = hopper_settings(full, output=True)
+        launch = hopper_settings(full, output=True, split=heads["SPLIT"])
         yield case("forward_hopper", chunk_forward_hopper_kernel, output | nothing_kept | absent, launch)
-        launch = hopper_settings(full, output=False)
+        launch = hopper_settings(full, output=False, split=heads["SPLIT"])
         yield case("states_hopper", chunk_forward_hopper_kernel, states | absent, launch)
         constants = transition | nothing_kept | {"initial_state": None}
         yield case("transition_hopper", chunk_forward_hopper_kernel, constants, launch)

@@ -88,11 +88,13 @@ class _Scan:
         cu_seqlens: Tensor | None,
         scale: float,
         normalize: bool,
+        split: bool,
     ):
         self.B, self.T, self.H, self.K = k.shape
         self.HV, self.V = v.shape[2:]
         self.dtype, self.device = v.dtype, v.device
         self.cu_seqlens, self.scale = cu_seqlens, scale
+        self.split = split and self.dtype != torch.float32  # float32 operands are split by tf32x3 already
         self.segments = 1
         if cu_seqlens is None:
             self.segments = count_segments(self.B, self.T, self.HV, self.K, self.V, self.dtype)
@@ -140,9 +142,10 @@ class _Scan:
             "TRANSITION": transition,
             "HAS_INITIAL": initial is not None,
             "SAVE_FINAL": final is not None,
+            "SPLIT": self.split,
         }
         if self.for_hopper:
-            hopper = hopper_settings(count >= FULL, o is not None)
+            hopper = hopper_settings(count >= FULL, o is not None, self.split)
             launch(
                 chunk_forward_hopper_kernel,
                 (width // (64 * hopper.HALVES) * count, 1, 1),
@@ -212,6 +215,7 @@ class _Scan:
             "SAVE_STATES": dstates is not None,
             "HAS_FINAL": dfinal is not None,
             "SAVE_INITIAL": dinitial is not None,
+            "SPLIT": self.split,
         }
         count = self.HV * self.chunks.sequences
         if self.for_hopper:
@@ -338,17 +342,19 @@ def gated_delta_rule_forward(
     beta_range: float,
     normalize: bool,
     output_final_state: bool,
+    split: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, final state, and what the backward pass needs: C, four numbers a token and head, states of the segments.
 
     The numbers stand in rows: accumulated log-gates (base 2), step sizes, log2 of 1/|k| and of 1/|q|.
 
     `gate` is the log-gate, or the raw gate where `A_log` and `dt_bias` are given; `beta` the step size, or its logit
-    where `beta_range` is not 0. Checked by `lrnn.kernels.gated_delta_rule`, the public function.
+    where `beta_range` is not 0. `split` takes what enters the states, and in the backward pass their gradients, as a
+    sum of two numbers of 16 bits. Checked by `lrnn.kernels.gated_delta_rule`, the public function.
     """
     results = _forward_results(q, v, cu_seqlens, normalize, output_final_state)
     o, final, c, vectors, starts, segment_ends = results
-    s = _Scan(q, k, v, c, vectors, cu_seqlens, scale, normalize)
+    s = _Scan(q, k, v, c, vectors, cu_seqlens, scale, normalize, split)
     launch(
         chunk_inverse_kernel,
         (s.chunks.count, s.HV, 1),
@@ -386,7 +392,10 @@ def gated_delta_rule_forward(
 
 
 @torch.library.register_fake("lrnn::gated_delta_rule_forward", lib=_library)
-def _(q, k, v, gate, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, beta_range, normalize, output_final_state):
+def _(
+    q, k, v, gate, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, beta_range, normalize, output_final_state,
+    split,
+):  # fmt: skip
     return _forward_results(q, v, cu_seqlens, normalize, output_final_state)
 
 
@@ -410,9 +419,10 @@ def gated_delta_rule_backward(
     scale: float,
     beta_range: float,
     normalize: bool,
+    split: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, gate, beta, A_log, dt_bias and the initial state; empty where there is no such input."""
-    s = _Scan(q, k, v, c, vectors, cu_seqlens, scale, normalize)
+    s = _Scan(q, k, v, c, vectors, cu_seqlens, scale, normalize, split)
     do = with_rows(do)
     dlast = None if dfinal is None else dfinal.contiguous()
     y, dw = (s.empty(s.B * s.T, s.HV * s.V, dtype=s.dtype) for _ in range(2))
@@ -513,7 +523,7 @@ class _GatedDeltaRule(torch.autograd.Function):
     def forward(ctx, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
             output = gated_delta_rule_forward(*inputs)
-        *tensors, ctx.scale, ctx.beta_range, ctx.normalize, _ = inputs
+        *tensors, ctx.scale, ctx.beta_range, ctx.normalize, _, ctx.split = inputs
         ctx.save_for_backward(*tensors, *output[2:])
         ctx.set_materialize_grads(False)
         return output
@@ -528,10 +538,10 @@ class _GatedDeltaRule(torch.autograd.Function):
         inputs = (gate, beta, A_log, dt_bias, initial_state)
         with contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd():
             dq, dk, dv, *others = gated_delta_rule_backward(
-                do, dfinal, q, k, v, *inputs, *rest, ctx.scale, ctx.beta_range, ctx.normalize
+                do, dfinal, q, k, v, *inputs, *rest, ctx.scale, ctx.beta_range, ctx.normalize, ctx.split
             )
         d = [None if x is None else dx.to(x.dtype) for x, dx in zip(inputs, others, strict=True)]
-        return dq, dk, dv, *d, None, None, None, None, None
+        return dq, dk, dv, *d, None, None, None, None, None, None
 
 
 def _forward_with_gradients(*inputs):

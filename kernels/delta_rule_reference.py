@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+PRECISIONS = ("standard", "split")
+
 
 def gated_delta_rule(
     q: Tensor,
@@ -29,6 +31,7 @@ def gated_delta_rule(
     normalize_qk: bool = False,
     output_final_state: bool = True,
     chunk_size: int = 64,
+    precision: str = "standard",
 ) -> tuple[Tensor, Tensor | None]:
     """Gated delta rule over whole sequences, by chunks; one token at a time where T is 1.
 
@@ -44,15 +47,18 @@ def gated_delta_rule(
         normalize_qk: use q/|q| and k/|k|, with |x| at least 1e-6; otherwise q and k are used as given.
         output_final_state: whether the final state is returned.
         chunk_size: tokens a chunk.
+        precision: "standard" or "split", as the kernels take it. Here nothing is rounded to 16 bits, so it changes
+            nothing: it is there for models that ask for it.
 
     Returns:
         o [B, T, HV, V] in the dtype of v, and the final state [N, HV, K, V] in float32 (float64 for float64 inputs), or
         None.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, an unknown precision.
     """
     check_shapes(q, k, v, g, beta, initial_state, cu_seqlens)
+    check_precision(precision)
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
@@ -85,6 +91,7 @@ def fused_gated_delta_rule(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    precision: str = "standard",
 ) -> tuple[Tensor, Tensor | None]:
     """The same from raw projections: q and k are normalised, gates and step sizes computed from a and b.
 
@@ -106,7 +113,9 @@ def fused_gated_delta_rule(
             if A_log is None or dt_bias is None:
                 raise ValueError("a raw gate needs A_log and dt_bias")
             g = -A_log.to(dtype).exp() * F.softplus(a.to(dtype) + dt_bias.to(dtype))
-    return gated_delta_rule(q, k, v, g, beta, scale, initial_state, cu_seqlens, True, output_final_state)
+    return gated_delta_rule(
+        q, k, v, g, beta, scale, initial_state, cu_seqlens, True, output_final_state, precision=precision
+    )
 
 
 def gated_delta_product(
@@ -120,12 +129,15 @@ def gated_delta_product(
     cu_seqlens: Tensor | None = None,
     normalize_qk: bool = False,
     output_final_state: bool = True,
+    precision: str = "standard",
 ) -> tuple[Tensor, Tensor | None]:
     """Gated DeltaProduct (arXiv 2502.10297, equation 5) on the rule above; arguments as in `factors_as_steps`."""
     steps = factors_as_steps(q, k, v, g, beta, cu_seqlens)
     n_h = k.shape[2]
     q, k, v, g, beta, cu_seqlens = steps
-    o, state = gated_delta_rule(q, k, v, g, beta, scale, initial_state, cu_seqlens, normalize_qk, output_final_state)
+    o, state = gated_delta_rule(
+        q, k, v, g, beta, scale, initial_state, cu_seqlens, normalize_qk, output_final_state, precision=precision
+    )
     return o[:, n_h - 1 :: n_h], state
 
 
@@ -147,6 +159,12 @@ def factors_as_steps(q, k, v, g, beta, cu_seqlens):
         g = F.pad(g.unsqueeze(2), (0, 0, 0, n_h - 1)).flatten(1, 2)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens * n_h
     return q, k.flatten(1, 2), v.flatten(1, 2), g, beta.flatten(1, 2), cu_seqlens
+
+
+def check_precision(precision: str):
+    """Raise ValueError where `precision` is not one that the kernels know."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}; got {precision!r}")
 
 
 def document_ids(cu_seqlens: Tensor, batch_size: int, seq_len: int) -> Tensor:

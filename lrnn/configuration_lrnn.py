@@ -16,6 +16,8 @@ MIXERS = (
     "transformer",
 )
 
+DELTA_RULE_PRECISIONS = ("standard", "split")
+
 
 class LrnnConfig(PretrainedConfig):
     """A stack of linear-RNN blocks (token mixer + SwiGLU MLP, pre-norm).
@@ -33,6 +35,8 @@ class LrnnConfig(PretrainedConfig):
         allow_neg_eigval: eigenvalues of the state transition in [-1, 1] rather than [0, 1] (arXiv 2411.12537): for the
             DeltaNet mixers beta = 2 sigmoid rather than sigmoid, for the others see their files. "slstm" and
             "transformer" have no such range.
+        delta_rule_precision: of the DeltaNet and DeltaProduct mixers on a GPU in 16 bits: "standard", or "split", which
+            carries states several times as exactly (see `lrnn.kernels.gated_delta_rule`); the others do not read it.
         conv_size: taps of the causal short convolutions, in the mixers that have any.
         intermediate_size: width of the SwiGLU MLP.
         norm_eps: epsilon of every RMSNorm.
@@ -43,8 +47,8 @@ class LrnnConfig(PretrainedConfig):
             has it. Where it is given, corpora made with another tokenizer are refused.
 
     Raises:
-        ValueError: an unknown mixer, a size that is not positive, more than 4 Householder factors, an odd head_dim of a
-            "transformer".
+        ValueError: an unknown mixer or precision, a size that is not positive, more than 4 Householder factors, an odd
+            head_dim of a "transformer".
     """
 
     model_type = "lrnn"
@@ -61,6 +65,7 @@ class LrnnConfig(PretrainedConfig):
         num_householder: int = 2,
         state_size: int = 16,
         allow_neg_eigval: bool = True,
+        delta_rule_precision: str = "standard",
         conv_size: int = 4,
         intermediate_size: int = 5632,
         norm_eps: float = 1e-6,
@@ -76,6 +81,10 @@ class LrnnConfig(PretrainedConfig):
     ):
         if mixer not in MIXERS:
             raise ValueError(f"mixer {mixer!r} is not one of {', '.join(MIXERS)}")
+        if delta_rule_precision not in DELTA_RULE_PRECISIONS:
+            raise ValueError(
+                f"delta_rule_precision {delta_rule_precision!r} is not one of {', '.join(DELTA_RULE_PRECISIONS)}"
+            )
         sizes = {
             "vocab_size": vocab_size,
             "hidden_size": hidden_size,
@@ -97,6 +106,7 @@ class LrnnConfig(PretrainedConfig):
             raise ValueError(f"head_dim of a transformer must be even, for rotary positions; got {head_dim}")
         self.mixer = mixer
         self.allow_neg_eigval = allow_neg_eigval
+        self.delta_rule_precision = delta_rule_precision
         self.norm_eps = norm_eps
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range

@@ -37,6 +37,7 @@ class DeltaNet(Mixer):
         self.beta_range = 2.0 if config.allow_neg_eigval else 1.0
         self.gated = config.mixer.startswith("gated_")
         self.num_householder = config.num_householder if config.mixer.endswith("deltaproduct") else 1
+        self.precision = config.delta_rule_precision
         inner = config.num_heads * config.head_dim
         factors = self.num_householder
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
@@ -96,6 +97,7 @@ class DeltaNet(Mixer):
             initial_state=None if cache is None else cache.state[self.layer_idx],
             output_final_state=cache is not None,
             cu_seqlens=cu_seqlens,
+            precision=self.precision,
         )
         if cache is not None:
             cache.state[self.layer_idx] = state

@@ -119,7 +119,8 @@ def contents_of_checkpoint(run: Run, config: Config, engine: Any) -> tuple[dict[
 
 def check_same_run(saved: Path, model_config: LrnnConfig, description: dict[str, Any]) -> None:
     """Raises UserError where a checkpoint is of another model, or its position is one in other data."""
-    before = json.loads((saved / "config.json").read_text())
+    # A checkpoint that is older than a field was trained with what is now the field's default.
+    before = LrnnConfig().to_dict() | json.loads((saved / "config.json").read_text())
     now = json.loads(model_config.to_json_string(use_diff=False))
     ignored = {"transformers_version", "dtype"}
     for key in sorted((set(before) | set(now)) - ignored):

@@ -90,6 +90,12 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> tuple[GridConf
     return grid, cells
 
 
+def _said(config: LrnnConfig) -> dict[str, Any]:
+    """The fields that are not at their defaults: a field that is added later changes no fingerprint."""
+    defaults = LrnnConfig().to_dict()
+    return {name: value for name, value in config.to_dict().items() if value != defaults.get(name)}
+
+
 def _cells(grid: GridConfig, origin: str) -> Iterator[Cell]:
     for task_name, parameters in grid.tasks.items():
         if "task" not in parameters:
@@ -109,7 +115,7 @@ def _cells(grid: GridConfig, origin: str) -> Iterator[Cell]:
                 config = model_config_from(fields | fixed, f"{origin}: models.{model_name}")
                 for seed in grid.seeds:
                     folder = Path(grid.out) / task_name / model_name / range_ / f"seed-{seed}"
-                    facts = [parameters, config.to_diff_dict(), seed]
+                    facts = [parameters, _said(config), seed]
                     facts += [train.model_dump(exclude=UNIMPORTANT), grid.test.model_dump(exclude=UNIMPORTANT)]
                     fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
                     yield Cell(task_name, model_name, range_, seed, task, config, train, grid.test, folder, fingerprint)

@@ -31,7 +31,7 @@ VARIANTS = {
     "deltanet-tied": {"mixer": "deltanet", "tie_word_embeddings": True, "num_heads": 3, "conv_size": 3},
 }
 OTHER_MIXERS = {
-    "gated_deltaproduct": {"mixer": "gated_deltaproduct", "num_householder": 3},
+    "gated_deltaproduct": {"mixer": "gated_deltaproduct", "num_householder": 3, "delta_rule_precision": "split"},
     "mlstm": {"mixer": "mlstm"},
     "transformer": {"mixer": "transformer"},
 }

@@ -3,6 +3,7 @@
 Printed with -s: every error, and how far our kernels, fla's and FlashQLA's (where installed) carry a state.
 """
 
+import functools
 import importlib.util
 import os
 import subprocess
@@ -207,14 +208,16 @@ def test_tracking_beside_the_peers():
     x = {n: torch.cat([row[n] for row in rows]) for n in rows[0]}
     x = inputs.set_betas(inputs.set_gates(x, "one"), "2")
     x["v"].zero_()
-    runs = {"lrnn bf16": lambda y: gated_delta_rule(**y, normalize_qk=True, output_final_state=True)[1]}
+    options = {"normalize_qk": True, "output_final_state": True}
+    runs = {"lrnn bf16": lambda y: gated_delta_rule(**y, **options)[1]}
+    runs["lrnn bf16 split"] = lambda y: gated_delta_rule(**y, **options, precision="split")[1]
     runs["lrnn fp16"] = lambda y: runs["lrnn bf16"](y | {n: y[n].half() for n in "qkv"})
     runs["lrnn fp32"] = lambda y: runs["lrnn bf16"](y | {n: y[n].float() for n in "qkv"})
     for name, package, run in [("fla", "fla", fla_final_state), ("FlashQLA", "flash_qla", flash_qla_final_state)]:
         if importlib.util.find_spec(package):
             runs[name] = run
     with torch.no_grad():
-        _, true = truth.gated_delta_rule(**x, normalize_qk=True, output_final_state=True)
+        _, true = truth.gated_delta_rule(**x, **options)
         finals = {name: run(x) for name, run in runs.items()}
     errors = {
         name: [span_error(final[i], true[i], x["k"][i]) for i in range(len(kinds))] for name, final in finals.items()
@@ -222,10 +225,23 @@ def test_tracking_beside_the_peers():
     print(f"\nrelative error of the tracked part after {T} tokens" + "".join(f"{kind:>11}" for kind in kinds))
     for name, row in errors.items():
         print(f"{name:51}" + "".join(f"{e:11.2e}" for e in row))
+    standard, split = errors["lrnn bf16"], errors["lrnn bf16 split"]
+    assert all(e <= before for e, before in zip(split, standard, strict=True)), (split, standard)
+    assert 1.5 * sum(split) <= sum(standard), (split, standard)
     assert "fla" in errors, "fla is a dependency: the comparison needs it"
     for peer in set(errors) & {"fla", "FlashQLA"}:
         for kind, e, theirs in zip(kinds, errors["lrnn bf16"], errors[peer], strict=True):
             assert 3 * e <= theirs, f"{kind}: {e:.2e}, {peer} {theirs:.2e}"
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("documents", [False, True])
+def test_split_precision(documents, dtype):
+    """All results, on the scans in Gluon (without documents, in 16 bits) and on the plain ones."""
+    bounds = torch.tensor([0, 0, 1, 80, 1000, 2048], device="cuda") if documents else None
+    x = random(2, 1024, dtype=dtype, states=5 if documents else None, raw=True)
+    ours = functools.partial(fused_gated_delta_rule, precision="split")
+    compare(x, BARS[dtype], f"split, {dtype}", ours, truth.fused_gated_delta_rule, cu_seqlens=bounds)
 
 
 # ---- adversarial inputs

@@ -33,18 +33,19 @@ def launched(monkeypatch):
 @pytest.mark.parametrize("sizes", [(2, 64, 1, 1), (2, 512, 2, 4), (7, 256, 16, 16), (1, 8192, 4, 4)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("normalize", [True, False])
-def test_scans_in_gluon_are_the_plain_ones(sizes, dtype, normalize, launched, monkeypatch):
+@pytest.mark.parametrize("precision", ["standard", "split"])
+def test_scans_in_gluon_are_the_plain_ones(sizes, dtype, normalize, precision, launched, monkeypatch):
     B, T, H, HV = sizes
     x = inputs.random(B, T, H, K=128, HV=HV, device="cuda", dtype=dtype)
     x = x if normalize else inputs.unit_keys(x)  # longer keys would make the state grow
     if ptxas_version() < SAFE_PTXAS:
         pytest.skip(f"with ptxas {ptxas_version()} the scans in Gluon are not used")
     do, dstate = inputs.arriving(x)
-    gluon = evaluate(gated_delta_rule, x, do, dstate, normalize_qk=normalize)
+    gluon = evaluate(gated_delta_rule, x, do, dstate, normalize_qk=normalize, precision=precision)
     assert not PLAIN & set(launched) and set(launched) >= GLUON
     launched.clear()
     monkeypatch.setattr(delta_rule_op, "is_for_hopper", lambda *a: False)
-    plain = evaluate(gated_delta_rule, x, do, dstate, normalize_qk=normalize)
+    plain = evaluate(gated_delta_rule, x, do, dstate, normalize_qk=normalize, precision=precision)
     assert not GLUON & set(launched) and set(launched) >= PLAIN
     assert gluon.keys() == plain.keys()
     errors = {name: relative_error(gluon[name], plain[name]) for name in plain}

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lrnn import LrnnConfig, LrnnForCausalLM
+from lrnn import LrnnConfig, LrnnForCausalLM, mixer_deltanet
 from lrnn.configuration_lrnn import MIXERS
 from lrnn.mixer_deltanet import DeltaNet
 from lrnn.mixer_mlstm import stabilizer
@@ -554,3 +554,19 @@ def test_the_probe_reads_every_mixer_with_a_range(variant):
     assert set(found["negative_fraction"]) == {"0", "1"}
     for negative, histogram in zip(found["negative_fraction"].values(), found["histogram"], strict=True):
         assert 0 < negative < 1 and abs(sum(histogram) - 1) < 1e-3
+
+
+@pytest.mark.parametrize("mixer", ["gated_deltanet", "deltanet", "gated_deltaproduct", "deltaproduct"])
+def test_delta_rule_precision_reaches_the_rule(mixer, monkeypatch):
+    """On a CPU nothing is rounded to 16 bits: the logits are the same, and the rule is asked for it."""
+    name = "gated_delta_product" if mixer.endswith("product") else "fused_gated_delta_rule"
+    rule, asked = getattr(mixer_deltanet, name), []
+
+    def note(*args, **options):
+        asked.append(options["precision"])
+        return rule(*args, **options)
+
+    monkeypatch.setattr(mixer_deltanet, name, note)
+    variant = mixer + "3" if mixer.endswith("product") else mixer
+    logits = [make_model(variant, delta_rule_precision=p)(tokens(1, 9)).logits for p in ("standard", "split")]
+    assert asked == ["standard", "split"] and torch.equal(*logits)

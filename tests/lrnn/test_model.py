@@ -433,6 +433,7 @@ def test_a_fresh_model_is_a_function_of_the_seed():
         ("head_dim", 12.5, "head_dim must be a positive integer; got 12.5"),
         ("hidden_size", -32, "hidden_size must be a positive integer; got -32"),
         ("conv_size", "4", "conv_size must be a positive integer; got '4'"),
+        ("delta_rule_precision", "fast", "delta_rule_precision 'fast' is not one of standard, split"),
     ],
 )
 def test_bad_configuration(field, value, message):
@@ -443,5 +444,6 @@ def test_bad_configuration(field, value, message):
 
 def test_configuration_survives_its_file(tmp_path):
     config = LrnnConfig(**SIZE, mixer="deltanet", allow_neg_eigval=False, tie_word_embeddings=True, norm_eps=1e-5)
+    config.delta_rule_precision = "split"
     config.save_pretrained(tmp_path)
     assert LrnnConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()

@@ -18,6 +18,7 @@ from lrnn.pretrain.data import open_data
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.engine import load_model_config
 from lrnn.pretrain.metrics import read_metrics
+from lrnn.pretrain.run import check_same_run
 
 SERVER = Path(__file__).with_name("command_server.py")
 
@@ -319,6 +320,18 @@ def test_resume_with_a_changed_model(run, refused, model_json, tmp_path, field, 
     assert f"{run}/checkpoints/step-00000002 was trained with {field} = " in message
     assert f"says {value!r}" in message and "choose another run_dir" in message
     assert content(run) == before
+
+
+def test_resume_of_a_checkpoint_older_than_a_field(model_json, tmp_path):
+    """It was trained with what is now the default."""
+    config = load_model_config(model_json)
+    older = {n: value for n, value in config.to_dict().items() if n != "delta_rule_precision"}
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    (tmp_path / "progress.json").write_text(json.dumps({"data": {}}))
+    check_same_run(tmp_path, config, {})
+    config.delta_rule_precision = "split"
+    with pytest.raises(UserError, match="was trained with delta_rule_precision = 'standard'"):
+        check_same_run(tmp_path, config, {})
 
 
 def test_resume_with_changed_data(run, refused, corpora, foreign_corpus, tmp_path):

@@ -4,7 +4,8 @@ Triton reads TRITON_INTERPRET when a kernel is defined, so it has to be set befo
 
     TRITON_INTERPRET=1 pytest tests/kernels/interpreted
 
-The interpreter's bfloat16 is wrong (it computes with the bits as integers): float16 and float32 alone are tested here.
+The interpreter's bfloat16 is wrong (it computes with the bits as integers): float16 and float32 alone are tested here,
+but for `test_split_precision.py`, which mends it.
 """
 
 import os
