@@ -8,7 +8,7 @@ sizes and norms); one loads tiles by the TMA, as far ahead as there is memory. P
     S' = gamma_C S + K^T (rho r N)        O = scale gamma Q^ S + P N
 
 Equations, roundings and arguments are those of `chunk_forward`, which stays the readable form and does everything that
-this one is not made for (`hopper_launch`).
+this one is not made for (`is_for_hopper`).
 """
 
 from typing import NamedTuple

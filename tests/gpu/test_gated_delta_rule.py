@@ -19,7 +19,7 @@ from delta_rule_truth import check, evaluate, evaluate_truth, floors, relative_e
 from nan_buffers import fill_new_buffers_with_nan
 from operator_calls import OperatorCalls
 
-from lrnn.kernels import delta_rule_op
+from lrnn.kernels import scans
 from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule, gated_delta_product, gated_delta_rule
 from lrnn.pretrain import bench_kernels
 
@@ -147,7 +147,7 @@ def test_product(n_h):
 
 def test_long_sequence_in_segments():
     """One long sequence is cut into segments that are scanned side by side."""
-    assert delta_rule_op.count_segments(1, 8192, 1, 128, 128, BF16) > 1, "this length is not cut any more"
+    assert scans.count_segments(1, 8192, 1, 128, 128, BF16) > 1, "this length is not cut any more"
     compare_fused(random(1, 8192, H=1, raw=True), BARS[BF16], "segments")
     x = inputs.set_keys(inputs.set_gates(random(1, 8192, H=1, dtype=FP32), "one"), "random")
     compare(x, {"": 5e-4}, "segments without decay, float32", normalize_qk=True)

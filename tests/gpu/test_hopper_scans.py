@@ -9,7 +9,7 @@ import pytest
 import torch
 from delta_rule_truth import evaluate, relative_error
 
-from lrnn.kernels import delta_rule_op
+from lrnn.kernels import scans
 from lrnn.kernels.gated_delta_rule import gated_delta_rule
 from lrnn.kernels.launch_config import SAFE_PTXAS, ptxas_version
 
@@ -19,13 +19,13 @@ GLUON = {"chunk_forward_hopper_kernel", "chunk_scan_backward_hopper_kernel"}
 
 @pytest.fixture
 def launched(monkeypatch):
-    names, launch = [], delta_rule_op.launch
+    names, launch = [], scans.launch
 
     def note(kernel, *args, **constants):
         names.append(kernel.__name__)
         launch(kernel, *args, **constants)
 
-    monkeypatch.setattr(delta_rule_op, "launch", note)
+    monkeypatch.setattr(scans, "launch", note)
     return names
 
 
@@ -44,7 +44,7 @@ def test_scans_in_gluon_are_the_plain_ones(sizes, dtype, normalize, precision, l
     gluon = evaluate(gated_delta_rule, x, do, dstate, normalize_qk=normalize, precision=precision)
     assert not PLAIN & set(launched) and set(launched) >= GLUON
     launched.clear()
-    monkeypatch.setattr(delta_rule_op, "is_for_hopper", lambda *a: False)
+    monkeypatch.setattr(scans, "is_for_hopper", lambda *a: False)
     plain = evaluate(gated_delta_rule, x, do, dstate, normalize_qk=normalize, precision=precision)
     assert not GLUON & set(launched) and set(launched) >= PLAIN
     assert gluon.keys() == plain.keys()

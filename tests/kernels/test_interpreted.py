@@ -11,10 +11,12 @@ AT_LEAST = 300  # tests; fewer means that a file was not collected
 
 
 def test_kernels_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-p", "no:cacheprovider", "-n", "2"]
+    # Two processes, since this is the longest test: it ends long after all others that run beside it.
     # Most of the time goes into NumPy calls on small arrays: more threads would only wait for each other.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    environment.pop("PYTEST_ADDOPTS", None)
+    for name in [n for n in environment if n == "PYTEST_ADDOPTS" or n.startswith("PYTEST_XDIST")]:
+        del environment[name]  # of the pytest that this one runs in
     result = subprocess.run(
         command, cwd=FOLDER.parents[2], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -8,7 +8,7 @@ from delta_rule_inputs import BARS, BETAS, GATES, KEYS
 from delta_rule_truth import check, evaluate, evaluate_truth, floors, relative_error
 from operator_calls import OperatorCalls
 
-from lrnn.kernels import delta_rule_op
+from lrnn.kernels import scans
 from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule, gated_delta_product, gated_delta_rule
 
 FP16, FP32 = torch.float16, torch.float32
@@ -264,11 +264,11 @@ def test_gradient_of_one_result_alone(of):
 @pytest.mark.parametrize("documents", [False, True])
 def test_segments(documents, monkeypatch):
     """Long sequences are cut into segments that are scanned side by side; here, short ones are."""
-    monkeypatch.setattr(delta_rule_op, "SEGMENT", 64)
+    monkeypatch.setattr(scans, "SEGMENT", 64)
     x = inputs.random(1, 256, H=1, K=64, dtype=FP16, states=2 if documents else 1)
     bounds = torch.tensor([0, 100, 256]) if documents else None
     if not documents:
-        assert delta_rule_op.count_segments(1, 256, 1, 64, 64, FP16) == 4
+        assert scans.count_segments(1, 256, 1, 64, 64, FP16) == 4
     compare(x, BARS[FP16], "segments", normalize_qk=True, cu_seqlens=bounds)
 
 

@@ -11,7 +11,7 @@ from delta_rule_truth import check, evaluate, evaluate_truth, floors, relative_e
 from operator_calls import OperatorCalls
 from triton.runtime import interpreter
 
-from lrnn.kernels import delta_rule_op, delta_rule_reference
+from lrnn.kernels import delta_rule_reference, scans
 from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule, gated_delta_product, gated_delta_rule
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -82,9 +82,9 @@ def test_all_results_with_documents_and_states(raw, dtype, bfloat16):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_segments_and_wide_heads(dtype, bfloat16, monkeypatch):
-    monkeypatch.setattr(delta_rule_op, "SEGMENT", 64)
+    monkeypatch.setattr(scans, "SEGMENT", 64)
     x = inputs.random(1, 256, H=2, K=128, dtype=dtype)  # one head's gradient of g may be small by chance
-    assert delta_rule_op.count_segments(1, 256, 2, 128, 128, dtype) == 4
+    assert scans.count_segments(1, 256, 2, 128, 128, dtype) == 4
     do, dstate = inputs.arriving(x)
     found = evaluate(gated_delta_rule, x, do, dstate, normalize_qk=True, precision="split")
     expected = evaluate_truth(truth.gated_delta_rule, x, do, dstate, normalize_qk=True)

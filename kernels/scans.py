@@ -1,0 +1,263 @@
+"""The scans over chunks of one call, and what their launches have in common: in Gluon where they are made for it.
+
+Few long sequences do not fill the GPU with one scan each. They are cut into segments, whose transitions (a matrix
+[K, K]) and end states from nothing are computed side by side, then joined, and the scans start from there. This is
+exact; no decay is assumed.
+"""
+
+import torch
+from torch import Tensor
+
+from lrnn.kernels.chunk_forward import chunk_forward_kernel
+from lrnn.kernels.chunk_forward_hopper import FULL, chunk_forward_hopper_kernel, hopper_settings, is_for_hopper
+from lrnn.kernels.chunk_scan_backward import chunk_scan_backward_kernel
+from lrnn.kernels.chunk_scan_backward_hopper import chunk_scan_backward_hopper_kernel, hopper_backward_settings
+from lrnn.kernels.launch import launch
+from lrnn.kernels.launch_config import scan_backward_stages, scan_launch
+from lrnn.kernels.segment_scan import SEGMENT_SCAN, segment_scan_kernel
+from lrnn.kernels.tiles import CHUNK, Chunks, Tiles, dot_precision, result_tiles, with_rows
+
+SCANS_TO_FILL = 256  # scans that fill an H100: 132 multiprocessors, two programs on each
+SEGMENT = 16 * CHUNK  # tokens of a segment at least: below, the extra pass costs more than it gains
+
+
+def count_segments(batch_size: int, seq_len: int, num_heads: int, K: int, V: int, dtype: torch.dtype) -> int:
+    """Into how many equal segments each sequence is cut: 1, or a power of 2 from 4 on."""
+    scans = batch_size * num_heads * (V // scan_launch(K, V, dtype).BV)
+    segments = 1
+    while 2 * segments * scans <= SCANS_TO_FILL and seq_len % (2 * segments * SEGMENT) == 0:
+        segments *= 2
+    return segments if segments >= 4 else 1
+
+
+class Scan:
+    """What the launches of one call have in common."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        c: Tensor,
+        vectors: Tensor,
+        cu_seqlens: Tensor | None,
+        scale: float,
+        normalize: bool,
+        split: bool,
+    ):
+        self.B, self.T, self.H, self.K = k.shape
+        self.HV, self.V = v.shape[2:]
+        self.dtype, self.device = v.dtype, v.device
+        self.cu_seqlens, self.scale = cu_seqlens, scale
+        self.split = split and self.dtype != torch.float32  # float32 operands are split by tf32x3 already
+        self.segments = 1
+        if cu_seqlens is None:
+            self.segments = count_segments(self.B, self.T, self.HV, self.K, self.V, self.dtype)
+        # Segments end where chunks end, so cutting changes the number of sequences and no chunk.
+        self.chunks = Chunks(self.B * self.segments, self.T // self.segments, cu_seqlens)
+        self.is_full = cu_seqlens is None and self.T % CHUNK == 0  # every chunk: no masks, and the TMA may store
+        self.launch = scan_launch(self.K, self.V, self.dtype)
+        self.for_hopper = is_for_hopper(self.K, self.V, self.dtype, self.is_full, self.device)
+        self.vectors, self.R = vectors, vectors.shape[1]
+        self.keys = with_rows(k)
+        self.q, self.k = Tiles(with_rows(q), CHUNK, self.K), Tiles(self.keys, CHUNK, self.K)
+        self.v = Tiles(with_rows(v), CHUNK, self.launch.BV)
+        self.c, self.vector_rows = Tiles(c, CHUNK, CHUNK), Tiles(vectors, 1, CHUNK)
+        self.heads = {
+            "H": self.H,
+            "HV": self.HV,
+            "K": self.K,
+            "BT": CHUNK,
+            "NORMALIZE": normalize,
+            "IS_VARLEN": cu_seqlens is not None,
+            "IS_FULL": self.is_full,
+            "PRECISION": dot_precision(self.dtype),
+        }
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def result(self, x: Tensor | None) -> Tensor | Tiles | None:
+        return result_tiles(x, CHUNK, self.launch.BV, self.is_full)
+
+    def run_forward(
+        self,
+        initial: Tensor | None,
+        final: Tensor | None,
+        o: Tensor | None = None,
+        y: Tensor | None = None,
+        states: Tensor | None = None,
+        transition: bool = False,
+    ) -> None:
+        width = self.V + self.K * transition
+        count = self.HV * self.chunks.sequences
+        flags = {
+            "OUTPUT": o is not None,
+            "SAVE_STATES": states is not None,
+            "TRANSITION": transition,
+            "HAS_INITIAL": initial is not None,
+            "SAVE_FINAL": final is not None,
+            "SPLIT": self.split,
+        }
+        if self.for_hopper:
+            hopper = hopper_settings(count >= FULL, o is not None, self.split)
+            launch(
+                chunk_forward_hopper_kernel,
+                (width // (64 * hopper.HALVES) * count, 1, 1),
+                self.q if o is not None else None,
+                self.k,
+                self.v,
+                self.c,
+                self.result(o),
+                self.result(y),
+                None if states is None else Tiles(states, self.launch.BV, self.K),
+                self.vectors,
+                self.vector_rows,
+                initial,
+                final,
+                self.chunks.seq_len,
+                self.R,
+                self.scale,
+                H=self.H,
+                HV=self.HV,
+                K=self.K,
+                V=self.V,
+                BT=CHUNK,
+                NORMALIZE=self.heads["NORMALIZE"],
+                num_warps=4,
+                **flags,
+                **hopper._asdict(),
+            )
+            return
+        columns = width // self.launch.BV
+        launch(
+            chunk_forward_kernel,
+            (columns * count, 1, 1),
+            self.q if o is not None else None,
+            self.k,
+            self.v,
+            self.c,
+            self.result(o),
+            self.result(y),
+            None if states is None else Tiles(states, self.launch.BV, self.K),
+            self.vectors,
+            self.vector_rows,
+            initial,
+            final,
+            self.cu_seqlens,
+            self.chunks.starts,
+            self.chunks.seq_len,
+            self.R,
+            self.scale,
+            V=self.V,
+            BV=self.launch.BV,
+            STAGES=self.launch.stages,
+            num_warps=self.launch.warps,
+            num_stages=self.launch.stages,
+            **flags,
+            **self.heads,
+        )
+
+    def run_backward_scan(
+        self,
+        do: Tensor,
+        dfinal: Tensor | None,
+        dinitial: Tensor | None,
+        dw: Tensor | None = None,
+        dstates: Tensor | None = None,
+    ) -> None:
+        flags = {
+            "SAVE_STATES": dstates is not None,
+            "HAS_FINAL": dfinal is not None,
+            "SAVE_INITIAL": dinitial is not None,
+            "SPLIT": self.split,
+        }
+        count = self.HV * self.chunks.sequences
+        if self.for_hopper:
+            hopper = hopper_backward_settings(count >= FULL)
+            launch(
+                chunk_scan_backward_hopper_kernel,
+                (self.V // (64 * hopper.HALVES) * count, 1, 1),
+                self.q,
+                self.k,
+                self.c,
+                Tiles(do, CHUNK, self.launch.BV),
+                self.result(dw),
+                None if dstates is None else Tiles(dstates, self.launch.BV, self.K),
+                self.vectors,
+                self.vector_rows,
+                dfinal,
+                dinitial,
+                self.chunks.seq_len,
+                self.R,
+                self.scale,
+                H=self.H,
+                HV=self.HV,
+                K=self.K,
+                V=self.V,
+                BT=CHUNK,
+                num_warps=4,
+                **flags,
+                **hopper._asdict(),
+            )
+            return
+        stages = scan_backward_stages(self.K, self.V, self.dtype)
+        launch(
+            chunk_scan_backward_kernel,
+            (self.V // self.launch.BV * self.HV * self.chunks.sequences, 1, 1),
+            self.q,
+            self.k,
+            self.c,
+            Tiles(do, CHUNK, self.launch.BV),
+            self.result(dw),
+            None if dstates is None else Tiles(dstates, self.launch.BV, self.K // 2),
+            self.vectors,
+            self.vector_rows,
+            dfinal,
+            dinitial,
+            self.cu_seqlens,
+            self.chunks.starts,
+            self.chunks.seq_len,
+            self.R,
+            self.scale,
+            V=self.V,
+            BV=self.launch.BV,
+            STAGES=stages,
+            num_warps=self.launch.warps,
+            num_stages=stages,
+            **flags,
+            **self.heads,
+        )
+
+    def join_segments(
+        self,
+        joined: Tensor,
+        ends: Tensor,
+        segment_ends: Tensor,
+        start: Tensor | None,
+        last: Tensor | None,
+        backward: bool,
+    ) -> None:
+        """States in which the segments start, or gradients of those in which they end; `last` gets what follows.
+
+        The transitions are columns of `segment_ends` [B * segments, HV, K, V + K]; forward it is `ends` too.
+        """
+        launch(
+            segment_scan_kernel,
+            (self.V // SEGMENT_SCAN["BV"], self.B, self.HV),
+            joined,
+            ends,
+            segment_ends[..., self.V :],
+            start,
+            last,
+            self.segments,
+            HV=self.HV,
+            K=self.K,
+            V=self.V,
+            E_STRIDE=ends.stride(2),
+            M_STRIDE=self.V + self.K,
+            BACKWARD=backward,
+            HAS_START=start is not None,
+            SAVE_LAST=last is not None,
+            **SEGMENT_SCAN,
+        )
