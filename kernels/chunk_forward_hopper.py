@@ -27,6 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from lrnn.kernels.gluon_parts import (
     FLAT,
     as_vector,
+    inverse_step,
+    make_barriers,
     part_barrier,
     step_and_back_prepared,
     tma_load,
@@ -124,7 +126,7 @@ def _prepare(
         first = 6 * slot
         ready_vec_s.index(first).store(gl.exp2(g + log_rk))  # gamma r
         ready_vec_s.index(first + 1).store(beta)
-        ready_vec_s.index(first + 2).store(gl.where(beta < 1e-4, 0.0, 1.0 / beta))
+        ready_vec_s.index(first + 2).store(inverse_step(beta))
         ready_vec_s.index(first + 3).store(gl.exp2(g_last - g + log_rk) * beta)  # rho r beta
         ready_vec_s.index(first + 4).store(gl.zeros([BT], gl.float32, by_row) + gl.exp2(g_last))  # gamma_C
         if OUTPUT:
@@ -288,18 +290,7 @@ def chunk_forward_hopper_kernel(
     if SAVE_STATES:
         y_s = gl.allocate_shared_memory(y.dtype, [HALVES, BT, 64], y.layout)
         state_s = gl.allocate_shared_memory(states.dtype, [HALVES, 64, K], states.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    p_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    p_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for s in gl.static_range(STAGES):
-        mbarrier.init(ready.index(s), count=1)
-        mbarrier.init(free.index(s), count=HALVES + 1)
-    for s in gl.static_range(2):
-        mbarrier.init(p_ready.index(s), count=1)
-        mbarrier.init(p_free.index(s), count=HALVES)
-    fence_async_shared()
-    part_barrier()
+    ready, free, p_ready, p_free = make_barriers(STAGES, HALVES)
 
     state_row = (first_chunk * HV + i_h) * V
     tiles = (q_s, k_s, v_s, c_s, vec_s, p_s, ready_vec_s, o_s, y_s, state_s, ready, free, p_ready, p_free)

@@ -24,6 +24,8 @@ from lrnn.kernels.chunk_forward_hopper import HopperLaunch
 from lrnn.kernels.gluon_parts import (
     FLAT,
     as_vector,
+    inverse_step,
+    make_barriers,
     part_barrier,
     step_and_back_prepared,
     tma_load,
@@ -87,7 +89,7 @@ def _prepare(tiles, log_scale, chunks, BT: gl.constexpr, STAGES: gl.constexpr):
         first = 6 * slot
         ready_vec_s.index(first).store(gl.exp2(g_last - g + log_rk))  # rho r
         ready_vec_s.index(first + 1).store(beta)
-        ready_vec_s.index(first + 2).store(gl.where(beta < 1e-4, 0.0, 1.0 / beta))
+        ready_vec_s.index(first + 2).store(inverse_step(beta))
         ready_vec_s.index(first + 3).store(-gl.exp2(g + log_rk) * beta)  # -gamma r beta
         ready_vec_s.index(first + 4).store(gl.zeros([BT], gl.float32, by_row) + gl.exp2(g_last))  # gamma_C
         ready_vec_s.index(first + 5).store(gl.exp2(to_query))  # scale gamma r_q
@@ -211,18 +213,7 @@ def chunk_scan_backward_hopper_kernel(
     if SAVE_STATES:
         dw_s = gl.allocate_shared_memory(dw.dtype, [HALVES, BT, 64], dw.layout)
         state_s = gl.allocate_shared_memory(dstates.dtype, [HALVES, 64, K], dstates.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    p_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    p_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for s in gl.static_range(STAGES):
-        mbarrier.init(ready.index(s), count=1)
-        mbarrier.init(free.index(s), count=HALVES + 1)
-    for s in gl.static_range(2):
-        mbarrier.init(p_ready.index(s), count=1)
-        mbarrier.init(p_free.index(s), count=HALVES)
-    fence_async_shared()
-    part_barrier()
+    ready, free, p_ready, p_free = make_barriers(STAGES, HALVES)
 
     tiles = (q_s, k_s, c_s, do_s, vec_s, p_s, ready_vec_s, dw_s, state_s, ready, free, p_ready, p_free)
     origin = (row0, first_chunk * BT, i_h // (HV // H) * K, i_h * V + i_v * BV, i_h * BT, 4 * i_h)

@@ -1,17 +1,44 @@
-"""What the kernels in Gluon share: its names in several versions of Triton, vectors in shared memory, P.
+"""What the kernels in Gluon share: its names in several versions of Triton, barriers, vectors in shared memory, P.
 
 Gluon is experimental, and renames. These are the names of Triton 3.6, or those of 3.9.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
+
+from lrnn.kernels.tiles import SMALL_BETA
 
 _IS_OLD = gl.constexpr(hasattr(gl, "thread_barrier"))
 part_barrier = gl.thread_barrier if _IS_OLD.value else gl.barrier  # of the warps of one part
 tma_load = tma.async_copy_global_to_shared if _IS_OLD.value else tma.async_load
 tma_store = tma.async_copy_shared_to_global if _IS_OLD.value else tma.async_store
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))  # of a vector in shared memory
+
+
+@gluon.jit
+def make_barriers(STAGES: gl.constexpr, HALVES: gl.constexpr):
+    # of the tiles of a chunk (`ready` for all, `free` again when each half and who prepares is done with them) and of
+    # what is prepared from them, in two slots (`p_ready`, and `p_free` when each half is done)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    p_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    p_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        mbarrier.init(ready.index(s), count=1)
+        mbarrier.init(free.index(s), count=HALVES + 1)
+    for s in gl.static_range(2):
+        mbarrier.init(p_ready.index(s), count=1)
+        mbarrier.init(p_free.index(s), count=HALVES)
+    fence_async_shared()
+    part_barrier()
+    return ready, free, p_ready, p_free
+
+
+@gluon.jit
+def inverse_step(beta):
+    # 1 / beta for `step_and_back_prepared`, 0 where beta is small
+    return gl.where(beta < SMALL_BETA, 0.0, 1.0 / beta)
 
 
 @gluon.jit

@@ -5,6 +5,8 @@ Few long sequences do not fill the GPU with one scan each. They are cut into seg
 exact; no decay is assumed.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,11 +65,9 @@ class Scan:
         self.q, self.k = Tiles(with_rows(q), CHUNK, self.K), Tiles(self.keys, CHUNK, self.K)
         self.v = Tiles(with_rows(v), CHUNK, self.launch.BV)
         self.c, self.vector_rows = Tiles(c, CHUNK, CHUNK), Tiles(vectors, 1, CHUNK)
+        self.sizes = {"H": self.H, "HV": self.HV, "K": self.K, "BT": CHUNK}
         self.heads = {
-            "H": self.H,
-            "HV": self.HV,
-            "K": self.K,
-            "BT": CHUNK,
+            **self.sizes,
             "NORMALIZE": normalize,
             "IS_VARLEN": cu_seqlens is not None,
             "IS_FULL": self.is_full,
@@ -99,40 +99,7 @@ class Scan:
             "SAVE_FINAL": final is not None,
             "SPLIT": self.split,
         }
-        if self.for_hopper:
-            hopper = hopper_settings(count >= FULL, o is not None, self.split)
-            launch(
-                chunk_forward_hopper_kernel,
-                (width // (64 * hopper.HALVES) * count, 1, 1),
-                self.q if o is not None else None,
-                self.k,
-                self.v,
-                self.c,
-                self.result(o),
-                self.result(y),
-                None if states is None else Tiles(states, self.launch.BV, self.K),
-                self.vectors,
-                self.vector_rows,
-                initial,
-                final,
-                self.chunks.seq_len,
-                self.R,
-                self.scale,
-                H=self.H,
-                HV=self.HV,
-                K=self.K,
-                V=self.V,
-                BT=CHUNK,
-                NORMALIZE=self.heads["NORMALIZE"],
-                num_warps=4,
-                **flags,
-                **hopper._asdict(),
-            )
-            return
-        columns = width // self.launch.BV
-        launch(
-            chunk_forward_kernel,
-            (columns * count, 1, 1),
+        tensors = (
             self.q if o is not None else None,
             self.k,
             self.v,
@@ -144,19 +111,15 @@ class Scan:
             self.vector_rows,
             initial,
             final,
-            self.cu_seqlens,
-            self.chunks.starts,
-            self.chunks.seq_len,
-            self.R,
-            self.scale,
-            V=self.V,
-            BV=self.launch.BV,
-            STAGES=self.launch.stages,
-            num_warps=self.launch.warps,
-            num_stages=self.launch.stages,
-            **flags,
-            **self.heads,
         )
+        if self.for_hopper:
+            hopper = hopper_settings(count >= FULL, o is not None, self.split)
+            columns = width // (64 * hopper.HALVES)
+            settings = {"NORMALIZE": self.heads["NORMALIZE"], **flags, **hopper._asdict()}
+            self._launch_hopper(chunk_forward_hopper_kernel, columns * count, tensors, settings)
+        else:
+            columns = width // self.launch.BV
+            self._launch_plain(chunk_forward_kernel, columns * count, tensors, flags, self.launch.stages)
 
     def run_backward_scan(
         self,
@@ -173,48 +136,38 @@ class Scan:
             "SPLIT": self.split,
         }
         count = self.HV * self.chunks.sequences
-        if self.for_hopper:
-            hopper = hopper_backward_settings(count >= FULL)
-            launch(
-                chunk_scan_backward_hopper_kernel,
-                (self.V // (64 * hopper.HALVES) * count, 1, 1),
-                self.q,
-                self.k,
-                self.c,
-                Tiles(do, CHUNK, self.launch.BV),
-                self.result(dw),
-                None if dstates is None else Tiles(dstates, self.launch.BV, self.K),
-                self.vectors,
-                self.vector_rows,
-                dfinal,
-                dinitial,
-                self.chunks.seq_len,
-                self.R,
-                self.scale,
-                H=self.H,
-                HV=self.HV,
-                K=self.K,
-                V=self.V,
-                BT=CHUNK,
-                num_warps=4,
-                **flags,
-                **hopper._asdict(),
-            )
-            return
-        stages = scan_backward_stages(self.K, self.V, self.dtype)
-        launch(
-            chunk_scan_backward_kernel,
-            (self.V // self.launch.BV * self.HV * self.chunks.sequences, 1, 1),
+        # In plain Triton the states are stored by halves: a buffer for whole ones would leave too little memory.
+        width = self.K if self.for_hopper else self.K // 2
+        tensors = (
             self.q,
             self.k,
             self.c,
             Tiles(do, CHUNK, self.launch.BV),
             self.result(dw),
-            None if dstates is None else Tiles(dstates, self.launch.BV, self.K // 2),
+            None if dstates is None else Tiles(dstates, self.launch.BV, width),
             self.vectors,
             self.vector_rows,
             dfinal,
             dinitial,
+        )
+        if self.for_hopper:
+            hopper = hopper_backward_settings(count >= FULL)
+            columns = self.V // (64 * hopper.HALVES)
+            settings = {**flags, **hopper._asdict()}
+            self._launch_hopper(chunk_scan_backward_hopper_kernel, columns * count, tensors, settings)
+        else:
+            columns, stages = self.V // self.launch.BV, scan_backward_stages(self.K, self.V, self.dtype)
+            self._launch_plain(chunk_scan_backward_kernel, columns * count, tensors, flags, stages)
+
+    def _launch_hopper(self, kernel: Any, programs: int, tensors: tuple, settings: dict[str, int]) -> None:
+        numbers = self.chunks.seq_len, self.R, self.scale
+        launch(kernel, (programs, 1, 1), *tensors, *numbers, V=self.V, num_warps=4, **settings, **self.sizes)
+
+    def _launch_plain(self, kernel: Any, programs: int, tensors: tuple, flags: dict[str, bool], stages: int) -> None:
+        launch(
+            kernel,
+            (programs, 1, 1),
+            *tensors,
             self.cu_seqlens,
             self.chunks.starts,
             self.chunks.seq_len,

@@ -11,6 +11,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run on CPU tensors, for tests
 CHUNK = 64  # tokens of a chunk: one Hopper warpgroup's rows, and 64 x 64 is solved per chunk
 
+SMALL_BETA = tl.constexpr(1e-4)  # below it x is not recovered from beta x (`step_and_back`)
+
 
 @triton.jit
 def chunk_position(i_c, cu_seqlens, chunk_table, T, BT: tl.constexpr, IS_VARLEN: tl.constexpr):
@@ -66,7 +68,7 @@ def step_and_back(x, beta, dtype: tl.constexpr):
         x = x * (0x7F000000 - exponent).to(tl.float32, bitcast=True)[:, None]
         down = exponent.to(tl.float32, bitcast=True)
     stepped = (x * beta[None, :]).to(dtype)
-    is_small = beta < 1e-4
+    is_small = beta < SMALL_BETA
     inverse = tl.where(is_small, 0.0, 1.0 / beta)
     return stepped, tl.where(is_small[None, :], x, stepped.to(tl.float32) * inverse[None, :]), down
 

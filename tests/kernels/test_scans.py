@@ -1,0 +1,65 @@
+"""What the scans give to their kernels, in Gluon and in plain Triton: every argument of the kernel, under its name."""
+
+import pytest
+import torch
+
+from lrnn.kernels import scans
+from lrnn.kernels.tiles import CHUNK
+
+B, T, H, HV, D = 2, 128, 1, 2, 128
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    calls = []
+    monkeypatch.setattr(scans, "launch", lambda *args, **constants: calls.append((args, constants)))
+    return calls
+
+
+def arguments(call):
+    """The arguments of a launch by the kernel's names for them, and its constants."""
+    (kernel, grid, *args), constants = call
+    assert grid[0] > 0 and grid[1:] == (1, 1)
+    names = kernel.arg_names
+    given = set(names[: len(args)]) | constants.keys()
+    assert given - set(names) <= {"num_warps", "num_stages"} and given >= set(names)
+    assert not set(names[: len(args)]) & constants.keys()
+    return dict(zip(names, args, strict=False)), constants
+
+
+@pytest.mark.parametrize("hopper", [True, False])
+def test_every_argument_has_its_place(hopper, launched, monkeypatch):
+    monkeypatch.setattr(scans, "is_for_hopper", lambda *a: hopper)
+    q, k = (torch.zeros(B, T, H, D, dtype=torch.bfloat16) for _ in range(2))
+    v, o, do = (torch.zeros(B, T, HV, D, dtype=torch.bfloat16) for _ in range(3))
+    y, dw = (torch.zeros(B * T, HV * D, dtype=torch.bfloat16) for _ in range(2))
+    c, vectors = torch.zeros(B * T, HV * CHUNK, dtype=torch.float16), torch.zeros(4 * HV, B * T)
+    states, dstates = (torch.zeros(B * T // CHUNK * HV * D, D, dtype=torch.bfloat16) for _ in range(2))
+    initial, final, dfinal, dinitial = (torch.zeros(B, HV, D, D) for _ in range(4))
+    scan = scans.Scan(q, k, v, c, vectors, None, 0.5, True, True)
+    scan.run_forward(initial, final, o=o)
+    scan.run_forward(None, None, y=y, states=states)
+    scan.run_backward_scan(do, dfinal, dinitial, dw, dstates)
+    output, anew, backward = (arguments(call) for call in launched)
+
+    kernels = {call[0][0].__name__ for call in launched}
+    assert kernels == {name.replace("_kernel", "_hopper_kernel" if hopper else "_kernel") for name in
+                       ("chunk_forward_kernel", "chunk_scan_backward_kernel")}  # fmt: skip
+    # tiles know the tensor that they are of
+    of = {"q": q, "k": k, "c": c, "vector_rows": vectors}
+    for (args, constants), more in (
+        (output, {"v": v, "o": o}),
+        (anew, {"v": v, "y": y, "states": states}),
+        (backward, {"do": do, "dw": dw, "dstates": dstates}),
+    ):
+        for name, tensor in (of | more).items():
+            assert args[name] is None if name == "q" and "y" in more else args[name].base is tensor
+        assert args["vectors"] is vectors
+        assert (args["T"], args["R"], args["scale"]) == (T, B * T, 0.5)
+        assert [constants[n] for n in ("H", "HV", "K", "V", "BT", "SPLIT")] == [H, HV, D, D, CHUNK, True]
+    assert output[0]["initial_state"] is initial and output[0]["final_state"] is final
+    assert backward[0]["dfinal"] is dfinal and backward[0]["dinitial"] is dinitial
+    assert output[1]["OUTPUT"] and not output[1]["SAVE_STATES"] and output[1]["HAS_INITIAL"] and output[1]["SAVE_FINAL"]
+    assert anew[1]["SAVE_STATES"] and not anew[1]["OUTPUT"] and not anew[1]["HAS_INITIAL"]
+    # Gluon stores a state whole, plain Triton in halves.
+    assert backward[0]["dstates"].block_shape == [64, D if hopper else D // 2]
