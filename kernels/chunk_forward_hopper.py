@@ -281,7 +281,7 @@ def chunk_forward_hopper_kernel(
     v_s = gl.allocate_shared_memory(v.dtype, [STAGES * HALVES, BT, 64], v.layout)
     c_s = gl.allocate_shared_memory(c.dtype, [STAGES, BT, BT], c.layout)
     vec_s = gl.allocate_shared_memory(gl.float32, [STAGES * 3, 1, BT], vec_layout)
-    q_s, p_s, o_s, y_s, state_s = k_s, c_s, v_s, v_s, k_s
+    q_s, p_s, o_s, y_s, state_s = k_s, c_s, v_s, v_s, k_s  # stand for what is not needed
     ready_vec_s = gl.allocate_shared_memory(gl.float32, [2 * 6, BT], FLAT)
     if OUTPUT:
         q_s = gl.allocate_shared_memory(q.dtype, [STAGES, BT, K], q.layout)

@@ -209,7 +209,7 @@ def chunk_scan_backward_hopper_kernel(
     vec_s = gl.allocate_shared_memory(gl.float32, [STAGES * 4, 1, BT], vector_rows.layout)
     p_s = gl.allocate_shared_memory(q.dtype, [2, BT, BT], c.layout)
     ready_vec_s = gl.allocate_shared_memory(gl.float32, [2 * 6, BT], FLAT)
-    dw_s, state_s = do_s, k_s
+    dw_s, state_s = do_s, k_s  # stand for what is not needed
     if SAVE_STATES:
         dw_s = gl.allocate_shared_memory(dw.dtype, [HALVES, BT, 64], dw.layout)
         state_s = gl.allocate_shared_memory(dstates.dtype, [HALVES, 64, K], dstates.layout)
