@@ -1,9 +1,9 @@
 """Recurrences on fla's kernels (flash-linear-attention 0.6.0), for operands in 16 bits on CUDA.
 
-`recurrences.py` says when they are used. Nothing is read back from the GPU, except with documents in RWKV-7, where fla
-does so once for every `cu_seqlens`. `mlstm_kernels`, the kernels of the mLSTM's authors, do not fit: they take the
-forget gate as a logit of which they compute log-sigmoid, which excludes 2f - 1, and no documents. The mLSTM runs as a
-diagonal recurrence here.
+`recurrences.py` says when they are used, and where the arguments and results are described. Nothing is read back from
+the GPU, except with documents in RWKV-7, where fla does so once for every `cu_seqlens`. `mlstm_kernels`, the kernels of
+the mLSTM's authors, do not fit: they take the forget gate as a logit of which they compute log-sigmoid, which excludes
+2f - 1, and no documents. The mLSTM runs as a diagonal recurrence here.
 """
 
 from typing import Any
@@ -28,19 +28,9 @@ ONE_NUMBER_KERNELS = not (IS_NVIDIA_HOPPER and TRITON_ABOVE_3_4_0 and not TRITON
 
 
 def diagonal_recurrence(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    sign: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    document: Tensor | None = None,
+    q, k, v, g, sign=None, *, scale=1.0, initial_state=None, output_final_state=False, document=None
 ) -> tuple[Tensor, Tensor | None]:
-    """`lrnn.kernels.diagonal_recurrence.diagonal_recurrence` by `chunk_gla` or, with one number a head, by
-    `chunk_simple_gla`; o has the dtype of q, to which k and v are rounded, and the state is float32.
+    """By `chunk_gla` or, with one number a head, by `chunk_simple_gla`.
 
     Signs are folded into q and k, which is exact. fla sums g in float32 over 64 tokens and exponentiates differences
     that are at most 0 where they count: no decay is too strong, and log-decays of -20 (2a - 1 near 0) cost no accuracy
@@ -76,18 +66,8 @@ def diagonal_recurrence(
         return o[..., :V], state if sign is None else state * running[:, -1, :, :, None]
 
 
-def rwkv7_recurrence(
-    r: Tensor,
-    w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kappa: Tensor,
-    a: Tensor,
-    *,
-    initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`lrnn.kernels.step_recurrences.rwkv7_recurrence` by `chunk_rwkv7`; o has the dtype of r, the state is float32.
+def rwkv7_recurrence(r, w, k, v, kappa, a, *, initial_state=None, cu_seqlens=None) -> tuple[Tensor, Tensor]:
+    """By `chunk_rwkv7`.
 
     w must be at least 0.01: fla exponentiates sums of up to 16 of -log w. (RWKV-7's is above 0.54.)
 

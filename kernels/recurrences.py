@@ -8,9 +8,15 @@
 
 The dtype is that of the first argument (q, r, x), whatever the others have. fla's kernels multiply float32 operands as
 tf32, with 10 bits: tracked states would be off by 1e-3, where float32 gives 1e-6. So float32 stays in PyTorch.
+
+Each function here stands for the one of its name in PyTorch, in `diagonal_recurrence.py` or `step_recurrences.py`,
+which describes the arguments, results and errors. On fla's kernels k and v, in RWKV-7 kappa and a . kappa too, are
+rounded to the dtype of q or r, and o has it; the state is float32 everywhere. Where fla is needed and missing, an
+ImportError says so.
 """
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,73 +29,22 @@ from lrnn.kernels.tiles import use_kernels
 HALF = (torch.bfloat16, torch.float16)
 
 
-def diagonal_recurrence(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    sign: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    document: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """`lrnn.kernels.diagonal_recurrence.diagonal_recurrence`: arguments, results and errors. On fla's kernels k and v
-    are rounded to the dtype of q, and o [B, T, H, V] has it; the state is float32 everywhere.
-
-    Raises:
-        ImportError: fla is needed and missing.
-    """
+def diagonal_recurrence(q: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """`lrnn.kernels.diagonal_recurrence.diagonal_recurrence`, but that fla's kernels take no `chunk_size`."""
     rule = fla().diagonal_recurrence if _runs_on_fla(q) else diagonal.diagonal_recurrence
-    return rule(
-        q,
-        k,
-        v,
-        g,
-        sign,
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        document=document,
-    )
+    return rule(q, *args, **options)
 
 
-def rwkv7_recurrence(
-    r: Tensor,
-    w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kappa: Tensor,
-    a: Tensor,
-    *,
-    initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`lrnn.kernels.step_recurrences.rwkv7_recurrence`: arguments and results. On fla's kernels k, v, kappa and
-    a . kappa are rounded to the dtype of r, and o [B, T, H, V] has it; the state is float32 everywhere.
-
-    Raises:
-        ImportError: fla is needed and missing.
-    """
+def rwkv7_recurrence(r: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """`lrnn.kernels.step_recurrences.rwkv7_recurrence`."""
     rule = fla().rwkv7_recurrence if _runs_on_fla(r) else steps.rwkv7_recurrence
-    return rule(r, w, k, v, kappa, a, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    return rule(r, *args, **options)
 
 
-def selective_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    allow_neg_eigval: bool,
-    initial_state: Tensor | None = None,
-    document: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`lrnn.kernels.step_recurrences.selective_scan`: arguments and results."""
+def selective_scan(x: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """`lrnn.kernels.step_recurrences.selective_scan`."""
     scan = scan_on_kernels if use_kernels(x) and x.dtype != torch.float64 else steps.selective_scan
-    return scan(x, dt, A, B, C, allow_neg_eigval=allow_neg_eigval, initial_state=initial_state, document=document)
+    return scan(x, *args, **options)
 
 
 def fla() -> ModuleType:

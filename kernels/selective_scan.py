@@ -28,17 +28,7 @@ WARPS = 1
 
 
 @torch.compiler.disable
-def selective_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    allow_neg_eigval: bool,
-    initial_state: Tensor | None = None,
-    document: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def selective_scan(x, dt, A, B, C, *, allow_neg_eigval, initial_state=None, document=None) -> tuple[Tensor, Tensor]:
     """`lrnn.kernels.step_recurrences.selective_scan` on kernels: the same arguments and results, in float32.
 
     Gradients go to x, dt, A, B, C and the initial state, and are summed in a fixed order. B and C are read in whole:

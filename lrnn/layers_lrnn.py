@@ -1,5 +1,6 @@
 """What token mixers share: norms, the short convolution, the cache, the interface. Copied into exported folders."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,11 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from .configuration_lrnn import LrnnConfig
+
 try:
+    from lrnn.kernels.diagonal_recurrence import signed_decay
     from lrnn.kernels.gated_rms_norm import gated_rms_norm
     from lrnn.kernels.short_conv import short_conv
     from lrnn.kernels.tiles import use_kernels
 except ImportError:  # an exported folder, loaded where lrnn is not installed
+    from .diagonal_recurrence import signed_decay  # type: ignore[import-not-found, no-redef]
 
     def use_kernels(x: Tensor) -> bool:
         return False
@@ -87,16 +92,43 @@ class Mixer(nn.Module):
     # Where set, called in every forward pass with a function that returns the eigenvalues of the state transitions.
     on_eigenvalues: Callable[[Callable[[], Tensor]], None] | None = None
 
-    def __init__(self, layer_idx: int):
+    def __init__(self, config: LrnnConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
+        self.heads = (config.num_heads, config.head_dim)
+        self.allow_neg_eigval = config.allow_neg_eigval
 
-    def reset_parameters(self):
-        """Initial values of the parameters that belong to no module inside."""
+    def forward(
+        self,
+        x: Tensor,
+        cache: LrnnCache | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        document: Tensor | None,
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def read_state(self, cache: LrnnCache | None) -> Any:
+        """The state ahead of the tokens, None for a fresh one."""
+        return None if cache is None else cache.state[self.layer_idx]
+
+    def write_state(self, cache: LrnnCache | None, state: Any) -> None:
+        if cache is not None:
+            cache.state[self.layer_idx] = state
 
     def note_eigenvalues(self, compute: Callable[[], Tensor]) -> None:
         if self.on_eigenvalues is not None:
             self.on_eigenvalues(compute)
+
+    def decay_in_range(self, log_a: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Log-size and sign (None where all are positive) of the decays a = exp(log_a) or, for eigenvalues in [-1, 1],
+        2a - 1. They are noted as the eigenvalues."""
+        g, sign = signed_decay(log_a) if self.allow_neg_eigval else (log_a, None)
+        self.note_eigenvalues(lambda: g.exp() if sign is None else sign * g.exp())
+        return g, sign
+
+    def reset_parameters(self):
+        """Initial values of the parameters that belong to no module inside."""
 
     def set_fresh(self, name: str, value: Tensor | float) -> None:
         """Give a parameter its initial value, unless it has just been loaded from a file."""
@@ -104,6 +136,16 @@ class Mixer(nn.Module):
         if not getattr(parameter, "_is_hf_initialized", False):
             with torch.no_grad():
                 parameter.copy_(torch.as_tensor(value))
+
+    def set_fresh_steps(self, name: str) -> None:
+        """Likewise for biases of step sizes: softplus(bias) is log-uniform in [0.001, 0.1], as in Mamba."""
+        dt = torch.empty_like(self.get_parameter(name)).uniform_(math.log(0.001), math.log(0.1)).exp_()
+        self.set_fresh(name, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+
+def zero_at_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x [B, T, ...] with zeros where `mask` is False."""
+    return x if mask is None else x * mask.view(*mask.shape, *[1] * (x.ndim - 2)).to(x.dtype)
 
 
 class RMSNorm(nn.Module):

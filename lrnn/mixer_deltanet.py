@@ -1,6 +1,5 @@
 """DeltaNet and DeltaProduct, gated or not, as token mixers. Copied into exported folders."""
 
-import math
 from functools import partial
 
 import torch
@@ -8,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_lrnn import LrnnConfig
-from .layers_lrnn import GatedRMSNorm, LrnnCache, Mixer, ShortConvolution, convolve
+from .layers_lrnn import GatedRMSNorm, Mixer, ShortConvolution, convolve, zero_at_padding
 
 try:
     from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule, gated_delta_product
@@ -31,9 +30,7 @@ class DeltaNet(Mixer):
     """
 
     def __init__(self, config: LrnnConfig, layer_idx: int):
-        super().__init__(layer_idx)
-        self.num_heads = config.num_heads
-        self.head_dim = config.head_dim
+        super().__init__(config, layer_idx)
         self.beta_range = 2.0 if config.allow_neg_eigval else 1.0
         self.gated = config.mixer.startswith("gated_")
         self.num_householder = config.num_householder if config.mixer.endswith("deltaproduct") else 1
@@ -60,19 +57,10 @@ class DeltaNet(Mixer):
         if self.gated:
             # The lower bound keeps log A finite; a head at it decays by less than 1e-5 a step.
             self.set_fresh("A_log", torch.empty_like(self.A_log).uniform_(0, 16).clamp_(min=1e-4).log_())
-            dt = torch.empty_like(self.dt_bias).uniform_(math.log(0.001), math.log(0.1)).exp_()
-            self.set_fresh("dt_bias", dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            self.set_fresh_steps("dt_bias")
 
-    def forward(
-        self,
-        x: Tensor,
-        cache: LrnnCache | None,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        document: Tensor | None,
-    ) -> Tensor:
-        if mask is not None:
-            x = x * mask[..., None].to(x.dtype)
+    def forward(self, x, cache, mask, cu_seqlens, document) -> Tensor:
+        x = zero_at_padding(x, mask)
         q, k, v = convolve(
             (self.q_conv1d, self.k_conv1d, self.v_conv1d),
             (self.q_proj(x), self.k_proj(x), self.v_proj(x)),
@@ -94,30 +82,28 @@ class DeltaNet(Mixer):
             v,
             a,
             b,
-            initial_state=None if cache is None else cache.state[self.layer_idx],
+            initial_state=self.read_state(cache),
             output_final_state=cache is not None,
             cu_seqlens=cu_seqlens,
             precision=self.precision,
         )
-        if cache is not None:
-            cache.state[self.layer_idx] = state
-        gate = self.g_proj(x).unflatten(-1, (self.num_heads, self.head_dim)) if self.gated else None
+        self.write_state(cache, state)
+        gate = self.g_proj(x).unflatten(-1, self.heads) if self.gated else None
         return self.o_proj(self.o_norm(o, gate, x.dtype).flatten(-2))
 
     def _eigenvalues(self, b: Tensor) -> Tensor:
         return 1 - self.beta_range * b.float().sigmoid()
 
     def _one_factor(self, q, k, v, a, b, **options) -> tuple[Tensor, Tensor | None]:
-        q, k, v = (y.unflatten(-1, (self.num_heads, self.head_dim)) for y in (q, k, v))
+        q, k, v = (y.unflatten(-1, self.heads) for y in (q, k, v))
         A_log, dt_bias = (self.A_log, self.dt_bias) if self.gated else (None, None)
         return fused_gated_delta_rule(q, k, v, a, b, A_log, dt_bias, allow_neg_eigval=self.beta_range == 2.0, **options)
 
     def _several_factors(self, q, k, v, a, b, **options) -> tuple[Tensor, Tensor | None]:
-        heads = (self.num_heads, self.head_dim)
-        q = q.unflatten(-1, heads)
-        k, v = (y.unflatten(-1, (self.num_householder, *heads)) for y in (k, v))
+        q = q.unflatten(-1, self.heads)
+        k, v = (y.unflatten(-1, (self.num_householder, *self.heads)) for y in (k, v))
         with torch.autocast(q.device.type, enabled=False):
-            beta = self.beta_range * b.float().sigmoid().unflatten(-1, (self.num_householder, self.num_heads))
+            beta = self.beta_range * b.float().sigmoid().unflatten(-1, (self.num_householder, self.heads[0]))
             g = None if a is None else -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())
         o, state = gated_delta_product(q, k, v, g, beta, normalize_qk=True, **options)
         return o.contiguous(), state

@@ -4,16 +4,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_lrnn import LrnnConfig
-from .layers_lrnn import GatedRMSNorm, LrnnCache, Mixer
+from .layers_lrnn import GatedRMSNorm, Mixer, zero_at_padding
 
 try:
-    from lrnn.kernels.diagonal_recurrence import signed_decay
     from lrnn.kernels.recurrences import diagonal_recurrence
 except ImportError:  # an exported folder, loaded where lrnn is not installed
-    from .diagonal_recurrence import (  # type: ignore[import-not-found, no-redef]
-        diagonal_recurrence,
-        signed_decay,
-    )
+    from .diagonal_recurrence import diagonal_recurrence  # type: ignore[import-not-found, no-redef]
 
 LOW_RANK = 16  # of the decay's projection
 TEMPERATURE = 16  # decays near 1: sigmoid^(1/16)
@@ -29,9 +25,7 @@ class GatedLinearAttention(Mixer):
     """
 
     def __init__(self, config: LrnnConfig, layer_idx: int):
-        super().__init__(layer_idx)
-        self.heads = (config.num_heads, config.head_dim)
-        self.allow_neg_eigval = config.allow_neg_eigval
+        super().__init__(config, layer_idx)
         inner = config.num_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, inner, bias=False)
@@ -43,23 +37,14 @@ class GatedLinearAttention(Mixer):
         self.o_norm = GatedRMSNorm(config.head_dim, config.norm_eps)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        cache: LrnnCache | None,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        document: Tensor | None,
-    ) -> Tensor:
+    def forward(self, x, cache, mask, cu_seqlens, document) -> Tensor:
         q, k, v, gate = (
             proj(x).unflatten(-1, self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj, self.g_proj)
         )
         log_a = F.logsigmoid(self.gk_proj(x).float().unflatten(-1, self.heads)) / TEMPERATURE
-        if mask is not None:  # a padded step is the identity on the state: nothing written, a decay of 1
-            k = k * mask[..., None, None]
-            log_a = log_a * mask[..., None, None]
-        g, sign = signed_decay(log_a) if self.allow_neg_eigval else (log_a, None)
-        self.note_eigenvalues(lambda: g.exp() if sign is None else sign * g.exp())
+        # A padded step is the identity on the state: nothing written, a decay of 1.
+        k, log_a = zero_at_padding(k, mask), zero_at_padding(log_a, mask)
+        g, sign = self.decay_in_range(log_a)
         o, state = diagonal_recurrence(
             q,
             k,
@@ -67,10 +52,9 @@ class GatedLinearAttention(Mixer):
             g,
             sign,
             scale=self.heads[1] ** -0.5,
-            initial_state=None if cache is None else cache.state[self.layer_idx],
+            initial_state=self.read_state(cache),
             output_final_state=cache is not None,
             document=document,
         )
-        if cache is not None:
-            cache.state[self.layer_idx] = state
+        self.write_state(cache, state)
         return self.o_proj(self.o_norm(o.to(x.dtype), gate, x.dtype).flatten(-2))

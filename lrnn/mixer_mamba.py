@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_lrnn import LrnnConfig
-from .layers_lrnn import LrnnCache, Mixer, ShortConvolution, convolve
+from .layers_lrnn import Mixer, ShortConvolution, convolve, zero_at_padding
 
 try:
     from lrnn.kernels.recurrences import selective_scan
@@ -26,8 +26,7 @@ class Mamba(Mixer):
     """
 
     def __init__(self, config: LrnnConfig, layer_idx: int):
-        super().__init__(layer_idx)
-        self.allow_neg_eigval = config.allow_neg_eigval
+        super().__init__(config, layer_idx)
         inner, N = config.num_heads * config.head_dim, config.state_size
         self.widths = [math.ceil(config.hidden_size / 16), N, N]  # of W_r x, B, C
         self.v_proj = nn.Linear(config.hidden_size, inner, bias=False)
@@ -44,25 +43,15 @@ class Mamba(Mixer):
         """A of 1 to N in each channel, step softplus(dt_bias) log-uniform in [0.001, 0.1], D of 1, as in the paper."""
         N = self.A_log.shape[1]
         self.set_fresh("A_log", torch.arange(1, N + 1, device=self.A_log.device).log().expand_as(self.A_log))
-        dt = torch.empty_like(self.dt_bias).uniform_(math.log(0.001), math.log(0.1)).exp_()
-        self.set_fresh("dt_bias", dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.set_fresh_steps("dt_bias")
         self.set_fresh("D", 1.0)
 
-    def forward(
-        self,
-        x: Tensor,
-        cache: LrnnCache | None,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        document: Tensor | None,
-    ) -> Tensor:
-        if mask is not None:
-            x = x * mask[..., None].to(x.dtype)
+    def forward(self, x, cache, mask, cu_seqlens, document) -> Tensor:
+        x = zero_at_padding(x, mask)
         (v,) = convolve([self.v_conv1d], [self.v_proj(x)], cache, self.layer_idx, cu_seqlens, document)
         low_rank, B, C = self.x_proj(v.to(x.dtype)).split(self.widths, -1)
         dt = F.softplus(self.dt_proj(low_rank).float() + self.dt_bias.float())
-        if mask is not None:  # a padded step is the identity on the state: nothing written, a decay of 1
-            dt = dt * mask[..., None]
+        dt = zero_at_padding(dt, mask)  # a padded step is the identity on the state: nothing written, a decay of 1
         A = -self.A_log.float().exp()
         self.note_eigenvalues(lambda: self._eigenvalues(dt, A))
         y, state = selective_scan(
@@ -72,11 +61,10 @@ class Mamba(Mixer):
             B,
             C,
             allow_neg_eigval=self.allow_neg_eigval,
-            initial_state=None if cache is None else cache.state[self.layer_idx],
+            initial_state=self.read_state(cache),
             document=document,
         )
-        if cache is not None:
-            cache.state[self.layer_idx] = state
+        self.write_state(cache, state)
         y = (y + self.D.float() * v.float()) * F.silu(self.g_proj(x).float())
         return self.o_proj(y.to(x.dtype))
 

@@ -1,22 +1,16 @@
 """Mamba-2 as a token mixer. Copied into exported folders."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_lrnn import LrnnConfig
-from .layers_lrnn import GatedRMSNorm, LrnnCache, Mixer, ShortConvolution, convolve
+from .layers_lrnn import GatedRMSNorm, Mixer, ShortConvolution, convolve, zero_at_padding
 
 try:
-    from lrnn.kernels.diagonal_recurrence import signed_decay
     from lrnn.kernels.recurrences import diagonal_recurrence
 except ImportError:  # an exported folder, loaded where lrnn is not installed
-    from .diagonal_recurrence import (  # type: ignore[import-not-found, no-redef]
-        diagonal_recurrence,
-        signed_decay,
-    )
+    from .diagonal_recurrence import diagonal_recurrence  # type: ignore[import-not-found, no-redef]
 
 
 class Mamba2(Mixer):
@@ -31,9 +25,7 @@ class Mamba2(Mixer):
     """
 
     def __init__(self, config: LrnnConfig, layer_idx: int):
-        super().__init__(layer_idx)
-        self.heads = (config.num_heads, config.head_dim)
-        self.allow_neg_eigval = config.allow_neg_eigval
+        super().__init__(config, layer_idx)
         inner = config.num_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.head_dim, bias=False)
@@ -52,20 +44,11 @@ class Mamba2(Mixer):
     def reset_parameters(self):
         """A uniform in (1, 16), step softplus(dt_bias) log-uniform in [0.001, 0.1], D of 1, as in the paper's code."""
         self.set_fresh("A_log", torch.empty_like(self.A_log).uniform_(1, 16).log_())
-        dt = torch.empty_like(self.dt_bias).uniform_(math.log(0.001), math.log(0.1)).exp_()
-        self.set_fresh("dt_bias", dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.set_fresh_steps("dt_bias")
         self.set_fresh("D", 1.0)
 
-    def forward(
-        self,
-        x: Tensor,
-        cache: LrnnCache | None,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        document: Tensor | None,
-    ) -> Tensor:
-        if mask is not None:
-            x = x * mask[..., None].to(x.dtype)
+    def forward(self, x, cache, mask, cu_seqlens, document) -> Tensor:
+        x = zero_at_padding(x, mask)
         q, k, v = convolve(
             (self.q_conv1d, self.k_conv1d, self.v_conv1d),
             (self.q_proj(x), self.k_proj(x), self.v_proj(x)),
@@ -77,23 +60,20 @@ class Mamba2(Mixer):
         q, k = (y[:, :, None].expand(-1, -1, self.heads[0], -1) for y in (q, k))
         v = v.unflatten(-1, self.heads)
         dt = F.softplus(self.a_proj(x).float() + self.dt_bias.float())[..., None]
-        if mask is not None:  # a padded step is the identity on the state: nothing written, a decay of 1
-            dt = dt * mask[..., None, None]
+        dt = zero_at_padding(dt, mask)  # a padded step is the identity on the state: nothing written, a decay of 1
         log_a = -self.A_log.float().exp()[:, None] * dt
-        g, sign = signed_decay(log_a) if self.allow_neg_eigval else (log_a, None)
-        self.note_eigenvalues(lambda: g.exp() if sign is None else sign * g.exp())
+        g, sign = self.decay_in_range(log_a)
         o, state = diagonal_recurrence(
             q,
             dt * k,
             v,
             g,
             sign,
-            initial_state=None if cache is None else cache.state[self.layer_idx],
+            initial_state=self.read_state(cache),
             output_final_state=cache is not None,
             document=document,
         )
-        if cache is not None:
-            cache.state[self.layer_idx] = state
+        self.write_state(cache, state)
         o = o + self.D.float()[:, None] * v.float()
         gate = self.g_proj(x).unflatten(-1, self.heads)
         return self.o_proj(self.o_norm(o.to(x.dtype), gate, x.dtype).flatten(-2))

@@ -5,16 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_lrnn import LrnnConfig
-from .layers_lrnn import GatedRMSNorm, LrnnCache, Mixer, ShortConvolution, convolve
+from .layers_lrnn import GatedRMSNorm, Mixer, ShortConvolution, convolve, zero_at_padding
 
 try:
-    from lrnn.kernels.diagonal_recurrence import signed_decay
     from lrnn.kernels.recurrences import diagonal_recurrence
 except ImportError:  # an exported folder, loaded where lrnn is not installed
-    from .diagonal_recurrence import (  # type: ignore[import-not-found, no-redef]
-        diagonal_recurrence,
-        signed_decay,
-    )
+    from .diagonal_recurrence import diagonal_recurrence  # type: ignore[import-not-found, no-redef]
 
 FAR = 1e4  # a log-decay that nothing outlasts
 
@@ -34,9 +30,7 @@ class MLSTM(Mixer):
     """
 
     def __init__(self, config: LrnnConfig, layer_idx: int):
-        super().__init__(layer_idx)
-        self.heads = (config.num_heads, config.head_dim)
-        self.allow_neg_eigval = config.allow_neg_eigval
+        super().__init__(config, layer_idx)
         inner = config.num_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, inner, bias=False)
@@ -54,16 +48,8 @@ class MLSTM(Mixer):
         forget = torch.linspace(3, 6, self.heads[0], device=self.gate_bias.device)
         self.set_fresh("gate_bias", torch.stack([torch.zeros_like(forget), forget]))
 
-    def forward(
-        self,
-        x: Tensor,
-        cache: LrnnCache | None,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        document: Tensor | None,
-    ) -> Tensor:
-        if mask is not None:
-            x = x * mask[..., None].to(x.dtype)
+    def forward(self, x, cache, mask, cu_seqlens, document) -> Tensor:
+        x = zero_at_padding(x, mask)
         q, k = convolve(
             (self.q_conv1d, self.k_conv1d),
             (self.q_proj(x), self.k_proj(x)),
@@ -78,9 +64,8 @@ class MLSTM(Mixer):
         if mask is not None:  # a padded step is the identity on the state: i = 0, f = 1
             log_i = log_i.masked_fill(~mask[..., None], float("-inf"))
             log_f = log_f * mask[..., None]
-        g, sign = signed_decay(log_f) if self.allow_neg_eigval else (log_f, None)
-        self.note_eigenvalues(lambda: g.exp() if sign is None else sign * g.exp())
-        before = None if cache is None else cache.state[self.layer_idx]
+        g, sign = self.decay_in_range(log_f)
+        before = self.read_state(cache)
         C, m_before = (None, None) if before is None else before
         m, shift = stabilizer(log_i, g, m_before, document)
         v = torch.cat([v.float(), v.new_ones(*v.shape[:-1], 1, dtype=torch.float32)], -1)
@@ -94,8 +79,7 @@ class MLSTM(Mixer):
             output_final_state=cache is not None,
             document=document,
         )
-        if cache is not None:
-            cache.state[self.layer_idx] = (C, m[:, -1])
+        self.write_state(cache, (C, m[:, -1]))
         h = o[..., :-1] / torch.maximum(o[..., -1:].abs(), (-m).exp()[..., None])
         h = self.o_norm(h.to(x.dtype), None, x.dtype) * gate.sigmoid()
         return self.o_proj(h.flatten(-2))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_lrnn import LrnnConfig
-from .layers_lrnn import GatedRMSNorm, LrnnCache, Mixer, last_inputs
+from .layers_lrnn import GatedRMSNorm, Mixer, last_inputs, zero_at_padding
 
 try:
     from lrnn.kernels.recurrences import rwkv7_recurrence
@@ -37,9 +37,7 @@ class RWKV7(Mixer):
     """
 
     def __init__(self, config: LrnnConfig, layer_idx: int):
-        super().__init__(layer_idx)
-        self.heads = (config.num_heads, config.head_dim)
-        self.allow_neg_eigval = config.allow_neg_eigval
+        super().__init__(config, layer_idx)
         hidden, inner = config.hidden_size, config.num_heads * config.head_dim
         self.depth = layer_idx / config.num_hidden_layers  # 0 in the first layer
         self.shift_mix = nn.Parameter(torch.empty(len(INPUTS), 1, 1, hidden))
@@ -72,16 +70,8 @@ class RWKV7(Mixer):
         self.set_fresh("k_a", 1.02)
         self.set_fresh("r_k", -0.04)
 
-    def forward(
-        self,
-        x: Tensor,
-        cache: LrnnCache | None,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        document: Tensor | None,
-    ) -> Tensor:
-        if mask is not None:
-            x = x * mask[..., None].to(x.dtype)
+    def forward(self, x, cache, mask, cu_seqlens, document) -> Tensor:
+        x = zero_at_padding(x, mask)
         before = None if cache is None else cache.conv[self.layer_idx]
         previous = F.pad(x, (0, 0, 1, 0))[:, :-1] if before is None else torch.cat([before.to(x.dtype), x], 1)[:, :-1]
         if document is not None:
@@ -110,11 +100,10 @@ class RWKV7(Mixer):
             v,
             kappa,
             rate,
-            initial_state=None if cache is None else cache.state[self.layer_idx],
+            initial_state=self.read_state(cache),
             cu_seqlens=cu_seqlens,
         )
-        if cache is not None:
-            cache.state[self.layer_idx] = state
+        self.write_state(cache, state)
         o = self.o_norm(o.to(x.dtype), None, x.dtype) + ((r * k * r_k).sum(-1, keepdim=True) * v).to(x.dtype)
         return self.o_proj(o.flatten(-2) * self.g_proj(x_g))
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_lrnn import LrnnConfig
-from .layers_lrnn import GatedRMSNorm, LrnnCache, Mixer
+from .layers_lrnn import GatedRMSNorm, Mixer
 
 try:
     from lrnn.kernels.step_recurrences import document_starts
@@ -28,8 +28,7 @@ class SLSTM(Mixer):
     has_eigenvalue_range = False
 
     def __init__(self, config: LrnnConfig, layer_idx: int):
-        super().__init__(layer_idx)
-        self.heads = (config.num_heads, config.head_dim)
+        super().__init__(config, layer_idx)
         H, D = self.heads
         self.zifo_proj = nn.Linear(config.hidden_size, 4 * H * D, bias=False)
         self.recurrent = nn.Parameter(torch.empty(H, D, 4 * D))  # R, from h to z, i, f, o of the head
@@ -45,19 +44,12 @@ class SLSTM(Mixer):
         bias[:, 2 * D : 3 * D] = torch.linspace(3, 6, D, device=bias.device)
         self.set_fresh("gate_bias", bias)
 
-    def forward(
-        self,
-        x: Tensor,
-        cache: LrnnCache | None,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        document: Tensor | None,
-    ) -> Tensor:
+    def forward(self, x, cache, mask, cu_seqlens, document) -> Tensor:
         H, D = self.heads
         inputs = self.zifo_proj(x).float().unflatten(-1, (H, 4 * D)) + self.gate_bias.float()
         # Such an m makes the first step write c / n = tanh(z~), whatever its gates.
         fresh = (*(inputs.new_zeros(x.shape[0], H, D) for _ in range(3)), inputs.new_full((x.shape[0], H, D), -1e30))
-        before = None if cache is None else cache.state[self.layer_idx]
+        before = self.read_state(cache)
         state = fresh if before is None else before
         start = None if document is None else document_starts(document)
         out = []
@@ -73,8 +65,7 @@ class SLSTM(Mixer):
                     after = tuple(torch.where(real, new, old) for new, old in zip(after, state, strict=True))
                 state = after
                 out.append(state[2])
-        if cache is not None:
-            cache.state[self.layer_idx] = state
+        self.write_state(cache, state)
         h = torch.stack(out, 1).to(x.dtype)
         return self.o_proj(self.o_norm(h, None, x.dtype).flatten(-2))
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_lrnn import LrnnConfig
-from .layers_lrnn import LrnnCache, Mixer
+from .layers_lrnn import Mixer
 
 ROTARY_BASE = 10_000.0
 
@@ -19,27 +19,19 @@ class Attention(Mixer):
     has_eigenvalue_range = False
 
     def __init__(self, config: LrnnConfig, layer_idx: int):
-        super().__init__(layer_idx)
-        self.heads = (config.num_heads, config.head_dim)
+        super().__init__(config, layer_idx)
         inner = config.num_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, inner, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, inner, bias=False)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        cache: LrnnCache | None,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        document: Tensor | None,
-    ) -> Tensor:
+    def forward(self, x, cache, mask, cu_seqlens, document) -> Tensor:
         q, k, v = (
             proj(x).unflatten(-1, self.heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         T = x.shape[1]
-        before = None if cache is None else cache.state[self.layer_idx]
+        before = self.read_state(cache)
         start = 0 if before is None else before[0].shape[2]
         # Attention sees differences of positions alone, so they may count padding, and run on through documents.
         q, k = rotate(q, start), rotate(k, start)

@@ -1,11 +1,14 @@
-"""A tiny random model with its own tokenizer, the benchmark data, and an oracle that knows every answer."""
+"""The real benchmark data, a tiny random model with its own tokenizer, a held-out file, a SentencePiece model."""
 
 import json
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
 
 from lrnn.eval import fetch_data
+from lrnn.pretrain.tokenizers_io import train_sentencepiece
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +39,15 @@ def tiny_model(tmp_path_factory):
     config.bos_token_id, config.eos_token_id = 0, 1
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("spm") / "tokenizer.model"
+    library = Path(sysconfig.get_paths()["stdlib"])
+    texts = [(library / name).read_text() for name in ("argparse.py", "textwrap.py", "typing.py")]
+    train_sentencepiece(texts, 600, path)
+    return path
 
 
 @pytest.fixture

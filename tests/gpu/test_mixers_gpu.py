@@ -1,5 +1,5 @@
 """On a GPU: recurrences of the mixers against float64, and whole models against the same model on the CPU, whose
-mixers `tests/lrnn/test_mixers.py` compares with the equations of their papers."""
+mixers `tests/lrnn/test_mixer_equations.py` compares with the equations of their papers."""
 
 import copy
 

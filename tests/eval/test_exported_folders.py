@@ -1,40 +1,23 @@
-"""Exported folders: what a stranger's process makes of them, fla both ways, and what must stop an export."""
+"""Exported folders: what a stranger's process makes of them, what is in them, and fla both ways."""
 
-import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from export_checkpoints import VARIANTS, random_model, sha256, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from lrnn import LrnnConfig, LrnnForCausalLM, cli
+from lrnn import LrnnForCausalLM, cli
 from lrnn.errors import UserError
 from lrnn.eval import export as export_module
-from lrnn.eval.export import export, read_checkpoint
 from lrnn.eval.fla_format import from_fla, to_fla_config
-from lrnn.pretrain.checkpoint import manifest_text
-from lrnn.pretrain.tokenizers_io import train_sentencepiece
 
-STDLIB = Path(sysconfig.get_paths()["stdlib"])
-SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 16, "intermediate_size": 48}
-VARIANTS = {
-    "gated": {},
-    "gated-tied": {"tie_word_embeddings": True, "num_heads": 3},  # heads that do not add up to hidden_size
-    "deltanet": {"mixer": "deltanet", "allow_neg_eigval": False},
-    "deltanet-tied": {"mixer": "deltanet", "tie_word_embeddings": True, "num_heads": 3, "conv_size": 3},
-}
-OTHER_MIXERS = {
-    "gated_deltaproduct": {"mixer": "gated_deltaproduct", "num_householder": 3, "delta_rule_precision": "split"},
-    "mlstm": {"mixer": "mlstm"},
-    "transformer": {"mixer": "transformer"},
-}
 EXPORTED = {
     "gated-tied": "bfloat16",
     "deltanet": "float32",
@@ -47,69 +30,6 @@ EXPORTED = {
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def sentencepiece_model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("spm") / "tokenizer.model"
-    texts = [(STDLIB / name).read_text() for name in ("argparse.py", "textwrap.py", "typing.py")]
-    train_sentencepiece(texts, 600, path)
-    return path
-
-
-def random_model(variant: str) -> LrnnForCausalLM:
-    """A model whose every parameter matters to its logits."""
-    torch.manual_seed(0)
-    model = LrnnForCausalLM(
-        LrnnConfig(vocab_size=640, max_position_embeddings=64, **{**SIZE, **(VARIANTS | OTHER_MIXERS)[variant]})
-    )
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.ndim == 2:
-                p.normal_(std=0.2)
-            elif "norm" in name:
-                p.uniform_(0.5, 1.5)
-            if name.endswith("gate_bias"):
-                p.normal_()
-    return model.eval()
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def write_manifest(folder: Path):
-    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
-    files = {n: {"size": (folder / n).stat().st_size, "sha256": sha256(folder / n)} for n in names}
-    (folder / "manifest.json").write_text(manifest_text(10, files))
-
-
-def write_checkpoint(run: Path, model: LrnnForCausalLM, tokenizer: Path | None, step: int = 10) -> Path:
-    """A checkpoint in the format that lrnn.pretrain.checkpoint documents, as two processes would leave it."""
-    folder = run / "checkpoints" / f"step-{step:08d}"
-    folder.mkdir(parents=True)
-    parts: list[dict] = [{}, {}]
-    for name, p in model.named_parameters():
-        flat = p.detach().flatten()
-        cut = flat.numel() // 3
-        for kind, x in (("param", flat), ("exp_avg", 0 * flat), ("exp_avg_sq", 0 * flat)):
-            for part, start, piece in ((0, 0, x[:cut]), (1, cut, x[cut:])):
-                if piece.numel():
-                    parts[part][f"{kind}:{name}:{start}"] = piece.clone()
-    for i, part in enumerate(parts):
-        save_file(part, folder / f"state-{i:05d}-of-00002.safetensors")
-    data = {"corpora": ["c0ffee"], "weights": [1.0], "seq_len": 64, "seed": 7}
-    if tokenizer is None:
-        data = {"stream": {"path": "json", "tokenizer": "my.model"}, "seq_len": 64, "seed": 7}
-    else:
-        (folder / "tokenizer").mkdir()
-        shutil.copy(tokenizer, folder / "tokenizer" / "tokenizer.model")
-    progress = {"step": step, "progress": {"step": step, "samples": 80, "tokens": 5000}, "data": data}
-    (folder / "progress.json").write_text(json.dumps(progress))
-    (folder / "config.json").write_text(json.dumps(model.config.to_dict()))
-    (folder / "run.yaml").write_text("run_dir: runs/a\nsteps: 10\n")
-    write_manifest(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -367,153 +287,6 @@ def test_fla_weights_that_do_not_fit(tmp_path, sentencepiece_model):
     save_file({**state, "model.layers.1.attn.A_log": torch.zeros(3)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.layers\.1\.attn\.A_log has shape \[3\]"):
         from_fla(tmp_path)
-
-
-@pytest.fixture
-def checkpoint(tmp_path, sentencepiece_model):
-    return write_checkpoint(tmp_path / "run", random_model("gated"), sentencepiece_model)
-
-
-def test_what_it_says_in_a_log_file(checkpoint, tmp_path, capsys):
-    assert cli.main(["export", str(checkpoint), str(tmp_path / "out")]) == 0
-    said = capsys.readouterr()
-    assert said.err == "", "a progress bar is for terminals"
-    assert said.out.splitlines()[-1].startswith(f"{tmp_path / 'out'}: logits in float32 differ from the trained")
-
-
-def refused(capsys, tmp_path, *arguments) -> str:
-    """The one error line of an export that must not succeed; nothing may be left where it was to be written."""
-    before = sorted(tmp_path.iterdir())
-    assert cli.main(["export", *map(str, arguments)]) == 2
-    assert sorted(tmp_path.iterdir()) == before
-    err = capsys.readouterr().err
-    lines = [line for line in err.splitlines() if line.startswith("lrnn: error: ")]
-    assert len(lines) == 1, err
-    return lines[0]
-
-
-class TestRefused:
-    def test_truncated_state(self, checkpoint, tmp_path, capsys):
-        state = checkpoint / "state-00001-of-00002.safetensors"
-        state.write_bytes(state.read_bytes()[:-100])
-        assert str(state) in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
-
-    def test_altered_state(self, checkpoint, tmp_path, capsys):
-        state = checkpoint / "state-00000-of-00002.safetensors"
-        content = bytearray(state.read_bytes())
-        content[-1] ^= 1
-        state.write_bytes(content)
-        assert "SHA-256" in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
-
-    def test_no_manifest(self, checkpoint, tmp_path, capsys):
-        (checkpoint / "manifest.json").unlink()
-        assert "no complete checkpoint" in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
-
-    @pytest.mark.parametrize("lost", ["whole", "part"])
-    def test_missing_fragment(self, checkpoint, tmp_path, capsys, lost):
-        """A manifest that fits the files does not help where the files lack a parameter."""
-        name = "model.layers.1.attn.o_proj.weight"
-        for file in sorted(checkpoint.glob("state-*"))[0 if lost == "whole" else 1 :]:
-            save_file({k: v for k, v in load_file(file).items() if f"param:{name}:" not in k}, file)
-        write_manifest(checkpoint)
-        assert name in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
-
-    @pytest.mark.parametrize("variant", OTHER_MIXERS)
-    def test_fla_does_not_have_the_mixer(self, variant, tmp_path, capsys, sentencepiece_model):
-        checkpoint = write_checkpoint(tmp_path / "run", random_model(variant), sentencepiece_model)
-        error = refused(capsys, tmp_path, checkpoint, tmp_path / "out", "--format", "fla")
-        assert f"this model's is {variant}: use --format hf" in error
-
-    def test_neither_run_nor_checkpoint(self, tmp_path, capsys):
-        (tmp_path / "corpus").mkdir()
-        (tmp_path / "corpus" / "manifest.json").write_text("{}")
-        assert "neither a run folder" in refused(capsys, tmp_path, tmp_path / "corpus", tmp_path / "out")
-        assert "neither a run folder" in refused(capsys, tmp_path, tmp_path / "nowhere", tmp_path / "out")
-
-    def test_run_without_a_checkpoint(self, tmp_path, capsys):
-        (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-        assert "no complete checkpoint yet" in refused(capsys, tmp_path, tmp_path / "run", tmp_path / "out")
-
-    def test_out_is_not_empty(self, checkpoint, tmp_path, capsys):
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "thesis.tex").write_text("dear to somebody")
-        assert str(tmp_path / "out") in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
-        assert (tmp_path / "out" / "thesis.tex").read_text() == "dear to somebody"
-
-    def test_streamed_run_without_a_tokenizer(self, tmp_path, capsys, sentencepiece_model):
-        checkpoint = write_checkpoint(tmp_path / "run", random_model("gated"), None)
-        assert "--tokenizer my.model" in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
-        assert read_checkpoint(checkpoint, str(sentencepiece_model)).training["tokens"] == 5000
-
-    def test_tokenizer_given_twice_or_too_large(self, checkpoint, tmp_path, capsys, sentencepiece_model):
-        arguments = [checkpoint, tmp_path / "out", "--tokenizer", sentencepiece_model]
-        assert "leave it out" in refused(capsys, tmp_path, *arguments)
-        large = tmp_path / "large.model"
-        train_sentencepiece([(STDLIB / "argparse.py").read_text()], 700, large)
-        streamed = write_checkpoint(tmp_path / "streamed", random_model("gated"), None)
-        arguments = [streamed, tmp_path / "out", "--tokenizer", large]
-        assert "700 exceeds" in refused(capsys, tmp_path, *arguments)
-
-
-def test_the_newest_intact_checkpoint_of_a_run(tmp_path, sentencepiece_model, capsys):
-    model = random_model("gated")
-    write_checkpoint(tmp_path / "run", model, sentencepiece_model, step=10)
-    write_checkpoint(tmp_path / "run", model, sentencepiece_model, step=20)
-    broken = write_checkpoint(tmp_path / "run", model, sentencepiece_model, step=30) / "run.yaml"
-    broken.write_text("")
-    assert read_checkpoint(tmp_path / "run").training["step"] == 20
-    assert str(broken) in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "harm, message",
-    [("drop", "missing"), ("change", "with lrnn, its logits differ"), ("shape", "mismatched|size|shape")],
-)
-def test_a_wrong_export_is_found_and_removed(harm, message, checkpoint, tmp_path, monkeypatch):
-    write = export_module.write_weights
-
-    def write_and_harm(model, folder):
-        write(model, folder)
-        file = folder / "model.safetensors"
-        state = load_file(file)
-        name = "model.layers.1.attn.b_proj.weight"
-        if harm == "drop":
-            del state[name]
-        elif harm == "change":
-            state[name] += 0.01
-        else:
-            state[name] = state[name][:1].clone()
-        save_file(state, file, metadata={"format": "pt"})
-
-    monkeypatch.setattr(export_module, "write_weights", write_and_harm)
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(RuntimeError, match=message):
-        export(read_checkpoint(checkpoint), tmp_path / "out")
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_code_that_computes_something_else_is_found(checkpoint, tmp_path, monkeypatch):
-    write = export_module._write_texts
-
-    def write_and_harm(trained, folder, *rest):
-        write(trained, folder, *rest)
-        code = (folder / "mixer_deltanet.py").read_text()
-        assert code.count("2.0 if config.allow_neg_eigval") == 1
-        (folder / "mixer_deltanet.py").write_text(code.replace("2.0 if", "1.9 if"))
-
-    monkeypatch.setattr(export_module, "_write_texts", write_and_harm)
-    with pytest.raises(RuntimeError, match="without lrnn, its logits differ"):
-        export(read_checkpoint(checkpoint), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_code_that_needs_lrnn_is_found(checkpoint, tmp_path, monkeypatch):
-    """Without its kernels' files the code runs only where lrnn is installed."""
-    code = tuple(file for file in export_module.CODE if not file.startswith("kernels/"))
-    monkeypatch.setattr(export_module, "CODE", code)
-    with pytest.raises(RuntimeError, match="does not load without lrnn"):
-        export(read_checkpoint(checkpoint), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_large_models_are_written_in_shards(tmp_path, monkeypatch, sentencepiece_model):

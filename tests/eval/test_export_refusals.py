@@ -1,0 +1,168 @@
+"""What an export checks and says, and what must stop it."""
+
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from export_checkpoints import OTHER_MIXERS, random_model, write_checkpoint, write_manifest
+from safetensors.torch import load_file, save_file
+
+from lrnn import cli
+from lrnn.eval import export as export_module
+from lrnn.eval.export import export, read_checkpoint
+from lrnn.pretrain.tokenizers_io import train_sentencepiece
+
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def checkpoint(tmp_path, sentencepiece_model):
+    return write_checkpoint(tmp_path / "run", random_model("gated"), sentencepiece_model)
+
+
+def test_what_it_says_in_a_log_file(checkpoint, tmp_path, capsys):
+    assert cli.main(["export", str(checkpoint), str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert said.err == "", "a progress bar is for terminals"
+    assert said.out.splitlines()[-1].startswith(f"{tmp_path / 'out'}: logits in float32 differ from the trained")
+
+
+def refused(capsys, tmp_path, *arguments) -> str:
+    """The one error line of an export that must not succeed; nothing may be left where it was to be written."""
+    before = sorted(tmp_path.iterdir())
+    assert cli.main(["export", *map(str, arguments)]) == 2
+    assert sorted(tmp_path.iterdir()) == before
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("lrnn: error: ")]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+class TestRefused:
+    def test_truncated_state(self, checkpoint, tmp_path, capsys):
+        state = checkpoint / "state-00001-of-00002.safetensors"
+        state.write_bytes(state.read_bytes()[:-100])
+        assert str(state) in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
+
+    def test_altered_state(self, checkpoint, tmp_path, capsys):
+        state = checkpoint / "state-00000-of-00002.safetensors"
+        content = bytearray(state.read_bytes())
+        content[-1] ^= 1
+        state.write_bytes(content)
+        assert "SHA-256" in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
+
+    def test_no_manifest(self, checkpoint, tmp_path, capsys):
+        (checkpoint / "manifest.json").unlink()
+        assert "no complete checkpoint" in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
+
+    @pytest.mark.parametrize("lost", ["whole", "part"])
+    def test_missing_fragment(self, checkpoint, tmp_path, capsys, lost):
+        """A manifest that fits the files does not help where the files lack a parameter."""
+        name = "model.layers.1.attn.o_proj.weight"
+        for file in sorted(checkpoint.glob("state-*"))[0 if lost == "whole" else 1 :]:
+            save_file({k: v for k, v in load_file(file).items() if f"param:{name}:" not in k}, file)
+        write_manifest(checkpoint)
+        assert name in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
+
+    @pytest.mark.parametrize("variant", OTHER_MIXERS)
+    def test_fla_does_not_have_the_mixer(self, variant, tmp_path, capsys, sentencepiece_model):
+        checkpoint = write_checkpoint(tmp_path / "run", random_model(variant), sentencepiece_model)
+        error = refused(capsys, tmp_path, checkpoint, tmp_path / "out", "--format", "fla")
+        assert f"this model's is {variant}: use --format hf" in error
+
+    def test_neither_run_nor_checkpoint(self, tmp_path, capsys):
+        (tmp_path / "corpus").mkdir()
+        (tmp_path / "corpus" / "manifest.json").write_text("{}")
+        assert "neither a run folder" in refused(capsys, tmp_path, tmp_path / "corpus", tmp_path / "out")
+        assert "neither a run folder" in refused(capsys, tmp_path, tmp_path / "nowhere", tmp_path / "out")
+
+    def test_run_without_a_checkpoint(self, tmp_path, capsys):
+        (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+        assert "no complete checkpoint yet" in refused(capsys, tmp_path, tmp_path / "run", tmp_path / "out")
+
+    def test_out_is_not_empty(self, checkpoint, tmp_path, capsys):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").write_text("dear to somebody")
+        assert str(tmp_path / "out") in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
+        assert (tmp_path / "out" / "thesis.tex").read_text() == "dear to somebody"
+
+    def test_streamed_run_without_a_tokenizer(self, tmp_path, capsys, sentencepiece_model):
+        checkpoint = write_checkpoint(tmp_path / "run", random_model("gated"), None)
+        assert "--tokenizer my.model" in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
+        assert read_checkpoint(checkpoint, str(sentencepiece_model)).training["tokens"] == 5000
+
+    def test_tokenizer_given_twice_or_too_large(self, checkpoint, tmp_path, capsys, sentencepiece_model):
+        arguments = [checkpoint, tmp_path / "out", "--tokenizer", sentencepiece_model]
+        assert "leave it out" in refused(capsys, tmp_path, *arguments)
+        large = tmp_path / "large.model"
+        train_sentencepiece([(STDLIB / "argparse.py").read_text()], 700, large)
+        streamed = write_checkpoint(tmp_path / "streamed", random_model("gated"), None)
+        arguments = [streamed, tmp_path / "out", "--tokenizer", large]
+        assert "700 exceeds" in refused(capsys, tmp_path, *arguments)
+
+
+def test_the_newest_intact_checkpoint_of_a_run(tmp_path, sentencepiece_model, capsys):
+    model = random_model("gated")
+    write_checkpoint(tmp_path / "run", model, sentencepiece_model, step=10)
+    write_checkpoint(tmp_path / "run", model, sentencepiece_model, step=20)
+    broken = write_checkpoint(tmp_path / "run", model, sentencepiece_model, step=30) / "run.yaml"
+    broken.write_text("")
+    assert read_checkpoint(tmp_path / "run").training["step"] == 20
+    assert str(broken) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "harm, message",
+    [("drop", "missing"), ("change", "with lrnn, its logits differ"), ("shape", "mismatched|size|shape")],
+)
+def test_a_wrong_export_is_found_and_removed(harm, message, checkpoint, tmp_path, monkeypatch):
+    write = export_module.write_weights
+
+    def write_and_harm(model, folder):
+        write(model, folder)
+        file = folder / "model.safetensors"
+        state = load_file(file)
+        name = "model.layers.1.attn.b_proj.weight"
+        if harm == "drop":
+            del state[name]
+        elif harm == "change":
+            state[name] += 0.01
+        else:
+            state[name] = state[name][:1].clone()
+        save_file(state, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(export_module, "write_weights", write_and_harm)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(RuntimeError, match=message):
+        export(read_checkpoint(checkpoint), tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_code_that_computes_something_else_is_found(checkpoint, tmp_path, monkeypatch):
+    write = export_module._write_texts
+
+    def write_and_harm(trained, folder, *rest):
+        write(trained, folder, *rest)
+        code = (folder / "mixer_deltanet.py").read_text()
+        assert code.count("2.0 if config.allow_neg_eigval") == 1
+        (folder / "mixer_deltanet.py").write_text(code.replace("2.0 if", "1.9 if"))
+
+    monkeypatch.setattr(export_module, "_write_texts", write_and_harm)
+    with pytest.raises(RuntimeError, match="without lrnn, its logits differ"):
+        export(read_checkpoint(checkpoint), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_code_that_needs_lrnn_is_found(checkpoint, tmp_path, monkeypatch):
+    """Without its kernels' files the code runs only where lrnn is installed."""
+    code = tuple(file for file in export_module.CODE if not file.startswith("kernels/"))
+    monkeypatch.setattr(export_module, "CODE", code)
+    with pytest.raises(RuntimeError, match="does not load without lrnn"):
+        export(read_checkpoint(checkpoint), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

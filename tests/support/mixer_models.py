@@ -1,0 +1,47 @@
+"""Small models of every token mixer for tests, of which each parameter matters."""
+
+import pytest
+import torch
+
+from lrnn import LrnnConfig, LrnnForCausalLM
+from lrnn.configuration_lrnn import MIXERS
+
+SIZE = {"vocab_size": 97, "hidden_size": 32, "num_heads": 2, "head_dim": 16, "intermediate_size": 48, "state_size": 5}
+VARIANTS = {f"{mixer}{n}": {"mixer": mixer, "num_householder": n} for mixer in MIXERS[2:4] for n in (1, 3)}
+VARIANTS |= {mixer: {"mixer": mixer} for mixer in MIXERS if not mixer.endswith("product")}
+WITHOUT_RANGE = ("slstm", "transformer")
+
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+every_case = pytest.mark.parametrize(
+    "variant, allow_neg_eigval", [(v, r) for v in VARIANTS for r in (True, False) if r or v not in WITHOUT_RANGE]
+)
+
+
+def make_model(variant: str, allow_neg_eigval: bool = True, **config) -> LrnnForCausalLM:
+    """A model whose every parameter matters, and whose decays and steps spread over their whole range."""
+    torch.manual_seed(0)
+    fields = {**SIZE, **VARIANTS[variant], "allow_neg_eigval": allow_neg_eigval, "num_hidden_layers": 1, **config}
+    model = LrnnForCausalLM(LrnnConfig(**fields))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name:
+                p.uniform_(0.5, 1.5)
+            elif p.ndim == 2 and not name.endswith(("A_log", "gate_bias")):
+                p.normal_(std=0.2)
+            elif name.endswith((".D", ".r_k", ".k_k", ".k_a", ".bias")):
+                p.add_(0.3 * torch.randn_like(p))
+            elif name.endswith(("A_log", "dt_bias", "gate_bias")):
+                p.copy_(0.5 * torch.randn_like(p))
+            if "gk_proj.1" in name:  # GLA's decay is below 0.5 where the logit is below -11
+                p.mul_(12).sub_(8 if p.ndim == 1 else 0)
+            if "a_proj.1.weight" in name:
+                p.mul_(4)  # RWKV-7's in-context rates, near 0 and 1
+    return model.eval()
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(SIZE["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+def largest(x: torch.Tensor) -> float:
+    return x.abs().max().item()
