@@ -52,8 +52,8 @@ class HopperLaunch(NamedTuple):
 
 
 def is_for_hopper(K: int, V: int, dtype: torch.dtype, is_full: bool, device: torch.device) -> bool:
-    """Whether the scans in Gluon are made for this: not for other GPUs, other head sizes than 128, float32, and
-    sequences with a chunk that is not full. Nor for an assembler that may miscompile them: the plain scans have been
+    """Whether the kernels in Gluon are made for this: not for other GPUs, other head sizes than 128, float32, and
+    sequences with a chunk that is not full. Nor for an assembler that may miscompile them: the plain ones have been
     tested with one, these have not."""
     if INTERPRETED or K != 128 or V != 128 or dtype == torch.float32 or not is_full:
         return False

@@ -10,6 +10,7 @@ import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 
 from lrnn.kernels.chunk_backward import chunk_backward_kernel
+from lrnn.kernels.chunk_backward_hopper import chunk_backward_hopper_kernel, hopper_chunk_settings
 from lrnn.kernels.chunk_forward import chunk_forward_kernel
 from lrnn.kernels.chunk_forward_hopper import HopperLaunch, chunk_forward_hopper_kernel, hopper_settings
 from lrnn.kernels.chunk_inverse import chunk_inverse_kernel
@@ -117,7 +118,7 @@ def delta_rule_cases(
 
 
 def hopper_cases(suffix: str, heads: dict[str, Any], element: str, matrix: str) -> Iterator[Case]:
-    """The scans in Gluon, with one and with two halves of the values a program."""
+    """The scans in Gluon, with one and with two halves of the values a program, and the backward pass inside chunks."""
 
     def tile(rows: int, columns: int, of: str = element) -> str:
         bits = 32 if of == "fp32" else 16
@@ -149,3 +150,11 @@ def hopper_cases(suffix: str, heads: dict[str, Any], element: str, matrix: str) 
         constants = {"SAVE_STATES": True, "HAS_FINAL": False, "SAVE_INITIAL": False, "dfinal": None, "dinitial": None}
         launch = hopper_backward_settings(full)
         yield case("scan_backward_hopper", chunk_scan_backward_hopper_kernel, constants, launch)
+
+    kernel, tiles = chunk_backward_hopper_kernel, ("q", "k", "do", "dw", "y", "states", "dstates", "dq", "dk", "dv")
+    known: dict[str, Any] = {**heads, "V": 128, **hopper_chunk_settings()._asdict()}
+    known = {n: value for n, value in known.items() if n in kernel.arg_names}
+    types = {"chunks": "i32", "R": "i32", "scale": "fp32", "vector_rows": tile(1, CHUNK, "fp32")}
+    types |= dict.fromkeys(tiles, tile(CHUNK, 128))
+    types = {n: types.get(n, "*fp32") for n in kernel.arg_names if n not in known}
+    yield f"chunk_backward_hopper{suffix}", kernel, types, known, 4, 3

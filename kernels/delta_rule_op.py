@@ -13,14 +13,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lrnn.kernels.chunk_backward import chunk_backward_kernel
 from lrnn.kernels.chunk_inverse import chunk_inverse_kernel
 from lrnn.kernels.gate_backward import gate_backward_kernel
 from lrnn.kernels.launch import launch
-from lrnn.kernels.launch_config import INVERSE_LAUNCH, chunk_launch
+from lrnn.kernels.launch_config import INVERSE_LAUNCH
 from lrnn.kernels.recurrent import recurrent_kernel
 from lrnn.kernels.scans import Scan, count_segments
-from lrnn.kernels.tiles import CHUNK, Tiles, count_chunks, matrix_dtype, with_rows
+from lrnn.kernels.tiles import CHUNK, count_chunks, matrix_dtype, with_rows
 
 # `torch.library.custom_op` would take fewer lines, and an eighth more host time for a forward and a backward pass.
 _library = torch.library.Library("lrnn", "FRAGMENT")
@@ -181,36 +180,7 @@ def gated_delta_rule_backward(
     dq, dk = (s.empty(s.B, s.T, s.HV, s.K, dtype=s.dtype) for _ in range(2))
     dv = s.empty(s.B, s.T, s.HV, s.V, dtype=s.dtype)
     dbeta_used, dot_q, dot_k = s.empty(3, s.HV, s.R).unbind()
-    settings = chunk_launch(s.K, s.V, s.dtype)
-    launch(
-        chunk_backward_kernel,
-        (2 * s.HV * s.chunks.count, 1, 1),
-        s.q,
-        s.k,
-        Tiles(do, CHUNK, settings.BV),
-        Tiles(dw, CHUNK, settings.BV),
-        Tiles(y, CHUNK, settings.BV),
-        Tiles(states, settings.BV, s.K),
-        Tiles(dstates, settings.BV, s.K),
-        dq,
-        dk,
-        dv,
-        dbeta_used,
-        dot_q,
-        dot_k,
-        vectors,
-        cu_seqlens,
-        s.chunks.table,
-        s.chunks.seq_len,
-        s.R,
-        scale,
-        V=s.V,
-        BV=settings.BV,
-        STAGES=settings.stages,
-        num_warps=settings.warps,
-        num_stages=settings.stages,
-        **s.heads,
-    )
+    s.run_chunk_backward(do, dw, y, states, dstates, dq, dk, dv, dbeta_used, dot_q, dot_k)
     kind = _gate_kind(gate, A_log)
     dgate = s.empty(0) if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
     dbeta = torch.empty_like(beta, memory_format=torch.contiguous_format)

@@ -51,6 +51,12 @@ def chunk_launch(K: int, V: int, dtype: torch.dtype) -> Launch:
 
 
 @functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; of an H100 where there is none, as in tests of what is launched."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+@functools.cache
 def ptxas_version(arch: int = 90) -> tuple[int, int]:
     """Version of the assembler that Triton uses for this architecture."""
     from triton.backends.nvidia.compiler import get_ptxas

@@ -1,4 +1,4 @@
-"""The scans over chunks of one call, and what their launches have in common: in Gluon where they are made for it.
+"""The scans over chunks of one call and the backward pass inside chunks, in Gluon where they are made for it.
 
 Few long sequences do not fill the GPU with one scan each. They are cut into segments, whose transitions (a matrix
 [K, K]) and end states from nothing are computed side by side, then joined, and the scans start from there. This is
@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrnn.kernels.chunk_backward import chunk_backward_kernel
+from lrnn.kernels.chunk_backward_hopper import chunk_backward_hopper_kernel, hopper_chunk_settings
 from lrnn.kernels.chunk_forward import chunk_forward_kernel
 from lrnn.kernels.chunk_forward_hopper import FULL, chunk_forward_hopper_kernel, hopper_settings, is_for_hopper
 from lrnn.kernels.chunk_scan_backward import chunk_scan_backward_kernel
 from lrnn.kernels.chunk_scan_backward_hopper import chunk_scan_backward_hopper_kernel, hopper_backward_settings
 from lrnn.kernels.launch import launch
-from lrnn.kernels.launch_config import scan_backward_stages, scan_launch
+from lrnn.kernels.launch_config import chunk_launch, multiprocessors, scan_backward_stages, scan_launch
 from lrnn.kernels.segment_scan import SEGMENT_SCAN, segment_scan_kernel
 from lrnn.kernels.tiles import CHUNK, Chunks, Tiles, dot_precision, result_tiles, with_rows
 
@@ -179,6 +181,66 @@ class Scan:
             num_warps=self.launch.warps,
             num_stages=stages,
             **flags,
+            **self.heads,
+        )
+
+    def run_chunk_backward(
+        self,
+        do: Tensor,
+        dw: Tensor,
+        y: Tensor,
+        states: Tensor,
+        dstates: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        dbeta: Tensor,
+        dot_q: Tensor,
+        dot_k: Tensor,
+    ) -> None:
+        numbers = dbeta, dot_q, dot_k
+        if self.for_hopper:
+            launch(
+                chunk_backward_hopper_kernel,
+                (min(self.chunks.count * self.HV, multiprocessors(self.device)), 1, 1),
+                self.q,
+                self.k,
+                *(Tiles(x, CHUNK, self.K) for x in (do, dw, y, states, dstates, dq, dk, dv)),
+                *numbers,
+                self.vector_rows,
+                self.chunks.count,
+                self.R,
+                self.scale,
+                V=self.V,
+                NORMALIZE=self.heads["NORMALIZE"],
+                num_warps=4,
+                **hopper_chunk_settings()._asdict(),
+                **self.sizes,
+            )
+            return
+        settings = chunk_launch(self.K, self.V, self.dtype)
+        launch(
+            chunk_backward_kernel,
+            (2 * self.HV * self.chunks.count, 1, 1),
+            self.q,
+            self.k,
+            *(Tiles(x, CHUNK, settings.BV) for x in (do, dw, y)),
+            *(Tiles(x, settings.BV, self.K) for x in (states, dstates)),
+            dq,
+            dk,
+            dv,
+            *numbers,
+            self.vectors,
+            self.cu_seqlens,
+            self.chunks.table,
+            self.chunks.seq_len,
+            self.R,
+            self.scale,
+            V=self.V,
+            BV=settings.BV,
+            STAGES=settings.stages,
+            num_warps=settings.warps,
+            num_stages=settings.stages,
             **self.heads,
         )
 

@@ -1,10 +1,11 @@
-"""What the scans give to their kernels, in Gluon and in plain Triton: every argument of the kernel, under its name."""
+"""What the scans, and the backward pass inside chunks, give to their kernels, in Gluon and in plain Triton: every
+argument of the kernel, under its name."""
 
 import pytest
 import torch
 
 from lrnn.kernels import scans
-from lrnn.kernels.tiles import CHUNK
+from lrnn.kernels.tiles import CHUNK, Tiles
 
 B, T, H, HV, D = 2, 128, 1, 2, 128
 
@@ -63,3 +64,35 @@ def test_every_argument_has_its_place(hopper, launched, monkeypatch):
     assert anew[1]["SAVE_STATES"] and not anew[1]["OUTPUT"] and not anew[1]["HAS_INITIAL"]
     # Gluon stores a state whole, plain Triton in halves.
     assert backward[0]["dstates"].block_shape == [64, D if hopper else D // 2]
+
+
+@pytest.mark.parametrize("hopper", [True, False])
+def test_every_argument_inside_chunks_has_its_place(hopper, launched, monkeypatch):
+    monkeypatch.setattr(scans, "is_for_hopper", lambda *a: hopper)
+    q, k = (torch.zeros(B, T, H, D, dtype=torch.bfloat16) for _ in range(2))
+    v, do, dq, dk, dv = (torch.zeros(B, T, HV, D, dtype=torch.bfloat16) for _ in range(5))
+    y, dw = (torch.zeros(B * T, HV * D, dtype=torch.bfloat16) for _ in range(2))
+    c, vectors = torch.zeros(B * T, HV * CHUNK, dtype=torch.float16), torch.zeros(4 * HV, B * T)
+    states, dstates = (torch.zeros(B * T // CHUNK * HV * D, D, dtype=torch.bfloat16) for _ in range(2))
+    numbers = {name: torch.zeros(HV, B * T) for name in ("dbeta", "dot_q", "dot_k")}
+    scan = scans.Scan(q, k, v, c, vectors, None, 0.5, True, False)
+    results = {"dq": dq, "dk": dk, "dv": dv}
+    given = {"do": do, "dw": dw, "y": y, "states": states, "dstates": dstates}
+    scan.run_chunk_backward(**given, **results, **numbers)
+    args, constants = arguments(launched[0])
+
+    assert launched[0][0][0].__name__ == ("chunk_backward_hopper_kernel" if hopper else "chunk_backward_kernel")
+    for name, tensor in (given | {"q": q, "k": k}).items():
+        assert args[name].base is tensor
+    for name, tensor in results.items():
+        assert (args[name].base if hopper else args[name]) is tensor
+    assert all(args[name] is tensor for name, tensor in numbers.items())
+    assert (args["R"], args["scale"], constants["NORMALIZE"]) == (B * T, 0.5, True)
+    assert [constants[n] for n in ("H", "HV", "K", "V", "BT")] == [H, HV, D, D, CHUNK]
+    if hopper:
+        assert args["vector_rows"].base is vectors and args["chunks"] == B * T // CHUNK
+        tiles = [x.block_shape for x in args.values() if isinstance(x, Tiles) and x.base is not vectors]
+        assert len(tiles) == 10 and all(shape == [CHUNK, D] for shape in tiles)
+        assert launched[0][0][1] == (B * T // CHUNK * HV, 1, 1)  # fewer than there are multiprocessors
+    else:
+        assert args["vectors"] is vectors and args["T"] == T

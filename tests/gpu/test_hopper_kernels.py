@@ -1,0 +1,115 @@
+"""The kernels in Gluon beside the plain ones: the same equations and roundings, so nearly the same numbers.
+
+What both compute is compared with a float64 recurrence in `test_gated_delta_rule.py`, which runs the kernels in Gluon
+wherever chunks are full and heads of size 128.
+"""
+
+import delta_rule_inputs as inputs
+import pytest
+import torch
+from delta_rule_truth import evaluate, relative_error
+
+from lrnn.kernels import scans
+from lrnn.kernels.gated_delta_rule import gated_delta_rule
+from lrnn.kernels.launch_config import SAFE_PTXAS, ptxas_version
+from lrnn.kernels.tiles import CHUNK
+
+PLAIN = {"chunk_forward_kernel", "chunk_scan_backward_kernel", "chunk_backward_kernel"}
+GLUON = {name.replace("_kernel", "_hopper_kernel") for name in PLAIN}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    names, launch = [], scans.launch
+
+    def note(kernel, *args, **constants):
+        names.append(kernel.__name__)
+        launch(kernel, *args, **constants)
+
+    monkeypatch.setattr(scans, "launch", note)
+    return names
+
+
+def needs_gluon():
+    if ptxas_version() < SAFE_PTXAS:
+        pytest.skip(f"with ptxas {ptxas_version()} the kernels in Gluon are not used")
+
+
+# one program a head with all its values (H * B >= 100), one for each half, and segments whose transitions are joined
+@pytest.mark.parametrize("sizes", [(2, 64, 1, 1), (2, 512, 2, 4), (7, 256, 16, 16), (1, 8192, 4, 4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("precision", ["standard", "split"])
+def test_kernels_in_gluon_are_the_plain_ones(sizes, dtype, normalize, precision, launched, monkeypatch):
+    B, T, H, HV = sizes
+    x = inputs.random(B, T, H, K=128, HV=HV, device="cuda", dtype=dtype)
+    x = x if normalize else inputs.unit_keys(x)  # longer keys would make the state grow
+    needs_gluon()
+    do, dstate = inputs.arriving(x)
+    gluon = evaluate(gated_delta_rule, x, do, dstate, normalize_qk=normalize, precision=precision)
+    assert not PLAIN & set(launched) and set(launched) >= GLUON
+    launched.clear()
+    monkeypatch.setattr(scans, "is_for_hopper", lambda *a: False)
+    plain = evaluate(gated_delta_rule, x, do, dstate, normalize_qk=normalize, precision=precision)
+    assert not GLUON & set(launched) and set(launched) >= PLAIN
+    assert gluon.keys() == plain.keys()
+    errors = {name: relative_error(gluon[name], plain[name]) for name in plain}
+    print(errors)
+    # A sum in another order moves a last bit of a 16-bit state here and there.
+    bar = 5e-3 if dtype == torch.bfloat16 else 1e-3
+    assert max(errors.values()) < bar, errors
+
+
+def inside_chunks(B, T, H, HV, dtype, normalize, seed=0):
+    """A call's scans, and what the backward pass inside its chunks is given: of random numbers, as if from scans."""
+    D, r = 128, torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=r, device="cuda")
+
+    q, k = (normal(B, T, H, D) / (1 if normalize else D**0.5) for _ in range(2))
+    q, k, v, do = (x.to(dtype) for x in (q, k, normal(B, T, HV, D), normal(B, T, HV, D)))
+    y, dw = (normal(B * T, HV * D).to(dtype) for _ in range(2))
+    states, dstates = (normal(B * T // CHUNK * HV * D, D).to(dtype) for _ in range(2))
+    gates = -0.1 * torch.rand(HV, B * T // CHUNK, CHUNK, generator=r, device="cuda")
+    vectors = torch.zeros(HV, 4, B * T, device="cuda")
+    vectors[:, 0] = gates.cumsum(-1).flatten(1)
+    vectors[:, 1] = 2 * torch.rand(HV, B * T, generator=r, device="cuda")
+    for row, x in ((2, k), (3, q)):
+        norms = torch.linalg.vector_norm(x.float(), dim=-1).repeat_interleave(HV // H, -1)
+        vectors[:, row] = -torch.log2(norms).flatten(0, 1).T if normalize else torch.nan
+    c = torch.zeros(B * T, HV * CHUNK, device="cuda", dtype=torch.float16)
+    scan = scans.Scan(q, k, v, c, vectors.flatten(0, 1), None, D**-0.5, normalize, False)
+    return scan, {"do": do, "dw": dw, "y": y, "states": states, "dstates": dstates}
+
+
+def chunk_backward(scan, given):
+    """Everything that the backward pass inside chunks computes; what it leaves out is not a number."""
+    shapes = {"dq": scan.K, "dk": scan.K, "dv": scan.V}
+    results = {n: scan.empty(scan.B, scan.T, scan.HV, size, dtype=scan.dtype) for n, size in shapes.items()}
+    results |= {n: scan.empty(scan.HV, scan.R) for n in ("dbeta", "dot_q", "dot_k")}
+    for x in results.values():
+        x.fill_(torch.nan)
+    scan.run_chunk_backward(**given, **results)
+    return results
+
+
+# fewer chunks and heads than multiprocessors, one for most and two for some, and many for each
+@pytest.mark.parametrize("sizes", [(1, 64, 1, 1), (2, 192, 2, 4), (1, 640, 15, 15), (2, 4096, 4, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_backward_inside_chunks_in_gluon_is_the_plain_one(sizes, dtype, normalize, launched):
+    needs_gluon()
+    scan, given = inside_chunks(*sizes, dtype, normalize)
+    assert scan.for_hopper
+    gluon = chunk_backward(scan, given)
+    for _ in range(5):
+        again = chunk_backward(scan, given)
+        assert all(torch.equal(again[name], gluon[name]) for name in gluon)
+    scan.for_hopper = False
+    plain = chunk_backward(scan, given)
+    assert set(launched) == {"chunk_backward_hopper_kernel", "chunk_backward_kernel"}
+    errors = {name: relative_error(gluon[name], plain[name]) for name in plain}
+    print(errors)
+    # A sum in another order moves a last bit of dP', dM' or a result here and there.
+    assert all(error < 1e-3 for error in errors.values()), errors
