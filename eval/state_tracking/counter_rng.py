@@ -25,6 +25,8 @@ class Field(IntEnum):
     OPERATOR = 2
     SPLIT = 3
     QUESTION = 4
+    IS_OTHER = 5
+    OTHER_SYMBOL = 6
 
 
 def _signed(value: int) -> int:

@@ -24,6 +24,17 @@ OF_THE_GRID = {"min_length", "max_length", "concurrent"}  # training settings th
 RANGE_NAMES = {"negative": "[-1, 1]", "positive": "[0, 1]", NO_RANGE: "-"}
 
 
+class Stage(Section):
+    """What comes ahead of the training proper: the same model, with an easier task. What is not given is as there."""
+
+    steps: int = Field(gt=0)
+    task: dict[str, Any] = Field(default_factory=dict)  # parameters of the task that are other ones here
+    min_length: int | None = Field(None, gt=0)
+    max_length: int | None = Field(None, gt=0)
+    batch_size: int | None = Field(None, gt=0)
+    lr: float | None = Field(None, gt=0)
+
+
 class TrainSettings(Section):
     min_length: int = Field(gt=0)
     max_length: int = Field(gt=0)
@@ -31,12 +42,14 @@ class TrainSettings(Section):
     batch_size: int = Field(gt=0)  # sequences
     lr: float = Field(gt=0)  # peak; 10% linear warm-up, then a cosine down to min_lr
     min_lr: float = Field(1e-6, ge=0)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)  # of AdamW
     weight_decay: float = Field(0.1, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     log_every: int = Field(100, gt=0)  # steps
     checkpoint_seconds: float = Field(60.0, gt=0)
     cuda_graphs: bool = True  # on a GPU, run a step as one captured graph
     concurrent: int = Field(6, ge=1, le=32)  # cells that are trained at once on a GPU
+    curriculum: list[Stage] = Field(default_factory=list)  # in turn, each with its own optimizer and schedule
 
 
 class TestSettings(Section):
@@ -69,8 +82,14 @@ class Cell:
     model_config: LrnnConfig
     train: TrainSettings  # the grid's, with what the model has of its own
     test: TestSettings
+    curriculum: tuple[tuple[Task, TrainSettings], ...]  # what is trained ahead
     folder: Path  # of its results
     fingerprint: str  # of all that decides the result: task, model, range, seed, training and test
+
+    @property
+    def stages(self) -> tuple[tuple[Task, TrainSettings], ...]:
+        """All that is trained, in turn; the task itself comes last."""
+        return *self.curriculum, (self.task, self.train)
 
     def __str__(self) -> str:
         return f"{self.task_name}, {self.model_name} {RANGE_NAMES[self.range]}, seed {self.seed}"
@@ -85,8 +104,9 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> tuple[GridConf
     grid = load(GridConfig, path, overrides)
     cells = list(_cells(grid, str(path)))
     for cell in cells:
-        for settings in (cell.train, cell.test):
-            cell.task.sizes(settings.min_length, settings.max_length)
+        for task, train in cell.stages:
+            task.sizes(train.min_length, train.max_length)
+        cell.task.sizes(cell.test.min_length, cell.test.max_length)
     return grid, cells
 
 
@@ -104,6 +124,7 @@ def _cells(grid: GridConfig, origin: str) -> Iterator[Cell]:
         for model_name, fields in grid.models.items():
             fields = dict(fields)
             train = _train_settings(grid, fields.pop("train", {}), f"{origin}: models.{model_name}.train")
+            curriculum = tuple(_curriculum(task, parameters, train, origin))
             mixer = MIXERS.get(fields.get("mixer", LrnnConfig().mixer))  # an unknown one is refused below
             has_range = mixer is None or mixer.has_eigenvalue_range
             for range_ in grid.ranges if has_range else [NO_RANGE]:
@@ -118,7 +139,10 @@ def _cells(grid: GridConfig, origin: str) -> Iterator[Cell]:
                     facts = [parameters, _said(config), seed]
                     facts += [train.model_dump(exclude=UNIMPORTANT), grid.test.model_dump(exclude=UNIMPORTANT)]
                     fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-                    yield Cell(task_name, model_name, range_, seed, task, config, train, grid.test, folder, fingerprint)
+                    yield Cell(
+                        task_name, model_name, range_, seed, task, config, train, grid.test, curriculum, folder,
+                        fingerprint,
+                    )  # fmt: skip
 
 
 def _train_settings(grid: GridConfig, own: Any, origin: str) -> TrainSettings:
@@ -128,3 +152,17 @@ def _train_settings(grid: GridConfig, own: Any, origin: str) -> TrainSettings:
     for name in sorted(OF_THE_GRID & own.keys()):
         raise UserError(f"{origin}.{name} is set for the whole grid; remove it")
     return validate(grid.train.model_dump() | own, origin, TrainSettings)
+
+
+def _curriculum(
+    task: Task, parameters: dict[str, Any], train: TrainSettings, origin: str
+) -> Iterator[tuple[Task, TrainSettings]]:
+    """Task and settings of the stages ahead of the last. Raises UserError for a task with other ids."""
+    for number, stage in enumerate(train.curriculum):
+        easier = make_task(parameters["task"], **{k: v for k, v in (parameters | stage.task).items() if k != "task"})
+        if (easier.vocab_size, easier.pad_id) != (task.vocab_size, task.pad_id):
+            raise UserError(
+                f"{origin}: train.curriculum[{number}].task makes a task with {easier.vocab_size} ids and padding "
+                f"{easier.pad_id}; the task itself has {task.vocab_size} and {task.pad_id}, and the model is the same"
+            )
+        yield easier, train.model_copy(update=stage.model_dump(exclude={"task"}, exclude_none=True))

@@ -125,14 +125,16 @@ class GroupWord(Task):
 
     `group` is a name (S3, S4, A5, S5, Z60, any S<n>, A<n>, Z<n>) or a list of permutations that generate it.
     Input elements are uniform over the group, with `variant` "only_swaps" over the elements that move at most 2 points
-    and with "three_permutations" at most 3. With "four_tokens" an element is followed by three fillers and its label
-    stands on the third, the only labelled ones; sizes count tokens and are multiples of 4.
+    and with "three_permutations" at most 3. A share `others` of these is drawn from the whole group all the same: a
+    model learns the structure from the few, and every other element among those it knows. With "four_tokens" an
+    element is followed by three fillers and its label stands on the third, the only labelled ones; sizes count tokens
+    and are multiples of 4.
     """
 
     first_answer_id = 0
     answers_along_the_way = True
 
-    def __init__(self, group: str | Sequence[Sequence[int]] = "S5", variant: str = "all") -> None:
+    def __init__(self, group: str | Sequence[Sequence[int]] = "S5", variant: str = "all", others: float = 0.0) -> None:
         if variant not in VARIANTS:
             raise UserError(f"group_word: unknown variant {variant!r}. The variants are: {', '.join(VARIANTS)}")
         self.group = generate_group(named_generators(group) if isinstance(group, str) else group)
@@ -141,6 +143,13 @@ class GroupWord(Task):
         self.inputs = (moved <= MOVED_POINTS.get(variant, int(moved.max()))).nonzero()[:, 0]  # the elements drawn
         if len(self.inputs) < 2:
             raise UserError(f"group_word: {variant} leaves only the identity of group {group!r}")
+        if not isinstance(others, int | float) or not 0 <= others <= 1:
+            raise UserError(f"group_word: others is a share of the elements, from 0 to 1, not {others!r}")
+        if others and variant not in MOVED_POINTS:
+            raise UserError(
+                f"group_word: others goes with the variants {', '.join(MOVED_POINTS)}, not with {variant!r}"
+            )
+        self.others = others
         self.tokens_per_element = TOKENS_PER_ELEMENT if variant == "four_tokens" else 1
         self.num_classes = len(self.group)
         self.filler_id = self.num_classes  # used by "four_tokens" alone
@@ -154,6 +163,10 @@ class GroupWord(Task):
         places = torch.arange(-(-width // self.tokens_per_element), device=keys.device)
         drawn = integers(keys[:, None], Field.SYMBOL, places, len(self.inputs))
         elements = self.inputs.to(keys.device)[drawn]
+        if self.others:
+            is_other = integers(keys[:, None], Field.IS_OTHER, places, 2**30) < self.others * 2**30
+            other = integers(keys[:, None], Field.OTHER_SYMBOL, places, self.num_classes)
+            elements = torch.where(is_other, other, elements)
         products = running_products(self.group.table.to(keys.device), elements)
         content, labels = elements, products
         if self.tokens_per_element > 1:
@@ -169,8 +182,9 @@ class GroupWord(Task):
         n = self.num_classes
         sizes = torch.tensor(self.sizes(min_length, max_length)) // self.tokens_per_element
         step = torch.zeros(n, n, dtype=torch.float64)  # from a product to the next
-        columns = self.group.table[:, self.inputs]
-        step.scatter_add_(1, columns, torch.full(columns.shape, 1 / len(self.inputs), dtype=torch.float64))
+        for inputs, share in ((self.inputs, 1 - self.others), (torch.arange(n), self.others)):
+            columns = self.group.table[:, inputs]
+            step.scatter_add_(1, columns, torch.full(columns.shape, share / len(inputs), dtype=torch.float64))
         product = torch.zeros(n, dtype=torch.float64)
         product[0] = 1
         total = torch.zeros(n, dtype=torch.float64)

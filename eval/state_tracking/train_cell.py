@@ -14,7 +14,7 @@ from lrnn.eval.state_tracking.environment import describe_environment
 from lrnn.eval.state_tracking.grid import Cell
 from lrnn.eval.state_tracking.interleave import Work, finished
 from lrnn.eval.state_tracking.measure import measure
-from lrnn.eval.state_tracking.training import Training, learning_rate
+from lrnn.eval.state_tracking.training import Training, learning_rate, new_model
 from lrnn.pretrain.checkpoint import write_atomically
 from lrnn.pretrain.metrics import DurableLines, EigenvalueProbe
 
@@ -44,21 +44,30 @@ def train_cell(
         _check_same(cell, result["fingerprint"])
         return result
     cell.folder.mkdir(parents=True, exist_ok=True)
-    training = Training(cell, device)
-    _resume(cell, training, device)
-    speed = yield from _train(cell, training, device, say)
+    model = new_model(cell, device)
+    probe = EigenvalueProbe(model)
+    state = _saved_state(cell, device)
+    for stage in range(state["stage"] if state else 0, len(cell.stages)):
+        training = Training(cell, device, stage, model)
+        if state:
+            training.load(state)
+            state = None
+        speed = yield from _train(cell, training, probe, device, say)
     _save(cell, training)
-    result = yield from measure(cell, training.model, device)
+    result = yield from measure(cell, model, device)
     result |= {"steps_per_second": speed, "concurrent": at_once, "environment": describe_environment(device)}
     write_atomically(done, json.dumps(result, indent=1))
     return result
 
 
-def _train(cell: Cell, training: Training, device: torch.device, say: Callable[[str], None]) -> Work[float | None]:
-    """The steps that are left, with a record each `log_every`. The value is the speed in steps a second, without the
-    first ones; None where there were no others."""
-    settings = cell.train
-    probe = EigenvalueProbe(training.model)
+def _train(
+    cell: Cell, training: Training, probe: EigenvalueProbe, device: torch.device, say: Callable[[str], None]
+) -> Work[float | None]:
+    """The steps of a stage that are left, with a record each `log_every`. The value is the speed in steps a second,
+    without the first ones; None where there were no others."""
+    settings = training.settings
+    before = sum(earlier.steps for _, earlier in cell.stages[: training.stage])
+    in_all = sum(each.steps for _, each in cell.stages)
     marked_at, marked_step = time.perf_counter(), training.step  # at the last record
     warm: tuple[float, int] | None = None  # the same, when the first steps were done
     saved_at = time.monotonic()
@@ -85,7 +94,7 @@ def _train(cell: Cell, training: Training, device: torch.device, say: Callable[[
             if is_recorded:
                 speed = (training.step - marked_step) / (now - marked_at)
                 record = {
-                    "step": training.step,
+                    "step": before + training.step,
                     "loss": values[0].item(),
                     "lr": learning_rate(training.step - 1, settings),
                     "grad_norm": values[1].item(),
@@ -93,7 +102,7 @@ def _train(cell: Cell, training: Training, device: torch.device, say: Callable[[
                     "eigenvalues": EigenvalueProbe.describe(values[2]) if len(values) > 2 else {},
                 }
                 log.write(json.dumps(record))
-                say(f"{cell}: step {training.step}/{settings.steps}  loss {record['loss']:.4f}  {speed:.1f} steps/s")
+                say(f"{cell}: step {record['step']}/{in_all}  loss {record['loss']:.4f}  {speed:.1f} steps/s")
                 marked_at, marked_step = now, training.step
             if warm is None and training.is_warm:
                 warm = now, training.step
@@ -111,14 +120,14 @@ def _save(cell: Cell, training: Training) -> None:
     os.replace(partial, cell.folder / "state.pt")
 
 
-def _resume(cell: Cell, training: Training, device: torch.device) -> None:
-    """Load the state where there is one."""
+def _saved_state(cell: Cell, device: torch.device) -> dict[str, Any] | None:
+    """What `_save` wrote, where it did."""
     path = cell.folder / "state.pt"
     if not path.is_file():
-        return
+        return None
     state = torch.load(path, map_location=device, weights_only=True)
     _check_same(cell, state["fingerprint"])
-    training.load(state)
+    return state
 
 
 def _check_same(cell: Cell, fingerprint: str) -> None:

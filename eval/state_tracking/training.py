@@ -28,31 +28,41 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
     return settings.min_lr + 0.5 * (settings.lr - settings.min_lr) * (1 + math.cos(math.pi * share))
 
 
+def new_model(cell: Cell, device: torch.device) -> LrnnForCausalLM:
+    """The model of a cell as its seed makes it."""
+    torch.manual_seed(cell.seed)
+    return LrnnForCausalLM(cell.model_config).to(device).train()
+
+
 class Training:
-    """Model, optimizer and samples of a cell, after `step` steps.
+    """Model, optimizer and samples of a stage of a cell, after `step` of its steps.
 
     On a GPU all of it belongs to the stream that is current when it is made. That must not be the default one, which
     cannot be captured, and has to be current in every call.
     """
 
-    def __init__(self, cell: Cell, device: torch.device):
-        settings = self.settings = cell.train
-        torch.manual_seed(cell.seed)
-        self.model = LrnnForCausalLM(cell.model_config).to(device).train()
+    def __init__(self, cell: Cell, device: torch.device, stage: int = -1, model: LrnnForCausalLM | None = None):
+        """Begin a stage, by default the last, with a model (by default a new one) and an optimizer of its own."""
+        stage = range(len(cell.stages))[stage]
+        task, settings = cell.stages[stage]
+        self.settings, self.stage = settings, stage
+        self.model = new_model(cell, device) if model is None else model
         self.step = 0
         self.loss = self.grad_norm = torch.full((), math.nan, device=device)  # of the last step
         self._on_gpu = device.type == "cuda"
         self._optimizer = torch.optim.AdamW(
             parameter_groups(self.model, settings.weight_decay),
             lr=settings.lr,
+            betas=(settings.betas[0], settings.betas[1]),
             fused=self._on_gpu,
             capturable=self._on_gpu,
         )
         self._wants_graph = self._on_gpu and settings.cuda_graphs
         self._graph: torch.cuda.CUDAGraph | None = None
         self._eager_steps = 0
-        self._draw_samples = lambda indices: cell.task.batch(
-            split_seed(cell.seed, "train"), indices, settings.min_length, settings.max_length, device
+        used = sum(earlier.steps * earlier.batch_size for _, earlier in cell.stages[:stage])  # by stages before
+        self._draw_samples = lambda numbers: task.batch(
+            split_seed(cell.seed, "train"), used + numbers, settings.min_length, settings.max_length, device
         )
         self.steps_at_once = max(1, min(settings.steps, SAMPLE_TOKENS // (settings.batch_size * settings.max_length)))
         shape = (self.steps_at_once, settings.batch_size, settings.max_length)
@@ -95,10 +105,15 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         """What `load` takes, on any device and in either mode."""
-        return {"step": self.step, "model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
+        return {
+            "stage": self.stage,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+        }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from the state of this or another training of the cell; not after a step."""
+        """Go on from the state of this or another training of the same stage of the cell; not after a step."""
         self.model.load_state_dict(state["model"])
         # The groups hold how this device computes (fused, capturable): those of the other say nothing.
         groups = self._optimizer.state_dict()["param_groups"]

@@ -104,9 +104,31 @@ def test_four_tokens():
         assert sum(label >= 0 for label in labels) == length // 4 and labels[length - 1] >= 0
 
 
-@pytest.mark.parametrize("variant", ["all", "only_swaps", "three_permutations", "four_tokens"])
-def test_answer_distribution_by_sampling(variant):
-    task = GroupWord("S4", variant)
+def test_others_among_swaps():
+    """Each element is one of the 24 with the share's probability, else one of the 7 that move at most two points."""
+    task = GroupWord("S4", "only_swaps", others=0.3)
+    assert len(task.inputs) == 7 and task.vocab_size == GroupWord("S4").vocab_size
+    ids, labels, _ = task.batch(SEED, torch.arange(4000), 6, 6)
+    few = set(task.inputs.tolist())
+    expected = {element: 0.3 / 24 + 0.7 / 7 * (element in few) for element in range(24)}
+    for place in range(6):
+        assert_distributed(ids[:, place].tolist(), expected)
+    assert torch.equal(labels, running_products(task.group.table, ids))
+    # Whether one is, says nothing of which.
+    pairs = GroupWord("S3", "only_swaps", others=0.5).batch(SEED, torch.arange(20000), 2, 2).input_ids
+    few = set(GroupWord("S3", "only_swaps").inputs.tolist())
+    share = {element: 0.5 / 6 + 0.5 / 4 * (element in few) for element in range(6)}
+    assert_distributed(
+        (6 * pairs[:, 0] + pairs[:, 1]).tolist(), {6 * a + b: share[a] * share[b] for a in share for b in share}
+    )
+
+
+@pytest.mark.parametrize(
+    ("variant", "others"),
+    [("all", 0), ("only_swaps", 0), ("three_permutations", 0), ("four_tokens", 0), ("only_swaps", 0.25)],
+)
+def test_answer_distribution_by_sampling(variant, others):
+    task = GroupWord("S4", variant, others)
     low, high = (4, 16) if variant == "four_tokens" else (1, 4)
     distribution = task.answer_distribution(low, high)
     assert distribution.sum().item() == pytest.approx(1)
@@ -152,3 +174,8 @@ def test_bad_groups_and_variants():
         GroupWord("S5", "four_tokens").batch(SEED, torch.arange(2), 5, 7)
     with pytest.raises(UserError, match="smallest size is 1"):
         GroupWord("S3").batch(SEED, torch.arange(2), 0, 7)
+    for bad in (-0.1, 1.5, "some"):
+        with pytest.raises(UserError, match="others is a share of the elements, from 0 to 1, not"):
+            GroupWord("S5", "only_swaps", bad)
+    with pytest.raises(UserError, match="others goes with the variants only_swaps, three_permutations, not with 'all'"):
+        GroupWord("S5", others=0.5)

@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from lrnn import LrnnForCausalLM
+from lrnn.errors import UserError
 from lrnn.eval.state_tracking import measure, training
 from lrnn.eval.state_tracking.counter_rng import split_seed
 from lrnn.eval.state_tracking.interleave import interleave
-from lrnn.eval.state_tracking.training import Training, learning_rate
+from lrnn.eval.state_tracking.train_cell import train_cell
+from lrnn.eval.state_tracking.training import Training, learning_rate, new_model
 from lrnn.pretrain.engine import parameter_groups
+from lrnn.pretrain.metrics import read_metrics
 
 CPU = torch.device("cpu")
 
@@ -22,21 +25,22 @@ def measured(cell):
     return result
 
 
-def batch_of(cell, step):
-    settings = cell.train
-    indices = torch.arange(step * settings.batch_size, (step + 1) * settings.batch_size)
-    return cell.task.batch(split_seed(cell.seed, "train"), indices, settings.min_length, settings.max_length)
+def batch_of(cell, step, task=None, settings=None, used=0):
+    task, settings = task or cell.task, settings or cell.train
+    indices = used + torch.arange(step * settings.batch_size, (step + 1) * settings.batch_size)
+    return task.batch(split_seed(cell.seed, "train"), indices, settings.min_length, settings.max_length)
 
 
-def plain_losses(cell) -> list[tuple[float, float]]:
+def plain_losses(cell, model=None, task=None, settings=None, used=0) -> list[tuple[float, float]]:
     """(loss, norm of the gradient) of every step, by a loop as one would write it."""
-    settings = cell.train
-    torch.manual_seed(cell.seed)
-    model = LrnnForCausalLM(cell.model_config).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=settings.lr)
+    settings = settings or cell.train
+    if model is None:
+        model = new_model(cell, CPU)
+    groups = parameter_groups(model, settings.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas))
     found = []
     for step in range(settings.steps):
-        batch = batch_of(cell, step)
+        batch = batch_of(cell, step, task, settings, used)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
         loss = model(input_ids=batch.input_ids, shift_labels=batch.labels).loss
@@ -46,6 +50,10 @@ def plain_losses(cell) -> list[tuple[float, float]]:
         optimizer.zero_grad()
         found.append((loss.item(), norm.item()))
     return found
+
+
+def finish(cell, say=lambda line: None):
+    list(interleave([cell], lambda c: train_cell(c, CPU, 1, say), 1, CPU))
 
 
 def losses(trained: Training, count: int) -> list[tuple[float, float]]:
@@ -107,6 +115,69 @@ def test_going_on_from_a_state_is_bitwise(tiny_cells, three_at_once, tmp_path):
     assert losses(second, 13) == expected[7:]
     for name, value in straight.state()["model"].items():
         assert torch.equal(value, second.state()["model"][name]), name
+
+
+CURRICULUM = {
+    "tasks": {"s3": {"task": "group_word", "group": "S3"}},
+    "train": {
+        "min_length": 4, "max_length": 10, "steps": 5, "batch_size": 8, "lr": 1e-2, "betas": [0.8, 0.9],
+        "curriculum": [
+            {"steps": 4, "task": {"variant": "only_swaps"}, "min_length": 3, "max_length": 5, "batch_size": 6},
+            {"steps": 3, "lr": 3e-3},
+        ],
+    },
+}  # fmt: skip
+
+
+def test_a_curriculum_comes_first(tiny_cells):
+    """Stage by stage the steps of a plain loop, each with its own task, lengths, batch size and rate."""
+    cell, *_ = tiny_cells(**CURRICULUM)
+    swaps, shorter = cell.curriculum[0]
+    assert len(swaps.inputs) == 4 and len(cell.task.inputs) == 6
+    assert (shorter.steps, shorter.min_length, shorter.max_length, shorter.batch_size, shorter.lr) == (4, 3, 5, 6, 1e-2)
+    assert [(s.steps, s.max_length, s.batch_size, s.lr) for _, s in cell.stages[1:]] == [
+        (3, 10, 8, 3e-3),
+        (5, 10, 8, 1e-2),
+    ]
+    trained, plain = new_model(cell, CPU), new_model(cell, CPU)
+    for stage, used in enumerate((0, 4 * 6, 4 * 6 + 3 * 8)):
+        task, settings = cell.stages[stage]
+        found = losses(Training(cell, CPU, stage, trained), settings.steps)
+        assert found == plain_losses(cell, plain, task, settings, used)
+
+
+@pytest.mark.parametrize("stop_at", [2, 4, 6, 8])
+def test_a_curriculum_that_is_stopped_goes_on_where_it_was(tiny_cells, monkeypatch, stop_at):
+    """In every stage, and between two of them."""
+    train = CURRICULUM["train"] | {"log_every": 1, "checkpoint_seconds": 1e-9}
+    settings = CURRICULUM | {"train": train, "seeds": [0]}
+    whole, stopped = tiny_cells("whole", **settings)[0], tiny_cells("stopped", **settings)[0]
+    finish(whole)
+    lines = []
+
+    def say(line):
+        lines.append(line)
+        if len(lines) == stop_at + 1:  # the state was saved after the line before
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finish(stopped, say)
+    assert f"step {stop_at}/12" in lines[-2]
+    begun = []
+    original = Training.load
+    monkeypatch.setattr(Training, "load", lambda self, state: begun.append(state["stage"]) or original(self, state))
+    finish(stopped)
+    assert len(begun) == 1
+    states = [torch.load(cell.folder / "state.pt", weights_only=True)["model"] for cell in (whole, stopped)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    records = [{r["step"]: r["loss"] for r in read_metrics(cell.folder)} for cell in (whole, stopped)]
+    assert list(records[0]) == list(range(1, 13)) and records[0] == records[1]
+
+
+def test_a_curriculum_keeps_to_the_ids_of_its_task(tiny_cells):
+    train = CURRICULUM["train"] | {"curriculum": [{"steps": 1, "task": {"group": "S4"}}]}
+    with pytest.raises(UserError, match=r"train.curriculum\[0\].task makes a task with 25 ids .* has 7"):
+        tiny_cells(**CURRICULUM | {"train": train})
 
 
 def test_a_look_changes_nothing(tiny_cells):
