@@ -73,6 +73,7 @@ def _table(grid: GridConfig, task: str, of_task: list[tuple[Cell, dict[str, Any]
         "one and all tested below.",
         "",
     ]
+    lines += _curriculum_lines(grid)
     for model, fields in grid.models.items():
         if own := fields.get("train"):
             lines += [f"{model} was trained with {', '.join(f'{k} {v}' for k, v in own.items())}.", ""]
@@ -93,6 +94,20 @@ def _table(grid: GridConfig, task: str, of_task: list[tuple[Cell, dict[str, Any]
             f"| {paper} | {_speed(result for _, result in members)} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _curriculum_lines(grid: GridConfig) -> list[str]:
+    """What was trained ahead of what the table's first line says."""
+    lines = []
+    for stage in grid.train.curriculum:
+        settings = grid.train.model_copy(update=stage.model_dump(exclude={"task"}, exclude_none=True))
+        changes = "".join(f", {name} {value}" for name, value in stage.task.items())
+        lines += [
+            f"Ahead of that: lengths {settings.min_length} to {settings.max_length} for {settings.steps} steps of "
+            f"{settings.batch_size}, lr {settings.lr:g}{changes}.",
+            "",
+        ]
+    return lines
 
 
 def _speed(results: Iterable[dict[str, Any]]) -> str:

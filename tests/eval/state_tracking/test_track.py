@@ -259,6 +259,21 @@ def test_figures_of_the_paper_stand_beside_the_same_task_alone(parameters, figur
     assert reported(parameters, "deltanet", "negative") == figure
 
 
+def test_the_table_tells_the_curriculum(grid_file, tmp_path):
+    stage = {"steps": 2, "min_length": 3, "max_length": 4, "batch_size": 5, "task": {"variant": "only_swaps"}}
+    changes = {
+        "tasks": {"s3": {"task": "group_word", "group": "S3"}},
+        "train": GRID["train"] | {"steps": 2, "curriculum": [stage, {"steps": 1, "lr": 3e-3}]},
+        "test": GRID["test"] | {"samples": 8},
+    }
+    assert main(["track", str(grid_file(**changes)), "ranges=[negative]"]) == 0
+    table = (tmp_path / "out/table.md").read_text()
+    assert "\nAhead of that: lengths 3 to 4 for 2 steps of 5, lr 0.01, variant only_swaps.\n" in table
+    assert "\nAhead of that: lengths 3 to 20 for 1 steps of 64, lr 0.003.\n" in table
+    folder = tmp_path / "out/s3/deltanet/negative/seed-0"
+    assert [record["step"] for record in read_metrics(folder)] == [2, 3, 5]
+
+
 @pytest.mark.parametrize(
     ("parameters", "mixer", "range_", "factors", "finding"),
     [
