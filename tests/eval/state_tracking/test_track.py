@@ -2,6 +2,7 @@
 
 import csv
 import json
+import subprocess
 import math
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import triton
 from lrnn import LrnnForCausalLM
 from lrnn.cli import main
 from lrnn.eval.state_tracking import training
+from lrnn.eval.state_tracking import environment
 from lrnn.eval.state_tracking.grid import load_grid
 from lrnn.eval.state_tracking.papers import reported
 from lrnn.eval.state_tracking.report import holds_to
@@ -257,6 +259,26 @@ def test_grids_of_the_repository_are_valid(path):
 )
 def test_figures_of_the_paper_stand_beside_the_same_task_alone(parameters, figure):
     assert reported(parameters, "deltanet", "negative") == figure
+
+
+def test_the_commit_tells_whether_files_differ_from_it(tmp_path, monkeypatch):
+    def git(*words):
+        options = ["-c", "user.name=n", "-c", "user.email=e"]
+        return subprocess.run(
+            ["git", *options, *words], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    file = tmp_path / "environment.py"
+    file.write_text("1")
+    monkeypatch.setattr(environment, "__file__", str(file))
+    git("init")
+    assert environment._commit.__wrapped__() is None  # not tracked
+    git("add", ".")
+    git("commit", "-m", "one")
+    commit = git("rev-parse", "--short=12", "HEAD").strip()
+    assert environment._commit.__wrapped__() == commit
+    file.write_text("2")
+    assert environment._commit.__wrapped__() == f"{commit}-dirty"
 
 
 def test_the_table_tells_the_curriculum(grid_file, tmp_path):
