@@ -2,8 +2,8 @@
 
 import csv
 import json
-import subprocess
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,7 @@ import triton
 
 from lrnn import LrnnForCausalLM
 from lrnn.cli import main
-from lrnn.eval.state_tracking import training
-from lrnn.eval.state_tracking import environment
+from lrnn.eval.state_tracking import environment, training
 from lrnn.eval.state_tracking.grid import load_grid
 from lrnn.eval.state_tracking.papers import reported
 from lrnn.eval.state_tracking.report import holds_to
