@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import time
@@ -71,6 +72,14 @@ def ours(x: Inputs) -> Tensor:
     return fused_gated_delta_rule(x["q"], x["k"], x["v"], x["a"], x["b"], x["A_log"], x["dt_bias"])[0]
 
 
+def ours_split(x: Inputs) -> Tensor:
+    """lrnn with `precision="split"`: N and beta dW enter the state and its gradient as sums of two."""
+    from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule
+
+    arguments = (x[name] for name in ("q", "k", "v", "a", "b", "A_log", "dt_bias"))
+    return fused_gated_delta_rule(*arguments, precision="split")[0]
+
+
 def fla(x: Inputs) -> Tensor:
     """fla, called as its own layer does."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
@@ -106,12 +115,13 @@ def make_log_inputs(x: Inputs) -> Inputs:
 def fla_guard() -> str | None:
     """A note where fla refuses its gated backward pass, on Hopper with Triton 3.4 to 3.7.0; None elsewhere.
 
-    With tilelang installed fla uses another kernel there, and refuses nothing.
+    With tilelang installed fla uses another kernel there, and refuses nothing, unless FLA_TILELANG=0 forbids it.
     """
     from fla.ops.common import chunk_o
 
     refuses = chunk_o.IS_NVIDIA_HOPPER and chunk_o.TRITON_ABOVE_3_4_0 and not chunk_o.TRITON_ABOVE_3_7_1
-    if not refuses or importlib.util.find_spec("tilelang") is not None:
+    tilelang = importlib.util.find_spec("tilelang") is not None and os.environ.get("FLA_TILELANG") != "0"
+    if not refuses or tilelang:
         return None
     import triton
 
@@ -136,7 +146,7 @@ def fla_guard_lifted() -> Iterator[None]:
 
 def contenders(only_ours: bool) -> tuple[list[Contender], list[str]]:
     """What can be timed here, and a line for each peer on why it is left out or what its figures mean."""
-    found, lines = [Contender("lrnn", ours)], []
+    found, lines = [Contender("lrnn", ours), Contender("lrnn split", ours_split)], []
     if only_ours:
         return found, ["fla, FlashQLA: left out (--only-ours)"]
     for name, package, run in (("fla", "fla", fla), ("FlashQLA", "flash_qla", flash_qla)):
@@ -214,7 +224,7 @@ def measure(contender: Contender, batch_size: int, seq_len: int, heads: int, siz
             for run in (forward, both):
                 result.graph.append(do_bench(as_graph(run), warmup=50, rep=200, quantiles=quantiles))
         except Exception as error:
-            if contender.name == "lrnn":
+            if contender.name.startswith("lrnn"):
                 raise
             result.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     return result
@@ -328,10 +338,10 @@ def bench_kernels(args: argparse.Namespace) -> None:
             rows.append(measure(contender, batch_size, seq_len, args.heads, args.head_size))
             torch.cuda.empty_cache()
             row = rows[-1]
-            print(f"{f'B{batch_size} T{seq_len}':12} {row.contender:9} {_figures(row, rows[0])}", flush=True)
+            print(f"{f'B{batch_size} T{seq_len}':12} {row.contender:10} {_figures(row, rows[0])}", flush=True)
             if not row.error:
-                print(f"{'':12} {'- graph':9} {_graph_figures(row, rows[0])}", flush=True)
-        print(f"{'':12} {'floor':9} {floor[0]:21.3f} {floor[1]:24.3f}")
+                print(f"{'':12} {'- graph':10} {_graph_figures(row, rows[0])}", flush=True)
+        print(f"{'':12} {'floor':10} {floor[0]:21.3f} {floor[1]:24.3f}")
         results += [asdict(row) for row in rows]
         results.append({"contender": "floor", "batch_size": batch_size, "seq_len": seq_len, "forward": [floor[0]]})
         results[-1]["forward_backward"] = [floor[1]]

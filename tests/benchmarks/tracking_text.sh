@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Language models that have read solved state-tracking questions, with either range of eigenvalues: corpus, training,
+# export, and the suite `state_tracking`, which asks eight times as far as they were trained.
+#   bash tests/benchmarks/tracking_text.sh WORK_FOLDER RESULT_FOLDER [pretrain settings, e.g. steps=600]
+set -euo pipefail
+work=$1 results=$2
+shift 2
+lrnn() { echo "\$ lrnn $*"; python3 -m lrnn.cli "$@"; }
+
+mkdir -p "$work/text" "$results"
+[ -e "$work/corpus" ] || {
+    python3 tests/benchmarks/tracking_text.py "$work/text/solved.jsonl"
+    lrnn corpus json --data-files "$work/text/solved.jsonl" --train-tokenizer 384 --heldout 0.005 --out "$work/corpus"
+}
+one_range() {
+    python3 - "$2" "$work/$1.json" <<'PYTHON'
+import json, sys
+model = json.load(open("configs/models/tiny.json"))
+model |= dict(hidden_size=256, num_heads=4, num_hidden_layers=4, intermediate_size=704, vocab_size=384)
+model |= dict(max_position_embeddings=2048, allow_neg_eigval=sys.argv[1] == "true")
+json.dump(model, open(sys.argv[2], "w"))
+PYTHON
+    lrnn pretrain configs/tiny.yaml "model=$work/$1.json" "run_dir=$work/$1" "data.corpora=[{path: $work/corpus}]" \
+        data.seq_len=2048 global_batch_size=16 micro_batch_size=16 steps=2000 schedule.warmup_steps=100 log.every=50 \
+        log.heldout_every=500 checkpoint.every=1000 "${@:3}"
+    lrnn export "$work/$1" "$work/$1-model"
+    lrnn eval "$work/$1-model" --suite state_tracking --max-length 8192 --out "$results/$1"
+}
+one_range negative true "$@"
+one_range positive false "$@"
