@@ -14,6 +14,7 @@ from lrnn.kernels.chunk_backward_hopper import chunk_backward_hopper_kernel, hop
 from lrnn.kernels.chunk_forward import chunk_forward_kernel
 from lrnn.kernels.chunk_forward_hopper import HopperLaunch, chunk_forward_hopper_kernel, hopper_settings
 from lrnn.kernels.chunk_inverse import chunk_inverse_kernel
+from lrnn.kernels.chunk_inverse_hopper import HOPPER_INVERSE_LAUNCH, chunk_inverse_hopper_kernel
 from lrnn.kernels.chunk_scan_backward import chunk_scan_backward_kernel
 from lrnn.kernels.chunk_scan_backward_hopper import chunk_scan_backward_hopper_kernel, hopper_backward_settings
 from lrnn.kernels.gate_backward import gate_backward_kernel
@@ -90,7 +91,7 @@ def delta_rule_cases(
         yield case(name, chunk_forward_kernel, constants, known, launch.warps, launch.stages)
 
     if (K, V) == (128, 128) and not packed and dtype != torch.float32:
-        yield from hopper_cases(suffix, heads, element, matrix)
+        yield from hopper_cases(suffix, {**heads, **gates}, element, matrix, numbers)
 
     stages = scan_backward_stages(K, V, dtype)
     constants = {**scan, "STAGES": stages, "SAVE_STATES": True, "HAS_FINAL": False, "SAVE_INITIAL": False}
@@ -117,8 +118,9 @@ def delta_rule_cases(
         yield case("segment_scan", segment_scan_kernel, constants, {}, SEGMENT_SCAN["num_warps"], 3)
 
 
-def hopper_cases(suffix: str, heads: dict[str, Any], element: str, matrix: str) -> Iterator[Case]:
-    """The scans in Gluon, with one and with two halves of the values a program, and the backward pass inside chunks."""
+def hopper_cases(suffix: str, heads: dict[str, Any], element: str, matrix: str, numbers: str) -> Iterator[Case]:
+    """The matrices in Gluon, the scans, with one and with two halves of the values a program, and the backward pass
+    inside chunks."""
 
     def tile(rows: int, columns: int, of: str = element) -> str:
         bits = 32 if of == "fp32" else 16
@@ -134,6 +136,13 @@ def hopper_cases(suffix: str, heads: dict[str, Any], element: str, matrix: str) 
         types |= dict.fromkeys(("v", "o", "y", "do", "dw"), tile(CHUNK, 64))
         types = {n: types.get(n, "*fp32") for n in kernel.arg_names if n not in constants}
         return f"{name}_{launch.HALVES}{suffix}", kernel, types, constants, 4, 3
+
+    kernel = chunk_inverse_hopper_kernel
+    known = {n: value for n, value in heads.items() if n in kernel.arg_names}
+    types = {"k": tile(CHUNK, 128), "c_out": tile(CHUNK, CHUNK, matrix), "gate": numbers, "beta": numbers}
+    types |= {"R": "i32", "beta_range": "fp32"}
+    types = {n: types.get(n, "*fp32") for n in kernel.arg_names if n not in known}
+    yield f"chunk_inverse_hopper{suffix}", kernel, types, known, HOPPER_INVERSE_LAUNCH["num_warps"], 3
 
     output = {"OUTPUT": True, "SAVE_STATES": False, "TRANSITION": False, "HAS_INITIAL": False, "SAVE_FINAL": False}
     states = {**output, "OUTPUT": False, "SAVE_STATES": True, "q": None, "o": None}
@@ -152,7 +161,7 @@ def hopper_cases(suffix: str, heads: dict[str, Any], element: str, matrix: str) 
         yield case("scan_backward_hopper", chunk_scan_backward_hopper_kernel, constants, launch)
 
     kernel, tiles = chunk_backward_hopper_kernel, ("q", "k", "do", "dw", "y", "states", "dstates", "dq", "dk", "dv")
-    known: dict[str, Any] = {**heads, "V": 128, **hopper_chunk_settings()._asdict()}
+    known = {**heads, "V": 128, **hopper_chunk_settings()._asdict()}
     known = {n: value for n, value in known.items() if n in kernel.arg_names}
     types = {"chunks": "i32", "R": "i32", "scale": "fp32", "vector_rows": tile(1, CHUNK, "fp32")}
     types |= dict.fromkeys(tiles, tile(CHUNK, 128))

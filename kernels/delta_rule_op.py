@@ -13,10 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lrnn.kernels.chunk_inverse import chunk_inverse_kernel
 from lrnn.kernels.gate_backward import gate_backward_kernel
 from lrnn.kernels.launch import launch
-from lrnn.kernels.launch_config import INVERSE_LAUNCH
 from lrnn.kernels.recurrent import recurrent_kernel
 from lrnn.kernels.scans import Scan, count_segments
 from lrnn.kernels.tiles import CHUNK, count_chunks, matrix_dtype, with_rows
@@ -93,28 +91,7 @@ def gated_delta_rule_forward(
     results = _forward_results(q, v, cu_seqlens, normalize, output_final_state)
     o, final, c, vectors, starts, segment_ends = results
     s = Scan(q, k, v, c, vectors, cu_seqlens, scale, normalize, split)
-    launch(
-        chunk_inverse_kernel,
-        (s.chunks.count, s.HV, 1),
-        s.keys,
-        None if gate is None else gate.contiguous(),
-        beta.contiguous(),
-        A_log,
-        dt_bias,
-        c,
-        vectors,
-        cu_seqlens,
-        s.chunks.table,
-        s.chunks.seq_len,
-        s.R,
-        beta_range,
-        s.keys.stride(1),
-        BK=64,
-        GATE=_gate_kind(gate, A_log),
-        RAW_BETA=beta_range != 0,
-        **INVERSE_LAUNCH,
-        **s.heads,
-    )
+    s.run_inverse(gate, beta, A_log, dt_bias, beta_range, _gate_kind(gate, A_log))
     initial = None if initial_state is None else initial_state.contiguous()
     last: Tensor | None = final if output_final_state else None
     if s.segments > 1:

@@ -42,12 +42,17 @@ def inverse_step(beta):
 
 
 @gluon.jit
+def reinterpret(tile, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
+    if _IS_OLD:
+        return tile._reinterpret(dtype, shape, layout)
+    else:
+        return tile.reinterpret(dtype, shape, layout)
+
+
+@gluon.jit
 def as_vector(tile, BT: gl.constexpr):
     # a tile [1, BT] of float32, as the TMA puts it there, as a vector
-    if _IS_OLD:
-        return tile._reinterpret(gl.float32, [BT], FLAT)
-    else:
-        return tile.reinterpret(gl.float32, [BT], FLAT)
+    return reinterpret(tile, gl.float32, [BT], FLAT)
 
 
 @gluon.jit

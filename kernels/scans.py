@@ -1,4 +1,5 @@
-"""The scans over chunks of one call and the backward pass inside chunks, in Gluon where they are made for it.
+"""The matrices of the chunks of one call, the scans over them and the backward pass inside chunks, in Gluon where that
+is made for the call.
 
 Few long sequences do not fill the GPU with one scan each. They are cut into segments, whose transitions (a matrix
 [K, K]) and end states from nothing are computed side by side, then joined, and the scans start from there. This is
@@ -14,10 +15,12 @@ from lrnn.kernels.chunk_backward import chunk_backward_kernel
 from lrnn.kernels.chunk_backward_hopper import chunk_backward_hopper_kernel, hopper_chunk_settings
 from lrnn.kernels.chunk_forward import chunk_forward_kernel
 from lrnn.kernels.chunk_forward_hopper import FULL, chunk_forward_hopper_kernel, hopper_settings, is_for_hopper
+from lrnn.kernels.chunk_inverse import chunk_inverse_kernel
+from lrnn.kernels.chunk_inverse_hopper import HOPPER_INVERSE_LAUNCH, chunk_inverse_hopper_kernel
 from lrnn.kernels.chunk_scan_backward import chunk_scan_backward_kernel
 from lrnn.kernels.chunk_scan_backward_hopper import chunk_scan_backward_hopper_kernel, hopper_backward_settings
 from lrnn.kernels.launch import launch
-from lrnn.kernels.launch_config import chunk_launch, multiprocessors, scan_backward_stages, scan_launch
+from lrnn.kernels.launch_config import INVERSE_LAUNCH, chunk_launch, multiprocessors, scan_backward_stages, scan_launch
 from lrnn.kernels.segment_scan import SEGMENT_SCAN, segment_scan_kernel
 from lrnn.kernels.tiles import CHUNK, Chunks, Tiles, dot_precision, result_tiles, with_rows
 
@@ -81,6 +84,53 @@ class Scan:
 
     def result(self, x: Tensor | None) -> Tensor | Tiles | None:
         return result_tiles(x, CHUNK, self.launch.BV, self.is_full)
+
+    def run_inverse(
+        self,
+        gate: Tensor | None,
+        beta: Tensor,
+        A_log: Tensor | None,
+        dt_bias: Tensor | None,
+        beta_range: float,
+        kind: str,
+    ) -> None:
+        """Computes C and three of the four numbers a token and head, from what `kind` says the gates are."""
+        numbers = None if gate is None else gate.contiguous(), beta.contiguous(), A_log, dt_bias
+        flags = {"GATE": kind, "RAW_BETA": beta_range != 0}
+        if self.for_hopper:
+            launch(
+                chunk_inverse_hopper_kernel,
+                (self.chunks.count * self.HV, 1, 1),
+                self.k,
+                *numbers,
+                self.c,
+                self.vectors,
+                self.R,
+                beta_range,
+                NORMALIZE=self.heads["NORMALIZE"],
+                **flags,
+                **HOPPER_INVERSE_LAUNCH,
+                **self.sizes,
+            )
+            return
+        launch(
+            chunk_inverse_kernel,
+            (self.chunks.count, self.HV, 1),
+            self.keys,
+            *numbers,
+            self.c.base,
+            self.vectors,
+            self.cu_seqlens,
+            self.chunks.table,
+            self.chunks.seq_len,
+            self.R,
+            beta_range,
+            self.keys.stride(1),
+            BK=64,
+            **flags,
+            **INVERSE_LAUNCH,
+            **self.heads,
+        )
 
     def run_forward(
         self,

@@ -12,9 +12,9 @@ from delta_rule_truth import evaluate, relative_error
 from lrnn.kernels import scans
 from lrnn.kernels.gated_delta_rule import gated_delta_rule
 from lrnn.kernels.launch_config import SAFE_PTXAS, ptxas_version
-from lrnn.kernels.tiles import CHUNK
+from lrnn.kernels.tiles import CHUNK, matrix_dtype
 
-PLAIN = {"chunk_forward_kernel", "chunk_scan_backward_kernel", "chunk_backward_kernel"}
+PLAIN = {"chunk_inverse_kernel", "chunk_forward_kernel", "chunk_scan_backward_kernel", "chunk_backward_kernel"}
 GLUON = {name.replace("_kernel", "_hopper_kernel") for name in PLAIN}
 
 
@@ -92,6 +92,51 @@ def chunk_backward(scan, given):
         x.fill_(torch.nan)
     scan.run_chunk_backward(**given, **results)
     return results
+
+
+def matrices(B, T, H, HV, dtype, normalize, gate, for_hopper, seed=0):
+    """C and the rows of numbers that `chunk_inverse` writes; what it leaves out is not a number."""
+    D, r = 128, torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=r, device="cuda")
+
+    k = normal(B, T, H, D)
+    k[:, T // 2 :] = k[:, T // 2 : T // 2 + 1]  # many equal keys
+    k = (k if normalize else torch.nn.functional.normalize(k, dim=-1)).to(dtype)
+    a, b, v = normal(B, T, HV), normal(B, T, HV), normal(B, T, HV, D).to(dtype)
+    if gate == "raw":
+        given = a.to(dtype), (2 * b).to(dtype), (4 * torch.rand(HV, generator=r, device="cuda")).log(), normal(HV) - 2
+    else:
+        given = -a.abs() if gate == "log" else None, 2 * b.sigmoid(), None, None
+    c = torch.full((B * T, HV * CHUNK), torch.nan, dtype=matrix_dtype(dtype, normalize), device="cuda")
+    vectors = torch.full((4 * HV, B * T), torch.nan, device="cuda")
+    scan = scans.Scan(k, k, v, c, vectors, None, D**-0.5, normalize, False)
+    assert scan.for_hopper
+    scan.for_hopper = for_hopper
+    scan.run_inverse(*given, 2.0 if gate == "raw" else 0.0, gate)
+    rows = vectors.view(HV, 4, -1)[:, : 3 if normalize else 4]
+    return {"c": c, "gates": rows[:, 0], "beta": rows[:, 1], "norms": rows[:, 2:]}
+
+
+@pytest.mark.parametrize("sizes", [(1, 64, 1, 1), (2, 192, 2, 4), (2, 4096, 4, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("gate", ["raw", "log", "none"])
+def test_matrices_in_gluon_are_the_plain_ones(sizes, dtype, normalize, gate, launched):
+    needs_gluon()
+    gluon = matrices(*sizes, dtype, normalize, gate, for_hopper=True)
+    for _ in range(5):
+        again = matrices(*sizes, dtype, normalize, gate, for_hopper=True)
+        assert all(torch.equal(again[name], gluon[name]) for name in gluon)
+    plain = matrices(*sizes, dtype, normalize, gate, for_hopper=False)
+    assert set(launched) == {"chunk_inverse_hopper_kernel", "chunk_inverse_kernel"}
+    # C may differ by a last bit here and there, the others by the order of float32 sums.
+    bar = 2e-3 if gluon["c"].dtype == torch.bfloat16 else 3e-4
+    for name, x in plain.items():
+        assert torch.isfinite(gluon[name]).all(), name
+        difference = (gluon[name].double() - x.double()).norm().item()
+        assert difference <= (bar if name == "c" else 2e-6) * x.double().norm().item(), (name, difference)
 
 
 # fewer chunks and heads than multiprocessors, one for most and two for some, and many for each

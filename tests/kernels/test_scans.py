@@ -1,5 +1,5 @@
-"""What the scans, and the backward pass inside chunks, give to their kernels, in Gluon and in plain Triton: every
-argument of the kernel, under its name."""
+"""What the matrices, the scans and the backward pass inside chunks give to their kernels, in Gluon and in plain
+Triton: every argument of the kernel, under its name."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def launched(monkeypatch):
 def arguments(call):
     """The arguments of a launch by the kernel's names for them, and its constants."""
     (kernel, grid, *args), constants = call
-    assert grid[0] > 0 and grid[1:] == (1, 1)
+    assert all(size > 0 for size in grid)
     names = kernel.arg_names
     given = set(names[: len(args)]) | constants.keys()
     assert given - set(names) <= {"num_warps", "num_stages"} and given >= set(names)
@@ -96,3 +96,28 @@ def test_every_argument_inside_chunks_has_its_place(hopper, launched, monkeypatc
         assert launched[0][0][1] == (B * T // CHUNK * HV, 1, 1)  # fewer than there are multiprocessors
     else:
         assert args["vectors"] is vectors and args["T"] == T
+
+
+@pytest.mark.parametrize("hopper", [True, False])
+def test_every_argument_of_the_matrices_has_its_place(hopper, launched, monkeypatch):
+    monkeypatch.setattr(scans, "is_for_hopper", lambda *a: hopper)
+    q, k = (torch.zeros(B, T, H, D, dtype=torch.bfloat16) for _ in range(2))
+    v = torch.zeros(B, T, HV, D, dtype=torch.bfloat16)
+    gate, beta = (torch.zeros(B, T, HV, dtype=torch.bfloat16) for _ in range(2))
+    A_log, dt_bias = torch.zeros(HV), torch.zeros(HV)
+    c, vectors = torch.zeros(B * T, HV * CHUNK, dtype=torch.float16), torch.zeros(4 * HV, B * T)
+    scan = scans.Scan(q, k, v, c, vectors, None, 0.5, True, False)
+    scan.run_inverse(gate, beta, A_log, dt_bias, 2.0, "raw")
+    args, constants = arguments(launched[0])
+
+    assert launched[0][0][0].__name__ == ("chunk_inverse_hopper_kernel" if hopper else "chunk_inverse_kernel")
+    given = {"gate": gate, "beta": beta, "A_log": A_log, "dt_bias": dt_bias, "vectors": vectors}
+    assert all(args[name] is tensor for name, tensor in given.items())
+    assert (args["k"].base if hopper else args["k"]) is k and (args["c_out"].base if hopper else args["c_out"]) is c
+    assert (args["R"], args["beta_range"], constants["GATE"], constants["RAW_BETA"]) == (B * T, 2.0, "raw", True)
+    assert [constants[n] for n in ("H", "HV", "K", "BT", "NORMALIZE", "num_warps")] == [H, HV, D, CHUNK, True, 1]
+    if hopper:
+        assert args["k"].block_shape == [CHUNK, D] and args["c_out"].block_shape == [CHUNK, CHUNK]
+        assert launched[0][0][1] == (B * T // CHUNK * HV, 1, 1)
+    else:
+        assert launched[0][0][1] == (B * T // CHUNK, HV, 1) and args["stride_k"] == H * D and args["T"] == T

@@ -1,0 +1,276 @@
+"""`chunk_inverse` for Hopper, in Gluon: the same matrices from programs of half the registers, which wait less.
+
+As in `chunk_inverse` a program is one warp, one chunk and one value head; twelve instead of eight fit on a
+multiprocessor. K comes by the TMA while the gates are worked out. The diagonal blocks M_II go through shared memory,
+not global memory, to the lanes that need them, and C_II is written when all of M_II is read. Below the diagonal
+everything is kept transposed: a result of one product is then the left operand of the next as it lies in registers,
+and M_IL^T is a right operand as M_IL lies there. With B = diag(beta), for blocks J < I:
+
+    X_IJ^T = (1 - C_JJ^T B_J) M_IJ^T - sum_{J < L < I} (C_LJ^T B_L) M_IL^T
+    C_IJ^T = X_IJ^T - (X_IJ^T B_I) C_II^T
+
+Every operand is a sum of two numbers of C's dtype. Equations and arguments are those of `chunk_inverse`, which stays
+the readable form and does everything that this one is not made for (`is_for_hopper`).
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from lrnn.kernels.gluon_parts import FLAT, part_barrier, reinterpret, tma_load, tma_store
+
+HOPPER_INVERSE_LAUNCH = {"num_warps": 1}
+
+_MMA = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8]))  # of a block of 16 x 16, one warp
+_LEFT = gl.constexpr(gl.DotOperandLayout(0, _MMA.value, 2))
+_RIGHT = gl.constexpr(gl.DotOperandLayout(1, _MMA.value, 2))
+_BY_ROW = gl.constexpr(gl.SliceLayout(1, _MMA.value))
+_BY_COLUMN = gl.constexpr(gl.SliceLayout(0, _MMA.value))
+_TOKENS = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))  # of the numbers of a chunk's tokens
+_BLOCKS = gl.constexpr(gl.BlockedLayout([1, 2], [4, 8], [1, 1], [1, 0]))  # of a row of the four diagonal blocks
+_FLAT_2D = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+_FLAT_3D = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _log_gates(gate, A_log, dt_bias, row, i_h, HV: gl.constexpr, GATE: gl.constexpr):
+    # log-gates (base 2)
+    if GATE == "none":
+        return gl.zeros([64], gl.float32, _TOKENS)
+    else:
+        b_g = gl.load(gate + row * HV + i_h).to(gl.float32)
+        if GATE == "raw":
+            b_a = b_g + gl.load(dt_bias + i_h).to(gl.float32)
+            softplus = gl.maximum(b_a, 0.0) + gl.log(1.0 + gl.exp(-gl.abs(b_a)))
+            b_g = -gl.exp(gl.load(A_log + i_h).to(gl.float32)) * softplus
+        return b_g * 1.4426950408889634
+
+
+@gluon.jit
+def _log_norm(kk, NORMALIZE: gl.constexpr):
+    # log2 of the inverse norms of a block's keys, which stand on the diagonal of K_I K_I^T
+    if NORMALIZE:
+        on_diagonal = gl.arange(0, 16, _BY_ROW)[:, None] == gl.arange(0, 16, _BY_COLUMN)[None, :]
+        square = gl.sum(gl.where(on_diagonal, kk, 0.0), 1)
+        return -0.5 * gl.log2(gl.maximum(square, 1e-12))
+    else:
+        return gl.zeros([16], gl.float32, _BY_ROW)
+
+
+@gluon.jit
+def _coupling_inside(kk, g_s, r_s, I: gl.constexpr):
+    # M_II: the gates above the diagonal would overflow, so the exponent is masked, not the product
+    below = gl.arange(0, 16, _BY_ROW)[:, None] > gl.arange(0, 16, _BY_COLUMN)[None, :]
+    g, r = g_s.slice(16 * I, 16), r_s.slice(16 * I, 16)
+    to_row = g.load(_BY_ROW) + r.load(_BY_ROW)
+    from_column = g.load(_BY_COLUMN) - r.load(_BY_COLUMN)
+    return kk * gl.exp2(gl.where(below, to_row[:, None] - from_column[None, :], float("-inf")))
+
+
+@gluon.jit
+def _to_row(g_s, r_s, I: gl.constexpr):
+    # gates and norms of block I's rows, from the last token before it
+    before = g_s.slice(16 * I - 1, 1).load(_BY_ROW)
+    return gl.exp2(g_s.slice(16 * I, 16).load(_BY_ROW) - before + r_s.slice(16 * I, 16).load(_BY_ROW))
+
+
+@gluon.jit
+def _coupling(kk, to_row, g_s, r_s, I: gl.constexpr, J: gl.constexpr, dtype: gl.constexpr):
+    # M_IJ^T for I > J as a right operand. Cut at the last token before block I, no factor of the gates exceeds 1.
+    before = g_s.slice(16 * I - 1, 1).load(_BY_COLUMN)
+    to_column = gl.exp2(before - g_s.slice(16 * J, 16).load(_BY_COLUMN) + r_s.slice(16 * J, 16).load(_BY_COLUMN))
+    return _right(kk * to_row[:, None] * to_column[None, :], dtype)
+
+
+@gluon.jit
+def _left(x, dtype: gl.constexpr):
+    # x as a sum of two numbers of a dtype, as left operands
+    high = x.to(dtype)
+    low = (x - high.to(gl.float32)).to(dtype)
+    return gl.convert_layout(high, _LEFT), gl.convert_layout(low, _LEFT)
+
+
+@gluon.jit
+def _right(x, dtype: gl.constexpr):
+    # x^T as a sum of two numbers of a dtype, as right operands
+    high = x.to(dtype)
+    low = (x - high.to(gl.float32)).to(dtype)
+    return gl.convert_layout(gl.permute(high, (1, 0)), _RIGHT), gl.convert_layout(gl.permute(low, (1, 0)), _RIGHT)
+
+
+@gluon.jit
+def _add_product(a, b, acc):
+    # acc + a b, of sums of two
+    return mma_v2(a[0], b[0], mma_v2(a[0], b[1], mma_v2(a[1], b[0], acc)))
+
+
+@gluon.jit
+def _beta_of(beta_s, I: gl.constexpr):
+    return beta_s.slice(16 * I, 16).load(_BY_COLUMN)[None, :]
+
+
+@gluon.jit
+def _diagonal(c_s, I: gl.constexpr):
+    # M_II or C_II, of the four blocks that lie side by side
+    return c_s.slice(16 * I, 16, 1)
+
+
+@gluon.jit
+def _first(c_s, beta_s, J: gl.constexpr, dtype: gl.constexpr):
+    # 1 - C_JJ^T B_J
+    on_diagonal = gl.arange(0, 16, _BY_ROW)[:, None] == gl.arange(0, 16, _BY_COLUMN)[None, :]
+    c = _diagonal(c_s, J).permute((1, 0)).load(_MMA)
+    return _left(gl.where(on_diagonal, 1.0, 0.0) - c * _beta_of(beta_s, J), dtype)
+
+
+@gluon.jit
+def _close(x, c_s, beta_s, I: gl.constexpr, dtype: gl.constexpr):
+    # C_IJ^T = X_IJ^T - (X_IJ^T B_I) C_II^T
+    return _add_product(_left(-x * _beta_of(beta_s, I), dtype), _right(_diagonal(c_s, I).load(_MMA), dtype), x)
+
+
+@gluon.jit
+def _store_block(tile, c, I: gl.constexpr, J: gl.constexpr):
+    tile.slice(16 * I, 16, 0).slice(16 * J, 16, 1).permute((1, 0)).store(c.to(tile.dtype))
+
+
+@gluon.jit
+def _join_halves(x):
+    # the first half of a tuple of tensors joined with the second one
+    half: gl.constexpr = len(x) // 2
+    joined = ()
+    for i in gl.static_range(half):
+        joined = joined + (gl.join(x[i], x[i + half]),)  # type: ignore[assignment]  # noqa: RUF005
+    return joined
+
+
+@gluon.jit
+def _substitute(m_s, c_s, beta_s):
+    # C_i = M_i - sum_{l < i} M_il beta_l C_l, in the four diagonal blocks side by side. A lane holds two columns of one
+    # block, and of M it needs a number for each row before.
+    m = reinterpret(m_s, gl.float32, [16, 4, 16], _FLAT_2D)
+    beta = reinterpret(beta_s, gl.float32, [4, 16], _FLAT_2D)
+    rows = ()
+    scaled = ()
+    for i in gl.static_range(16):
+        m_i = m.index(i)
+        c_i = m_i.load(_BLOCKS)
+        for j in gl.static_range(i):
+            c_i -= m_i.slice(j, 1, 1).load(_BLOCKS) * scaled[j]
+        rows = rows + (c_i,)  # type: ignore[assignment]  # noqa: RUF005
+        scaled = scaled + (c_i * beta.slice(i, 1, 1).load(_BLOCKS),)  # type: ignore[assignment]  # noqa: RUF005
+    # Stored late: of a store before them, loads of M would have to wait, since it might be to the same place. And at
+    # once: between stores to the same buffer Triton 3.6 sets barriers.
+    for _ in gl.static_range(4):
+        rows = _join_halves(rows)
+    together = gl.permute(rows[0], (2, 3, 4, 5, 0, 1)).reshape([16, 4, 16])  # type: ignore[misc]
+    reinterpret(c_s, gl.float32, [16, 4, 16], _FLAT_3D).store(together)
+
+
+@gluon.jit(do_not_specialize=["R", "beta_range"])
+def chunk_inverse_hopper_kernel(
+    k, gate, beta, A_log, dt_bias, c_out, vectors, R, beta_range, H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr,
+    BT: gl.constexpr, GATE: gl.constexpr, RAW_BETA: gl.constexpr, NORMALIZE: gl.constexpr,
+):  # fmt: skip
+    # The heads of a chunk are taken side by side: what lies side by side in memory is then read and written together.
+    i_h = gl.program_id(0) % HV
+    i_c = gl.program_id(0) // HV
+    first = i_c * BT
+    k_s = gl.allocate_shared_memory(k.dtype, [BT, K], k.layout)
+    loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(loaded, count=1)
+    fence_async_shared()
+    part_barrier()
+    mbarrier.expect(loaded, k.block_type.nbytes)
+    tma_load(k, [first, i_h // (HV // H) * K], loaded, k_s)
+
+    # step sizes, and log-gates accumulated over the chunk
+    t = gl.arange(0, BT, _TOKENS)
+    row = (first + t).to(gl.int64)
+    b_beta = gl.load(beta + row * HV + i_h).to(gl.float32)
+    if RAW_BETA:
+        b_beta = beta_range / (1.0 + gl.exp(-b_beta))
+    g = gl.associative_scan(_log_gates(gate, A_log, dt_bias, row, i_h, HV, GATE), 0, _add)
+    p_g = vectors + 4 * i_h.to(gl.int64) * R + first
+    gl.store(p_g + t, g)
+    gl.store(p_g + R + t, b_beta)
+    if not NORMALIZE:  # else `chunk_forward` writes it
+        gl.store(p_g + 3 * R.to(gl.int64) + t, gl.zeros([BT], gl.float32, _TOKENS))
+    g_s = gl.allocate_shared_memory(gl.float32, [BT], FLAT)
+    beta_s = gl.allocate_shared_memory(gl.float32, [BT], FLAT)
+    r_s = gl.allocate_shared_memory(gl.float32, [BT], FLAT)
+    g_s.store(g)
+    beta_s.store(b_beta)
+
+    # K_I K_J^T of the blocks of 16 tokens, a slice of the keys at a time
+    m00 = gl.zeros([16, 16], gl.float32, _MMA)
+    m10, m11, m20, m21, m22, m30, m31, m32, m33 = m00, m00, m00, m00, m00, m00, m00, m00, m00
+    mbarrier.wait(loaded, 0)
+    for i_k in gl.static_range(0, K, 16):
+        part = k_s.slice(i_k, 16, 1)
+        a0, a1 = part.slice(0, 16).load(_LEFT), part.slice(16, 16).load(_LEFT)
+        a2, a3 = part.slice(32, 16).load(_LEFT), part.slice(48, 16).load(_LEFT)
+        b0, b1 = part.slice(0, 16).permute((1, 0)).load(_RIGHT), part.slice(16, 16).permute((1, 0)).load(_RIGHT)
+        b2, b3 = part.slice(32, 16).permute((1, 0)).load(_RIGHT), part.slice(48, 16).permute((1, 0)).load(_RIGHT)
+        m00, m11, m22, m33 = mma_v2(a0, b0, m00), mma_v2(a1, b1, m11), mma_v2(a2, b2, m22), mma_v2(a3, b3, m33)
+        m10, m20, m30 = mma_v2(a1, b0, m10), mma_v2(a2, b0, m20), mma_v2(a3, b0, m30)
+        m21, m31, m32 = mma_v2(a2, b1, m21), mma_v2(a3, b1, m31), mma_v2(a3, b2, m32)
+    mbarrier.invalidate(loaded)
+
+    r_s.slice(0, 16).store(_log_norm(m00, NORMALIZE))
+    r_s.slice(16, 16).store(_log_norm(m11, NORMALIZE))
+    r_s.slice(32, 16).store(_log_norm(m22, NORMALIZE))
+    r_s.slice(48, 16).store(_log_norm(m33, NORMALIZE))
+    m_s = gl.allocate_shared_memory(gl.float32, [16, BT], _FLAT_2D)  # where K was
+    c_s = gl.allocate_shared_memory(gl.float32, [16, BT], _FLAT_2D)
+    gl.store(p_g + 2 * R.to(gl.int64) + t, r_s.load(_TOKENS))
+    _diagonal(m_s, 0).store(_coupling_inside(m00, g_s, r_s, 0))
+    _diagonal(m_s, 1).store(_coupling_inside(m11, g_s, r_s, 1))
+    _diagonal(m_s, 2).store(_coupling_inside(m22, g_s, r_s, 2))
+    _diagonal(m_s, 3).store(_coupling_inside(m33, g_s, r_s, 3))
+    _substitute(m_s, c_s, beta_s)
+
+    dtype: gl.constexpr = c_out.dtype
+    to_1, to_2, to_3 = _to_row(g_s, r_s, 1), _to_row(g_s, r_s, 2), _to_row(g_s, r_s, 3)
+    n10 = _coupling(m10, to_1, g_s, r_s, 1, 0, dtype)
+    n20 = _coupling(m20, to_2, g_s, r_s, 2, 0, dtype)
+    n30 = _coupling(m30, to_3, g_s, r_s, 3, 0, dtype)
+    n21 = _coupling(m21, to_2, g_s, r_s, 2, 1, dtype)
+    n31 = _coupling(m31, to_3, g_s, r_s, 3, 1, dtype)
+    n32 = _coupling(m32, to_3, g_s, r_s, 3, 2, dtype)
+
+    # the columns of blocks, each from its diagonal down
+    zero = gl.zeros([16, 16], gl.float32, _MMA)
+    first0, first1 = _first(c_s, beta_s, 0, dtype), _first(c_s, beta_s, 1, dtype)
+    c10 = _close(_add_product(first0, n10, zero), c_s, beta_s, 1, dtype)
+    c21 = _close(_add_product(first1, n21, zero), c_s, beta_s, 2, dtype)
+    c32 = _close(_add_product(_first(c_s, beta_s, 2, dtype), n32, zero), c_s, beta_s, 3, dtype)
+    s10 = _left(-c10 * _beta_of(beta_s, 1), dtype)
+    s21 = _left(-c21 * _beta_of(beta_s, 2), dtype)
+    c20 = _close(_add_product(s10, n21, _add_product(first0, n20, zero)), c_s, beta_s, 2, dtype)
+    c31 = _close(_add_product(s21, n32, _add_product(first1, n31, zero)), c_s, beta_s, 3, dtype)
+    s20 = _left(-c20 * _beta_of(beta_s, 2), dtype)
+    c30 = _add_product(s20, n32, _add_product(s10, n31, _add_product(first0, n30, zero)))
+    c30 = _close(c30, c_s, beta_s, 3, dtype)
+
+    tile = gl.allocate_shared_memory(dtype, [BT, BT], c_out.layout)
+    for I in gl.static_range(4):
+        for J in gl.static_range(I + 1, 4):
+            _store_block(tile, zero, I, J)
+        tile.slice(16 * I, 16, 0).slice(16 * I, 16, 1).store(_diagonal(c_s, I).load(_MMA).to(dtype))
+    _store_block(tile, c10, 1, 0)
+    _store_block(tile, c20, 2, 0)
+    _store_block(tile, c21, 2, 1)
+    _store_block(tile, c30, 3, 0)
+    _store_block(tile, c31, 3, 1)
+    _store_block(tile, c32, 3, 2)
+    fence_async_shared()
+    part_barrier()
+    tma_store(c_out, [first, i_h * BT], tile)
+    tma.store_wait(0)

@@ -1,0 +1,163 @@
+"""The scans in Gluon, executed on the CPU, against the recurrence token by token and autograd, in float64."""
+
+import chunk_equations as equations
+import pytest
+import torch
+from chunk_equations import D, check, make_scan, nans, normal, recurrence, recurrence_inputs, state_rows
+from delta_rule_truth import fused_gated_delta_rule
+from gluon_on_cpu import Deadlock
+
+from lrnn.kernels import scans
+from lrnn.kernels.tiles import CHUNK
+
+BARS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def in_halves(halves, monkeypatch):
+    """Both halves of the values in a program, or one, as where heads fill the GPU or do not."""
+    monkeypatch.setattr(scans, "FULL", 1 if halves == 2 else 1000)
+
+
+def test_halves_are_those_of_the_settings():
+    assert scans.hopper_settings(True, True, False).HALVES == 2 == scans.hopper_backward_settings(True).HALVES
+    assert scans.hopper_settings(False, True, False).HALVES == 1 == scans.hopper_backward_settings(False).HALVES
+
+
+def forward(x, normalize, initial, split=False):
+    B, _, HV = x["beta"].shape
+    scan = make_scan(x, normalize, split)
+    found = {"o": nans(*x["v"].shape, dtype=x["v"].dtype), "final": nans(B, HV, D, D)}
+    scan.run_forward(initial, found["final"], o=found["o"])
+    return scan, found
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize(
+    ("chunks", "H", "HV", "normalize", "has_initial"),
+    [(1, 1, 1, True, False), (4, 1, 2, True, True), (3, 2, 2, False, True)],
+)
+def test_forward_is_the_recurrence(chunks, H, HV, normalize, has_initial, halves, seed, run_on_cpu, monkeypatch):
+    run_on_cpu(seed=seed)
+    in_halves(halves, monkeypatch)
+    x = recurrence_inputs(1, chunks * CHUNK, H, HV, normalize, seed)
+    initial = normal(1, HV, D, D, seed=5) if has_initial else None
+    o, _, _, final = recurrence(x, torch.zeros(1, HV, D, D) if initial is None else initial, normalize)
+    scan, found = forward(x, normalize, initial)
+    check(found, {"o": o, "final": final})
+    if normalize:  # for the backward pass
+        check({"log_rq": scan.vectors.view(HV, 4, -1)[:, 3]}, {"log_rq": equations.log_norms(x["q"], HV)})
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+def test_forward_anew_saves_the_states(halves, run_on_cpu, monkeypatch):
+    run_on_cpu()
+    in_halves(halves, monkeypatch)
+    x = recurrence_inputs(2, 3 * CHUNK, 1, 1, True, seed=1)
+    initial = normal(2, 1, D, D, seed=6)
+    _, errors, starts, _ = recurrence(x, initial, True)
+    found = {"y": nans(2 * 3 * CHUNK, D), "states": nans(2 * 3 * D, D)}
+    make_scan(x, True).run_forward(initial, None, **found)
+    check(found, {"y": errors, "states": state_rows(starts)})
+
+
+def test_forward_gives_the_transition(run_on_cpu):
+    run_on_cpu()
+    x = recurrence_inputs(1, 2 * CHUNK, 1, 1, True, seed=2)
+    end = recurrence(x, torch.zeros(1, 1, D, D), True)[3]
+    transition = recurrence(x | {"v": torch.zeros_like(x["v"])}, torch.eye(D)[None, None], True)[3]
+    found = {"ends": nans(1, 1, D, 2 * D)}
+    make_scan(x, True).run_forward(None, found["ends"], transition=True)
+    check(found, {"ends": torch.cat([end, transition], -1)})
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_forward_from_raw_projections(seed, run_on_cpu):
+    """C, gates, step sizes and norms are those that `chunk_inverse` leaves."""
+    run_on_cpu(seed=seed)
+    B, T, H, HV = 2, 2 * CHUNK, 1, 2
+    q, k, v = normal(B, T, H, D, seed=1), normal(B, T, H, D, seed=2), normal(B, T, HV, D, seed=3)
+    a, b, A_log, dt_bias = (normal(*shape, seed=4) for shape in ((B, T, HV), (B, T, HV), (HV,), (HV,)))
+    scan = scans.Scan(q, k, v, nans(B * T, HV * CHUNK), nans(4 * HV, B * T), None, equations.SCALE, True, False)
+    scan.run_inverse(a, b, A_log - 4, dt_bias, 2.0, "raw")
+    found = {"o": nans(B, T, HV, D), "final": nans(B, HV, D, D)}
+    scan.run_forward(None, found["final"], o=found["o"])
+    o, final = fused_gated_delta_rule(q, k, v, a, b, A_log - 4, dt_bias, output_final_state=True)
+    check(found, {"o": o, "final": final})
+
+
+def backward_scan(x, normalize, initial, split=False):
+    """What the kernel finds, and the truth."""
+    B, T, HV = x["beta"].shape
+    dtype, dfinal = x["v"].dtype, normal(B, HV, D, D, seed=6)
+    do = normal(*x["v"].shape, seed=7).to(dtype)
+    scan = make_scan(x, normalize, split)
+    if normalize:
+        scan.vectors.view(HV, 4, -1)[:, 3] = equations.log_norms(x["q"], HV)  # as the forward scan leaves it
+    found = {"dw": nans(B * T, HV * D, dtype=dtype), "dstates": nans(B * T // CHUNK * HV * D, D, dtype=dtype)}
+    found["dinitial"] = nans(B, HV, D, D)
+    scan.run_backward_scan(do, dfinal, **found)
+    return found, equations.scan_gradients(x, initial, do, dfinal, normalize)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize(("chunks", "H", "HV", "normalize"), [(1, 1, 1, True), (4, 1, 2, True), (3, 2, 2, False)])
+def test_backward_scan_is_autograds(chunks, H, HV, normalize, halves, seed, run_on_cpu, monkeypatch):
+    run_on_cpu(seed=seed)
+    in_halves(halves, monkeypatch)
+    x = recurrence_inputs(1, chunks * CHUNK, H, HV, normalize, seed)
+    check(*backward_scan(x, normalize, normal(1, HV, D, D, seed=5)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("split", [False, True])
+def test_scans_in_16_bits(split, dtype, run_on_cpu):
+    run_on_cpu()
+    x = recurrence_inputs(1, 2 * CHUNK, 1, 1, True, seed=3, dtype=dtype)
+    initial = normal(1, 1, D, D, seed=8)
+    o, errors, starts, final = recurrence(x, initial, True)
+    scan, found = forward(x, True, initial, split)
+    check(found, {"o": o, "final": final}, BARS[dtype])
+    found = {"y": nans(2 * CHUNK, D, dtype=dtype), "states": nans(2 * D, D, dtype=dtype)}
+    scan.run_forward(initial, None, **found)
+    check(found, {"y": errors, "states": state_rows(starts)}, BARS[dtype])
+    check(*backward_scan(x, True, initial, split), BARS[dtype])
+
+
+WRONG = {
+    "a slot that is not released": (
+        "        mbarrier.arrive(p_free.index(slot), count=1)\n", "", Deadlock, "_prepare waits for the end of a phase",
+    ),
+    "no fence": (
+        "p_s.index(slot).store(p.to(p_s.dtype))\n            fence_async_shared()",
+        "p_s.index(slot).store(p.to(p_s.dtype))", AssertionError, "without a fence",
+    ),
+    "no wait before the place of a result is free": (
+        "        if OUTPUT:\n            tma.store_wait(0)\n", "        if OUTPUT:\n", AssertionError, "may still",
+    ),
+    "another decay to the end": ("gl.exp2(g_last - g + log_rk)", "gl.exp2(g_last + log_rk)", AssertionError, "final"),
+}  # fmt: skip
+WRONG_BACKWARD = {
+    "no wait for what is prepared": (
+        "        mbarrier.wait(p_ready.index(slot), (i // 2) & 1)\n", "", AssertionError, "before it is there|dw",
+    ),
+    "no wait for a product": (
+        "warpgroup_mma_wait(1, [b_dn])", "warpgroup_mma_wait(2, [b_dn])", AssertionError, "before it was waited for",
+    ),
+    "a wrong sign": ("store(-gl.exp2(g + log_rk)", "store(gl.exp2(g + log_rk)", AssertionError, "dstates"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, *WRONG_BACKWARD])
+def test_what_is_wrong_is_seen(wrong, run_on_cpu):
+    old, new, error, message = (WRONG | WRONG_BACKWARD)[wrong]
+    x = recurrence_inputs(1, 4 * CHUNK, 1, 1, True)
+    o, _, _, final = recurrence(x, torch.zeros(1, 1, D, D), True)
+    with pytest.raises(error, match=message):
+        for seed in range(8):  # a race shows in some orders
+            run_on_cpu(seed=seed, changes=[(old, new)])
+            if wrong in WRONG:
+                check(forward(x, True, None)[1], {"o": o, "final": final})
+            else:
+                check(*backward_scan(x, True, normal(1, 1, D, D, seed=5)))
