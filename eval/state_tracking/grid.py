@@ -13,6 +13,7 @@ from lrnn import LrnnConfig
 from lrnn.errors import UserError
 from lrnn.eval.state_tracking.task import Task
 from lrnn.eval.state_tracking.tasks import make_task
+from lrnn.mixer_deltanet import DeltaNet
 from lrnn.modeling_lrnn import MIXERS
 from lrnn.pretrain.config import Section, load, validate
 from lrnn.pretrain.engine import model_config_from
@@ -45,6 +46,9 @@ class TrainSettings(Section):
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)  # of AdamW
     weight_decay: float = Field(0.1, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    # The probability that a word goes on, in state and answers, where the one before in its row of the batch ended; only
+    # after one that was answered right throughout. Gradients stay within a word; states come from many. 0: never.
+    state_passing: float = Field(0.0, ge=0, lt=1)
     log_every: int = Field(100, gt=0)  # steps
     checkpoint_seconds: float = Field(60.0, gt=0)
     cuda_graphs: bool = True  # on a GPU, run a step as one captured graph
@@ -106,8 +110,30 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> tuple[GridConf
     for cell in cells:
         for task, train in cell.stages:
             task.sizes(train.min_length, train.max_length)
+            _check_state_passing(task, train, cell.model_config, f"{path}: {cell}")
         cell.task.sizes(cell.test.min_length, cell.test.max_length)
     return grid, cells
+
+
+def _check_state_passing(task: Task, train: TrainSettings, config: LrnnConfig, origin: str) -> None:
+    """Raise UserError that begins with `origin` where words cannot go on from those before."""
+    if not train.state_passing:
+        return
+    if task.answer_table is None:
+        raise UserError(f"{origin}: train.state_passing is for words whose answers go on, those of group_word")
+    if train.min_length != train.max_length:
+        raise UserError(
+            f"{origin}: with train.state_passing every word is whole, without padding: min_length {train.min_length} "
+            f"and max_length {train.max_length} must be equal, in every stage"
+        )
+    if not issubclass(MIXERS[config.mixer], DeltaNet):
+        names = ", ".join(name for name, mixer in MIXERS.items() if issubclass(mixer, DeltaNet))
+        raise UserError(f"{origin}: train.state_passing is for the mixers {names}, not for {config.mixer}")
+
+
+def _settings_said(train: TrainSettings) -> dict[str, Any]:
+    """What a fingerprint has of the settings; what was added later, only where it is used."""
+    return train.model_dump(exclude=UNIMPORTANT | (set() if train.state_passing else {"state_passing"}))
 
 
 def _said(config: LrnnConfig) -> dict[str, Any]:
@@ -137,7 +163,7 @@ def _cells(grid: GridConfig, origin: str) -> Iterator[Cell]:
                 for seed in grid.seeds:
                     folder = Path(grid.out) / task_name / model_name / range_ / f"seed-{seed}"
                     facts = [parameters, _said(config), seed]
-                    facts += [train.model_dump(exclude=UNIMPORTANT), grid.test.model_dump(exclude=UNIMPORTANT)]
+                    facts += [_settings_said(train), grid.test.model_dump(exclude=UNIMPORTANT)]
                     fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
                     yield Cell(
                         task_name, model_name, range_, seed, task, config, train, grid.test, curriculum, folder,

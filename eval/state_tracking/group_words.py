@@ -138,6 +138,7 @@ class GroupWord(Task):
         if variant not in VARIANTS:
             raise UserError(f"group_word: unknown variant {variant!r}. The variants are: {', '.join(VARIANTS)}")
         self.group = generate_group(named_generators(group) if isinstance(group, str) else group)
+        self.answer_table = self.group.table
         self.variant = variant
         moved = self.group.moved_points()
         self.inputs = (moved <= MOVED_POINTS.get(variant, int(moved.max()))).nonzero()[:, 0]  # the elements drawn

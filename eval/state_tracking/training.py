@@ -8,14 +8,19 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from lrnn import LrnnForCausalLM
-from lrnn.eval.state_tracking.counter_rng import split_seed
+from lrnn.eval.state_tracking.counter_rng import Field, integers, sample_keys, split_seed
 from lrnn.eval.state_tracking.grid import Cell, TrainSettings
+from lrnn.eval.state_tracking.task import IGNORE
+from lrnn.layers_lrnn import LrnnCache
 from lrnn.pretrain.engine import parameter_groups
 
 LR_WARMUP = 0.1  # of the steps
 SAMPLE_TOKENS = 2**22  # of the samples that are drawn at once: 32 MB of ids, and as much of labels
+CHANCES = 2**30  # of whether a word goes on
 EAGER_STEPS = 3  # ahead of a capture: kernels are compiled, libraries and the optimizer allocate what they keep
 
 
@@ -64,9 +69,18 @@ class Training:
         self._draw_samples = lambda numbers: task.batch(
             split_seed(cell.seed, "train"), used + numbers, settings.min_length, settings.max_length, device
         )
+        self._draw_chances = lambda numbers: integers(
+            sample_keys(split_seed(cell.seed, "train"), (used + numbers).to(device)), Field.GOES_ON, 0, CHANCES
+        )
         self.steps_at_once = max(1, min(settings.steps, SAMPLE_TOKENS // (settings.batch_size * settings.max_length)))
         shape = (self.steps_at_once, settings.batch_size, settings.max_length)
         self._input_ids, self._labels = torch.zeros((2, *shape), dtype=torch.int64, device=device)
+        self._passes_state = settings.state_passing > 0
+        self._answer_table = None if task.answer_table is None else task.answer_table.to(device)
+        self._goes_on = torch.zeros(shape[:2], dtype=torch.bool, device=device)  # whether a word may, by chance
+        # By row of the batch, after the last step: whether its answers were right, the last of them, and the states and
+        # convolutions' inputs of all layers. None ahead of the first. A graph reads and writes them in place.
+        self._carried: list[Tensor] | None = None
         self._drawn = range(0)  # the steps whose samples these are; that of step s in row s % steps_at_once
         self._number = torch.zeros(1, dtype=torch.int64, device=device)  # of the next step
         if self._on_gpu:
@@ -110,6 +124,7 @@ class Training:
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
+            "carried": self._carried,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -118,6 +133,8 @@ class Training:
         # The groups hold how this device computes (fused, capturable): those of the other say nothing.
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        carried = state.get("carried")  # not in the files of earlier versions
+        self._carried = None if carried is None else [x.to(self._number.device, copy=True) for x in carried]
         self.step = state["step"]
         self._number.fill_(self.step)
         if self._on_gpu:
@@ -133,8 +150,12 @@ class Training:
             return
         N, B = self.steps_at_once, self.settings.batch_size
         self._drawn = range(self.step, min((self.step // N + 1) * N, self.settings.steps))
-        batch = self._draw_samples(torch.arange(self._drawn.start * B, self._drawn.stop * B))
+        numbers = torch.arange(self._drawn.start * B, self._drawn.stop * B)
+        batch = self._draw_samples(numbers)
         rows = slice(self.step % N, self.step % N + len(self._drawn))
+        if self._passes_state:
+            chance = self._draw_chances(numbers).view(-1, B)
+            self._goes_on[rows] = chance < self.settings.state_passing * CHANCES
         self._input_ids[rows] = batch.input_ids.view(-1, B, self.settings.max_length)
         self._labels[rows] = batch.labels.view(-1, B, self.settings.max_length)
 
@@ -149,12 +170,43 @@ class Training:
                 group["lr"] = learning_rate(self.step, self.settings)
         # None, not 0: backward then writes the gradients, in a graph every time to the same place.
         self._optimizer.zero_grad(set_to_none=True)
-        loss = self.model(input_ids=input_ids, shift_labels=labels).loss
+        if self._passes_state:
+            loss = self._loss_passing_state(input_ids, labels, self._goes_on.index_select(0, row)[0])
+        else:
+            loss = self.model(input_ids=input_ids, shift_labels=labels).loss
         loss.backward()
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm).detach()
         self._optimizer.step()
         self.loss = loss.detach()
         self._number += 1
+
+    def _loss_passing_state(self, input_ids: Tensor, labels: Tensor, goes_on: Tensor) -> Tensor:
+        """The loss of words [B, T] that go on from those before, where `goes_on` [B] and all was right before.
+
+        A state that has gone wrong teaches nothing. So a row goes on as far as the model can, and the model learns at the
+        length at which it fails by now.
+        """
+        layers = len(self.model.model.layers)
+        cache = LrnnCache(layers)
+        if self._carried is not None:
+            was_right, answer, *memory = self._carried
+            goes_on = goes_on & was_right
+            before = torch.where(goes_on, answer, 0)
+            joined = self._answer_table[before[:, None], labels.clamp(min=0)]  # type: ignore[index]
+            labels = torch.where(labels == IGNORE, IGNORE, joined)
+            memory = [x * goes_on.view(-1, *[1] * (x.ndim - 1)) for x in memory]  # a fresh state is zero
+            cache.state, cache.conv = list(memory[:layers]), list(memory[layers:])
+        logits = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True).logits.float()
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+        with torch.no_grad():
+            right = ((logits.argmax(-1) == labels) | (labels == IGNORE)).all(1)
+            after = [x.detach() for x in (right, labels[:, -1], *cache.state, *cache.conv)]
+            if self._carried is None:
+                self._carried = [x.clone() for x in after]
+            else:
+                for kept, new in zip(self._carried, after, strict=True):
+                    kept.copy_(new)
+        return loss
 
     def _capture(self) -> None:
         """Record a step without doing it. The first steps, done for good, have warmed everything up."""

@@ -101,6 +101,24 @@ def test_a_graph_takes_the_steps_of_a_loop(config, model, tmp_path, on_a_stream,
     assert found[0][-1, 0] < found[0][0, 0] * 1.2  # and they are losses of a training that does not blow up
 
 
+def test_a_graph_passes_states_on(tmp_path, on_a_stream, monkeypatch):
+    """As a loop does, over several draws of samples, and from a state of its own."""
+    options = ("train.curriculum=[]", "train.min_length=4", "train.max_length=4", "train.batch_size=64", "train.steps=200")
+    cell = one_cell("s3_long", "deltaproduct_2", tmp_path, *options, "train.lr=1e-2")
+    monkeypatch.setattr("lrnn.eval.state_tracking.training.SAMPLE_TOKENS", 20 * 64 * 4)
+    loop = dataclasses.replace(cell, train=cell.train.model_copy(update={"cuda_graphs": False}))
+    trained, straight = Training(cell, CUDA), Training(loop, CUDA)
+    torch.testing.assert_close(losses(trained, 30), losses(straight, 30), rtol=2e-3, atol=0)
+    trained.run(90)
+    torch.cuda.synchronize()
+    assert trained._carried is not None and trained._carried[0].any()  # rows that are right, and go on
+    torch.save(trained.state(), tmp_path / "state.pt")
+    expected = losses(trained, 20)
+    resumed = Training(cell, CUDA)
+    resumed.load(torch.load(tmp_path / "state.pt", map_location=CUDA, weights_only=True))
+    torch.testing.assert_close(losses(resumed, 20), expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("model", ["deltanet", "mamba"])
 def test_steps_wait_for_nothing(model, tmp_path, on_a_stream):
     trained = Training(one_cell("parity", model, tmp_path), CUDA)

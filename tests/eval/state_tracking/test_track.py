@@ -293,6 +293,17 @@ def test_the_table_tells_the_curriculum(grid_file, tmp_path):
     assert "\nAhead of that: lengths 3 to 20 for 1 steps of 64, lr 0.003.\n" in table
     folder = tmp_path / "out/s3/deltanet/negative/seed-0"
     assert [record["step"] for record in read_metrics(folder)] == [2, 3, 5]
+    assert "a word went on" not in table
+
+
+def test_the_table_tells_that_words_went_on(grid_file, tmp_path):
+    changes = {
+        "tasks": {"s3": {"task": "group_word", "group": "S3"}}, "ranges": ["negative"],
+        "train": GRID["train"] | {"steps": 2, "min_length": 20, "state_passing": 0.75},
+        "test": GRID["test"] | {"samples": 8},
+    }  # fmt: skip
+    assert main(["track", str(grid_file(**changes))]) == 0
+    assert "\nWith probability 0.75 a word went on, in state" in (tmp_path / "out/table.md").read_text()
 
 
 @pytest.mark.parametrize(
