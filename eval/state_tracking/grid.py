@@ -46,8 +46,8 @@ class TrainSettings(Section):
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)  # of AdamW
     weight_decay: float = Field(0.1, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    # The probability that a word goes on, in state and answers, where the one before in its row of the batch ended; only
-    # after one that was answered right throughout. Gradients stay within a word; states come from many. 0: never.
+    # The probability that a word goes on, in state and answers, where the one before in its row of the batch ended;
+    # only after one that was answered right throughout. Gradients stay within a word; states come from many. 0: never.
     state_passing: float = Field(0.0, ge=0, lt=1)
     log_every: int = Field(100, gt=0)  # steps
     checkpoint_seconds: float = Field(60.0, gt=0)

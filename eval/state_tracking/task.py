@@ -30,8 +30,8 @@ class Task(ABC):
     first_answer_id: int
     pad_id: int
     answers_along_the_way = False  # whether a sequence has more labels than the one at its end
-    # [N, N] int64 where sequences can be joined: [a, b] is the answer to one with answer a and then one with answer b, as
-    # ids; 0 is the answer to the empty one.
+    # [N, N] int64 where sequences can be joined: [a, b] is the answer to one with answer a and then one with answer b,
+    # as ids; 0 is the answer to the empty one.
     answer_table: Tensor | None = None
 
     def batch(

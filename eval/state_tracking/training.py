@@ -183,8 +183,8 @@ class Training:
     def _loss_passing_state(self, input_ids: Tensor, labels: Tensor, goes_on: Tensor) -> Tensor:
         """The loss of words [B, T] that go on from those before, where `goes_on` [B] and all was right before.
 
-        A state that has gone wrong teaches nothing. So a row goes on as far as the model can, and the model learns at the
-        length at which it fails by now.
+        A state that has gone wrong teaches nothing. So a row goes on as far as the model can, and the model learns at
+        the length at which it fails by now.
         """
         layers = len(self.model.model.layers)
         cache = LrnnCache(layers)

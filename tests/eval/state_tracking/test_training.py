@@ -216,7 +216,7 @@ PASSING = {
         }
     },
     "seeds": [0],
-    # A model that is sometimes right, and then steps that change nothing: states stay those of the parameters there are.
+    # A model that is sometimes right, and steps that change nothing: states stay those of the parameters there are.
     "train": {
         "min_length": 2, "max_length": 2, "steps": 16, "batch_size": 24, "lr": 1e-30, "weight_decay": 0.0,
         "min_lr": 0.0, "state_passing": 0.7, "curriculum": [{"steps": 60, "lr": 1e-2}],
@@ -294,5 +294,6 @@ def test_words_that_cannot_go_on(tiny_cells, changes, message):
 def test_results_from_before_there_was_state_passing_stay_valid(tiny_cells):
     cell, *_ = tiny_cells()
     assert cell.fingerprint == "c87d446e2d6af29c3f600231801a797e95f32745fc167637734577b02520d811"  # of a commit before
-    prints = [tiny_cells(**PASSING | {"train": PASSING["train"] | {"state_passing": p}})[0].fingerprint for p in (0.0, 0.7)]
+    settings = [PASSING["train"] | {"state_passing": p} for p in (0.0, 0.7)]
+    prints = [tiny_cells(**PASSING | {"train": train})[0].fingerprint for train in settings]
     assert prints[0] != prints[1]
