@@ -76,8 +76,9 @@ def _table(grid: GridConfig, task: str, of_task: list[tuple[Cell, dict[str, Any]
     lines += _curriculum_lines(grid)
     if train.state_passing:
         lines += [
-            f"With probability {train.state_passing:g} a word went on, in state and answers, where the one before in its "
-            "row of the batch had ended, if that was right throughout: gradients stay within these lengths, states do not.",
+            f"With probability {train.state_passing:g} a word went on, in state and answers, where the one before in "
+            "its row of the batch had ended, if that was right throughout: gradients stay within these lengths, states "
+            "do not.",
             "",
         ]
     for model, fields in grid.models.items():

@@ -103,8 +103,8 @@ def test_a_graph_takes_the_steps_of_a_loop(config, model, tmp_path, on_a_stream,
 
 def test_a_graph_passes_states_on(tmp_path, on_a_stream, monkeypatch):
     """As a loop does, over several draws of samples, and from a state of its own."""
-    short = ("train.curriculum=[]", "train.min_length=4", "train.max_length=4", "train.batch_size=64", "train.steps=200")
-    cell = one_cell("s3_long", "deltaproduct_2", tmp_path, *short)
+    short = [f"train.{setting}" for setting in ("curriculum=[]", "min_length=4", "max_length=4", "batch_size=64")]
+    cell = one_cell("s3_long", "deltaproduct_2", tmp_path, *short, "train.steps=200")
     cell = dataclasses.replace(cell, train=cell.train.model_copy(update={"lr": 1e-2}))  # to be right after 120 steps
     monkeypatch.setattr("lrnn.eval.state_tracking.training.SAMPLE_TOKENS", 20 * 64 * 4)
     loop = dataclasses.replace(cell, train=cell.train.model_copy(update={"cuda_graphs": False}))
