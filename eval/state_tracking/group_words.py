@@ -125,16 +125,22 @@ class GroupWord(Task):
 
     `group` is a name (S3, S4, A5, S5, Z60, any S<n>, A<n>, Z<n>) or a list of permutations that generate it.
     Input elements are uniform over the group, with `variant` "only_swaps" over the elements that move at most 2 points
-    and with "three_permutations" at most 3. A share `others` of these is drawn from the whole group all the same: a
-    model learns the structure from the few, and every other element among those it knows. With "four_tokens" an
-    element is followed by three fillers and its label stands on the third, the only labelled ones; sizes count tokens
-    and are multiples of 4.
+    and with "three_permutations" at most 3, or over the permutations `inputs`. A share `others` of these few is drawn
+    from the whole group all the same: a model learns the structure from the few, and every other element among those
+    it knows. With "four_tokens" an element is followed by three fillers and its label stands on the third, the only
+    labelled ones; sizes count tokens and are multiples of 4.
     """
 
     first_answer_id = 0
     answers_along_the_way = True
 
-    def __init__(self, group: str | Sequence[Sequence[int]] = "S5", variant: str = "all", others: float = 0.0) -> None:
+    def __init__(
+        self,
+        group: str | Sequence[Sequence[int]] = "S5",
+        variant: str = "all",
+        others: float = 0.0,
+        inputs: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         if variant not in VARIANTS:
             raise UserError(f"group_word: unknown variant {variant!r}. The variants are: {', '.join(VARIANTS)}")
         self.group = generate_group(named_generators(group) if isinstance(group, str) else group)
@@ -142,13 +148,17 @@ class GroupWord(Task):
         self.variant = variant
         moved = self.group.moved_points()
         self.inputs = (moved <= MOVED_POINTS.get(variant, int(moved.max()))).nonzero()[:, 0]  # the elements drawn
+        if inputs is not None:
+            self.inputs = self._numbers(inputs, group)
         if len(self.inputs) < 2:
-            raise UserError(f"group_word: {variant} leaves only the identity of group {group!r}")
+            what = f"{variant} leaves only the identity" if inputs is None else "inputs leaves fewer than two elements"
+            raise UserError(f"group_word: {what} of group {group!r}")
         if not isinstance(others, int | float) or not 0 <= others <= 1:
             raise UserError(f"group_word: others is a share of the elements, from 0 to 1, not {others!r}")
-        if others and variant not in MOVED_POINTS:
+        if others and variant not in MOVED_POINTS and inputs is None:
             raise UserError(
-                f"group_word: others goes with the variants {', '.join(MOVED_POINTS)}, not with {variant!r}"
+                f"group_word: others goes with inputs and with the variants {', '.join(MOVED_POINTS)}, not with "
+                f"{variant!r}"
             )
         self.others = others
         self.tokens_per_element = TOKENS_PER_ELEMENT if variant == "four_tokens" else 1
@@ -156,6 +166,16 @@ class GroupWord(Task):
         self.filler_id = self.num_classes  # used by "four_tokens" alone
         self.pad_id = self.num_classes + (variant == "four_tokens")
         self.vocab_size = self.pad_id + 1
+
+    def _numbers(self, inputs: Sequence[Sequence[int]], group: object) -> Tensor:
+        """The ids of the permutations `inputs`, in the order of ids; a UserError if they are not these elements."""
+        if self.variant in MOVED_POINTS:
+            raise UserError(f"group_word: inputs says which elements are drawn, as variant {self.variant!r} does")
+        ids = {tuple(images): number for number, images in enumerate(self.group.elements.tolist())}
+        given = check_generators(inputs) if inputs else []
+        if missing := [list(images) for images in given if images not in ids]:
+            raise UserError(f"group_word: the inputs {missing} are not in group {group!r}")
+        return torch.tensor(sorted({ids[images] for images in given}), dtype=torch.int64)
 
     def sizes(self, min_length: int, max_length: int) -> list[int]:
         return size_range("group_word", min_length, max_length, smallest=1, step=self.tokens_per_element)

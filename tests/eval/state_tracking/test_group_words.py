@@ -123,6 +123,27 @@ def test_others_among_swaps():
     )
 
 
+FIVE_CYCLES = [[1, 2, 3, 4, 0], [1, 2, 4, 0, 3]]
+
+
+def test_words_of_a_few_elements():
+    """Two cycles of five, and a tenth of all 60; products are those of the permutations, by sympy."""
+    task = GroupWord("A5", others=0.1, inputs=FIVE_CYCLES)
+    elements = task.group.elements.tolist()
+    few = {elements.index(cycle) for cycle in FIVE_CYCLES}
+    assert task.vocab_size == GroupWord("A5").vocab_size and set(task.inputs.tolist()) == few
+    ids, labels, _ = task.batch(SEED, torch.arange(4000), 3, 3)
+    for place in range(3):
+        assert_distributed(ids[:, place].tolist(), {e: 0.1 / 60 + 0.45 * (e in few) for e in range(60)})
+    for row, answers in zip(ids[:50].tolist(), labels[:50].tolist(), strict=True):
+        product = Permutation(4)
+        for element, answer in zip(row, answers, strict=True):
+            product = product * Permutation(elements[element])
+            assert product.array_form == elements[answer]
+    alone = GroupWord("A5", inputs=FIVE_CYCLES).batch(SEED, torch.arange(500), 3, 3)
+    assert set(alone.input_ids.flatten().tolist()) == few
+
+
 @pytest.mark.parametrize(
     ("variant", "others"),
     [("all", 0), ("only_swaps", 0), ("three_permutations", 0), ("four_tokens", 0), ("only_swaps", 0.25)],
@@ -177,5 +198,14 @@ def test_bad_groups_and_variants():
     for bad in (-0.1, 1.5, "some"):
         with pytest.raises(UserError, match="others is a share of the elements, from 0 to 1, not"):
             GroupWord("S5", "only_swaps", bad)
-    with pytest.raises(UserError, match="others goes with the variants only_swaps, three_permutations, not with 'all'"):
+    with pytest.raises(UserError, match=r"others goes with inputs and with the variants only_swaps, .* not with 'all'"):
         GroupWord("S5", others=0.5)
+    with pytest.raises(UserError, match=r"inputs \[\[1, 0, 2, 3, 4\]\] are not in group 'A5'"):
+        GroupWord("A5", inputs=[*FIVE_CYCLES, [1, 0, 2, 3, 4]])
+    for few in ([], FIVE_CYCLES[:1]):
+        with pytest.raises(UserError, match="inputs leaves fewer than two elements of group 'A5'"):
+            GroupWord("A5", inputs=few)
+    with pytest.raises(UserError, match="no permutation"):
+        GroupWord("A5", inputs=[[0, 0, 1, 2, 3]])
+    with pytest.raises(UserError, match="inputs says which elements are drawn, as variant 'only_swaps' does"):
+        GroupWord("S5", "only_swaps", inputs=FIVE_CYCLES)
