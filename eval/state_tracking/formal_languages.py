@@ -26,6 +26,7 @@ class Parity(Task):
     """`size - 1` bits, ids 1 and 2, PAD 0; the answer is (number of 2s mod 2) + 1."""
 
     vocab_size, num_classes, first_answer_id, pad_id = 3, 2, 1, 0
+    answer_table = torch.tensor([[0, 1, 2], [1, 1, 2], [2, 2, 1]])
 
     def sizes(self, min_length: int, max_length: int) -> list[int]:
         return size_range("parity", min_length, max_length, smallest=2)

@@ -34,6 +34,7 @@ class Stage(Section):
     max_length: int | None = Field(None, gt=0)
     batch_size: int | None = Field(None, gt=0)
     lr: float | None = Field(None, gt=0)
+    state_passing: float | None = Field(None, ge=0, lt=1)
 
 
 class TrainSettings(Section):
@@ -46,8 +47,8 @@ class TrainSettings(Section):
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)  # of AdamW
     weight_decay: float = Field(0.1, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    # The probability that a word goes on, in state and answers, where the one before in its row of the batch ended;
-    # only after one that was answered right throughout. Gradients stay within a word; states come from many. 0: never.
+    # The probability that a sequence goes on, in state and answers, where the one before in its row of the batch ended;
+    # only after one that was answered right throughout. Gradients stay within a sequence, states come from many.
     state_passing: float = Field(0.0, ge=0, lt=1)
     log_every: int = Field(100, gt=0)  # steps
     checkpoint_seconds: float = Field(60.0, gt=0)
@@ -116,24 +117,25 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> tuple[GridConf
 
 
 def _check_state_passing(task: Task, train: TrainSettings, config: LrnnConfig, origin: str) -> None:
-    """Raise UserError that begins with `origin` where words cannot go on from those before."""
+    """Raise UserError that begins with `origin` where sequences cannot go on from those before."""
     if not train.state_passing:
         return
     if task.answer_table is None:
-        raise UserError(f"{origin}: train.state_passing is for words whose answers go on, those of group_word")
-    if train.min_length != train.max_length:
-        raise UserError(
-            f"{origin}: with train.state_passing every word is whole, without padding: min_length {train.min_length} "
-            f"and max_length {train.max_length} must be equal, in every stage"
-        )
+        raise UserError(f"{origin}: train.state_passing is for parity and group_word, whose sequences can be joined")
     if not issubclass(MIXERS[config.mixer], DeltaNet):
         names = ", ".join(name for name, mixer in MIXERS.items() if issubclass(mixer, DeltaNet))
         raise UserError(f"{origin}: train.state_passing is for the mixers {names}, not for {config.mixer}")
+    if config.conv_size != 1:
+        raise UserError(f"{origin}: train.state_passing passes no inputs of convolutions: conv_size must be 1")
 
 
 def _settings_said(train: TrainSettings) -> dict[str, Any]:
     """What a fingerprint has of the settings; what was added later, only where it is used."""
-    return train.model_dump(exclude=UNIMPORTANT | (set() if train.state_passing else {"state_passing"}))
+    said = train.model_dump(exclude=UNIMPORTANT)
+    for settings, unused in ((said, 0), *((stage, None) for stage in said["curriculum"])):
+        if settings["state_passing"] == unused:
+            del settings["state_passing"]
+    return said
 
 
 def _said(config: LrnnConfig) -> dict[str, Any]:

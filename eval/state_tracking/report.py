@@ -76,9 +76,8 @@ def _table(grid: GridConfig, task: str, of_task: list[tuple[Cell, dict[str, Any]
     lines += _curriculum_lines(grid)
     if train.state_passing:
         lines += [
-            f"With probability {train.state_passing:g} a word went on, in state and answers, where the one before in "
-            "its row of the batch had ended, if that was right throughout: gradients stay within these lengths, states "
-            "do not.",
+            f"With probability {train.state_passing:g} a sequence went on, in state and answers, where the one before "
+            "in its row had ended, if that was right throughout: gradients stay within these lengths, states do not.",
             "",
         ]
     for model, fields in grid.models.items():
@@ -144,13 +143,15 @@ def _plot_lengths(path: Path, grid: GridConfig, task: str, of_task: list[tuple[C
     colors: dict[str, str] = {}
     for (model, range_), members in _grouped(of_task).items():
         color = colors.setdefault(model, f"C{len(colors) % 10}")
-        lengths = np.array([int(n) for n in members[0][1]["by_length"]])
-        curves = np.array([list(result["by_length"].values()) for _, result in members])
+        found = [result["by_length"] for _, result in members]
+        lengths = np.array(sorted({int(n) for by_length in found for n in by_length}))
+        # of few samples a seed may have none of some length
+        curves = np.ma.masked_invalid([[by_length.get(str(n), np.nan) for n in lengths] for by_length in found])
         bins = np.array_split(np.arange(len(lengths)), min(LENGTH_BINS, len(lengths)))
         x = np.array([lengths[b].mean() for b in bins])
-        y = np.array([curves[:, b].mean(1) for b in bins])  # [bins, seeds]
+        y = np.ma.stack([curves[:, b].mean(1) for b in bins])  # [bins, seeds]
         style = "--" if range_ == "positive" else "-"
-        axis.plot(x, np.median(y, 1), style, color=color, label=f"{model} {RANGE_NAMES[members[0][0].range]}")
+        axis.plot(x, np.ma.median(y, 1), style, color=color, label=f"{model} {RANGE_NAMES[members[0][0].range]}")
         axis.fill_between(x, y.min(1), y.max(1), color=color, alpha=0.12)
     axis.axvline(grid.train.max_length, color="grey", ls=":", label="longest in training")
     floor = of_task[0][1]["floor"]

@@ -77,9 +77,10 @@ class Training:
         self._input_ids, self._labels = torch.zeros((2, *shape), dtype=torch.int64, device=device)
         self._passes_state = settings.state_passing > 0
         self._answer_table = None if task.answer_table is None else task.answer_table.to(device)
-        self._goes_on = torch.zeros(shape[:2], dtype=torch.bool, device=device)  # whether a word may, by chance
-        # By row of the batch, after the last step: whether its answers were right, the last of them, and the states and
-        # convolutions' inputs of all layers. None ahead of the first. A graph reads and writes them in place.
+        self._pad_id = task.pad_id
+        self._goes_on = torch.zeros(shape[:2], dtype=torch.bool, device=device)  # whether a row may, by chance
+        # By row of the batch, after the last step: whether its answers were right, the last of them, and the state of
+        # each layer. None ahead of the first. A graph reads and writes them in place.
         self._carried: list[Tensor] | None = None
         self._drawn = range(0)  # the steps whose samples these are; that of step s in row s % steps_at_once
         self._number = torch.zeros(1, dtype=torch.int64, device=device)  # of the next step
@@ -181,26 +182,27 @@ class Training:
         self._number += 1
 
     def _loss_passing_state(self, input_ids: Tensor, labels: Tensor, goes_on: Tensor) -> Tensor:
-        """The loss of words [B, T] that go on from those before, where `goes_on` [B] and all was right before.
+        """The loss of sequences [B, T] that go on from those before where `goes_on` [B] and all was right before.
 
         A state that has gone wrong teaches nothing. So a row goes on as far as the model can, and the model learns at
         the length at which it fails by now.
         """
-        layers = len(self.model.model.layers)
-        cache = LrnnCache(layers)
+        cache = LrnnCache(len(self.model.model.layers))
+        labelled = labels != IGNORE
         if self._carried is not None:
-            was_right, answer, *memory = self._carried
+            was_right, answer, *states = self._carried
             goes_on = goes_on & was_right
             before = torch.where(goes_on, answer, 0)
             joined = self._answer_table[before[:, None], labels.clamp(min=0)]  # type: ignore[index]
-            labels = torch.where(labels == IGNORE, IGNORE, joined)
-            memory = [x * goes_on.view(-1, *[1] * (x.ndim - 1)) for x in memory]  # a fresh state is zero
-            cache.state, cache.conv = list(memory[:layers]), list(memory[layers:])
-        logits = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True).logits.float()
+            labels = torch.where(labelled, joined, IGNORE)
+            cache.state = [torch.where(goes_on[:, None, None, None], x, 0) for x in states]  # a fresh state is zero
+        options = {"attention_mask": input_ids != self._pad_id, "past_key_values": cache, "use_cache": True}
+        logits = self.model(input_ids=input_ids, **options).logits.float()
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
         with torch.no_grad():
-            right = ((logits.argmax(-1) == labels) | (labels == IGNORE)).all(1)
-            after = [x.detach() for x in (right, labels[:, -1], *cache.state, *cache.conv)]
+            right = ((logits.argmax(-1) == labels) | ~labelled).all(1)
+            last = (labelled * torch.arange(1, labels.shape[1] + 1, device=labels.device)).argmax(1, keepdim=True)
+            after = [x.detach() for x in (right, labels.gather(1, last)[:, 0], *cache.state)]
             if self._carried is None:
                 self._carried = [x.clone() for x in after]
             else:

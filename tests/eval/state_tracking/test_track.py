@@ -293,7 +293,16 @@ def test_the_table_tells_the_curriculum(grid_file, tmp_path):
     assert "\nAhead of that: lengths 3 to 20 for 1 steps of 64, lr 0.003.\n" in table
     folder = tmp_path / "out/s3/deltanet/negative/seed-0"
     assert [record["step"] for record in read_metrics(folder)] == [2, 3, 5]
-    assert "a word went on" not in table
+    assert "a sequence went on" not in table
+
+
+def test_seeds_whose_few_samples_have_other_lengths(grid_file, tmp_path):
+    changes = {"seeds": [0, 1], "ranges": ["negative"], "train": GRID["train"] | {"steps": 1}}
+    changes["test"] = GRID["test"] | {"samples": 7, "min_length": 20, "max_length": 26}
+    assert main(["track", str(grid_file(**changes))]) == 0
+    results = [json.loads(path.read_text()) for path in (tmp_path / "out").rglob("result.json")]
+    assert len(results) == 2 and len(results[0]["by_length"]) != len(results[1]["by_length"])
+    assert (tmp_path / "out/accuracy-parity.png").stat().st_size > 1000
 
 
 def test_the_table_tells_that_words_went_on(grid_file, tmp_path):
@@ -303,7 +312,7 @@ def test_the_table_tells_that_words_went_on(grid_file, tmp_path):
         "test": GRID["test"] | {"samples": 8},
     }  # fmt: skip
     assert main(["track", str(grid_file(**changes))]) == 0
-    assert "\nWith probability 0.75 a word went on, in state" in (tmp_path / "out/table.md").read_text()
+    assert "\nWith probability 0.75 a sequence went on, in state" in (tmp_path / "out/table.md").read_text()
 
 
 @pytest.mark.parametrize(

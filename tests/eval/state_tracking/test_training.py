@@ -212,61 +212,74 @@ PASSING = {
     "models": {
         "deltaproduct": {
             "mixer": "gated_deltaproduct", "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 16,
-            "conv_size": 3, "intermediate_size": 64,
+            "conv_size": 1, "intermediate_size": 64,
         }
     },
     "seeds": [0],
-    # A model that is sometimes right, and steps that change nothing: states stay those of the parameters there are.
+    # A model that is sometimes right, then steps that change nothing: states stay those of the parameters there are.
     "train": {
-        "min_length": 2, "max_length": 2, "steps": 16, "batch_size": 24, "lr": 1e-30, "weight_decay": 0.0,
-        "min_lr": 0.0, "state_passing": 0.7, "curriculum": [{"steps": 60, "lr": 1e-2}],
+        "min_length": 2, "max_length": 4, "steps": 16, "batch_size": 24, "lr": 1e-30, "weight_decay": 0.0,
+        "min_lr": 0.0, "state_passing": 0.7, "curriculum": [{"steps": 120, "lr": 1e-2}],
     },
 }  # fmt: skip
 
 
-def test_words_go_on_where_the_words_before_ended(tiny_cells, monkeypatch):
-    """The loss is that of the last word of all that a row has read since it began anew, read at once from nothing."""
-    monkeypatch.setattr(training, "SAMPLE_TOKENS", 3 * 24 * 2)
-    cell, *_ = tiny_cells(**PASSING)
+def product_of(word: list[int]) -> int:
+    """Of elements of S3 by their numbers, the first applied first."""
+    elements = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
+    images = (0, 1, 2)
+    for element in word:
+        images = tuple(elements[element][i] for i in images)
+    return elements.index(images)
+
+
+def test_a_stage_may_do_without_state_passing(tiny_cells):
+    train = PASSING["train"] | {"lr": 1e-2, "curriculum": [{"steps": 5, "state_passing": 0.0}]}
+    cell, *_ = tiny_cells(**PASSING | {"train": train})
+    assert losses(Training(cell, CPU, 0), 5) == plain_losses(cell, None, *cell.stages[0])
+    assert [settings.state_passing for _, settings in cell.stages] == [0.0, 0.7]
+
+
+@pytest.mark.parametrize("task", ["group_word", "parity"])
+def test_sequences_go_on_where_those_before_ended(tiny_cells, monkeypatch, task):
+    """The loss is that of the last sequence of all that a row has read since it began anew, read from nothing."""
+    monkeypatch.setattr(training, "SAMPLE_TOKENS", 3 * 24 * 4)
+    parameters = {"group": "S3"} if task == "group_word" else {}
+    cell, *_ = tiny_cells(**PASSING | {"tasks": {"t": {"task": task, **parameters}}})
     model = new_model(cell, CPU)
-    Training(cell, CPU, 0, model).run(60)
-    elements = cell.task.group.elements.tolist()
-
-    def product(word: list[int]) -> int:
-        images = list(range(3))
-        for element in word:
-            images = [elements[element][i] for i in images]
-        return elements.index(images)
-
+    Training(cell, CPU, 0, model).run(120)
     trained = Training(cell, CPU, 1, model)
     read: list[list[int]] = [[] for _ in range(24)]  # since the row began anew
     right, reached, by_chance = [False] * 24, 0, []
     for step in range(16):
         trained.run(1)
-        words = batch_of(cell, step, used=60 * 24).input_ids.tolist()
         chances = trained._goes_on[step % 3].tolist()
         by_chance += chances
-        summed = 0.0
-        for row, word in enumerate(words):
-            goes_on = chances[row] and right[row]
-            read[row] = read[row] + word if goes_on else word
+        summed, labelled = 0.0, 0
+        for row, ids in enumerate(batch_of(cell, step, used=120 * 24).input_ids.tolist()):
+            word = [i for i in ids if i != cell.task.pad_id]
+            read[row] = read[row] + word if chances[row] and right[row] else word
+            if task == "parity":
+                wanted = [1 + read[row].count(2) % 2]
+            else:
+                wanted = [product_of(read[row][: len(read[row]) - ahead]) for ahead in reversed(range(len(word)))]
             with torch.no_grad():
-                logits = model(input_ids=torch.tensor([read[row]]), use_cache=False).logits[0, -2:]
-            wanted = [product(read[row][:-1]), product(read[row])]
+                logits = model(input_ids=torch.tensor([read[row]]), use_cache=False).logits[0, -len(wanted) :]
             summed += torch.nn.functional.cross_entropy(logits, torch.tensor(wanted), reduction="sum").item()
+            labelled += len(wanted)
             right[row] = logits.argmax(-1).tolist() == wanted
-            reached = max(reached, len(read[row]))
-        assert trained.loss.item() == pytest.approx(summed / 48, rel=1e-4), step
-    assert reached >= 8 and 0.6 < sum(by_chance) / len(by_chance) < 0.8
+            reached = max(reached, len(read[row]) - len(word))
+        assert trained.loss.item() == pytest.approx(summed / labelled, rel=1e-4), step
+    assert reached >= 6 and 0.6 < sum(by_chance) / len(by_chance) < 0.8
 
 
-def test_going_on_from_a_state_with_its_words_is_bitwise(tiny_cells, tmp_path):
+def test_going_on_from_a_state_with_its_sequences_is_bitwise(tiny_cells, tmp_path):
     cell, *_ = tiny_cells(**PASSING | {"train": PASSING["train"] | {"lr": 1e-2, "steps": 60}})
     straight = Training(cell, CPU)
     expected = losses(straight, 60)
     first = Training(cell, CPU)
     losses(first, 50)
-    assert first._carried is not None and first._carried[0].any()  # there are words to go on with
+    assert first._carried is not None and first._carried[0].any()  # there are some to go on with
     torch.save(first.state(), tmp_path / "state.pt")
     second = Training(cell, CPU)
     second.load(torch.load(tmp_path / "state.pt", weights_only=True))
@@ -276,17 +289,13 @@ def test_going_on_from_a_state_with_its_words_is_bitwise(tiny_cells, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": {"parity": {"task": "parity"}}}, "is for words whose answers go on"),
-        ({"train": PASSING["train"] | {"min_length": 1}}, "min_length 1 and max_length 2 must be equal"),
-        (
-            {"train": PASSING["train"] | {"curriculum": [{"steps": 1, "max_length": 3}]}},
-            "min_length 2 and max_length 3 must be equal, in every stage",
-        ),
+        ({"tasks": {"pairs": {"task": "even_pairs"}}}, "is for parity and group_word"),
+        ({"models": {"m": PASSING["models"]["deltaproduct"] | {"conv_size": 4}}}, "conv_size must be 1"),
         ({"models": {"m": PASSING["models"]["deltaproduct"] | {"mixer": "mlstm"}}}, "deltaproduct, not for mlstm"),
         ({"train": PASSING["train"] | {"state_passing": 1.0}}, "state_passing = 1.0"),
     ],
 )
-def test_words_that_cannot_go_on(tiny_cells, changes, message):
+def test_sequences_that_cannot_go_on(tiny_cells, changes, message):
     with pytest.raises(UserError, match=message):
         tiny_cells(**PASSING | changes)
 
@@ -294,6 +303,10 @@ def test_words_that_cannot_go_on(tiny_cells, changes, message):
 def test_results_from_before_there_was_state_passing_stay_valid(tiny_cells):
     cell, *_ = tiny_cells()
     assert cell.fingerprint == "c87d446e2d6af29c3f600231801a797e95f32745fc167637734577b02520d811"  # of a commit before
-    settings = [PASSING["train"] | {"state_passing": p} for p in (0.0, 0.7)]
-    prints = [tiny_cells(**PASSING | {"train": train})[0].fingerprint for train in settings]
-    assert prints[0] != prints[1]
+    before = tiny_cells(**CURRICULUM)[0].fingerprint
+    assert before == "304df148dd1d9487a31c581dcc25b1e9217f13615725f528c152afc46bf17c1f"
+    variants = [
+        PASSING["train"] | {"state_passing": share, "curriculum": [{"steps": 60, "state_passing": ahead}]}
+        for share, ahead in ((0.0, None), (0.7, None), (0.7, 0.0))
+    ]
+    assert len({tiny_cells(**PASSING | {"train": train})[0].fingerprint for train in variants}) == 3
