@@ -25,7 +25,7 @@ from lrnn.pretrain import shard_table
 from lrnn.pretrain.corpus import FORMAT, FORMAT_VERSION
 from lrnn.pretrain.shard_writer import token_dtype, watch_parent, write_json, write_part
 from lrnn.pretrain.sources import DatasetArguments, DatasetSource, FolderSource, Source, StreamingSource
-from lrnn.pretrain.tokenizers_io import Tokenizer, load_tokenizer, train_sentencepiece
+from lrnn.pretrain.tokenizers_io import Tokenizer, check_trained_size, load_tokenizer, train_sentencepiece
 
 LINE_SECONDS = 10.0  # between two lines of progress when not on a terminal
 
@@ -178,6 +178,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--tokenizer-sample-mb {args.tokenizer_sample_mb}: more than 0")
     if args.tokenizer is not None:
         load_tokenizer(args.tokenizer)  # a wrong one should not cost a pass over the files first
+    else:
+        check_trained_size(args.train_tokenizer)
     if args.out.exists():
         if not (args.out / "manifest.json").is_file() and (not args.out.is_dir() or any(args.out.iterdir())):
             raise UserError(f"--out {args.out}: exists and is not a corpus")

@@ -192,6 +192,14 @@ def _training_chunks(texts: Iterable[str]) -> Iterator[str]:
             yield "".join(chunk)
 
 
+def check_trained_size(vocab_size: int) -> None:
+    """Raise UserError for a vocabulary that `train_sentencepiece` makes of no text at all."""
+    if vocab_size < 300:
+        raise UserError(
+            f"--train-tokenizer {vocab_size}: the 256 bytes and 3 special tokens alone need 259; give at least 300"
+        )
+
+
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     """Train a SentencePiece BPE model that keeps text as it is (indentation, newlines, any byte), and write it to
     `path`.
@@ -204,10 +212,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> No
     """
     import sentencepiece
 
-    if vocab_size < 300:
-        raise UserError(
-            f"--train-tokenizer {vocab_size}: the 256 bytes and 3 special tokens alone need 259; give at least 300"
-        )
+    check_trained_size(vocab_size)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -301,6 +301,7 @@ def test_bad_arguments(text_folder, sentencepiece_model, tmp_path, capsys):
     (tmp_path / "x.model").write_bytes(b"not a model")
     assert "not a SentencePiece model" in error(tokenizer=("--tokenizer", tmp_path / "x.model"))
     assert "at least 300" in error("--processes", "1", tokenizer=("--train-tokenizer", "258"))
+    assert not (tmp_path / "c.partial").exists()  # which the next command would have to remove
     message = error("--processes", "1", tokenizer=("--train-tokenizer", "50000"), out=tmp_path / "d")
     assert "Vocabulary size too high" in message
     (tmp_path / "thesis").mkdir()
