@@ -94,3 +94,8 @@ def integers(keys: Tensor, field: Field, counters: Tensor | int, bound: Tensor |
     for every bound below a billion the bias is less than 1.1e-10 of the probability itself.
     """
     return _shift_right(words(keys, field, counters), 1) % bound
+
+
+def happens(keys: Tensor, field: Field, counters: Tensor | int, probability: float) -> Tensor:
+    """Whether something of a probability happens, bool, of the shape that `keys` and `counters` broadcast to."""
+    return integers(keys, field, counters, 2**30) < probability * 2**30

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lrnn.errors import UserError
-from lrnn.eval.state_tracking.counter_rng import Field, integers
+from lrnn.eval.state_tracking.counter_rng import Field, happens, integers
 from lrnn.eval.state_tracking.task import IGNORE, Task, size_range
 
 MAX_GROUP_SIZE = 1000
@@ -185,7 +185,7 @@ class GroupWord(Task):
         drawn = integers(keys[:, None], Field.SYMBOL, places, len(self.inputs))
         elements = self.inputs.to(keys.device)[drawn]
         if self.others:
-            is_other = integers(keys[:, None], Field.IS_OTHER, places, 2**30) < self.others * 2**30
+            is_other = happens(keys[:, None], Field.IS_OTHER, places, self.others)
             other = integers(keys[:, None], Field.OTHER_SYMBOL, places, self.num_classes)
             elements = torch.where(is_other, other, elements)
         products = running_products(self.group.table.to(keys.device), elements)

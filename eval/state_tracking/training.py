@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrnn import LrnnForCausalLM
-from lrnn.eval.state_tracking.counter_rng import Field, integers, sample_keys, split_seed
+from lrnn.eval.state_tracking.counter_rng import Field, happens, sample_keys, split_seed
 from lrnn.eval.state_tracking.grid import Cell, TrainSettings
 from lrnn.eval.state_tracking.task import IGNORE
 from lrnn.layers_lrnn import LrnnCache
@@ -20,7 +20,6 @@ from lrnn.pretrain.engine import parameter_groups
 
 LR_WARMUP = 0.1  # of the steps
 SAMPLE_TOKENS = 2**22  # of the samples that are drawn at once: 32 MB of ids, and as much of labels
-CHANCES = 2**30  # of whether a word goes on
 EAGER_STEPS = 3  # ahead of a capture: kernels are compiled, libraries and the optimizer allocate what they keep
 
 
@@ -69,9 +68,10 @@ class Training:
         self._draw_samples = lambda numbers: task.batch(
             split_seed(cell.seed, "train"), used + numbers, settings.min_length, settings.max_length, device
         )
-        self._draw_chances = lambda numbers: integers(
-            sample_keys(split_seed(cell.seed, "train"), (used + numbers).to(device)), Field.GOES_ON, 0, CHANCES
-        )
+        self._draw_chances = lambda numbers: happens(
+            sample_keys(split_seed(cell.seed, "train"), (used + numbers).to(device)),
+            Field.GOES_ON, 0, settings.state_passing,
+        )  # fmt: skip
         self.steps_at_once = max(1, min(settings.steps, SAMPLE_TOKENS // (settings.batch_size * settings.max_length)))
         shape = (self.steps_at_once, settings.batch_size, settings.max_length)
         self._input_ids, self._labels = torch.zeros((2, *shape), dtype=torch.int64, device=device)
@@ -155,8 +155,7 @@ class Training:
         batch = self._draw_samples(numbers)
         rows = slice(self.step % N, self.step % N + len(self._drawn))
         if self._passes_state:
-            chance = self._draw_chances(numbers).view(-1, B)
-            self._goes_on[rows] = chance < self.settings.state_passing * CHANCES
+            self._goes_on[rows] = self._draw_chances(numbers).view(-1, B)
         self._input_ids[rows] = batch.input_ids.view(-1, B, self.settings.max_length)
         self._labels[rows] = batch.labels.view(-1, B, self.settings.max_length)
 

@@ -18,9 +18,10 @@ def test_refusals(options, message, capsys):
     assert error.startswith("lrnn: error: ") and message in error
 
 
-def test_both_passes_reach_every_input():
+@pytest.mark.parametrize("run", [bench_kernels.ours, bench_kernels.ours_split])
+def test_both_passes_reach_every_input(run):
     x = bench_kernels.make_inputs(1, 20, 2, 64, device="cpu")
-    forward, both = bench_kernels.passes(bench_kernels.ours, x)
+    forward, both = bench_kernels.passes(run, x)
     assert forward().shape == x["v"].shape
     assert [dx.shape for dx in both()] == [y.shape for y in x.values()]
     assert all(dx.abs().max() > 0 for dx in both())
@@ -58,3 +59,16 @@ def test_flas_guard_is_back_afterwards():
     with bench_kernels.fla_guard_lifted():
         assert chunk_o.TRITON_ABOVE_3_7_1
     assert before == chunk_o.TRITON_ABOVE_3_7_1
+
+
+def test_what_tilelang_does_for_fla(monkeypatch):
+    """With it fla refuses nothing on Hopper, unless it is forbidden."""
+    from fla.ops.common import chunk_o
+
+    for name, value in (("IS_NVIDIA_HOPPER", True), ("TRITON_ABOVE_3_4_0", True), ("TRITON_ABOVE_3_7_1", False)):
+        monkeypatch.setattr(chunk_o, name, value)
+    monkeypatch.setattr(bench_kernels.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.delenv("FLA_TILELANG", raising=False)
+    assert bench_kernels.fla_guard() is None
+    monkeypatch.setenv("FLA_TILELANG", "0")
+    assert "timed for speed only" in bench_kernels.fla_guard()
