@@ -102,11 +102,14 @@ class ModularArithmetic(Task):
     """
 
     first_answer_id, pad_id = 5, 0
+    ends_are_marked = True
     minus, times, equals = 2, 3, 4
 
     def __init__(self, modulus: int = 5) -> None:
         self.num_classes = check_integer("modular_arithmetic", "modulus", modulus, 2, MAX_MODULUS)
         self.vocab_size = self.first_answer_id + modulus
+        values = (torch.arange(self.vocab_size) - self.first_answer_id).clamp(min=0)  # of answers, by id
+        self.answer_table = (values[:, None] + values) % modulus + self.first_answer_id  # joined, `=` stands for `+`
 
     def sizes(self, min_length: int, max_length: int) -> list[int]:
         return size_range("modular_arithmetic", min_length, max_length, smallest=3, step=2, first=1)

@@ -121,11 +121,12 @@ def _check_state_passing(task: Task, train: TrainSettings, config: LrnnConfig, o
     if not train.state_passing:
         return
     if task.answer_table is None:
-        raise UserError(f"{origin}: train.state_passing is for parity and group_word, whose sequences can be joined")
+        able = "parity, modular_arithmetic and group_word"
+        raise UserError(f"{origin}: train.state_passing is for {able}, whose sequences can be joined")
     if not issubclass(MIXERS[config.mixer], DeltaNet):
         names = ", ".join(name for name, mixer in MIXERS.items() if issubclass(mixer, DeltaNet))
         raise UserError(f"{origin}: train.state_passing is for the mixers {names}, not for {config.mixer}")
-    if config.conv_size != 1:
+    if config.conv_size != 1 and not task.ends_are_marked:
         raise UserError(f"{origin}: train.state_passing passes no inputs of convolutions: conv_size must be 1")
 
 

@@ -10,6 +10,7 @@ from lrnn.eval.state_tracking.counter_rng import split_seed
 from lrnn.eval.state_tracking.interleave import interleave
 from lrnn.eval.state_tracking.train_cell import train_cell
 from lrnn.eval.state_tracking.training import Training, learning_rate, new_model
+from lrnn.layers_lrnn import LrnnCache
 from lrnn.pretrain.engine import parameter_groups
 from lrnn.pretrain.metrics import read_metrics
 
@@ -240,6 +241,11 @@ def test_a_stage_may_do_without_state_passing(tiny_cells):
     assert [settings.state_passing for _, settings in cell.stages] == [0.0, 0.7]
 
 
+def value_of(expressions: list[list[int]]) -> int:
+    """The sum of expressions modulo 5, of ids of modular arithmetic."""
+    return sum(eval("".join(" +-* 01234"[i] for i in ids[:-1])) for ids in expressions) % 5
+
+
 @pytest.mark.parametrize("task", ["group_word", "parity"])
 def test_sequences_go_on_where_those_before_ended(tiny_cells, monkeypatch, task):
     """The loss is that of the last sequence of all that a row has read since it began anew, read from nothing."""
@@ -273,6 +279,36 @@ def test_sequences_go_on_where_those_before_ended(tiny_cells, monkeypatch, task)
     assert reached >= 6 and 0.6 < sum(by_chance) / len(by_chance) < 0.8
 
 
+def test_expressions_go_on_as_sums(tiny_cells):
+    """An expression that goes on is added to those before; convolutions do not look back behind its beginning."""
+    fields = PASSING["models"]["deltaproduct"] | {"conv_size": 2}
+    train = PASSING["train"] | {"min_length": 3, "max_length": 7, "state_passing": 0.9}
+    changes = {"tasks": {"t": {"task": "modular_arithmetic"}}, "models": {"m": fields}, "train": train}
+    cell, *_ = tiny_cells(**PASSING | changes)
+    model = new_model(cell, CPU)
+    Training(cell, CPU, 0, model).run(120)
+    trained = Training(cell, CPU, 1, model)
+    read: list[list[list[int]]] = [[] for _ in range(24)]
+    right, longest = [False] * 24, 0
+    for step in range(16):
+        trained.run(1)
+        summed = 0.0
+        for row, ids in enumerate(batch_of(cell, step, used=120 * 24).input_ids.tolist()):
+            expression = [i for i in ids if i != cell.task.pad_id]
+            goes_on = bool(trained._goes_on[step, row]) and right[row]
+            read[row] = [*read[row], expression] if goes_on else [expression]
+            cache = LrnnCache(len(model.model.layers))
+            with torch.no_grad():
+                for each in read[row]:
+                    cache.conv = [None] * len(cache)
+                    logits = model(input_ids=torch.tensor([each]), past_key_values=cache, use_cache=True).logits[0, -1]
+            wanted = value_of(read[row]) + 5
+            summed += torch.nn.functional.cross_entropy(logits, torch.tensor(wanted)).item()
+            right[row], longest = int(logits.argmax()) == wanted, max(longest, len(read[row]))
+        assert trained.loss.item() == pytest.approx(summed / 24, rel=1e-4), step
+    assert longest >= 3
+
+
 def test_going_on_from_a_state_with_its_sequences_is_bitwise(tiny_cells, tmp_path):
     cell, *_ = tiny_cells(**PASSING | {"train": PASSING["train"] | {"lr": 1e-2, "steps": 60}})
     straight = Training(cell, CPU)
@@ -289,7 +325,7 @@ def test_going_on_from_a_state_with_its_sequences_is_bitwise(tiny_cells, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": {"pairs": {"task": "even_pairs"}}}, "is for parity and group_word"),
+        ({"tasks": {"pairs": {"task": "even_pairs"}}}, "is for parity, modular_arithmetic and group_word"),
         ({"models": {"m": PASSING["models"]["deltaproduct"] | {"conv_size": 4}}}, "conv_size must be 1"),
         ({"models": {"m": PASSING["models"]["deltaproduct"] | {"mixer": "mlstm"}}}, "deltaproduct, not for mlstm"),
         ({"train": PASSING["train"] | {"state_passing": 1.0}}, "state_passing = 1.0"),
