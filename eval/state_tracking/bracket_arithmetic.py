@@ -12,7 +12,7 @@ from torch import Tensor
 from lrnn.errors import UserError
 from lrnn.eval.state_tracking.counter_rng import Field, integers
 from lrnn.eval.state_tracking.formal_languages import MAX_MODULUS
-from lrnn.eval.state_tracking.task import Task, check_integer, mean_over_sizes, one_answer, size_range
+from lrnn.eval.state_tracking.task import Task, check_bool, check_integer, mean_over_sizes, one_answer, size_range
 
 OPERATORS = ("+", "-", "*")
 AROUND = 3  # the tokens of a sequence besides its expression: `=`, the answer and one PAD
@@ -24,18 +24,23 @@ class BracketArithmetic(Task):
 
     Digits are ids 0..modulus-1, then `+ - * ( ) =` (5-10 modulo 5), PAD last (11). `operators` is "+-" (what the
     released generator makes) or "+-*" (Table 3 of the paper). As in the released generator a size below 5 becomes 5.
+    With `running_values` (not in the paper) every digit is answered with the value of the expression that ends there
+    and whose brackets are all closed.
     """
 
     first_answer_id = 0
+    ends_are_marked = True
 
-    def __init__(self, modulus: int = 5, operators: str = "+-*") -> None:
+    def __init__(self, modulus: int = 5, operators: str = "+-*", running_values: bool = False) -> None:
         self.num_classes = check_integer("modular_arithmetic_brackets", "modulus", modulus, 2, MAX_MODULUS)
         if operators not in ("+-", "+-*"):
             raise UserError(f"modular_arithmetic_brackets: operators must be '+-' or '+-*', not {operators!r}")
         self.operators = operators
+        self.answers_along_the_way = check_bool("modular_arithmetic_brackets", "running_values", running_values)
         self.plus, self.minus, self.times, self.open, self.close, self.equals = range(modulus, modulus + 6)
         self.pad_id = modulus + 6
         self.vocab_size = modulus + 7
+        self.answer_table = (torch.arange(modulus)[:, None] + torch.arange(modulus)) % modulus  # `=` stands for `+`
 
     def sizes(self, min_length: int, max_length: int) -> list[int]:
         sizes = size_range("modular_arithmetic_brackets", min_length, max_length, smallest=3)
@@ -45,12 +50,16 @@ class BracketArithmetic(Task):
 
     def fill(self, keys: Tensor, lengths: Tensor, width: int) -> tuple[Tensor, Tensor]:
         expression_lengths = lengths - AROUND
-        content, answer = self.expressions(keys, expression_lengths, width)
+        content, answer, so_far = self.expressions(keys, expression_lengths, width)
         content.scatter_(1, expression_lengths[:, None], self.equals)
-        return one_answer(content, expression_lengths + 1, answer, self.pad_id)
+        input_ids, labels = one_answer(content, expression_lengths + 1, answer, self.pad_id)
+        if self.answers_along_the_way:
+            labels = torch.where(input_ids < self.num_classes, so_far, labels)
+        return input_ids, labels
 
-    def expressions(self, keys: Tensor, lengths: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Token ids `[B, width]` of expressions with these keys and lengths (`[B]` int64), and their values `[B]`.
+    def expressions(self, keys: Tensor, lengths: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids `[B, width]` of expressions with these keys and lengths (`[B]` int64), their values `[B]`, and at
+        every digit, `[B, width]`, the value of what ends there.
 
         Tokens after an expression's end are the pad id.
         """
@@ -59,10 +68,11 @@ class BracketArithmetic(Task):
         flat_tokens, flat_values = tokens.view(-1), values.view(-1)
         first = torch.arange(len(keys), device=keys.device) * width
         start = first  # into the flat tensors
-        levels = []
+        levels, leaves = [], []
         while len(start):
             short = lengths < SMALLEST
-            self._write_short(flat_tokens, flat_values, keys, start[short], lengths[short], width)
+            digits = self._write_short(flat_tokens, flat_values, keys, start[short], lengths[short], width)
+            leaves.append((start[short], digits))
             start, lengths = start[~short], lengths[~short]
             left, operator = self._split(keys, start, lengths, width)
             middle = start + 1 + left
@@ -73,7 +83,29 @@ class BracketArithmetic(Task):
             start, lengths = torch.cat([start + 1, middle + 1]), torch.cat([left, lengths - left - 3])
         for start, middle, operator in reversed(levels):
             flat_values[start] = self._apply(operator, flat_values[start + 1], flat_values[middle + 1])
-        return tokens, values[:, 0]
+        return tokens, values[:, 0], self._so_far(first, levels, leaves, flat_values).view_as(tokens)
+
+    def _so_far(
+        self, first: Tensor, levels: list[tuple[Tensor, ...]], leaves: list[tuple[Tensor, Tensor]], values: Tensor
+    ) -> Tensor:
+        """At every digit, the value of its sample's expression if that ended there.
+
+        Without what follows, it is `slope * x + offset` of the value x of any expression inside. A left one takes over
+        both from the one around it, and a right one has v + x, v - x or v * x in the place of x, with v on its left.
+        """
+        m = self.num_classes
+        slope, offset, so_far = torch.zeros(3, len(values), dtype=torch.int64, device=values.device)
+        slope[first] = 1
+        for start, middle, operator in levels:
+            left, right, v = start + 1, middle + 1, values[start + 1]
+            slope[left], offset[left] = slope[start], offset[start]
+            is_product = operator == self.times
+            factor = torch.where(operator == self.minus, -1, torch.where(is_product, v, 1))
+            added = torch.where(is_product, 0, slope[start] * v)
+            slope[right], offset[right] = slope[start] * factor % m, (offset[start] + added) % m
+        for start, digit in leaves:
+            so_far[digit] = (slope[start] * values[start] + offset[start]) % m
+        return so_far
 
     def _split(self, keys: Tensor, start: Tensor, lengths: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """The left length and the operator's id of long expressions, `[N]` each."""
@@ -84,8 +116,8 @@ class BracketArithmetic(Task):
 
     def _write_short(
         self, tokens: Tensor, values: Tensor, keys: Tensor, start: Tensor, lengths: Tensor, width: int
-    ) -> None:
-        """Write `d`, `-d`, `(d)` or `(-d)` and its value at every start, by length."""
+    ) -> Tensor:
+        """Write `d`, `-d`, `(d)` or `(-d)` and its value at every start, by length; return the places of the digits."""
         digit = integers(keys[start // width], Field.SYMBOL, start % width, self.num_classes)
         negative, bracketed = lengths % 2 == 0, lengths >= 3
         opening = bracketed.long()
@@ -95,6 +127,7 @@ class BracketArithmetic(Task):
         tokens[(start + opening)[negative]] = self.minus
         tokens[start + opening + negative] = digit
         values[start] = torch.where(negative, -digit % self.num_classes, digit)
+        return start + opening + negative
 
     def _apply(self, operator: Tensor, left: Tensor, right: Tensor) -> Tensor:
         total = torch.where(operator == self.minus, left - right, left + right)
@@ -107,10 +140,18 @@ class BracketArithmetic(Task):
         pairs = residues.repeat_interleave(m), residues.repeat(m)
         longest = max(sizes) - AROUND
         by_length = torch.full((longest + 1, m), 1 / m, dtype=torch.float64)  # a digit and its negative are uniform
+        so_far = by_length.clone()  # how many digits have a value so far; a short expression has one digit
         for length in range(SMALLEST, longest + 1):
-            joint = by_length[1 : length - 3].T @ by_length[1 : length - 3].flip(0) / (length - 4)  # of (left, right)
-            total = torch.zeros(m, dtype=torch.float64)
-            for operator in range(self.plus, self.plus + len(self.operators)):
-                total.index_add_(0, self._apply(torch.tensor(operator), *pairs), joint.flatten())
-            by_length[length] = total / len(self.operators)
-        return mean_over_sizes({size: by_length[size - AROUND] for size in sizes}, sizes)
+            left, right = by_length[1 : length - 3].T / (length - 4), slice(1, length - 3)
+            by_length[length] = self._values(left @ by_length[right].flip(0), pairs)
+            so_far[length] = so_far[right].mean(0) + self._values(left @ so_far[right].flip(0), pairs)
+        wanted = by_length + so_far if self.answers_along_the_way else by_length
+        answers = mean_over_sizes({size: wanted[size - AROUND] for size in sizes}, sizes)
+        return answers / answers.sum()
+
+    def _values(self, joint: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
+        """The distribution of `left op right`, given that of (left, right) and an operator that is drawn uniformly."""
+        total = torch.zeros(self.num_classes, dtype=torch.float64)
+        for operator in range(self.plus, self.plus + len(self.operators)):
+            total.index_add_(0, self._apply(torch.tensor(operator), *pairs), joint.flatten())
+        return total / len(self.operators)

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from lrnn.eval.state_tracking.counter_rng import Field, integers
-from lrnn.eval.state_tracking.task import Task, check_integer, mean_over_sizes, one_answer, size_range
+from lrnn.eval.state_tracking.task import (
+    IGNORE,
+    Task,
+    check_bool,
+    check_integer,
+    mean_over_sizes,
+    one_answer,
+    size_range,
+)
 
 MAX_MODULUS = 1000  # vocabularies and exact distributions stay small
 
@@ -98,15 +106,17 @@ class ModularArithmetic(Task):
     """`digit op digit ... =`: `size - 1` tokens of content, size odd; the answer is the value modulo `modulus`.
 
     PAD 0, `+ - * =` are ids 1-4, digits are ids from 5 on (5-9 modulo 5). `*` binds tighter than `+` and `-`,
-    otherwise left to right. A range stands for the odd sizes in it.
+    otherwise left to right. A range stands for the odd sizes in it. With `running_values` (not in the paper) every `+`
+    and `-` is answered like a `=` in its place.
     """
 
     first_answer_id, pad_id = 5, 0
     ends_are_marked = True
     minus, times, equals = 2, 3, 4
 
-    def __init__(self, modulus: int = 5) -> None:
+    def __init__(self, modulus: int = 5, running_values: bool = False) -> None:
         self.num_classes = check_integer("modular_arithmetic", "modulus", modulus, 2, MAX_MODULUS)
+        self.answers_along_the_way = check_bool("modular_arithmetic", "running_values", running_values)
         self.vocab_size = self.first_answer_id + modulus
         values = (torch.arange(self.vocab_size) - self.first_answer_id).clamp(min=0)  # of answers, by id
         self.answer_table = (values[:, None] + values) % modulus + self.first_answer_id  # joined, `=` stands for `+`
@@ -121,8 +131,13 @@ class ModularArithmetic(Task):
         content = torch.stack([digits + self.first_answer_id, operators], dim=2).flatten(1)[:, :width]
         last = (lengths - 3) // 2  # the number of the last digit
         content = content.scatter(1, (lengths - 2)[:, None], self.equals)
-        answer = _at(self._running_values(digits, operators), last)
-        return one_answer(content, lengths - 1, answer + self.first_answer_id, self.pad_id)
+        answers = self._running_values(digits, operators) + self.first_answer_id
+        input_ids, labels = one_answer(content, lengths - 1, _at(answers, last), self.pad_id)
+        if self.answers_along_the_way:
+            closes = (operators != self.times) & (places < last[:, None])
+            along = torch.stack([torch.full_like(answers, IGNORE), torch.where(closes, answers, IGNORE)], dim=2)
+            labels = torch.where(labels == IGNORE, along.flatten(1)[:, :width], labels)
+        return input_ids, labels
 
     def _running_values(self, digits: Tensor, operators: Tensor) -> Tensor:
         """The value of the expression up to every digit, `[B, N]`; operator i stands between digits i and i + 1."""
@@ -146,10 +161,13 @@ class ModularArithmetic(Task):
         times.scatter_add_(1, products, torch.full((m, m), 1 / m, dtype=torch.float64))
         joint = torch.zeros(m, m, dtype=torch.float64)  # of (total, term)
         joint[0] = 1 / m
-        by_size = {}
+        by_size, along = {}, torch.zeros(m, dtype=torch.float64)  # how often an answer is wanted
         for size in range(3, max_length + 1, 2):
             value = torch.zeros(m, dtype=torch.float64).index_add_(0, sums, joint.flatten())
-            by_size[size] = value
+            by_size[size] = value + along
+            if self.answers_along_the_way:
+                along = along + 2 / 3 * value
             # + and - close the term and start one that is uniform; * extends it.
             joint = 2 / 3 * value[:, None] / m + joint @ times / 3
-        return mean_over_sizes(by_size, self.sizes(min_length, max_length))
+        answers = mean_over_sizes(by_size, self.sizes(min_length, max_length))
+        return answers / answers.sum()

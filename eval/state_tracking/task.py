@@ -33,7 +33,7 @@ class Task(ABC):
     # [N, N] int64 where sequences can be joined: [a, b] is the answer to one with answer a and then one with answer b,
     # as ids; 0 is the answer to the empty one.
     answer_table: Tensor | None = None
-    ends_are_marked = False  # whether a sequence ends in a token of its own, so that the next may begin without a look back
+    ends_are_marked = False  # whether sequences end in a token of their own: the next may begin without a look back
 
     def batch(
         self, seed: int, indices: Tensor, min_length: int, max_length: int, device: torch.device | str = "cpu"
@@ -82,6 +82,13 @@ def check_integer(task: str, name: str, value: int, smallest: int, largest: int)
     """The value, if it is an integer in smallest..largest; else a UserError."""
     if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value <= largest:
         raise UserError(f"{task}: {name} must be an integer in {smallest}..{largest}, not {value!r}")
+    return value
+
+
+def check_bool(task: str, name: str, value: bool) -> bool:
+    """The value, if it is true or false; else a UserError."""
+    if not isinstance(value, bool):
+        raise UserError(f"{task}: {name} must be true or false, not {value!r}")
     return value
 
 

@@ -163,3 +163,31 @@ def test_bad_parameters_and_sizes():
         BracketArithmetic().batch(SEED, torch.arange(2), 2, 40)
     with pytest.raises(UserError, match="at least 5"):
         BracketArithmetic().batch(SEED, torch.arange(2), 3, 4)
+
+
+@pytest.mark.parametrize(("modulus", "operators"), [(5, "+-*"), (5, "+-"), (7, "+-*")])
+def test_running_values_are_those_of_what_has_been_read_with_its_brackets_closed(modulus, operators):
+    symbols = [*map(str, range(modulus)), "+", "-", "*", "(", ")"]
+    plain = BracketArithmetic(modulus, operators).batch(SEED, torch.arange(300), 5, 60)
+    batch = BracketArithmetic(modulus, operators, running_values=True).batch(SEED, torch.arange(300), 5, 60)
+    assert torch.equal(plain.input_ids, batch.input_ids)
+    for ids, labels, last, length in zip(
+        batch.input_ids.tolist(), batch.labels.tolist(), plain.labels.tolist(), batch.lengths.tolist(), strict=True
+    ):
+        text = [symbols[i] for i in ids[: length - 3]]
+        for t, token in enumerate(text):
+            read = text[: t + 1]
+            closed = [*read, *")" * (read.count("(") - read.count(")"))]
+            assert labels[t] == (value(closed, modulus) if token.isdigit() else -100)
+        assert labels[length - 3 :] == last[length - 3 :]
+
+
+def test_how_often_a_running_value_is_wanted():
+    """Values along one expression depend on one another, so this is a bound on frequencies, not a test of them."""
+    for operators in ("+-", "+-*"):
+        task = BracketArithmetic(5, operators, running_values=True)
+        labels = task.batch(SEED, torch.arange(40_000), 5, 24).labels
+        counts = labels[labels != -100].bincount(minlength=5)
+        torch.testing.assert_close(task.answer_distribution(5, 24), counts / counts.sum().double(), atol=3e-3, rtol=0)
+        plain = BracketArithmetic(5, operators).answer_distribution(5, 24)
+        assert operators == "+-" or (task.answer_distribution(5, 24) - plain).abs().max() > 0.01

@@ -85,6 +85,17 @@ def test_modular_arithmetic_keeps_precedence(modulus):
         assert answer == 5 + evaluate(text, modulus)
 
 
+@pytest.mark.parametrize("modulus", [2, 5])
+def test_running_values_are_what_an_end_in_their_place_would_give(modulus):
+    plain = ModularArithmetic(modulus).batch(SEED, torch.arange(300), 3, 40)
+    batch = ModularArithmetic(modulus, running_values=True).batch(SEED, torch.arange(300), 3, 40)
+    assert torch.equal(plain.input_ids, batch.input_ids)
+    for ids, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
+        for t, (token, label) in enumerate(zip(ids, labels, strict=True)):
+            text = " ".join({1: "+", 2: "-", 3: "*"}.get(i, str(i - 5)) for i in ids[:t])
+            assert label == (5 + evaluate(text, modulus) if token in (1, 2, 4) else -100)
+
+
 def test_a_known_expression():
     # 3 - 4 * 2 + 1 = -4 = 1 (mod 5): precedence and a negative value.
     digits, operators = torch.tensor([[3, 4, 2, 1]]), torch.tensor([[2, 3, 1, 1]])
@@ -117,13 +128,16 @@ def test_answer_distributions_by_enumeration():
         expected = exact_distribution(walks, 5)
         assert CycleNavigation().answer_distribution(size, size).tolist() == pytest.approx(expected)
     for digits in (1, 2, 3):
-        answers = []
+        answers, along = [], []
         for numbers in itertools.product("0123", repeat=digits):
             for operators in itertools.product("+-*", repeat=digits - 1):
                 text = "".join(itertools.chain(*itertools.zip_longest(numbers, operators, fillvalue="")))
                 answers.append(evaluate(text, 4))
+                along += [evaluate(text[:i], 4) for i, symbol in enumerate(text + "=") if symbol in "+-="]
         got = ModularArithmetic(4).answer_distribution(2 * digits + 1, 2 * digits + 1)
         assert got.tolist() == pytest.approx(exact_distribution(answers, 4))
+        got = ModularArithmetic(4, running_values=True).answer_distribution(2 * digits + 1, 2 * digits + 1)
+        assert got.tolist() == pytest.approx(exact_distribution(along, 4))
 
 
 @pytest.mark.parametrize("task", [Parity(), EvenPairs(), CycleNavigation(), ModularArithmetic()])
@@ -149,3 +163,5 @@ def test_bad_sizes_and_parameters():
             ModularArithmetic(bad)
         with pytest.raises(UserError, match="cycle_length"):
             CycleNavigation(bad)
+    with pytest.raises(UserError, match="running_values must be true or false, not 'yes'"):
+        ModularArithmetic(running_values="yes")
