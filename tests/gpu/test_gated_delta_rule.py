@@ -134,7 +134,7 @@ def test_gradient_of_one_result_alone(of):
     check(found, expected, BARS[BF16], f"{of} alone", floors(expected, do))
 
 
-@pytest.mark.parametrize("n_h", [2, 3])
+@pytest.mark.parametrize("n_h", [2, 3, 4])
 def test_product(n_h):
     T = 300
     x = random(2, T * n_h)

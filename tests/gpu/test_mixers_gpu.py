@@ -98,7 +98,7 @@ SIZE = {
     "intermediate_size": 48,
     "state_size": 5,
 }
-VARIANTS = {f"{mixer}{n}": {"mixer": mixer, "num_householder": n} for mixer in MIXERS[2:4] for n in (1, 3)}
+VARIANTS = {f"{mixer}{n}": {"mixer": mixer, "num_householder": n} for mixer in MIXERS[2:4] for n in (1, 2, 3, 4)}
 VARIANTS |= {mixer: {"mixer": mixer} for mixer in MIXERS if not mixer.endswith("product")}
 every_case = pytest.mark.parametrize(
     ("variant", "negative"),

@@ -7,7 +7,7 @@ from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.configuration_lrnn import MIXERS
 
 SIZE = {"vocab_size": 97, "hidden_size": 32, "num_heads": 2, "head_dim": 16, "intermediate_size": 48, "state_size": 5}
-VARIANTS = {f"{mixer}{n}": {"mixer": mixer, "num_householder": n} for mixer in MIXERS[2:4] for n in (1, 3)}
+VARIANTS = {f"{mixer}{n}": {"mixer": mixer, "num_householder": n} for mixer in MIXERS[2:4] for n in (1, 2, 3, 4)}
 VARIANTS |= {mixer: {"mixer": mixer} for mixer in MIXERS if not mixer.endswith("product")}
 WITHOUT_RANGE = ("slstm", "transformer")
 

@@ -239,7 +239,7 @@ def test_raw_projections_at_their_limits():
     assert relative_error(torch.cat([whole[:, :10], whole[:, 13:]], 1), without.double()) < BARS[FP16][""]
 
 
-@pytest.mark.parametrize(("n_h", "documents"), [(2, False), (3, True)])
+@pytest.mark.parametrize(("n_h", "documents"), [(2, False), (3, True), (4, False)])
 def test_product(n_h, documents):
     T = 40
     x = inputs.random(1, T * n_h, H=1, dtype=FP16, states=3 if documents else 1)
