@@ -20,8 +20,8 @@ VARIANTS = {
 }
 OTHER_MIXERS = {
     "gated_deltaproduct": {"mixer": "gated_deltaproduct", "num_householder": 3, "delta_rule_precision": "split"},
-    "mlstm": {"mixer": "mlstm"},
-    "transformer": {"mixer": "transformer"},
+    "deltaproduct": {"mixer": "deltaproduct", "num_householder": 4},
+    **{mixer: {"mixer": mixer} for mixer in ("gla", "mamba", "mamba2", "mlstm", "rwkv7", "slstm", "transformer")},
 }
 
 

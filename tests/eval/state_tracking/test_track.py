@@ -195,9 +195,11 @@ def test_every_architecture_takes_the_same_path(grid_file, tmp_path):
         "transformer",
         "gated_deltanet",
         "gated_deltaproduct",
+        "deltaproduct",
     ]
     short = {
-        "models": {mixer: model | {"mixer": mixer} for mixer in mixers}, "test": GRID["test"] | {"samples": 8},
+        "models": {mixer: model | {"mixer": mixer, "num_householder": 4} for mixer in mixers},
+        "test": GRID["test"] | {"samples": 8},
         "train": GRID["train"] | {"steps": 2, "batch_size": 4},
     }  # fmt: skip
     assert main(["track", str(grid_file(**short))]) == 0
