@@ -92,7 +92,7 @@ def _table(grid: GridConfig, task: str, of_task: list[tuple[Cell, dict[str, Any]
         last = [list(result["by_length"].values())[-1] for _, result in members]
         cell = members[0][0]
         config = cell.model_config
-        paper = reported(grid.tasks[task], config.mixer, cell.range, config.num_householder)
+        paper = reported(grid.tasks[task], config.mixer, cell.range, config.num_householder, config.num_hidden_layers)
         holds = [holds_to(result["by_length"]) for _, result in members]
         lines.append(
             f"| {model} | {RANGE_NAMES[cell.range]} | {max(scores):.3f} [{median(scores):.3f}] "

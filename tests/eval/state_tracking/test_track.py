@@ -270,7 +270,21 @@ def test_grids_of_the_repository_are_valid(path):
     ],
 )
 def test_figures_of_the_paper_stand_beside_the_same_task_alone(parameters, figure):
-    assert reported(parameters, "deltanet", "negative") == figure
+    assert reported(parameters, "deltanet", "negative", 2, 3) == figure
+
+
+@pytest.mark.parametrize(
+    ("parameters", "range_", "figure"),
+    [
+        ({"task": "parity"}, "negative", "1.000 (another protocol)"),
+        ({"task": "modular_arithmetic"}, "negative", ".993 (another protocol)"),
+        ({"task": "modular_arithmetic_brackets"}, "negative", ".935 (another protocol)"),
+        ({"task": "modular_arithmetic_brackets", "operators": "+-"}, "negative", "-"),
+        ({"task": "parity"}, "positive", "-"),
+    ],
+)
+def test_figures_at_second_hand_say_so(parameters, range_, figure):
+    assert reported(parameters, "gated_deltanet", range_, 2, 2) == figure
 
 
 def test_the_commit_tells_whether_files_differ_from_it(tmp_path, monkeypatch):
@@ -329,19 +343,35 @@ def test_the_table_tells_that_words_went_on(grid_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("parameters", "mixer", "range_", "factors", "finding"),
+    ("parameters", "mixer", "range_", "factors", "layers", "finding"),
     [
-        ({"group": "S5"}, "deltaproduct", "negative", 4, "1.00 to 150, .98 at 200, .86 at 256"),
-        ({"group": "S5"}, "deltaproduct", "negative", 3, "-"),
-        ({"group": "S3"}, "deltaproduct", "negative", 1, "not solved"),
-        ({"group": "S3"}, "deltaproduct", "positive", 2, "not solved"),
-        ({"group": "S5", "variant": "only_swaps"}, "deltanet", "negative", 1, "solved"),
-        ({"group": "S5"}, "deltanet", "negative", 1, "-"),
-        ({"group": [[1, 0]]}, "deltaproduct", "negative", 4, "-"),
+        ({"group": "S5"}, "deltaproduct", "negative", 4, 1, "1.00 to 150, .98 at 200, .86 at 256"),
+        ({"group": "S5"}, "deltaproduct", "negative", 4, 2, "-"),
+        ({"group": "S5"}, "deltaproduct", "negative", 3, 1, "-"),
+        ({"group": "S5"}, "gated_deltaproduct", "negative", 4, 1, "-"),
+        ({"group": "S5", "inputs": [[1, 0, 2, 3, 4]]}, "deltaproduct", "negative", 4, 1, "-"),
+        ({"group": "S3"}, "deltaproduct", "negative", 1, 1, "not solved"),
+        ({"group": [[1, 0]]}, "deltaproduct", "negative", 4, 1, "-"),
+        ({"group": "S3"}, "deltaproduct", "positive", 2, 1, "not solved"),
+        ({}, "deltaproduct", "positive", 4, 1, "not solved"),  # S5 where none is given
+        ({"group": "S5"}, "deltaproduct", "positive", 4, 5, "-"),
+        ({"group": "S5", "variant": "only_swaps"}, "deltaproduct", "positive", 4, 1, "-"),
+        ({"group": "Z60"}, "deltaproduct", "positive", 2, 1, "-"),
+        ({"group": [[1, 0]]}, "deltaproduct", "positive", 2, 1, "-"),
+        # the factors that a configuration has by default are not DeltaNet's
+        ({"group": "S5", "variant": "only_swaps"}, "deltanet", "negative", 2, 1, "solved"),
+        ({"group": "S5", "variant": "only_swaps"}, "deltanet", "negative", 2, 5, "-"),
+        ({"group": "S5", "variant": "three_permutations"}, "deltanet", "negative", 2, 5, "solved"),
+        ({"group": "S5", "variant": "three_permutations"}, "deltanet", "negative", 2, 1, "-"),
+        ({"group": "S5", "variant": "four_tokens"}, "deltanet", "negative", 2, 5, "to some 200 tokens, 2 of 3 seeds"),
+        ({"group": "S5", "variant": "four_tokens"}, "gated_deltanet", "negative", 2, 5, "-"),
+        ({"group": "S5"}, "deltanet", "negative", 2, 1, "not solved"),
+        ({"group": "S5"}, "deltanet", "negative", 2, 5, "not solved"),
+        ({"group": "S5"}, "deltanet", "positive", 2, 5, "-"),
     ],
 )
-def test_findings_of_the_papers_on_words(parameters, mixer, range_, factors, finding):
-    assert reported({"task": "group_word", **parameters}, mixer, range_, factors) == finding
+def test_findings_of_the_papers_on_words(parameters, mixer, range_, factors, layers, finding):
+    assert reported({"task": "group_word", **parameters}, mixer, range_, factors, layers) == finding
 
 
 def test_the_length_to_which_a_model_holds():
