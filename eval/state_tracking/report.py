@@ -1,23 +1,18 @@
-"""Tables and pictures of a grid: accuracy by length, best and median over seeds, where the eigenvalues went."""
+"""Tables of a grid: best and median over seeds beside the papers' figures, accuracy by length. Pictures beside them."""
 
 import csv
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-
 from lrnn.eval.state_tracking.grid import RANGE_NAMES, Cell, GridConfig
 from lrnn.eval.state_tracking.papers import reported
+from lrnn.eval.state_tracking.pictures import Results, draw_eigenvalues, draw_lengths, grouped
 from lrnn.pretrain.checkpoint import write_atomically
-from lrnn.pretrain.metrics import read_metrics
 
-LENGTH_BINS = 24  # points of a curve, at most
 HOLDS = 0.9  # accuracy
-
-Group = tuple[str, str]  # model name, range
+RWKV7_NOTE = "(1) Where RWKV-7 forgets, eigenvalues go below 0 in this range too, down to -0.46 (see its docstring)."
 
 
 def write_report(grid: GridConfig, cells: list[Cell], results: list[dict[str, Any]]) -> str:
@@ -29,12 +24,16 @@ def write_report(grid: GridConfig, cells: list[Cell], results: list[dict[str, An
         for result in results:
             for length, accuracy in result["by_length"].items():
                 writer.writerow([*(result[k] for k in ("task", "model", "range", "seed")), length, f"{accuracy:.6f}"])
-    sections = []
-    for task in grid.tasks:
-        of_task = [(cell, result) for cell, result in zip(cells, results, strict=True) if cell.task_name == task]
+    by_task: dict[str, Results] = {task: [] for task in grid.tasks}
+    for cell, result in zip(cells, results, strict=True):
+        by_task[cell.task_name].append((cell, result))
+    sections = [_summary(by_task)] if len(by_task) > 1 else []
+    for task, of_task in by_task.items():
         sections.append(_table(grid, task, of_task))
-        _plot_lengths(out / f"accuracy-{task}.png", grid, task, of_task)
-        _plot_eigenvalues(out / f"eigenvalues-{task}.png", of_task)
+        draw_lengths(task, of_task, grid.train.max_length).savefig(out / f"accuracy-{task}.png", dpi=120)
+        eigenvalues = draw_eigenvalues(of_task)
+        if eigenvalues is not None:
+            eigenvalues.savefig(out / f"eigenvalues-{task}.png", dpi=120)
     text = "\n".join([*sections, _origin(results)])
     write_atomically(out / "table.md", text)
     return text
@@ -53,14 +52,41 @@ def holds_to(by_length: dict[str, float]) -> int:
     return longest
 
 
-def _grouped(of_task: list[tuple[Cell, dict[str, Any]]]) -> dict[Group, list[tuple[Cell, dict[str, Any]]]]:
-    groups: dict[Group, list[tuple[Cell, dict[str, Any]]]] = defaultdict(list)
-    for cell, result in of_task:
-        groups[cell.model_name, cell.range].append((cell, result))
-    return groups
+def _summary(by_task: dict[str, Results]) -> str:
+    """All tasks at once, as the papers have it: a row for each model and range, a column for each task."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for of_task in by_task.values():
+        for (model, _), members in grouped(of_task).items():
+            scores = rows.setdefault((model, _eigenvalues(members[0][0])), [])
+            scores.append(_best([result["scaled_accuracy"] for _, result in members]))
+    lines = [
+        "## All tasks",
+        "",
+        "Scaled accuracy, best [median] of the seeds.",
+        "",
+        f"| model | eigenvalues | {' | '.join(by_task)} |",
+        f"|---|---|{'---|' * len(by_task)}",
+    ]
+    lines += [f"| {model} | {eigenvalues} | {' | '.join(scores)} |" for (model, eigenvalues), scores in rows.items()]
+    return "\n".join(lines + _notes(lines)) + "\n"
 
 
-def _table(grid: GridConfig, task: str, of_task: list[tuple[Cell, dict[str, Any]]]) -> str:
+def _eigenvalues(cell: Cell) -> str:
+    """The range's name; with a mark where it is not exact, of which `_notes` tells."""
+    is_exact = (cell.model_config.mixer, cell.range) != ("rwkv7", "positive")
+    return RANGE_NAMES[cell.range] + ("" if is_exact else " (1)")
+
+
+def _notes(lines: list[str]) -> list[str]:
+    """What stands below a table with these lines."""
+    return ["", RWKV7_NOTE] if any("] (1) |" in line for line in lines) else []
+
+
+def _best(scores: list[float]) -> str:
+    return f"{max(scores):.3f} [{median(scores):.3f}]"
+
+
+def _table(grid: GridConfig, task: str, of_task: Results) -> str:
     """Scaled accuracy over all test samples: best [median] of the seeds, the papers' figure, the majority floor."""
     train, test = grid.train, grid.test
     lines = [
@@ -73,6 +99,12 @@ def _table(grid: GridConfig, task: str, of_task: list[tuple[Cell, dict[str, Any]
         "one and all tested below.",
         "",
     ]
+    if of_task[0][0].task.answers_along_the_way:
+        lines += [
+            "The scaled accuracy is that of all positions, each for itself. In the other columns and in the picture a "
+            "sequence is right at a length if every position up to there is.",
+            "",
+        ]
     lines += _curriculum_lines(grid)
     if train.state_passing:
         lines += [
@@ -87,7 +119,7 @@ def _table(grid: GridConfig, task: str, of_task: list[tuple[Cell, dict[str, Any]
         "| model | eigenvalues | scaled accuracy | at the longest length | holds to | papers | steps/s |",
         "|---|---|---|---|---|---|---|",
     ]
-    for (model, _), members in _grouped(of_task).items():
+    for (model, _), members in grouped(of_task).items():
         scores = [result["scaled_accuracy"] for _, result in members]
         last = [list(result["by_length"].values())[-1] for _, result in members]
         cell = members[0][0]
@@ -95,11 +127,10 @@ def _table(grid: GridConfig, task: str, of_task: list[tuple[Cell, dict[str, Any]
         paper = reported(grid.tasks[task], config.mixer, cell.range, config.num_householder, config.num_hidden_layers)
         holds = [holds_to(result["by_length"]) for _, result in members]
         lines.append(
-            f"| {model} | {RANGE_NAMES[cell.range]} | {max(scores):.3f} [{median(scores):.3f}] "
-            f"| {max(last):.3f} [{median(last):.3f}] | {max(holds)} [{median(holds):.0f}] "
+            f"| {model} | {_eigenvalues(cell)} | {_best(scores)} | {_best(last)} | {max(holds)} [{median(holds):.0f}] "
             f"| {paper} | {_speed(result for _, result in members)} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + _notes(lines)) + "\n"
 
 
 def _curriculum_lines(grid: GridConfig) -> list[str]:
@@ -130,61 +161,3 @@ def _origin(results: list[dict[str, Any]]) -> str:
             names = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton", "commit") if name in facts)
             lines.add(f"Run on {facts['device']}, {result['concurrent']} at a time, with {names}.")
     return "\n".join(sorted(lines)) + "\n"
-
-
-def _plot_lengths(path: Path, grid: GridConfig, task: str, of_task: list[tuple[Cell, dict[str, Any]]]) -> None:
-    """Accuracy by length: the median of the seeds, and a band from the worst to the best."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
-    colors: dict[str, str] = {}
-    for (model, range_), members in _grouped(of_task).items():
-        color = colors.setdefault(model, f"C{len(colors) % 10}")
-        found = [result["by_length"] for _, result in members]
-        lengths = np.array(sorted({int(n) for by_length in found for n in by_length}))
-        # of few samples a seed may have none of some length
-        curves = np.ma.masked_invalid([[by_length.get(str(n), np.nan) for n in lengths] for by_length in found])
-        bins = np.array_split(np.arange(len(lengths)), min(LENGTH_BINS, len(lengths)))
-        x = np.array([lengths[b].mean() for b in bins])
-        y = np.ma.stack([curves[:, b].mean(1) for b in bins])  # [bins, seeds]
-        style = "--" if range_ == "positive" else "-"
-        axis.plot(x, np.ma.median(y, 1), style, color=color, label=f"{model} {RANGE_NAMES[members[0][0].range]}")
-        axis.fill_between(x, y.min(1), y.max(1), color=color, alpha=0.12)
-    axis.axvline(grid.train.max_length, color="grey", ls=":", label="longest in training")
-    floor = of_task[0][1]["floor"]
-    axis.axhline(floor, color="grey", lw=0.8, label=f"majority floor {floor:.2f}")
-    axis.set(title=task, xlabel="length", ylabel="accuracy", ylim=(-0.02, 1.02))
-    axis.legend(fontsize=8)
-    axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _plot_eigenvalues(path: Path, of_task: list[tuple[Cell, dict[str, Any]]]) -> None:
-    """The distribution of 1 - beta over training, all layers together, of the first seed of each model and range."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = []
-    for members in _grouped(of_task).values():
-        cell = members[0][0]
-        by_step = {r["step"]: r["eigenvalues"] for r in read_metrics(cell.folder) if r.get("eigenvalues")}
-        if by_step:
-            shown.append((cell, by_step))
-    if not shown:
-        return
-    figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), 4), layout="constrained", squeeze=False)
-    for axis, (cell, by_step) in zip(axes[0], shown, strict=True):
-        steps = np.array(sorted(by_step))
-        shares = np.array([np.mean(by_step[step]["histogram"], axis=0) for step in steps]).T  # [bins, steps]
-        centers = np.linspace(-1, 1, shares.shape[0] * 2 + 1)[1::2]
-        image = axis.pcolormesh(steps, centers, shares, vmin=0, cmap="viridis", shading="nearest")
-        axis.set(title=f"{cell.model_name} {RANGE_NAMES[cell.range]}", xlabel="step", ylabel="eigenvalue 1 - beta")
-        figure.colorbar(image, ax=axis, label="share")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -89,6 +89,7 @@ def test_parity_needs_negative_eigenvalues(grid_file, tmp_path, capsys):
     assert "always giving the most frequent answer has 0.000" in " ".join(table.split())
     for picture in ("accuracy-parity.png", "eigenvalues-parity.png"):
         assert (out / picture).stat().st_size > 10_000
+    assert "All tasks" not in table and "every position" not in table
     rows = list(csv.DictReader((out / "results.csv").open()))
     assert {row["range"] for row in rows} == {"negative", "positive"} and len(rows) == sum(
         len(r["by_length"]) for r in results.values()
@@ -206,7 +207,9 @@ def test_every_architecture_takes_the_same_path(grid_file, tmp_path):
     lines = (tmp_path / "out/table.md").read_text().splitlines()
     found = {tuple(cell.strip() for cell in line.split("|")[1:3]): line for line in lines if line.startswith("| ")}
     ranges = {mixer: ["-"] if mixer in ("slstm", "transformer") else ["[-1, 1]", "[0, 1]"] for mixer in mixers}
+    ranges["rwkv7"] = ["[-1, 1]", "[0, 1] (1)"]  # as its docstring has it
     assert set(found) == {("model", "eigenvalues")} | {(m, r) for m in mixers for r in ranges[m]}
+    assert sum(line.startswith("(1) Where RWKV-7 forgets") and "-0.46" in line for line in lines) == 1
     assert "| 1.000 | " in found["slstm", "-"] and "| .000 | " in found["mamba", "[0, 1]"]
 
 
@@ -223,6 +226,8 @@ def test_word_problems_are_measured_by_prefix(grid_file, tmp_path):
     # From the shortest test length on fewer sequences have a position t at all; up to it all have.
     assert curve[:20] == sorted(curve[:20], reverse=True) and curve[0] > curve[19]
     assert result["floor"] == pytest.approx(1 / 6, abs=1e-3)
+    table = (tmp_path / "out/table.md").read_text()
+    assert "a sequence is right at a length if every position up to there is" in table and "(1)" not in table
 
 
 @pytest.mark.parametrize(
