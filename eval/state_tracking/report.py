@@ -158,6 +158,7 @@ def _origin(results: list[dict[str, Any]]) -> str:
     lines = set()
     for result in results:
         if facts := result.get("environment"):
-            names = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton", "commit") if name in facts)
+            labels = {"torch": "torch", "triton": "triton", "commit": "commit", "source": "SHA-256 of the source"}
+            names = ", ".join(f"{label} {facts[name]}" for name, label in labels.items() if name in facts)
             lines.add(f"Run on {facts['device']}, {result['concurrent']} at a time, with {names}.")
     return "\n".join(sorted(lines)) + "\n"

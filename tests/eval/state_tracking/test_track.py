@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -174,6 +176,7 @@ def test_the_result_says_where_it_comes_from(grid_file, tmp_path):
     assert facts["device"] == "cpu" and facts["torch"] == torch.__version__ and facts["triton"] == triton.__version__
     table = (tmp_path / "out/table.md").read_text()
     assert f"Run on cpu, 1 at a time, with torch {torch.__version__}, triton {triton.__version__}" in table
+    assert f"SHA-256 of the source {facts['source']}." in table and re.fullmatch("[0-9a-f]{12}", facts["source"])
     assert f"| {result['steps_per_second']:.0f} |\n" in table
     # A result that knows nothing of this is reported all the same.
     path = tmp_path / "out/parity/deltanet/negative/seed-0/result.json"
@@ -310,6 +313,29 @@ def test_the_commit_tells_whether_files_differ_from_it(tmp_path, monkeypatch):
     assert environment._commit.__wrapped__() == commit
     file.write_text("2")
     assert environment._commit.__wrapped__() == f"{commit}-dirty"
+
+
+def test_the_checksum_of_the_code_is_that_of_its_files(tmp_path, capsys):
+    """Those of every room, linked or not, with their names; and nothing else that lies there."""
+    package = tmp_path / "package"
+    shutil.copytree(environment.PACKAGE, package)  # what links point to
+    original = environment.source_checksum()
+    checksum = environment.source_checksum.__wrapped__
+    assert checksum(package) == original
+    (command,) = re.findall(r'python -c "(.*)"', environment.source_checksum.__doc__)
+    exec(command)
+    assert capsys.readouterr().out == original + "\n"
+
+    (package / "notes.md").write_text("not code")
+    assert checksum(package) == original
+    found = {original}
+    for room in (".", "kernels", "pretrain", "eval", "eval/state_tracking"):
+        file = sorted((package / room).glob("*.py"))[-1]
+        file.write_text(file.read_text() + "\n")
+        found.add(checksum(package))
+    file.rename(file.with_stem(f"{file.stem}_"))  # which leaves the order as it is
+    found.add(checksum(package))
+    assert len(found) == 7
 
 
 def test_the_table_tells_the_curriculum(grid_file, tmp_path):
