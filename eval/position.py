@@ -1,10 +1,11 @@
 """Perplexity by position, far past the training length, of one or several exported models on the same documents.
 
 Every document is read from its beginning, `--piece` tokens at a time with the state passed on, so memory does not grow
-with length. A token's position is the number of tokens before it. Positions are binned on a logarithmic scale, with the
-training length as an edge; by default all documents are as long as the longest position, so that every bin has the
-same documents. Bands are the 95% interval of a bootstrap over documents, and further models are compared with the first
-by a paired one. The folder has position.csv, difference.csv, position.png, table.md and results.json.
+with length, but for the transformer's, whose cache holds all tokens. A token's position is the number of tokens before
+it. Positions are binned on a logarithmic scale, with the training length as an edge; by default all documents are as
+long as the longest position, so that every bin has the same documents. Bands are the 95% interval of a bootstrap over
+documents, and further models are compared with the first by a paired one. The folder has position.csv, difference.csv,
+position.png, table.md and results.json.
 """
 
 import argparse
