@@ -106,10 +106,11 @@ def _table(grid: GridConfig, task: str, of_task: Results) -> str:
             "",
         ]
     lines += _curriculum_lines(grid)
-    if train.state_passing:
+    if train.state_passing or any(stage.state_passing for stage in train.curriculum):
+        often = f"With probability {train.state_passing:g}" if train.state_passing else "Where states were passed on,"
         lines += [
-            f"With probability {train.state_passing:g} a sequence went on, in state and answers, where the one before "
-            "in its row had ended, if that was right throughout: gradients stay within these lengths, states do not.",
+            f"{often} a sequence went on, in state and answers, where the one before in its row had ended, if that was "
+            "right throughout: gradients stay within these lengths, states do not.",
             "",
         ]
     for model, fields in grid.models.items():
@@ -139,6 +140,8 @@ def _curriculum_lines(grid: GridConfig) -> list[str]:
     for stage in grid.train.curriculum:
         settings = grid.train.model_copy(update=stage.model_dump(exclude={"task"}, exclude_none=True))
         changes = "".join(f", {name} {value}" for name, value in stage.task.items())
+        if settings.state_passing:
+            changes += f", states passed on with probability {settings.state_passing:g}"
         lines += [
             f"Ahead of that: lengths {settings.min_length} to {settings.max_length} for {settings.steps} steps of "
             f"{settings.batch_size}, lr {settings.lr:g}{changes}.",

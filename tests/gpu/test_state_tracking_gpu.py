@@ -84,7 +84,7 @@ def test_a_graph_takes_the_steps_of_a_loop(config, model, tmp_path, on_a_stream,
     """The first 50, over several draws of samples.
 
     To a captured call cuBLAS gives another workspace, so that it may sum in another order, and a training spreads a
-    last bit: by 1.6e-4 at most after 50 steps, seen with GLA on an H100.
+    last bit: after 50 steps GLA's losses were up to 1.6e-4 apart on an H100, a norm of its gradients 4.3e-3 on an H200.
     """
     cell = one_cell(config, model, tmp_path)
     monkeypatch.setattr(
@@ -97,7 +97,8 @@ def test_a_graph_takes_the_steps_of_a_loop(config, model, tmp_path, on_a_stream,
         found.append(losses(trained, 50))
         assert trained.is_warm and (trained._graph is not None) == graphs
     torch.testing.assert_close(found[1][: EAGER_STEPS + 2], found[0][: EAGER_STEPS + 2], rtol=1e-5, atol=0)
-    torch.testing.assert_close(found[1], found[0], rtol=2e-3, atol=0)
+    torch.testing.assert_close(found[1][:, 0], found[0][:, 0], rtol=2e-3, atol=0)
+    torch.testing.assert_close(found[1][:, 1], found[0][:, 1], rtol=2e-2, atol=0)
     assert found[0][-1, 0] < found[0][0, 0] * 1.2  # and they are losses of a training that does not blow up
 
 

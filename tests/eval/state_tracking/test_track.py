@@ -371,6 +371,12 @@ def test_the_table_tells_that_words_went_on(grid_file, tmp_path):
     }  # fmt: skip
     assert main(["track", str(grid_file(**changes))]) == 0
     assert "\nWith probability 0.75 a sequence went on, in state" in (tmp_path / "out/table.md").read_text()
+    stage = {"steps": 1, "state_passing": 0.5}
+    changes |= {"out": str(tmp_path / "stage"), "train": GRID["train"] | {"steps": 1, "curriculum": [stage]}}
+    assert main(["track", str(grid_file(**changes))]) == 0
+    table = (tmp_path / "stage/table.md").read_text()
+    assert "for 1 steps of 64, lr 0.01, states passed on with probability 0.5.\n" in table
+    assert "\nWhere states were passed on, a sequence went on, in state" in table
 
 
 @pytest.mark.parametrize(
