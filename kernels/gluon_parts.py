@@ -1,7 +1,10 @@
 """What the kernels in Gluon share: its names in several versions of Triton, barriers, vectors in shared memory, P.
 
-Gluon is experimental, and renames. These are the names of Triton 3.6, or those of 3.9.
+Gluon is experimental, and renames: `thread_barrier` became `barrier` in Triton 3.7, the copies of the TMA `async_load`
+and `async_store` in 3.8, and `_reinterpret` `reinterpret` in 3.9. So each name is looked up by itself.
 """
+
+from typing import Any
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -9,10 +12,16 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from lrnn.kernels.tiles import SMALL_BETA
 
-_IS_OLD = gl.constexpr(hasattr(gl, "thread_barrier"))
-part_barrier = gl.thread_barrier if _IS_OLD.value else gl.barrier  # of the warps of one part
-tma_load = tma.async_copy_global_to_shared if _IS_OLD.value else tma.async_load
-tma_store = tma.async_copy_shared_to_global if _IS_OLD.value else tma.async_store
+
+def _named(owner: Any, *names: str) -> Any:
+    # What has the first of these names. The new one comes first: Triton may keep the old one, to raise an error.
+    return next(getattr(owner, name) for name in names if hasattr(owner, name))
+
+
+part_barrier = _named(gl, "barrier", "thread_barrier")  # of the warps of one part
+tma_load = _named(tma, "async_load", "async_copy_global_to_shared")
+tma_store = _named(tma, "async_store", "async_copy_shared_to_global")
+_HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))  # of a vector in shared memory
 
 
@@ -43,10 +52,10 @@ def inverse_step(beta):
 
 @gluon.jit
 def reinterpret(tile, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
-    if _IS_OLD:
-        return tile._reinterpret(dtype, shape, layout)
-    else:
+    if _HAS_REINTERPRET:
         return tile.reinterpret(dtype, shape, layout)
+    else:
+        return tile._reinterpret(dtype, shape, layout)
 
 
 @gluon.jit

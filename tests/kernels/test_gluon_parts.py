@@ -1,0 +1,59 @@
+"""Gluon's names, each of which another version of Triton may have renamed: every combination of old and new ones."""
+
+import importlib.util
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+from lrnn.kernels import gluon_parts
+
+TILE = gl.shared_memory_descriptor
+# what has the name, the old one and the new one
+RENAMED = [
+    (gl, "thread_barrier", "barrier"),
+    (tma, "async_copy_global_to_shared", "async_load"),
+    (tma, "async_copy_shared_to_global", "async_store"),
+    (TILE, "_reinterpret", "reinterpret"),
+]
+
+
+def imported_anew():
+    spec = importlib.util.spec_from_file_location("gluon_parts_anew", Path(gluon_parts.__file__))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def names_used(module) -> list[str]:
+    """Which names the module took, given that each stands for itself in what `fake` put there."""
+    tile = SimpleNamespace(**{name: lambda *args, name=name: (name, args) for name in RENAMED[3][1:]})
+    reinterpret, args = module.reinterpret.fn(tile, "dtype", "shape", "layout")
+    assert args == ("dtype", "shape", "layout")
+    return [module.part_barrier, module.tma_load, module.tma_store, reinterpret]
+
+
+def fake(monkeypatch, owner, present, absent=None):
+    monkeypatch.setattr(owner, present, present, raising=False)
+    if absent is not None:
+        monkeypatch.delattr(owner, absent, raising=False)
+
+
+@pytest.mark.parametrize("new", list(itertools.product([False, True], repeat=len(RENAMED))))
+def test_each_name_is_looked_up_by_itself(new, monkeypatch):
+    expected = []
+    for is_new, (owner, *names) in zip(new, RENAMED, strict=True):
+        fake(monkeypatch, owner, names[is_new], absent=names[not is_new])
+        expected.append(names[is_new])
+    assert names_used(imported_anew()) == expected
+
+
+def test_an_old_name_that_is_still_there_is_not_used(monkeypatch):
+    """Triton 3.9 has functions under the old names that raise an error."""
+    for owner, old, new in RENAMED:
+        fake(monkeypatch, owner, old)
+        fake(monkeypatch, owner, new)
+    assert names_used(imported_anew()) == [new for *_, new in RENAMED]
