@@ -18,7 +18,14 @@ from lrnn.kernels.chunk_inverse_hopper import HOPPER_INVERSE_LAUNCH, chunk_inver
 from lrnn.kernels.chunk_scan_backward import chunk_scan_backward_kernel
 from lrnn.kernels.chunk_scan_backward_hopper import chunk_scan_backward_hopper_kernel, hopper_backward_settings
 from lrnn.kernels.gate_backward import gate_backward_kernel
-from lrnn.kernels.launch_config import INVERSE_LAUNCH, chunk_launch, scan_backward_stages, scan_launch
+from lrnn.kernels.launch_config import (
+    INVERSE_LAUNCH,
+    chunk_launch,
+    recurrent_launch,
+    scan_backward_stages,
+    scan_launch,
+)
+from lrnn.kernels.recurrent import recurrent_kernel
 from lrnn.kernels.segment_scan import SEGMENT_SCAN, segment_scan_kernel
 from lrnn.kernels.tiles import CHUNK, dot_precision, matrix_dtype
 
@@ -28,24 +35,27 @@ TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 def compile_cases() -> Iterator[Case]:
     """Gated training in bf16 with raw gates and normalised keys; the same on packed documents, and what differs most:
-    no gate, step sizes and keys as given. The scans also where they split what enters their state."""
+    no gate, step sizes and keys as given. The scans also where they split what enters their state; they and the
+    backward pass inside chunks in float32, at the smallest heads. Generation in bf16."""
     yield from delta_rule_cases("")
     yield from delta_rule_cases("_packed", packed=True)
     yield from delta_rule_cases("_plain", gate="none", normalize=False)
     yield from (case for case in delta_rule_cases("_split", split=True) if "SPLIT" in case[1].arg_names)
+    in_float32 = delta_rule_cases("_fp32", size=64, dtype=torch.float32)
+    yield from (case for case in in_float32 if "STAGES" in case[1].arg_names)
+    yield recurrent_case()
 
 
 def delta_rule_cases(
     suffix: str,
-    K: int = 128,
-    V: int = 128,
-    H: int = 16,
+    size: int = 128,
     dtype: torch.dtype = torch.bfloat16,
     gate: str = "raw",
     normalize: bool = True,
     packed: bool = False,
     split: bool = False,
 ) -> Iterator[Case]:
+    K, V, H = size, size, 16
     element = TYPES[dtype]
     base = {"HV": H, "BT": CHUNK, "IS_VARLEN": packed}
     heads = {"H": H, "K": K, "NORMALIZE": normalize, "IS_FULL": not packed, "PRECISION": dot_precision(dtype), **base}
@@ -72,7 +82,7 @@ def delta_rule_cases(
     known = {"k": f"*{element}", "gate": numbers, "beta": numbers, "c_out": f"*{matrix}"}
     yield case("chunk_inverse", chunk_inverse_kernel, constants, known, *INVERSE_LAUNCH.values())
 
-    launch = scan_launch(K, V, dtype)
+    launch = scan_launch(K, dtype)
     values = tile(CHUNK, launch.BV)
     result = f"*{element}" if packed or dtype == torch.float32 else values
     matrices = {
@@ -93,12 +103,12 @@ def delta_rule_cases(
     if (K, V) == (128, 128) and not packed and dtype != torch.float32:
         yield from hopper_cases(suffix, {**heads, **gates}, element, matrix, numbers)
 
-    stages = scan_backward_stages(K, V, dtype)
+    stages = scan_backward_stages(K, dtype)
     constants = {**scan, "STAGES": stages, "SAVE_STATES": True, "HAS_FINAL": False, "SAVE_INITIAL": False}
     known = {**matrices, "do": values, "dw": result, "dstates": tile(launch.BV, K // 2)}
     yield case("chunk_scan_backward", chunk_scan_backward_kernel, constants, known, launch.warps, stages)
 
-    launch = chunk_launch(K, V, dtype)
+    launch = chunk_launch(K, dtype)
     constants = {**heads, **absent, **no_table, "V": V, "BV": launch.BV, "STAGES": launch.stages}
     values, states = tile(CHUNK, launch.BV), tile(launch.BV, K)
     known = {**matrices, "do": values, "dw": values, "y": values, "states": states, "dstates": states}
@@ -116,6 +126,17 @@ def delta_rule_cases(
         constants = {"HV": H, "K": K, "V": V, "E_STRIDE": V, "M_STRIDE": V + K, "BACKWARD": True, **tiles}
         constants |= {"HAS_START": True, "SAVE_LAST": True}
         yield case("segment_scan", segment_scan_kernel, constants, {}, SEGMENT_SCAN["num_warps"], 3)
+
+
+def recurrent_case() -> Case:
+    K, V, H = 128, 128, 16
+    launch = recurrent_launch(K)
+    constants = {"H": H, "HV": H, "K": K, "V": V, "BV": launch["BV"], "cu_seqlens": None}
+    constants |= {"NORMALIZE": True, "GATE": "raw", "RAW_BETA": True, "HAS_INITIAL": True, "IS_VARLEN": False}
+    types = {"T": "i32", "scale": "fp32", "beta_range": "fp32"}
+    types |= dict.fromkeys(("q", "k", "v", "gate", "beta", "o"), "*bf16")
+    types = {n: types.get(n, "*fp32") for n in recurrent_kernel.arg_names if n not in constants}
+    return "recurrent", recurrent_kernel, types, constants, launch["num_warps"], 3
 
 
 def hopper_cases(suffix: str, heads: dict[str, Any], element: str, matrix: str, numbers: str) -> Iterator[Case]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lrnn.kernels.gate_backward import gate_backward_kernel
 from lrnn.kernels.launch import launch
+from lrnn.kernels.launch_config import recurrent_launch
 from lrnn.kernels.recurrent import recurrent_kernel
 from lrnn.kernels.scans import Scan, count_segments
 from lrnn.kernels.tiles import CHUNK, count_chunks, matrix_dtype, with_rows
@@ -268,10 +269,10 @@ def gated_delta_rule_recurrent(
     sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
     o = v.new_empty(B, T, HV, V)
     final = v.new_empty(sequences, HV, K, V, dtype=torch.float32)
-    BV = 32 if K <= 128 else 16
+    settings = recurrent_launch(K)
     launch(
         recurrent_kernel,
-        (V // BV * HV * sequences, 1, 1),
+        (V // settings["BV"] * HV * sequences, 1, 1),
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
@@ -290,13 +291,12 @@ def gated_delta_rule_recurrent(
         HV=HV,
         K=K,
         V=V,
-        BV=BV,
         NORMALIZE=normalize,
         GATE=_gate_kind(gate, A_log),
         RAW_BETA=beta_range != 0,
         HAS_INITIAL=initial_state is not None,
         IS_VARLEN=cu_seqlens is not None,
-        num_warps=4,
+        **settings,
     )
     return o, final
 

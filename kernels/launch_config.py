@@ -29,7 +29,7 @@ class Launch(NamedTuple):
 INVERSE_LAUNCH = {"num_warps": 1, "num_stages": 3}  # of `chunk_inverse`: its blocks of 16 x 16 are a warp's work
 
 
-def scan_launch(K: int, V: int, dtype: torch.dtype) -> Launch:
+def scan_launch(K: int, dtype: torch.dtype) -> Launch:
     """Settings of `chunk_forward` and `chunk_scan_backward`: 64 columns fill one warpgroup's rows."""
     if dtype == torch.float32:
         return Launch(BV=64, warps=4, stages=2) if K < 256 else Launch(BV=32, warps=4, stages=1)
@@ -38,16 +38,21 @@ def scan_launch(K: int, V: int, dtype: torch.dtype) -> Launch:
     return Launch(BV=64, warps=4, stages=2)
 
 
-def scan_backward_stages(K: int, V: int, dtype: torch.dtype) -> int:
+def scan_backward_stages(K: int, dtype: torch.dtype) -> int:
     """Stages of `chunk_scan_backward`; with keys of 256 two would exceed the shared memory."""
-    return 1 if K == 256 else scan_launch(K, V, dtype).stages
+    return 1 if K == 256 else scan_launch(K, dtype).stages
 
 
-def chunk_launch(K: int, V: int, dtype: torch.dtype) -> Launch:
+def chunk_launch(K: int, dtype: torch.dtype) -> Launch:
     """Settings of `chunk_backward`."""
     if dtype == torch.float32:
         return Launch(BV=32, warps=8, stages=1)
     return Launch(BV=32, warps=4, stages=3) if K < 256 else Launch(BV=32, warps=8, stages=2)
+
+
+def recurrent_launch(K: int) -> dict[str, int]:
+    """Settings of `recurrent`: a program holds K x BV numbers of the state in registers."""
+    return {"BV": 32 if K <= 128 else 16, "num_warps": 4}
 
 
 @functools.cache

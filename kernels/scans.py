@@ -30,7 +30,7 @@ SEGMENT = 16 * CHUNK  # tokens of a segment at least: below, the extra pass cost
 
 def count_segments(batch_size: int, seq_len: int, num_heads: int, K: int, V: int, dtype: torch.dtype) -> int:
     """Into how many equal segments each sequence is cut: 1, or a power of 2 from 4 on."""
-    scans = batch_size * num_heads * (V // scan_launch(K, V, dtype).BV)
+    scans = batch_size * num_heads * (V // scan_launch(K, dtype).BV)
     segments = 1
     while 2 * segments * scans <= SCANS_TO_FILL and seq_len % (2 * segments * SEGMENT) == 0:
         segments *= 2
@@ -63,7 +63,7 @@ class Scan:
         # Segments end where chunks end, so cutting changes the number of sequences and no chunk.
         self.chunks = Chunks(self.B * self.segments, self.T // self.segments, cu_seqlens)
         self.is_full = cu_seqlens is None and self.T % CHUNK == 0  # every chunk: no masks, and the TMA may store
-        self.launch = scan_launch(self.K, self.V, self.dtype)
+        self.launch = scan_launch(self.K, self.dtype)
         self.for_hopper = is_for_hopper(self.K, self.V, self.dtype, self.is_full, self.device)
         self.vectors, self.R = vectors, vectors.shape[1]
         self.keys = with_rows(k)
@@ -208,7 +208,7 @@ class Scan:
             settings = {**flags, **hopper._asdict()}
             self._launch_hopper(chunk_scan_backward_hopper_kernel, columns * count, tensors, settings)
         else:
-            columns, stages = self.V // self.launch.BV, scan_backward_stages(self.K, self.V, self.dtype)
+            columns, stages = self.V // self.launch.BV, scan_backward_stages(self.K, self.dtype)
             self._launch_plain(chunk_scan_backward_kernel, columns * count, tensors, flags, stages)
 
     def _launch_hopper(self, kernel: Any, programs: int, tensors: tuple, settings: dict[str, int]) -> None:
@@ -268,7 +268,7 @@ class Scan:
                 **self.sizes,
             )
             return
-        settings = chunk_launch(self.K, self.V, self.dtype)
+        settings = chunk_launch(self.K, self.dtype)
         launch(
             chunk_backward_kernel,
             (2 * self.HV * self.chunks.count, 1, 1),

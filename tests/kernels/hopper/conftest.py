@@ -18,7 +18,7 @@ def run_on_cpu(monkeypatch):
     def make(programs=1, seed=0, changes=()):
         monkeypatch.setattr(scans, "is_for_hopper", lambda *a: True)
         # Matrices in float32 have the tiles that they have in 16 bits.
-        monkeypatch.setattr(scans, "scan_launch", lambda K, V, dtype: scan_launch(K, V, torch.bfloat16))
+        monkeypatch.setattr(scans, "scan_launch", lambda K, dtype: scan_launch(K, torch.bfloat16))
         monkeypatch.setattr(scans, "result_tiles", lambda x, *sizes: None if x is None else Tiles(x, *sizes[:2]))
         monkeypatch.setattr(scans, "multiprocessors", lambda device: programs)
         monkeypatch.setattr(scans, "launch", functools.partial(launch_on_cpu, seed=seed, changes=changes))
