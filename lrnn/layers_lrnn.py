@@ -184,17 +184,14 @@ class ShortConvolution(nn.Module):
         bound = self.weight.shape[-1] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
 
-    def forward(self, x: Tensor, before: Tensor | None, cu_seqlens: Tensor | None, document: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, before: Tensor | None, document: Tensor | None) -> Tensor:
         """x [B, T, D]; before [B, taps - 1, D], the inputs ahead of x, None for zeros.
 
-        `document` int64 [B, T] or None is `document_ids(cu_seqlens, B, T)`: no tap reaches into another document.
-        Returns [B, T, D] in float32, on CUDA in the dtype of x. One tap is a product and needs no kernel: it is PyTorch
-        everywhere.
+        `document` int64 [B, T] or None says which document a token belongs to: no tap reaches into another one.
+        Returns [B, T, D] in float32, on CUDA in the dtype of x. This is PyTorch everywhere; where there are kernels,
+        `convolve` leaves it one tap alone, which is a product and needs none.
         """
         taps = self.weight.shape[-1]
-        if use_kernels(x) and taps > 1:
-            states = None if before is None else [before.to(x.dtype)]
-            return short_conv([x], [self.weight], before=states, cu_seqlens=cu_seqlens)[0]
         weight = self.weight[:, 0].float()
         y = weight[:, -1] * x
         T = x.shape[1]
@@ -217,15 +214,23 @@ def convolve(
     cu_seqlens: Tensor | None,
     document: Tensor | None,
 ) -> list[Tensor]:
-    """Each convolution on its input [B, T, D_i]; the inputs ahead come from the cache, the last ones go into it."""
-    before: Sequence[Tensor | None] = [None] * len(inputs)
+    """Each convolution on its input; the inputs ahead come from the cache, the last ones go into it.
+
+    One to three inputs [B, T, D_i] of one dtype, as many convolutions with the same number of taps. `document`
+    int64 [B, T] or None is `document_ids(cu_seqlens, B, T)`: no tap reaches into another document. Returns tensors
+    [B, T, D_i] as `ShortConvolution` does; on CUDA one kernel makes all of them.
+    """
+    before: Sequence[Tensor] | None = None
+    taps = convolutions[0].weight.shape[-1]
     if cache is not None:
         window = cache.conv[layer_idx]
         if window is not None:
             before = window.split([x.shape[-1] for x in inputs], -1)
-        taps = convolutions[0].weight.shape[-1]
         cache.conv[layer_idx] = last_inputs(torch.cat(list(inputs), -1), window, taps - 1)
-    return [conv(x, b, cu_seqlens, document) for conv, x, b in zip(convolutions, inputs, before, strict=True)]
+    if use_kernels(inputs[0]) and taps > 1:
+        return short_conv(inputs, [conv.weight for conv in convolutions], before=before, cu_seqlens=cu_seqlens)
+    ahead = [None] * len(inputs) if before is None else before
+    return [conv(x, b, document) for conv, x, b in zip(convolutions, inputs, ahead, strict=True)]
 
 
 def last_inputs(x: Tensor, before: Tensor | None, count: int) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 
 from lrnn import LrnnConfig, LrnnForCausalLM, layers_lrnn, mixer_deltanet
 from lrnn.kernels import delta_rule_reference
+from lrnn.kernels.short_conv import short_conv
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 64}
 
@@ -75,3 +76,71 @@ def test_generation(in_pytorch):
     ours = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
     in_pytorch()
     assert torch.equal(ours, model.generate(prompt, attention_mask=torch.ones_like(prompt), **options))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """How many tensors each call of `short_conv` was given."""
+    counts = []
+
+    def counted(xs, weights, **options):
+        counts.append(len(xs))
+        return short_conv(xs, weights, **options)
+
+    monkeypatch.setattr(layers_lrnn, "short_conv", counted)
+    return counts
+
+
+@pytest.mark.parametrize("mixer", ["gated_deltanet", "gated_deltaproduct", "mamba2"])
+def test_a_layer_convolves_in_one_launch(mixer, launches):
+    model = make_model(mixer)
+    losses_and_gradients(model, input_ids=torch.arange(10)[None])
+    assert launches == [3]
+
+
+def make_convolutions():
+    torch.manual_seed(3)
+    convolutions = [layers_lrnn.ShortConvolution(size, 4) for size in (8, 8, 12)]
+    for convolution in convolutions:
+        convolution.reset_parameters()
+    return convolutions
+
+
+def make_inputs(T):
+    return [torch.randn(2, T, size, generator=torch.Generator().manual_seed(T)) for size in (8, 8, 12)]
+
+
+@pytest.mark.parametrize("kind", ["plain", "documents", "continued"])
+def test_one_launch_gives_what_three_give(kind, launches):
+    convolutions, inputs = make_convolutions(), [x.requires_grad_() for x in make_inputs(9)]
+    weights = [c.weight for c in convolutions]
+    cu_seqlens, document, cache, before = None, None, None, [None] * 3
+    if kind == "documents":
+        cu_seqlens = torch.tensor([0, 4, 4, 11, 18])
+        document = delta_rule_reference.document_ids(cu_seqlens, 2, 9)
+    if kind == "continued":
+        cache, earlier = layers_lrnn.LrnnCache(1), make_inputs(5)
+        layers_lrnn.convolve(convolutions, earlier, cache, 0, None, None)
+        before = [[x[:, 2:]] for x in earlier]
+    launches.clear()
+    found = layers_lrnn.convolve(convolutions, inputs, cache, 0, cu_seqlens, document)
+    assert launches == [3]
+    expected = [
+        short_conv([x], [w], before=b, cu_seqlens=cu_seqlens)[0]
+        for x, w, b in zip(inputs, weights, before, strict=True)
+    ]
+    assert all(torch.equal(y, alone) for y, alone in zip(found, expected, strict=True))
+    gradients = [torch.autograd.grad(sum((y * y).sum() for y in ys), (*inputs, *weights)) for ys in (found, expected)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    if cache is not None:
+        assert torch.equal(cache.conv[0], torch.cat(inputs, -1)[:, -3:])
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_convolutions_compile_to_one_graph(documents):
+    convolutions, inputs = make_convolutions(), make_inputs(9)
+    cu_seqlens = torch.tensor([0, 4, 18]) if documents else None
+    document = delta_rule_reference.document_ids(cu_seqlens, 2, 9) if documents else None
+    compiled = torch.compile(layers_lrnn.convolve, fullgraph=True, backend="aot_eager")
+    pairs = [f(convolutions, inputs, None, 0, cu_seqlens, document) for f in (compiled, layers_lrnn.convolve)]
+    assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
