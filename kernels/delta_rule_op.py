@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lrnn.kernels.gate_backward import gate_backward_kernel
 from lrnn.kernels.launch import launch
-from lrnn.kernels.launch_config import recurrent_launch
+from lrnn.kernels.launch_config import check_assembler, recurrent_launch
 from lrnn.kernels.recurrent import recurrent_kernel
 from lrnn.kernels.scans import Scan, count_segments
 from lrnn.kernels.tiles import CHUNK, count_chunks, matrix_dtype, with_rows
@@ -30,6 +30,7 @@ def _operator(function: Callable) -> torch._ops.OpOverload:
     @torch.compiler.disable
     @functools.wraps(function)
     def run(*args):
+        check_assembler(args[0].device)  # here, since Dynamo would trace it in the public function
         # Triton launches on the current device, which need not be that of the tensors.
         with torch.cuda.device_of(args[0]):  # does nothing for CPU tensors
             return function(*args)

@@ -38,10 +38,10 @@ def gated_delta_rule(
     Args:
         q, k: queries and keys [B, T, H, K], any float dtype.
         v: values [B, T, HV, V], HV a multiple of H: value head h uses query and key head h // (HV // H).
-        g: log-gates [B, T, HV], at most 0; None for no gate.
-        beta: step sizes [B, T, HV], in [0, 2].
-        scale: factor on the output; default K ** -0.5.
-        initial_state: [N, HV, K, V], or None for zeros; N is B, or the number of documents with `cu_seqlens`.
+        g: log-gates [B, T, HV], at most 0, any float dtype; None for no gate.
+        beta: step sizes [B, T, HV], in [0, 2], any float dtype.
+        scale: factor on the output, above 0; default K ** -0.5.
+        initial_state: [N, HV, K, V], any float dtype, or None for zeros; N is B, or the number of documents with `cu_seqlens`.
         cu_seqlens: int32 or int64 [N + 1], boundaries of documents in the flattened B * T tokens, all of them covered.
             Each document starts from its initial state. Documents may be empty.
         normalize_qk: use q/|q| and k/|k|, with |x| at least 1e-6; otherwise q and k are used as given.
@@ -55,9 +55,10 @@ def gated_delta_rule(
         None.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown precision.
+        ValueError: shapes, dtypes or devices that do not fit, no tokens, a scale that is not positive, `cu_seqlens` on
+            the CPU that does not cover the tokens in order, an unknown precision.
     """
-    check_shapes(q, k, v, g, beta, initial_state, cu_seqlens)
+    check_shapes(q, k, v, g, beta, initial_state, cu_seqlens, scale)
     check_precision(precision)
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -99,19 +100,19 @@ def fused_gated_delta_rule(
         g = -exp(A_log) softplus(a + dt_bias)
 
     Args:
-        a, b: [B, T, HV]; a is None (with A_log and dt_bias) for no gate.
-        A_log, dt_bias: [HV].
+        a, b: [B, T, HV], any float dtype; a is None (with A_log and dt_bias) for no gate.
+        A_log, dt_bias: [HV], any float dtype, contiguous.
         allow_neg_eigval: eigenvalues in [-1, 1] rather than [0, 1] (arXiv 2411.12537).
 
     The other arguments, the results and the errors are those of `gated_delta_rule`.
     """
+    check_shapes(q, k, v, a, b, initial_state, cu_seqlens, scale, names=("a", "b"))
+    check_gate(a, A_log, dt_bias, v)
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     with torch.autocast(q.device.type, enabled=False):
         beta = (2.0 if allow_neg_eigval else 1.0) * b.to(dtype).sigmoid()
         g = None
-        if a is not None:
-            if A_log is None or dt_bias is None:
-                raise ValueError("a raw gate needs A_log and dt_bias")
+        if a is not None and A_log is not None and dt_bias is not None:
             g = -A_log.to(dtype).exp() * F.softplus(a.to(dtype) + dt_bias.to(dtype))
     return gated_delta_rule(
         q, k, v, g, beta, scale, initial_state, cu_seqlens, True, output_final_state, precision=precision
@@ -146,13 +147,23 @@ def factors_as_steps(q, k, v, g, beta, cu_seqlens):
 
     q [B, T, H, K], k [B, T, n_h, H, K], v [B, T, n_h, HV, V], g [B, T, HV] or None, beta [B, T, n_h, HV]; `cu_seqlens`
     counts tokens. Returns them in the same order for T n_h steps; token t has its output from step t n_h + n_h - 1.
+
+    Raises ValueError where their shapes do not fit, or `cu_seqlens` not the tokens: later it would be the steps' that
+    are named, which the caller never passed.
     """
-    if k.ndim != 5 or v.ndim != 5 or k.shape[:3] != v.shape[:3] or k.shape[:2] != q.shape[:2]:
+    fits = q.ndim == 4 and k.ndim == v.ndim == 5 and k.shape[:3] == v.shape[:3] and k.shape[:2] == q.shape[:2]
+    if not fits or k.shape[3:] != q.shape[2:] or k.shape[2] == 0:
         raise ValueError(
-            "q must be [B, T, H, K], k [B, T, n_h, H, K] and v [B, T, n_h, HV, V]; "
+            "q must be [B, T, H, K], k [B, T, n_h, H, K] and v [B, T, n_h, HV, V], n_h > 0; "
             f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         )
-    n_h = k.shape[2]
+    B, T, n_h, HV, _ = v.shape
+    if g is not None and list(g.shape) != [B, T, HV]:
+        raise ValueError(f"g must be [B, T, HV] = {[B, T, HV]}, one gate a token; got {list(g.shape)}")
+    if list(beta.shape) != [B, T, n_h, HV]:
+        raise ValueError(f"beta must be [B, T, n_h, HV] = {[B, T, n_h, HV]}; got {list(beta.shape)}")
+    if cu_seqlens is not None:
+        check_documents(cu_seqlens, q.device, B * T)
     # [B, T, n_h, ...] -> [B, T n_h, ...]
     q = F.pad(q.unsqueeze(2), (0, 0, 0, 0, n_h - 1, 0)).flatten(1, 2)
     if g is not None:
@@ -175,26 +186,72 @@ def document_ids(cu_seqlens: Tensor, batch_size: int, seq_len: int) -> Tensor:
     return first[:-1].cumsum(0).view(batch_size, seq_len)
 
 
-def check_shapes(q, k, v, g, beta, initial_state, cu_seqlens):
-    """Raise ValueError where the arguments of `gated_delta_rule` do not fit each other."""
+def check_shapes(q, k, v, g, beta, initial_state, cu_seqlens, scale, names=("g", "beta")):
+    """Raise ValueError where the arguments of `gated_delta_rule` do not fit each other; g and beta go by `names`."""
     fits = q.ndim == v.ndim == 4 and q.shape == k.shape and v.shape[:2] == q.shape[:2]
     if not fits or v.shape[2] % q.shape[2]:
         raise ValueError(
             "q and k must be [B, T, H, K] and v [B, T, HV, V], HV a multiple of H; "
             f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         )
-    for name, x in (("g", g), ("beta", beta)):
-        if x is not None and x.shape != v.shape[:3]:
-            raise ValueError(f"{name} must be [B, T, HV] = {list(v.shape[:3])}; got {list(x.shape)}")
-    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point()):
-        raise ValueError(
-            f"cu_seqlens must be int32 or int64 [documents + 1]; got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
-        )
+    tokens = v.shape[0] * v.shape[1]
+    if tokens == 0:
+        raise ValueError(f"there must be tokens; got v {list(v.shape)}")
+    named = {"q": q, "k": k, "v": v, **dict(zip(names, (g, beta), strict=True)), "initial_state": initial_state}
+    for name in names:
+        if named[name] is not None and named[name].shape != v.shape[:3]:
+            raise ValueError(f"{name} must be [B, T, HV] = {list(v.shape[:3])}; got {list(named[name].shape)}")
+    _check_numbers(named, q.device)
+    if cu_seqlens is not None:
+        check_documents(cu_seqlens, q.device, tokens)
     if initial_state is not None:
         sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         wanted = [sequences, v.shape[2], q.shape[3], v.shape[3]]
         if list(initial_state.shape) != wanted:
             raise ValueError(f"initial_state must be [N, HV, K, V] = {wanted}; got {list(initial_state.shape)}")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be positive; got {scale}")
+
+
+def check_gate(a, A_log, dt_bias, v):
+    """Raise ValueError where the arguments of a raw gate are not all there, or do not fit v [B, T, HV, V]."""
+    if (a is None) != (A_log is None) or (a is None) != (dt_bias is None):
+        raise ValueError("a, A_log and dt_bias go together: all three for a gate, or none")
+    for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
+        # The kernels read them as HV numbers in a row, wherever they end.
+        if x is not None and (list(x.shape) != [v.shape[2]] or not x.is_contiguous()):
+            raise ValueError(
+                f"{name} must be [HV] = [{v.shape[2]}] and contiguous; got {list(x.shape)}, strides {list(x.stride())}"
+            )
+    _check_numbers({"A_log": A_log, "dt_bias": dt_bias}, v.device)
+
+
+def check_documents(cu_seqlens, device, tokens):
+    """Raise ValueError where `cu_seqlens` does not bound documents that cover that many tokens.
+
+    The values are looked at on the CPU alone: on a GPU that would wait for it at every call.
+    """
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens must be int32 or int64 [documents + 1]; got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device != device:
+        raise ValueError(f"cu_seqlens must be on {device}; it is on {cu_seqlens.device}")
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():  # values have no place in a graph
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds):
+        raise ValueError(f"cu_seqlens must go from 0 to {tokens}, the number of tokens, and not fall; got {bounds}")
+
+
+def _check_numbers(named, device):
+    for name, x in named.items():
+        if x is None:
+            continue
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be floating-point; it is {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"{name} must be on {device}; it is on {x.device}")
 
 
 def _document_by_document(q, k, v, beta, g, state, scale, cu_seqlens, chunk_size):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lrnn.kernels import delta_rule_reference as reference
 from lrnn.kernels.delta_rule_op import gated_delta_rule_forward, gated_delta_rule_recurrent
-from lrnn.kernels.launch_config import HEAD_SIZES, check_assembler
+from lrnn.kernels.launch_config import HEAD_SIZES
 from lrnn.kernels.tiles import use_kernels
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -44,16 +44,16 @@ def gated_delta_rule(
         q, k: queries and keys [B, T, H, K]; on CUDA K and V are at most 256, each for itself, and q, k, v of one dtype,
             bfloat16, float16 or float32. A size costs what the next of 64, 128 and 256 does.
         v: values [B, T, HV, V], HV a multiple of H: value head h uses query and key head h // (HV // H).
-        g: log-gates [B, T, HV], at most 0; None for no gate.
-        beta: step sizes [B, T, HV], in [0, 2].
+        g: log-gates [B, T, HV], at most 0, any float dtype; None for no gate.
+        beta: step sizes [B, T, HV], in [0, 2], any float dtype.
         scale: factor on the output, above 0; default K ** -0.5.
         normalize_qk: use q/|q| and k/|k|, |x| at least 1e-6. The norms are those of q and k as given, in float32, and
             stay out of the rounded operands: the factor applied has the eigenvalue 1 - beta whatever the dtype. Without
             it, a key that was rounded after it was normalised has not: |k|^2 is off by the rounding.
         initial_state: [N, HV, K, V] float32, or None for zeros; N is B, or the number of documents with `cu_seqlens`.
         output_final_state: whether the final state is returned.
-        cu_seqlens: int32 or int64 [N + 1], boundaries of documents in the flattened B * T tokens, all of them covered.
-            The state starts anew at each. Documents may be empty. All tokens must be finite: a NaN can reach the
+        cu_seqlens: int32 or int64 [N + 1], boundaries of documents in the flattened B * T tokens, all of them covered:
+            from 0 to B * T, not falling. On CUDA nobody looks whether they are. The state starts anew at each. Documents may be empty. All tokens must be finite: a NaN can reach the
             document before its own.
         precision: "standard", or "split": what enters the states, and their gradients, is a sum of two numbers of 16
             bits, for one product more in each scan. A state that is carried by reflections along several keys is then
@@ -64,9 +64,11 @@ def gated_delta_rule(
         o [B, T, HV, V] in the dtype of v, and the final state [N, HV, K, V] in float32, or None.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown precision; on CUDA a head size or dtype that is not supported.
+        ValueError: shapes, dtypes or devices that do not fit, no tokens, a scale that is not positive, `cu_seqlens` on
+            the CPU that does not cover the tokens in order, an unknown precision; on CUDA a
+            head size or dtype that is not supported.
     """
-    reference.check_shapes(q, k, v, g, beta, initial_state, cu_seqlens)
+    reference.check_shapes(q, k, v, g, beta, initial_state, cu_seqlens, scale)
     reference.check_precision(precision)
     if not use_kernels(q):
         return reference.gated_delta_rule(
@@ -100,15 +102,14 @@ def fused_gated_delta_rule(
         q, k, v: as in `gated_delta_rule`, before normalisation.
         a: raw gates [B, T, HV], any float dtype; None, with A_log and dt_bias, for no gate (DeltaNet).
         b: logits of the step sizes [B, T, HV], any float dtype. -inf, and a of -inf, leave the state as it is.
-        A_log, dt_bias: [HV] float32.
+        A_log, dt_bias: [HV], any float dtype, contiguous.
         allow_neg_eigval: range 2, eigenvalues in [-1, 1] (arXiv 2411.12537), rather than 1, [0, 1].
 
     The other arguments, the results and the errors are those of `gated_delta_rule`.
     """
-    reference.check_shapes(q, k, v, a, b, initial_state, cu_seqlens)
+    reference.check_shapes(q, k, v, a, b, initial_state, cu_seqlens, scale, names=("a", "b"))
+    reference.check_gate(a, A_log, dt_bias, v)
     reference.check_precision(precision)
-    if (a is None) != (A_log is None) or (a is None) != (dt_bias is None):
-        raise ValueError("a, A_log and dt_bias go together: all three for a gate, or none")
     if not use_kernels(q):
         return reference.fused_gated_delta_rule(
             q, k, v, a, b, A_log, dt_bias, allow_neg_eigval, scale, initial_state, output_final_state, cu_seqlens
@@ -174,15 +175,7 @@ def _run(
             "the kernels support q, k and v of one dtype, bfloat16, float16 or float32; "
             f"got {q.dtype}, {k.dtype}, {v.dtype}"
         )
-    if cu_seqlens is not None and cu_seqlens.device != q.device:
-        raise ValueError(f"cu_seqlens must be on {q.device}; it is on {cu_seqlens.device}")
-    if v.shape[0] * v.shape[1] == 0:
-        raise ValueError(f"there must be tokens; got v {list(v.shape)}")
-    if q.is_cuda and not torch.compiler.is_compiling():
-        check_assembler(q.device)
     scale = K**-0.5 if scale is None else float(scale)
-    if not scale > 0:
-        raise ValueError(f"scale must be positive; got {scale}")
     # Zeros in q and k add nothing to norms and products, and their rows of the state stay zero; so do the columns of v.
     more_k, more_v = _missing(K), _missing(V)
     if more_k:

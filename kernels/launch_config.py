@@ -77,7 +77,7 @@ def ptxas_version(arch: int = 90) -> tuple[int, int]:
 @functools.cache
 def check_assembler(device: torch.device) -> None:
     """Warn, once, where Triton would use a ptxas that is known to miscompile kernels of this kind."""
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
         return
     version = ptxas_version()
     if version < SAFE_PTXAS:
@@ -86,5 +86,5 @@ def check_assembler(device: torch.device) -> None:
             f"{SAFE_PTXAS[0]}.{SAFE_PTXAS[1]} it can miscompile wgmma with operands in registers. Use Triton 3.9 or "
             "newer, or `pip install 'nvidia-cuda-nvcc>=13.3'` and set TRITON_PTXAS_PATH to its bin/ptxas "
             "(.../site-packages/nvidia/cu13/bin/ptxas; it needs a driver of 580 or newer).",
-            stacklevel=3,
+            stacklevel=2,
         )

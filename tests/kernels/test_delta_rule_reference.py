@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
+from lrnn.kernels import delta_rule_reference as reference
 from lrnn.kernels.delta_rule_reference import document_ids, gated_delta_rule
+from lrnn.kernels.gated_delta_rule import gated_delta_product
 
 
 def numpy_recurrence(q, k, v, g, beta, state=None):
@@ -180,3 +182,24 @@ def test_bad_shapes_are_named(change, message):
     change(args)
     with pytest.raises(ValueError, match=message):
         gated_delta_rule(**args)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.update(g=torch.zeros(2, 4, 2, 3)), r"g must be \[B, T, HV\] = \[2, 4, 3\].*got \[2, 4, 2, 3\]"),
+        (lambda a: a.update(beta=torch.ones(2, 4, 3)), r"beta must be .* = \[2, 4, 2, 3\]; got \[2, 4, 3\]"),
+        (lambda a: a.update(beta=torch.ones(2, 8, 3)), r"beta must be .* = \[2, 4, 2, 3\]; got \[2, 8, 3\]"),
+        (lambda a: a.update(k=torch.ones(2, 4, 2, 3, 7)), r"k \[2, 4, 2, 3, 7\]"),
+        (lambda a: a.update(k=torch.ones(2, 4, 0, 3, 8), v=torch.ones(2, 4, 0, 3, 8)), "n_h > 0"),
+        (lambda a: a.update(cu_seqlens=torch.tensor([0, 9])), "cu_seqlens must go from 0 to 8"),
+    ],
+)
+@pytest.mark.parametrize("function", [gated_delta_product, reference.gated_delta_product])
+def test_bad_shapes_of_factors_are_named_as_they_were_passed(change, message, function):
+    args = {"q": torch.ones(2, 4, 3, 8), "k": torch.ones(2, 4, 2, 3, 8), "v": torch.ones(2, 4, 2, 3, 8)}
+    args |= {"g": torch.zeros(2, 4, 3), "beta": torch.ones(2, 4, 2, 3)}
+    function(**args)
+    change(args)
+    with pytest.raises(ValueError, match=message):
+        function(**args)

@@ -1,12 +1,13 @@
 """`launch` without a GPU: when it uses a compiled kernel again, and with what."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 from triton.compiler import CompiledKernel
 
-from lrnn.kernels import chunk_forward_hopper
+from lrnn.kernels import chunk_forward_hopper, launch_config
 from lrnn.kernels import launch as module
 from lrnn.kernels.launch import launch
 from lrnn.kernels.tiles import Tiles
@@ -106,3 +107,33 @@ def test_what_the_scans_in_gluon_are_used_for(monkeypatch):
     assert not used()
     ptxas[0], capability[0] = (13, 5), (10, 0)
     assert not used()
+
+
+@pytest.fixture
+def assembler(monkeypatch):
+    """A function that sets the compute capability and the version of ptxas, and returns what `check_assembler` says."""
+
+    def warned(capability, ptxas, device="cuda", calls=1):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(launch_config, "ptxas_version", lambda: ptxas)
+        launch_config.check_assembler.cache_clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(calls):
+                launch_config.check_assembler(torch.device(device))
+        return [str(w.message) for w in caught]
+
+    yield warned
+    launch_config.check_assembler.cache_clear()
+
+
+def test_an_assembler_that_may_miscompile_is_named_once(assembler):
+    (message,) = assembler((9, 0), (12, 8), calls=3)
+    assert "ptxas 12.8" in message and "before 13.3" in message and "TRITON_PTXAS_PATH" in message
+    assert len(assembler((9, 0), (13, 2))) == 1
+
+
+def test_a_safe_assembler_and_other_devices_are_not_warned_about(assembler):
+    assert not assembler((9, 0), (13, 3)) and not assembler((9, 0), (13, 4))
+    assert not assembler((8, 0), (12, 8)) and not assembler((10, 0), (12, 8))
+    assert not assembler((9, 0), (12, 8), device="cpu")

@@ -8,7 +8,8 @@ from delta_rule_inputs import BARS, BETAS, GATES, KEYS
 from delta_rule_truth import check, evaluate, evaluate_truth, floors, relative_error
 from operator_calls import OperatorCalls
 
-from lrnn.kernels import scans
+from lrnn.kernels import delta_rule_op, scans
+from lrnn.kernels import delta_rule_reference as reference
 from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule, gated_delta_product, gated_delta_rule
 
 FP16, FP32 = torch.float16, torch.float32
@@ -363,6 +364,19 @@ def test_operators_keep_the_rules():
         (lambda x: x.update(beta=x["beta"][..., :1]), "beta must"),
         (lambda x: x.update(g=x["g"][:, :4]), "g must"),
         (lambda x: x.update(initial_state=x["initial_state"][:, :1]), "initial_state must"),
+        (lambda x: x.update(beta=x["beta"].long()), "beta must be floating-point"),
+        (lambda x: x.update(g=x["g"].long()), "g must be floating-point"),
+        (lambda x: x.update(initial_state=x["initial_state"].long()), "initial_state must be floating-point"),
+        *[
+            (lambda x, name=name: x.update({name: x[name].to("meta")}), f"{name} must be on cpu; it is on meta")
+            for name in ("k", "v", "g", "beta", "initial_state")
+        ],
+        (lambda x: x.update(cu_seqlens=torch.tensor([0, 4, 10], device="meta")), "cu_seqlens must be on cpu"),
+        (lambda x: x.update(cu_seqlens=torch.tensor([0, 4, 9])), "cu_seqlens must go from 0 to 10"),
+        (lambda x: x.update(cu_seqlens=torch.tensor([1, 4, 10])), "cu_seqlens must go from 0 to 10"),
+        (lambda x: x.update(cu_seqlens=torch.tensor([0, 7, 4, 10])), "cu_seqlens must go from 0 to 10"),
+        (lambda x: x.update(scale=-1.0), "scale must be positive"),
+        (lambda x: x.update(scale=0.0), "scale must be positive"),
         (lambda x: x.update(cu_seqlens=torch.tensor([0, 1, 2, 10])), "initial_state"),
         (lambda x: x.update(cu_seqlens=torch.tensor([0.0, 10.0]), initial_state=x["initial_state"][:1]), "cu_seqlens"),
         (lambda x: x.update({n: y[:, :0] for n, y in x.items() if n != "initial_state"}), "tokens"),
@@ -373,9 +387,62 @@ def test_what_is_not_supported_is_refused(change, message):
     change(x)
     with pytest.raises(ValueError, match=message):
         gated_delta_rule(**x, normalize_qk=True)
+    if not any(text in message for text in ("up to 256", "dtype", "float32")):  # on a CPU the same is refused
+        with pytest.raises(ValueError, match=message):
+            reference.gated_delta_rule(**x, normalize_qk=True)
 
 
-def test_raw_gate_needs_its_parameters():
-    x = inputs.random(1, 5, dtype=FP16, raw=True) | {"A_log": None}
-    with pytest.raises(ValueError, match="A_log"):
-        fused_gated_delta_rule(**x)
+@pytest.mark.parametrize("function", [fused_gated_delta_rule, reference.fused_gated_delta_rule])
+@pytest.mark.parametrize("name", ["A_log", "dt_bias"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: None, "go together"),
+        (lambda p: p[:1], r"must be \[HV\] = \[2\] and contiguous; got \[1\]"),
+        (lambda p: p[None], "must be .* and contiguous"),
+        (lambda p: p.repeat_interleave(2)[::2], "must be .* and contiguous"),
+        (lambda p: p.long(), "must be floating-point"),
+        (lambda p: p.to("meta"), "must be on cpu; it is on meta"),
+    ],
+)
+def test_parameters_of_a_raw_gate_that_are_refused(change, message, name, function):
+    """The kernels read them as HV numbers in a row: of a wrong shape, past their end."""
+    x = inputs.random(1, 5, dtype=FP16, raw=True)
+    assert x[name].shape == (2,)
+    x[name] = change(x[name])
+    with pytest.raises(ValueError, match=message):
+        function(**x)
+
+
+@pytest.mark.parametrize("function", [fused_gated_delta_rule, reference.fused_gated_delta_rule])
+def test_raw_projections_go_by_their_names(function):
+    x = inputs.random(1, 5, dtype=FP16, raw=True)
+    with pytest.raises(ValueError, match="^a must be"):
+        function(**x | {"a": x["a"][:, :4]})
+    with pytest.raises(ValueError, match="^b must be floating-point"):
+        function(**x | {"b": x["b"].long()})
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_assembler_is_looked_at(compiled, monkeypatch):
+    """In the operators, which Dynamo does not trace: it would leave the look out of the graph."""
+    devices = []
+    monkeypatch.setattr(delta_rule_op, "check_assembler", devices.append)
+    x = inputs.random(1, 17, H=1, dtype=FP16)
+
+    def step(**x):
+        return gated_delta_rule(**x, normalize_qk=True)[0]
+
+    if compiled:
+        step = torch.compile(step, fullgraph=True, backend="aot_eager")
+    step(**x)
+    assert set(devices) == {torch.device("cpu")}
+
+
+def test_gradients_have_no_gradients():
+    x = inputs.random(1, 20, H=1, K=64)
+    x["v"].requires_grad_()
+    o, _ = gated_delta_rule(**x, normalize_qk=True)
+    (dv,) = torch.autograd.grad(o.square().sum(), x["v"], create_graph=True)
+    with pytest.raises(NotImplementedError, match="no gradients of their own"):
+        dv.square().sum().backward()
