@@ -262,15 +262,18 @@ def test_gradient_of_one_result_alone(of):
     check(evaluate(gated_delta_rule, x, *alone, normalize_qk=True), expected, BARS[FP16], f"{of} alone")
 
 
-@pytest.mark.parametrize("documents", [False, True])
-def test_segments(documents, monkeypatch):
-    """Long sequences are cut into segments that are scanned side by side; here, short ones are."""
+@pytest.mark.parametrize(("documents", "dtype"), [(False, FP16), (False, FP32), (True, FP16)])
+def test_segments(documents, dtype, monkeypatch):
+    """Long sequences are cut into segments that are scanned side by side; here, short ones are. Without decay in
+    float32: every segment then carries the states of all before it."""
     monkeypatch.setattr(scans, "SEGMENT", 64)
-    x = inputs.random(1, 256, H=1, K=64, dtype=FP16, states=2 if documents else 1)
+    x = inputs.random(1, 256, H=1, K=64, dtype=dtype, states=2 if documents else 1)
+    if dtype == FP32:
+        x = inputs.set_gates(x, "one")
     bounds = torch.tensor([0, 100, 256]) if documents else None
     if not documents:
-        assert scans.count_segments(1, 256, 1, 64, 64, FP16) == 4
-    compare(x, BARS[FP16], "segments", normalize_qk=True, cu_seqlens=bounds)
+        assert scans.count_segments(1, 256, 1, 64, 64, dtype) == 4
+    compare(x, BARS[dtype], f"segments, {dtype}", normalize_qk=True, cu_seqlens=bounds)
 
 
 def test_projections_may_be_slices():
