@@ -138,13 +138,19 @@ def gated_delta_rule_backward(
     normalize: bool,
     split: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, gate, beta, A_log, dt_bias and the initial state; empty where there is no such input."""
+    """Gradients of q, k, v, gate, beta, A_log, dt_bias and the initial state; empty where there is no such input.
+
+    do [B, T, HV, V] is the gradient of the output, dfinal [N, HV, K, V] float32 that of the final state or None for
+    zeros; c, vectors, starts and segment_ends are what the forward operator returned, the others what it was given. The
+    gradients are contiguous, of the shapes of their inputs; those of A_log, dt_bias and the initial state are float32,
+    the others have the dtypes of their inputs.
+    """
     s = Scan(q, k, v, c, vectors, cu_seqlens, scale, normalize, split)
     do = with_rows(do)
     dlast = None if dfinal is None else dfinal.contiguous()
     y, dw = (s.empty(s.B * s.T, s.HV * s.V, dtype=s.dtype) for _ in range(2))
     states, dstates = (s.empty(s.chunks.count * s.HV * s.V, s.K, dtype=s.dtype) for _ in range(2))
-    dinitial = None if initial_state is None else torch.empty_like(initial_state, dtype=torch.float32)
+    dinitial = None if initial_state is None else s.empty(*initial_state.shape)
 
     initial = starts if s.segments > 1 else None if initial_state is None else initial_state.contiguous()
     s.run_forward(initial, None, y=y, states=states)

@@ -420,9 +420,9 @@ def test_parameters_of_a_raw_gate_that_are_refused(change, message, name, functi
 @pytest.mark.parametrize("function", [fused_gated_delta_rule, reference.fused_gated_delta_rule])
 def test_raw_projections_go_by_their_names(function):
     x = inputs.random(1, 5, dtype=FP16, raw=True)
-    with pytest.raises(ValueError, match="^a must be"):
+    with pytest.raises(ValueError, match=r"^a must be"):
         function(**x | {"a": x["a"][:, :4]})
-    with pytest.raises(ValueError, match="^b must be floating-point"):
+    with pytest.raises(ValueError, match=r"^b must be floating-point"):
         function(**x | {"b": x["b"].long()})
 
 
@@ -449,3 +449,12 @@ def test_gradients_have_no_gradients():
     (dv,) = torch.autograd.grad(o.square().sum(), x["v"], create_graph=True)
     with pytest.raises(NotImplementedError, match="no gradients of their own"):
         dv.square().sum().backward()
+
+
+def test_gradient_of_a_transposed_state():
+    x = inputs.random(1, 20, H=1, K=64)
+    do, dstate = inputs.arriving(x)
+    expected = evaluate(gated_delta_rule, x, do, dstate, normalize_qk=True)
+    transposed = x | {"initial_state": x["initial_state"].mT.contiguous().mT}
+    found = evaluate(gated_delta_rule, transposed, do, dstate, normalize_qk=True)
+    assert torch.equal(found["dinitial_state"], expected["dinitial_state"])
