@@ -131,7 +131,7 @@ def delta_rule_cases(
 def recurrent_case() -> Case:
     K, V, H = 128, 128, 16
     launch = recurrent_launch(K)
-    constants = {"H": H, "HV": H, "K": K, "V": V, "BV": launch["BV"], "cu_seqlens": None}
+    constants: dict[str, Any] = {"H": H, "HV": H, "K": K, "V": V, "BV": launch["BV"], "cu_seqlens": None}
     constants |= {"NORMALIZE": True, "GATE": "raw", "RAW_BETA": True, "HAS_INITIAL": True, "IS_VARLEN": False}
     types = {"T": "i32", "scale": "fp32", "beta_range": "fp32"}
     types |= dict.fromkeys(("q", "k", "v", "gate", "beta", "o"), "*bf16")

@@ -41,7 +41,8 @@ def gated_delta_rule(
         g: log-gates [B, T, HV], at most 0, any float dtype; None for no gate.
         beta: step sizes [B, T, HV], in [0, 2], any float dtype.
         scale: factor on the output, above 0; default K ** -0.5.
-        initial_state: [N, HV, K, V], any float dtype, or None for zeros; N is B, or the number of documents with `cu_seqlens`.
+        initial_state: [N, HV, K, V], any float dtype, or None for zeros; N is B, or the number of documents with
+            `cu_seqlens`.
         cu_seqlens: int32 or int64 [N + 1], boundaries of documents in the flattened B * T tokens, all of them covered.
             Each document starts from its initial state. Documents may be empty.
         normalize_qk: use q/|q| and k/|k|, with |x| at least 1e-6; otherwise q and k are used as given.

@@ -53,8 +53,9 @@ def gated_delta_rule(
         initial_state: [N, HV, K, V] float32, or None for zeros; N is B, or the number of documents with `cu_seqlens`.
         output_final_state: whether the final state is returned.
         cu_seqlens: int32 or int64 [N + 1], boundaries of documents in the flattened B * T tokens, all of them covered:
-            from 0 to B * T, not falling. On CUDA nobody looks whether they are. The state starts anew at each. Documents may be empty. All tokens must be finite: a NaN can reach the
-            document before its own.
+            from 0 to B * T, not falling. On CUDA that is not checked: it would wait for the GPU. The state starts anew
+            at each document, which may be empty. All tokens must be finite: a NaN can reach the document before its
+            own.
         precision: "standard", or "split": what enters the states, and their gradients, is a sum of two numbers of 16
             bits, for one product more in each scan. A state that is carried by reflections along several keys is then
             about 3 times as exact in bfloat16, and little more so in float16. With float32 it changes nothing: its

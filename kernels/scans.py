@@ -38,7 +38,12 @@ def count_segments(batch_size: int, seq_len: int, num_heads: int, K: int, V: int
 
 
 class Scan:
-    """What the launches of one call have in common."""
+    """What the launches of one call have in common.
+
+    q, k [B, T, H, K] and v [B, T, HV, V] of one dtype, c [B * T, HV * CHUNK] of `tiles.matrix_dtype`, vectors [4 * HV,
+    R] float32, where R is CHUNK times the number of chunks. Below, N is the number of sequences that are scanned: of
+    segments, B times those of a sequence, or of documents.
+    """
 
     def __init__(
         self,
@@ -141,6 +146,16 @@ class Scan:
         states: Tensor | None = None,
         transition: bool = False,
     ) -> None:
+        """The scan of `chunk_forward`, which fills what is given of its results.
+
+        Args:
+            initial: states [N, HV, K, V] float32 in which the sequences start, or None for zeros.
+            final: their last states [N, HV, K, V] float32; with `transition` [N, HV, K, V + K].
+            o: the output [B, T, HV, V] in the dtype of v.
+            y: what each token found missing [B * T, HV * V] in the dtype of v.
+            states: the transposed states ahead of the chunks [chunks * HV * V, K] in the dtype of v.
+            transition: scan the identity [K, K] beside the values, for the transition of each sequence.
+        """
         width = self.V + self.K * transition
         count = self.HV * self.chunks.sequences
         flags = {
@@ -181,6 +196,15 @@ class Scan:
         dw: Tensor | None = None,
         dstates: Tensor | None = None,
     ) -> None:
+        """The scan of `chunk_scan_backward`, which fills what is given of its results.
+
+        Args:
+            do: gradient of the output [B, T, HV, V] in the dtype of v, from `with_rows`.
+            dfinal: gradients of the last states [N, HV, K, V] float32, or None for zeros.
+            dinitial: those of the first states [N, HV, K, V] float32.
+            dw: dW [B * T, HV * V] in the dtype of v; beta dW is the gradient of v.
+            dstates: transposed gradients of the states behind the chunks [chunks * HV * V, K] in the dtype of v.
+        """
         flags = {
             "SAVE_STATES": dstates is not None,
             "HAS_FINAL": dfinal is not None,
@@ -248,6 +272,16 @@ class Scan:
         dot_q: Tensor,
         dot_k: Tensor,
     ) -> None:
+        """The backward pass inside chunks (`chunk_backward`).
+
+        Args:
+            do: gradient of the output [B, T, HV, V] in the dtype of v, from `with_rows`.
+            dw, y, states, dstates: as the two scans fill them.
+            dq, dk: to be filled, [B, T, HV, K] in the dtype of v: those of each value head.
+            dv: to be filled, [B, T, HV, V] in the dtype of v.
+            dbeta, dot_q, dot_k: to be filled, [HV, R] float32: the gradient of the step sizes and the two parts of
+                that of the accumulated log-gates.
+        """
         numbers = dbeta, dot_q, dot_k
         if self.for_hopper:
             launch(
