@@ -68,7 +68,8 @@ class BracketArithmetic(Task):
         flat_tokens, flat_values = tokens.view(-1), values.view(-1)
         first = torch.arange(len(keys), device=keys.device) * width
         start = first  # into the flat tensors
-        levels, leaves = [], []
+        levels: list[tuple[Tensor, Tensor, Tensor]] = []
+        leaves: list[tuple[Tensor, Tensor]] = []
         while len(start):
             short = lengths < SMALLEST
             digits = self._write_short(flat_tokens, flat_values, keys, start[short], lengths[short], width)
@@ -86,7 +87,11 @@ class BracketArithmetic(Task):
         return tokens, values[:, 0], self._so_far(first, levels, leaves, flat_values).view_as(tokens)
 
     def _so_far(
-        self, first: Tensor, levels: list[tuple[Tensor, ...]], leaves: list[tuple[Tensor, Tensor]], values: Tensor
+        self,
+        first: Tensor,
+        levels: list[tuple[Tensor, Tensor, Tensor]],
+        leaves: list[tuple[Tensor, Tensor]],
+        values: Tensor,
     ) -> Tensor:
         """At every digit, the value of its sample's expression if that ended there.
 
