@@ -90,6 +90,7 @@ class _Machine:
                 lambda *a: None,
             ),
             constexpr=tl.constexpr,
+            shared_memory_descriptor=Memory,
             static_range=range,
             program_id=lambda axis: Tensor(torch.tensor(self.scheduler.program, dtype=torch.int32)),
             num_programs=lambda axis: Tensor(torch.tensor(self.scheduler.programs, dtype=torch.int32)),
