@@ -121,7 +121,7 @@ def _check_state_passing(task: Task, train: TrainSettings, config: LrnnConfig, o
     if not train.state_passing:
         return
     if task.answer_table is None:
-        able = "parity, modular_arithmetic and group_word"
+        able = "parity, group_word, modular_arithmetic and modular_arithmetic_brackets"
         raise UserError(f"{origin}: train.state_passing is for {able}, whose sequences can be joined")
     if not issubclass(MIXERS[config.mixer], DeltaNet):
         names = ", ".join(name for name, mixer in MIXERS.items() if issubclass(mixer, DeltaNet))

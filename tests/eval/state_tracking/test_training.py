@@ -241,9 +241,9 @@ def test_a_stage_may_do_without_state_passing(tiny_cells):
     assert [settings.state_passing for _, settings in cell.stages] == [0.0, 0.7]
 
 
-def value_of(expressions: list[list[int]]) -> int:
-    """The sum of expressions modulo 5, of ids of modular arithmetic."""
-    return sum(eval("".join(" +-* 01234"[i] for i in ids[:-1])) for ids in expressions) % 5
+def value_of(expressions: list[list[int]], symbols: str) -> int:
+    """The sum of expressions modulo 5, each with a last token that is `=`."""
+    return sum(eval("".join(symbols[i] for i in ids[:-1])) for ids in expressions) % 5
 
 
 @pytest.mark.parametrize("task", ["group_word", "parity"])
@@ -279,11 +279,15 @@ def test_sequences_go_on_where_those_before_ended(tiny_cells, monkeypatch, task)
     assert reached >= 6 and 0.6 < sum(by_chance) / len(by_chance) < 0.8
 
 
-def test_expressions_go_on_as_sums(tiny_cells):
+@pytest.mark.parametrize(
+    ("task", "symbols", "lengths"),
+    [("modular_arithmetic", " +-* 01234", (3, 7)), ("modular_arithmetic_brackets", "01234+-*()", (5, 9))],
+)
+def test_expressions_go_on_as_sums(tiny_cells, task, symbols, lengths):
     """An expression that goes on is added to those before; convolutions do not look back behind its beginning."""
     fields = PASSING["models"]["deltaproduct"] | {"conv_size": 2}
-    train = PASSING["train"] | {"min_length": 3, "max_length": 7, "state_passing": 0.9}
-    changes = {"tasks": {"t": {"task": "modular_arithmetic"}}, "models": {"m": fields}, "train": train}
+    train = PASSING["train"] | {"min_length": lengths[0], "max_length": lengths[1], "state_passing": 0.9}
+    changes = {"tasks": {"t": {"task": task}}, "models": {"m": fields}, "train": train}
     cell, *_ = tiny_cells(**PASSING | changes)
     model = new_model(cell, CPU)
     Training(cell, CPU, 0, model).run(120)
@@ -302,7 +306,7 @@ def test_expressions_go_on_as_sums(tiny_cells):
                 for each in read[row]:
                     cache.conv = [None] * len(cache)
                     logits = model(input_ids=torch.tensor([each]), past_key_values=cache, use_cache=True).logits[0, -1]
-            wanted = value_of(read[row]) + 5
+            wanted = value_of(read[row], symbols) + cell.task.first_answer_id
             summed += torch.nn.functional.cross_entropy(logits, torch.tensor(wanted)).item()
             right[row], longest = int(logits.argmax()) == wanted, max(longest, len(read[row]))
         assert trained.loss.item() == pytest.approx(summed / 24, rel=1e-4), step
@@ -325,7 +329,10 @@ def test_going_on_from_a_state_with_its_sequences_is_bitwise(tiny_cells, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": {"pairs": {"task": "even_pairs"}}}, "is for parity, modular_arithmetic and group_word"),
+        (
+            {"tasks": {"pairs": {"task": "even_pairs"}}},
+            "is for parity, group_word, modular_arithmetic and modular_arithmetic_brackets",
+        ),
         ({"models": {"m": PASSING["models"]["deltaproduct"] | {"conv_size": 4}}}, "conv_size must be 1"),
         ({"models": {"m": PASSING["models"]["deltaproduct"] | {"mixer": "mlstm"}}}, "deltaproduct, not for mlstm"),
         ({"train": PASSING["train"] | {"state_passing": 1.0}}, "state_passing = 1.0"),
