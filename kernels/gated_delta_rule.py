@@ -66,8 +66,8 @@ def gated_delta_rule(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, no tokens, a scale that is not positive, `cu_seqlens` on
-            the CPU that does not cover the tokens in order, an unknown precision; on CUDA a
-            head size or dtype that is not supported.
+            the CPU that does not cover the tokens in order, an unknown precision; on CUDA a head size or dtype that is
+            not supported.
     """
     reference.check_shapes(q, k, v, g, beta, initial_state, cu_seqlens, scale)
     reference.check_precision(precision)

@@ -89,14 +89,14 @@ def _best(scores: list[float]) -> str:
 def _table(grid: GridConfig, task: str, of_task: Results) -> str:
     """Scaled accuracy over all test samples: best [median] of the seeds, the papers' figure, the majority floor."""
     train, test = grid.train, grid.test
+    floor = round(of_task[0][1]["scaled_floor"], 3) + 0.0  # no -0
     lines = [
         f"## {task}",
         "",
         f"Trained on lengths {train.min_length} to {train.max_length} for {train.steps} steps of {train.batch_size}, "
         f"tested on {test.min_length} to {test.max_length} ({test.samples} sequences a seed). Scaled accuracy, best "
         f"[median] of {len(grid.seeds)} seeds; always giving the most frequent answer has "
-        f"{of_task[0][1]['scaled_floor']:.3f}. A model holds to a length if its accuracy is at least {HOLDS} at that "
-        "one and all tested below.",
+        f"{floor:.3f}. A model holds to a length if its accuracy is at least {HOLDS} at that one and all tested below.",
         "",
     ]
     if of_task[0][0].task.answers_along_the_way:

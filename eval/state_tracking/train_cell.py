@@ -47,14 +47,17 @@ def train_cell(
     model = new_model(cell, device)
     probe = EigenvalueProbe(model)
     state = _saved_state(cell, device)
+    steps, seconds = 0, 0.0  # of all stages, without the first steps of each
     for stage in range(state["stage"] if state else 0, len(cell.stages)):
         training = Training(cell, device, stage, model)
         if state:
             training.load(state)
             state = None
-        speed = yield from _train(cell, training, probe, device, say)
+        timed = yield from _train(cell, training, probe, device, say)
+        steps, seconds = steps + timed[0], seconds + timed[1]
     _save(cell, training)
     result = yield from measure(cell, model, device)
+    speed = round(steps / seconds, 2) if steps else None
     result |= {"steps_per_second": speed, "concurrent": at_once, "environment": describe_environment(device)}
     write_atomically(done, json.dumps(result, indent=1))
     return result
@@ -62,9 +65,9 @@ def train_cell(
 
 def _train(
     cell: Cell, training: Training, probe: EigenvalueProbe, device: torch.device, say: Callable[[str], None]
-) -> Work[float | None]:
-    """The steps of a stage that are left, with a record each `log_every`. The value is the speed in steps a second,
-    without the first ones; None where there were no others."""
+) -> Work[tuple[int, float]]:
+    """The steps of a stage that are left, with a record each `log_every`. The value says how many steps took how many
+    seconds, without the first ones."""
     settings = training.settings
     before = sum(earlier.steps for _, earlier in cell.stages[: training.stage])
     in_all = sum(each.steps for _, each in cell.stages)
@@ -109,9 +112,9 @@ def _train(
             if time.monotonic() - saved_at > settings.checkpoint_seconds:
                 _save(cell, training)
                 saved_at = time.monotonic()
-    if warm is None or training.step == warm[1]:
-        return None
-    return round((training.step - warm[1]) / (time.perf_counter() - warm[0]), 2)
+    if warm is None:
+        return 0, 0.0
+    return training.step - warm[1], time.perf_counter() - warm[0]
 
 
 def _save(cell: Cell, training: Training) -> None:

@@ -163,6 +163,8 @@ def test_bad_parameters_and_sizes():
         BracketArithmetic().batch(SEED, torch.arange(2), 2, 40)
     with pytest.raises(UserError, match="at least 5"):
         BracketArithmetic().batch(SEED, torch.arange(2), 3, 4)
+    with pytest.raises(UserError, match="running_values must be true or false, not 1"):
+        BracketArithmetic(running_values=1)
 
 
 @pytest.mark.parametrize(("modulus", "operators"), [(5, "+-*"), (5, "+-"), (7, "+-*")])

@@ -354,6 +354,22 @@ def test_the_table_tells_the_curriculum(grid_file, tmp_path):
     assert "a sequence went on" not in table
 
 
+def test_the_speed_is_that_of_all_stages(grid_file, tmp_path):
+    """The last stage has only those first steps that are not counted."""
+    stages = {"steps": 3, "curriculum": [{"steps": 120}]}
+    changes = {
+        "ranges": ["negative"],
+        "seeds": [0],
+        "train": GRID["train"] | stages,
+        "test": GRID["test"] | {"samples": 8},
+    }
+    assert main(["track", str(grid_file(**changes))]) == 0
+    (path,) = (tmp_path / "out").rglob("result.json")
+    records = read_metrics(path.parent)
+    slowest, fastest = (pick(record["steps_per_second"] for record in records) for pick in (min, max))
+    assert 0.5 * slowest < json.loads(path.read_text())["steps_per_second"] < 2 * fastest
+
+
 def test_seeds_whose_few_samples_have_other_lengths(grid_file, tmp_path):
     changes = {"seeds": [0, 1], "ranges": ["negative"], "train": GRID["train"] | {"steps": 1}}
     changes["test"] = GRID["test"] | {"samples": 7, "min_length": 20, "max_length": 26}
