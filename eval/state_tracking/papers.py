@@ -81,6 +81,8 @@ def reported(parameters: dict[str, Any], mixer: str, range_: str, num_householde
             return "not solved" if is_reported else "-"
         factors = num_householder if mixer == "deltaproduct" else 1
         return WORDS.get((group, variant, mixer, factors, num_layers), "-")
+    if parameters.get("running_values"):
+        return "-"
     if task == "modular_arithmetic_brackets":
         task += f" {parameters.get('operators', '+-*')}"
     return REPORTED.get((task, mixer, range_), "-") if parameters.get("modulus", 5) == 5 else "-"

@@ -274,6 +274,7 @@ def test_grids_of_the_repository_are_valid(path):
         ({"task": "modular_arithmetic_brackets"}, ".260 [.227]"),
         ({"task": "modular_arithmetic_brackets", "operators": "+-"}, ".200 [.129]"),
         ({"task": "modular_arithmetic", "modulus": 7}, "-"),
+        ({"task": "modular_arithmetic", "running_values": True}, "-"),
         ({"task": "even_pairs"}, "-"),
     ],
 )
