@@ -35,6 +35,7 @@ def chunk_forward_kernel(
     vector_rows,
     initial_state,
     final_state,
+    reach,
     cu_seqlens,
     chunk_starts,
     T,
@@ -59,7 +60,7 @@ def chunk_forward_kernel(
     STAGES: tl.constexpr,
 ):
     # Columns of state: the values', and with TRANSITION K more that start as the identity and are written nothing:
-    # they end as the product of the sequence's transitions.
+    # they end as the product of the sequence's transitions. Either begin at the chunk that `reach` names.
     COLUMNS: tl.constexpr = (V + K if TRANSITION else V) // BV
     pid = tl.program_id(0)
     i_v = pid % COLUMNS
@@ -80,10 +81,13 @@ def chunk_forward_kernel(
     b_s = tl.zeros([BV, K], tl.float32)  # S^T
     if HAS_INITIAL:
         b_s += tl.load(initial_state + p_state).to(tl.float32)
+    first = 0
     if TRANSITION:
-        b_s = tl.where(is_value, b_s, tl.where(o_v[:, None] - V == o_k[None, :], 1.0, 0.0))
+        first = tl.load(reach + 3 * (i_n * HV + i_h) + tl.where(is_value, 0, 1))
+        is_one = (o_v[:, None] - V == o_k[None, :]) & (first == 0)  # of what ends as nothing no chunk is scanned
+        b_s = tl.where(is_value, b_s, tl.where(is_one, 1.0, 0.0))
 
-    for i_t in tl.range(0, tl.cdiv(length, BT), num_stages=STAGES):
+    for i_t in tl.range(first, tl.cdiv(length, BT), num_stages=STAGES):
         t = i_t * BT + o_t
         m_t = o_t < (BT if IS_FULL else length - i_t * BT)
         row = bos + i_t * BT

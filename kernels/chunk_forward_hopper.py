@@ -156,7 +156,7 @@ def _carry_state(
 ):  # fmt: skip
     # four warps: the state of 64 columns of values, its output, or the states and the errors of every chunk
     q_s, k_s, v_s, c_s, vec_s, p_s, ready_vec_s, o_s, y_s, state_s, ready, free, p_ready, p_free = tiles  # noqa: RUF059
-    row0, state_row, state_step, column, head_column, chunks, is_value = places
+    row0, state_row, state_step, column, head_column, chunks, is_value, is_identity = places
     BV: gl.constexpr = 64
     first = column + half * BV
     state: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])  # S^T [BV, K]
@@ -173,7 +173,7 @@ def _carry_state(
     if HAS_INITIAL:
         b_s += gl.load(p_initial + o_k[None, :] * WIDTH + o_v[:, None]).to(gl.float32)
     if TRANSITION:
-        b_s = gl.where(is_value, b_s, gl.where(o_v[:, None] - (WIDTH - K) == o_k[None, :], 1.0, 0.0))
+        b_s = gl.where(is_identity & (o_v[:, None] - (WIDTH - K) == o_k[None, :]), 1.0, b_s)
 
     for i in range(chunks):
         s = i % STAGES
@@ -251,7 +251,7 @@ def _carry_state(
 
 @gluon.jit(do_not_specialize=["T", "R", "scale"])
 def chunk_forward_hopper_kernel(
-    q, k, v, c, o, y, states, vectors, vector_rows, initial_state, final_state, T, R, scale,
+    q, k, v, c, o, y, states, vectors, vector_rows, initial_state, final_state, reach, T, R, scale,
     H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BT: gl.constexpr, HALVES: gl.constexpr,
     NORMALIZE: gl.constexpr, OUTPUT: gl.constexpr, SAVE_STATES: gl.constexpr, TRANSITION: gl.constexpr,
     HAS_INITIAL: gl.constexpr, SAVE_FINAL: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
@@ -268,6 +268,13 @@ def chunk_forward_hopper_kernel(
     chunks = T // BT
     first_chunk = i_n * chunks
     column0 = first_chunk * BT
+    is_identity = i_v >= V // BV
+    if TRANSITION:  # as in `chunk_forward`, from the chunk that `reach` names
+        first = gl.load(reach + 3 * (i_n * HV + i_h) + gl.where(is_value, 0, 1))
+        is_identity &= first == 0
+        row0 += first * BT
+        column0 += first * BT
+        chunks -= first
     qk_col = i_h // (HV // H) * K
     v_col = i_h * V + gl.where(is_value, i_v, 0) * BV
     p_g = vectors + 4 * i_h.to(gl.int64) * R + column0
@@ -296,7 +303,7 @@ def chunk_forward_hopper_kernel(
     tiles = (q_s, k_s, v_s, c_s, vec_s, p_s, ready_vec_s, o_s, y_s, state_s, ready, free, p_ready, p_free)
     from_q, p_log_rq, log_scale = q if OUTPUT else k, p_g + 3 * R, gl.log2(scale)
     origin = (row0, column0, qk_col, v_col, i_h * BT, 4 * i_h)
-    places = (row0, state_row, HV * V, i_v * BV, i_h * V, chunks, is_value)
+    places = (row0, state_row, HV * V, i_v * BV, i_h * V, chunks, is_value, is_identity)
     # Tuples that are assigned turn constants into tensors, so these are written where they are used.
     if HALVES == 2:
         gl.warp_specialize(

@@ -29,6 +29,7 @@ def chunk_scan_backward_kernel(
     vector_rows,
     dfinal,
     dinitial,
+    reach,
     cu_seqlens,
     chunk_starts,
     T,
@@ -44,6 +45,7 @@ def chunk_scan_backward_kernel(
     SAVE_STATES: tl.constexpr,
     HAS_FINAL: tl.constexpr,
     SAVE_INITIAL: tl.constexpr,
+    REACH: tl.constexpr,
     IS_VARLEN: tl.constexpr,
     IS_FULL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -69,6 +71,8 @@ def chunk_scan_backward_kernel(
 
     log_scale = tl.log2(scale)
     n_chunks = tl.cdiv(length, BT)
+    if REACH:
+        n_chunks = tl.load(reach + 3 * (i_n * HV + i_h) + 2)
     for i in tl.range(0, n_chunks, num_stages=STAGES):
         i_t = n_chunks - 1 - i
         m_t = o_t < (BT if IS_FULL else length - i_t * BT)

@@ -183,10 +183,10 @@ def _carry_gradient(
 
 @gluon.jit(do_not_specialize=["T", "R", "scale"])
 def chunk_scan_backward_hopper_kernel(
-    q, k, c, do, dw, dstates, vectors, vector_rows, dfinal, dinitial, T, R, scale,
+    q, k, c, do, dw, dstates, vectors, vector_rows, dfinal, dinitial, reach, T, R, scale,
     H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BT: gl.constexpr, SAVE_STATES: gl.constexpr,
-    HAS_FINAL: gl.constexpr, SAVE_INITIAL: gl.constexpr, SPLIT: gl.constexpr, HALVES: gl.constexpr,
-    STAGES: gl.constexpr, STATE_REGISTERS: gl.constexpr, PREPARE_REGISTERS: gl.constexpr,
+    HAS_FINAL: gl.constexpr, SAVE_INITIAL: gl.constexpr, REACH: gl.constexpr, SPLIT: gl.constexpr,
+    HALVES: gl.constexpr, STAGES: gl.constexpr, STATE_REGISTERS: gl.constexpr, PREPARE_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     BV: gl.constexpr = 64 * HALVES
     pid = gl.program_id(0)
@@ -196,6 +196,8 @@ def chunk_scan_backward_hopper_kernel(
     row0 = i_n * T
     chunks = T // BT
     first_chunk = i_n * chunks
+    if REACH:  # as in `chunk_scan_backward`
+        chunks = gl.load(reach + 3 * (i_n * HV + i_h) + 2)
     # Tuples hold no None, so something else stands for what is not needed.
     p_state = (i_n * HV + i_h).to(gl.int64) * K * V
     p_final = dfinal + p_state if HAS_FINAL else vectors

@@ -26,6 +26,7 @@ from lrnn.kernels.launch_config import (
     scan_launch,
 )
 from lrnn.kernels.recurrent import recurrent_kernel
+from lrnn.kernels.segment_reach import SEGMENT_REACH, segment_reach_kernel
 from lrnn.kernels.segment_scan import SEGMENT_SCAN, segment_scan_kernel
 from lrnn.kernels.tiles import CHUNK, dot_precision, matrix_dtype
 
@@ -71,7 +72,8 @@ def delta_rule_cases(
         return f"tensordesc<{of}[{rows}, {columns}]>"
 
     def case(name: str, kernel: Any, constants: dict[str, Any], known: dict[str, str], warps: int, stages: int) -> Case:
-        scalars = {"T": "i32", "R": "i32", "stride_k": "i32", "segments": "i32", "scale": "fp32", "beta_range": "fp32"}
+        scalars = dict.fromkeys(("T", "R", "stride_k", "segments", "chunks"), "i32")
+        scalars |= dict.fromkeys(("scale", "beta_range", "least"), "fp32")
         constants = {n: value for n, value in constants.items() if n in kernel.arg_names}
         types = {n: {**scalars, **documents, **known}.get(n, "*fp32") for n in kernel.arg_names if n not in constants}
         return name + suffix, kernel, types, constants, warps, stages
@@ -96,7 +98,7 @@ def delta_rule_cases(
         ("chunk_forward", {"OUTPUT": True, "SAVE_STATES": False, "y": None, "states": None}),
         ("chunk_states", {"OUTPUT": False, "SAVE_STATES": True, "q": None, "o": None}),
     ):
-        constants = {**scan, **flags, "HAS_INITIAL": False, "SAVE_FINAL": False, "TRANSITION": False}
+        constants = {**scan, **flags, "HAS_INITIAL": False, "SAVE_FINAL": False, "TRANSITION": False, "reach": None}
         known = {**matrices, "v": values, "o": result, "y": result, "states": tile(launch.BV, K)}
         yield case(name, chunk_forward_kernel, constants, known, launch.warps, launch.stages)
 
@@ -105,6 +107,7 @@ def delta_rule_cases(
 
     stages = scan_backward_stages(K, dtype)
     constants = {**scan, "STAGES": stages, "SAVE_STATES": True, "HAS_FINAL": False, "SAVE_INITIAL": False}
+    constants |= {"REACH": False, "reach": None}
     known = {**matrices, "do": values, "dw": result, "dstates": tile(launch.BV, K // 2)}
     yield case("chunk_scan_backward", chunk_scan_backward_kernel, constants, known, launch.warps, stages)
 
@@ -126,6 +129,8 @@ def delta_rule_cases(
         constants = {"HV": H, "K": K, "V": V, "E_STRIDE": V, "M_STRIDE": V + K, "BACKWARD": True, **tiles}
         constants |= {"HAS_START": True, "SAVE_LAST": True}
         yield case("segment_scan", segment_scan_kernel, constants, {}, SEGMENT_SCAN["num_warps"], 3)
+        constants = {"HV": H, "BT": CHUNK, "BN": SEGMENT_REACH["BN"], "HAS_START": False, "SAVE_LAST": False}
+        yield case("segment_reach", segment_reach_kernel, constants, {"reach": "*i32"}, SEGMENT_REACH["num_warps"], 3)
 
 
 def recurrent_case() -> Case:
@@ -151,7 +156,7 @@ def hopper_cases(suffix: str, heads: dict[str, Any], element: str, matrix: str, 
     def case(name: str, kernel: Any, constants: dict[str, Any], launch: HopperLaunch) -> Case:
         constants = {**heads, "V": 128, **launch._asdict(), **constants}
         constants = {n: value for n, value in constants.items() if n in kernel.arg_names}
-        types = {"T": "i32", "R": "i32", "scale": "fp32", "vector_rows": tile(1, CHUNK, "fp32")}
+        types = {"T": "i32", "R": "i32", "scale": "fp32", "reach": "*i32", "vector_rows": tile(1, CHUNK, "fp32")}
         types |= {"c": tile(CHUNK, CHUNK, matrix), "states": tile(64, 128), "dstates": tile(64, 128)}
         types |= dict.fromkeys(("q", "k"), tile(CHUNK, 128))
         types |= dict.fromkeys(("v", "o", "y", "do", "dw"), tile(CHUNK, 64))
@@ -169,7 +174,7 @@ def hopper_cases(suffix: str, heads: dict[str, Any], element: str, matrix: str, 
     states = {**output, "OUTPUT": False, "SAVE_STATES": True, "q": None, "o": None}
     transition = {**output, "OUTPUT": False, "TRANSITION": True, "SAVE_FINAL": True, "q": None, "o": None}
     nothing_kept = {"y": None, "states": None}
-    absent = {"initial_state": None, "final_state": None}
+    absent = {"initial_state": None, "final_state": None, "reach": None}
     for full in (False, True):
         launch = hopper_settings(full, output=True, split=heads["SPLIT"])
         yield case("forward_hopper", chunk_forward_hopper_kernel, output | nothing_kept | absent, launch)
@@ -177,9 +182,13 @@ def hopper_cases(suffix: str, heads: dict[str, Any], element: str, matrix: str, 
         yield case("states_hopper", chunk_forward_hopper_kernel, states | absent, launch)
         constants = transition | nothing_kept | {"initial_state": None}
         yield case("transition_hopper", chunk_forward_hopper_kernel, constants, launch)
-        constants = {"SAVE_STATES": True, "HAS_FINAL": False, "SAVE_INITIAL": False, "dfinal": None, "dinitial": None}
+        constants = {"SAVE_STATES": True, "HAS_FINAL": False, "SAVE_INITIAL": False, "REACH": False}
+        constants |= {"dfinal": None, "dinitial": None, "reach": None}
         launch = hopper_backward_settings(full)
         yield case("scan_backward_hopper", chunk_scan_backward_hopper_kernel, constants, launch)
+        constants = {"SAVE_STATES": False, "HAS_FINAL": False, "SAVE_INITIAL": True, "REACH": True}
+        constants |= {"dfinal": None, "dw": None, "dstates": None}
+        yield case("start_gradient_hopper", chunk_scan_backward_hopper_kernel, constants, launch)
 
     kernel, tiles = chunk_backward_hopper_kernel, ("q", "k", "do", "dw", "y", "states", "dstates", "dq", "dk", "dv")
     known = {**heads, "V": 128, **hopper_chunk_settings()._asdict()}

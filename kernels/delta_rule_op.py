@@ -97,7 +97,8 @@ def gated_delta_rule_forward(
     initial = None if initial_state is None else initial_state.contiguous()
     last: Tensor | None = final if output_final_state else None
     if s.segments > 1:
-        s.run_forward(None, segment_ends, transition=True)
+        reach = s.find_reach(normalize and beta_range != 0, initial is not None, output_final_state)
+        s.run_forward(None, segment_ends, reach=reach)
         s.join_segments(starts, segment_ends, segment_ends, initial, None, backward=False)
         initial = starts
         if output_final_state:
@@ -156,7 +157,8 @@ def gated_delta_rule_backward(
     s.run_forward(initial, None, y=y, states=states)
     if s.segments > 1:
         dstarts, dends = (s.empty(s.chunks.sequences, s.HV, s.K, s.V) for _ in range(2))
-        s.run_backward_scan(do, None, dstarts)
+        reach = s.find_reach(normalize and beta_range != 0, initial_state is not None, dlast is not None)
+        s.run_backward_scan(do, None, dstarts, reach=reach)
         s.join_segments(dends, dstarts, segment_ends, dlast, dinitial, backward=True)
         s.run_backward_scan(do, dends, None, dw, dstates)
     else:

@@ -3,7 +3,7 @@ is made for the call.
 
 Few long sequences do not fill the GPU with one scan each. They are cut into segments, whose transitions (a matrix
 [K, K]) and end states from nothing are computed side by side, then joined, and the scans start from there. This is
-exact; no decay is assumed.
+exact: only what float32 could not hold is left out (`segment_reach`).
 """
 
 from typing import Any
@@ -21,6 +21,7 @@ from lrnn.kernels.chunk_scan_backward import chunk_scan_backward_kernel
 from lrnn.kernels.chunk_scan_backward_hopper import chunk_scan_backward_hopper_kernel, hopper_backward_settings
 from lrnn.kernels.launch import launch
 from lrnn.kernels.launch_config import INVERSE_LAUNCH, chunk_launch, multiprocessors, scan_backward_stages, scan_launch
+from lrnn.kernels.segment_reach import LEAST, SEGMENT_REACH, segment_reach_kernel
 from lrnn.kernels.segment_scan import SEGMENT_SCAN, segment_scan_kernel
 from lrnn.kernels.tiles import CHUNK, Chunks, Tiles, dot_precision, result_tiles, with_rows
 
@@ -144,18 +145,20 @@ class Scan:
         o: Tensor | None = None,
         y: Tensor | None = None,
         states: Tensor | None = None,
-        transition: bool = False,
+        reach: Tensor | None = None,
     ) -> None:
         """The scan of `chunk_forward`, which fills what is given of its results.
 
         Args:
             initial: states [N, HV, K, V] float32 in which the sequences start, or None for zeros.
-            final: their last states [N, HV, K, V] float32; with `transition` [N, HV, K, V + K].
+            final: their last states [N, HV, K, V] float32; with `reach` [N, HV, K, V + K].
             o: the output [B, T, HV, V] in the dtype of v.
             y: what each token found missing [B * T, HV * V] in the dtype of v.
             states: the transposed states ahead of the chunks [chunks * HV * V, K] in the dtype of v.
-            transition: scan the identity [K, K] beside the values, for the transition of each sequence.
+            reach: scan the identity [K, K] beside the values, for the transition of each sequence, and only what
+                `segment_reach` found to matter.
         """
+        transition = reach is not None
         width = self.V + self.K * transition
         count = self.HV * self.chunks.sequences
         flags = {
@@ -178,6 +181,7 @@ class Scan:
             self.vector_rows,
             initial,
             final,
+            reach,
         )
         if self.for_hopper:
             hopper = hopper_settings(count >= FULL, o is not None, self.split)
@@ -195,6 +199,7 @@ class Scan:
         dinitial: Tensor | None,
         dw: Tensor | None = None,
         dstates: Tensor | None = None,
+        reach: Tensor | None = None,
     ) -> None:
         """The scan of `chunk_scan_backward`, which fills what is given of its results.
 
@@ -204,11 +209,13 @@ class Scan:
             dinitial: those of the first states [N, HV, K, V] float32.
             dw: dW [B * T, HV * V] in the dtype of v; beta dW is the gradient of v.
             dstates: transposed gradients of the states behind the chunks [chunks * HV * V, K] in the dtype of v.
+            reach: scan only what `segment_reach` found to matter to `dinitial`.
         """
         flags = {
             "SAVE_STATES": dstates is not None,
             "HAS_FINAL": dfinal is not None,
             "SAVE_INITIAL": dinitial is not None,
+            "REACH": reach is not None,
             "SPLIT": self.split,
         }
         count = self.HV * self.chunks.sequences
@@ -225,6 +232,7 @@ class Scan:
             self.vector_rows,
             dfinal,
             dinitial,
+            reach,
         )
         if self.for_hopper:
             hopper = hopper_backward_settings(count >= FULL)
@@ -327,6 +335,27 @@ class Scan:
             num_stages=settings.stages,
             **self.heads,
         )
+
+    def find_reach(self, contracts: bool, has_start: bool, save_last: bool) -> Tensor:
+        """What `segment_reach` finds [B * segments, HV, 3] int32, with or without a state ahead of the first segment or
+        behind the last one. Nothing is left out for its decay unless every factor `contracts`."""
+        reach = self.empty(self.chunks.sequences, self.HV, 3, dtype=torch.int32)
+        launch(
+            segment_reach_kernel,
+            (self.chunks.sequences, self.HV, 1),
+            reach,
+            self.vectors,
+            self.segments,
+            self.chunks.seq_len // CHUNK,
+            self.R,
+            LEAST if contracts else float("-inf"),
+            HV=self.HV,
+            BT=CHUNK,
+            HAS_START=has_start,
+            SAVE_LAST=save_last,
+            **SEGMENT_REACH,
+        )
+        return reach
 
     def join_segments(
         self,

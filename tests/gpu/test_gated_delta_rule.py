@@ -5,6 +5,7 @@ Printed with -s: every error, and how far our kernels, fla's and FlashQLA's (whe
 
 import functools
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -150,7 +151,24 @@ def test_long_sequence_in_segments():
     assert scans.count_segments(1, 8192, 1, 128, 128, BF16) > 1, "this length is not cut any more"
     compare_fused(random(1, 8192, H=1, raw=True), BARS[BF16], "segments")
     x = inputs.set_keys(inputs.set_gates(random(1, 8192, H=1, dtype=FP32), "one"), "random")
-    compare(x, {"": 5e-4}, "segments without decay, float32", normalize_qk=True)
+    compare(x, {"": 1e-4}, "segments without decay, float32", normalize_qk=True)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_what_does_not_reach_the_end_of_a_segment_changes_nothing(dtype, monkeypatch):
+    """Heads that forget within a chunk, a segment, or never: with nothing left out the results are the same bits."""
+    x = random(1, 16384, H=3, dtype=dtype, raw=True)
+    x["A_log"] = torch.tensor([8.0, 0.2, 1e-4], device="cuda").log()
+    do, dstate = inputs.arriving(x)
+    reaches, find = [], scans.Scan.find_reach
+    monkeypatch.setattr(scans.Scan, "find_reach", lambda *a: reaches.append(find(*a)) or reaches[-1])
+    found = evaluate(fused_gated_delta_rule, x, do, dstate)
+    first, lost, _ = reaches[0][0].T.tolist()
+    chunks = scans.SEGMENT // 64
+    assert 0 < first[1] < first[0] == chunks - 1 and first[2] == 0 and lost == [chunks, chunks, 0], reaches[0]
+    monkeypatch.setattr(scans, "LEAST", -math.inf)
+    whole = evaluate(fused_gated_delta_rule, x, do, dstate)
+    assert not reaches[2][:-1, :, :2].any() and all(torch.equal(found[n], whole[n]) for n in whole)
 
 
 # ---- tracking: beta = 2, no gate

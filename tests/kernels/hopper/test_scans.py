@@ -23,6 +23,10 @@ def test_halves_are_those_of_the_settings():
     assert scans.hopper_settings(False, True, False).HALVES == 1 == scans.hopper_backward_settings(False).HALVES
 
 
+def all_of_head(x, head):
+    return {name: y[:, :, head:][:, :, :1] if y.shape[2] > 1 else y for name, y in x.items()}
+
+
 def forward(x, normalize, initial, split=False):
     B, _, HV = x["beta"].shape
     scan = make_scan(x, normalize, split)
@@ -61,14 +65,21 @@ def test_forward_anew_saves_the_states(halves, run_on_cpu, monkeypatch):
     check(found, {"y": errors, "states": state_rows(starts)})
 
 
-def test_forward_gives_the_transition(run_on_cpu):
+@pytest.mark.parametrize("halves", [1, 2])
+def test_forward_gives_the_transition(halves, run_on_cpu, monkeypatch):
+    """And an end state. In the second head the state begins with the second chunk, and no transition is asked for."""
     run_on_cpu()
-    x = recurrence_inputs(1, 2 * CHUNK, 1, 1, True, seed=2)
-    end = recurrence(x, torch.zeros(1, 1, D, D), True)[3]
-    transition = recurrence(x | {"v": torch.zeros_like(x["v"])}, torch.eye(D)[None, None], True)[3]
-    found = {"ends": nans(1, 1, D, 2 * D)}
-    make_scan(x, True).run_forward(None, found["ends"], transition=True)
-    check(found, {"ends": torch.cat([end, transition], -1)})
+    in_halves(halves, monkeypatch)
+    x = recurrence_inputs(1, 3 * CHUNK, 1, 2, True, seed=2)
+    late = {name: y[:, CHUNK:, -1:] for name, y in x.items()}
+    ends = [recurrence(part, torch.zeros(1, 1, D, D), True)[3] for part in (all_of_head(x, 0), late)]
+    no_values = all_of_head(x, 0) | {"v": torch.zeros(1, 3 * CHUNK, 1, D)}
+    transition = recurrence(no_values, torch.eye(D)[None, None], True)[3]
+    found = {"ends": nans(1, 2, D, 2 * D)}
+    reach = torch.tensor([[[0, 0, -1], [1, 3, -1]]], dtype=torch.int32)
+    make_scan(x, True).run_forward(None, found["ends"], reach=reach)
+    rows = torch.cat([transition, torch.zeros_like(transition)], 1)
+    check(found, {"ends": torch.cat([torch.cat(ends, 1), rows], -1)})
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -108,6 +119,23 @@ def test_backward_scan_is_autograds(chunks, H, HV, normalize, halves, seed, run_
     in_halves(halves, monkeypatch)
     x = recurrence_inputs(1, chunks * CHUNK, H, HV, normalize, seed)
     check(*backward_scan(x, normalize, normal(1, HV, D, D, seed=5)))
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+def test_backward_scan_of_the_first_chunks(halves, run_on_cpu, monkeypatch):
+    """Of one head none, of the other two: what the others did is then no part of the first state's gradient."""
+    run_on_cpu()
+    in_halves(halves, monkeypatch)
+    x = recurrence_inputs(1, 3 * CHUNK, 1, 2, True, seed=4)
+    do, zero = normal(1, 3 * CHUNK, 2, D, seed=7), torch.zeros(1, 1, D, D)
+    scan = make_scan(x, True)
+    scan.vectors.view(2, 4, -1)[:, 3] = equations.log_norms(x["q"], 2)
+    found = {"dinitial": nans(1, 2, D, D)}
+    reach = torch.tensor([[[-1, -1, 0], [-1, -1, 2]]], dtype=torch.int32)
+    scan.run_backward_scan(do, None, **found, reach=reach)
+    early = {name: y[:, : 2 * CHUNK] for name, y in all_of_head(x, 1).items()}
+    expected = equations.scan_gradients(early, zero, do[:, : 2 * CHUNK, 1:], zero)["dinitial"]
+    check(found, {"dinitial": torch.cat([zero, expected], 1)})
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

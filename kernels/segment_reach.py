@@ -1,0 +1,67 @@
+"""Which chunks of a segment reach its ends: those of which something is left there.
+
+Unit keys and step sizes in [0, 2] make every factor I - beta k k^T of a transition a contraction. So what a chunk
+leaves is at its segment's end no larger than the gates between let it be, and nor is the transition itself. Where these
+leave less than 2^-160, an entry below 2^11 ends below float32's smallest number, as it would in the recurrence. Such
+chunks are left out of the scans that look for a segment's transition and end state and, seen from the segment's start,
+of the backward one. With the gates of a model they are most.
+"""
+
+import triton
+import triton.language as tl
+
+LEAST = -160.0  # log2 of a decay below which nothing is left
+
+SEGMENT_REACH = {"BN": 64, "num_warps": 1}
+
+
+@triton.jit(do_not_specialize=["segments", "chunks", "R", "least"])
+def segment_reach_kernel(
+    reach,
+    vectors,
+    segments,
+    chunks,
+    R,
+    least,
+    HV: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    HAS_START: tl.constexpr,
+    SAVE_LAST: tl.constexpr,
+):
+    # reach [N, HV, 3] int32, of each segment and head: the first chunk that its end state depends on; the same of its
+    # transition, which is 0 or, where nothing of it is left, `chunks`; how many chunks the gradient of the state ahead
+    # of it depends on. What `segment_scan` has no use for depends on none. `least` is LEAST, or -inf for no limit.
+    i_n, i_h = tl.program_id(0), tl.program_id(1)
+    p_g = vectors + 4 * i_h.to(tl.int64) * R + i_n * chunks * BT + BT - 1  # each chunk's accumulated log-gates
+    o_c = tl.arange(0, BN)
+    is_first = i_n % segments == 0
+    is_last = i_n % segments == segments - 1
+
+    # A comparison with not-a-number is false: such gates hide nothing.
+    first, after = chunks, tl.zeros([], tl.float32)
+    for i in range(tl.cdiv(chunks, BN)):
+        place = chunks - 1 - (i * BN + o_c)  # from the last on
+        g = tl.load(p_g + place * BT, mask=place >= 0, other=0.0)
+        later = after + tl.cumsum(g, 0) - g
+        first = tl.minimum(first, tl.min(tl.where((place < 0) | (later < least), chunks, place), 0))
+        after += tl.sum(g, 0)
+    count, before = 0, tl.zeros([], tl.float32)
+    for i in range(tl.cdiv(chunks, BN)):
+        place = i * BN + o_c
+        g = tl.load(p_g + place * BT, mask=place < chunks, other=0.0)
+        earlier = before + tl.cumsum(g, 0) - g
+        count = tl.maximum(count, tl.max(tl.where((place >= chunks) | (earlier < least), 0, place + 1), 0))
+        before += tl.sum(g, 0)
+
+    # No segment follows the last one, and none comes ahead of the first.
+    is_lost = after < least
+    if not HAS_START:
+        is_lost |= is_first
+        count = tl.where(is_first, 0, count)
+    if not SAVE_LAST:
+        is_lost |= is_last
+    p_reach = reach + 3 * (i_n * HV + i_h)
+    tl.store(p_reach, tl.where(is_last, chunks, first))
+    tl.store(p_reach + 1, tl.where(is_lost, chunks, 0))
+    tl.store(p_reach + 2, count)
