@@ -27,7 +27,7 @@ from lrnn.kernels.launch_config import (
 )
 from lrnn.kernels.recurrent import recurrent_kernel
 from lrnn.kernels.segment_reach import SEGMENT_REACH, segment_reach_kernel
-from lrnn.kernels.segment_scan import SEGMENT_SCAN, segment_scan_kernel
+from lrnn.kernels.segment_scan import segment_scan_kernel, segment_scan_launch
 from lrnn.kernels.tiles import CHUNK, dot_precision, matrix_dtype
 
 Case = tuple[str, Any, dict[str, str], dict[str, Any], int, int]
@@ -125,10 +125,11 @@ def delta_rule_cases(
     yield case("gate_backward", gate_backward_kernel, constants, known, 1, 1)
 
     if not packed:
-        tiles = {"BK": SEGMENT_SCAN["BK"], "BV": SEGMENT_SCAN["BV"]}
+        settings = segment_scan_launch(K)
+        tiles = {"BK": settings["BK"], "BV": settings["BV"]}
         constants = {"HV": H, "K": K, "V": V, "E_STRIDE": V, "M_STRIDE": V + K, "BACKWARD": True, **tiles}
         constants |= {"HAS_START": True, "SAVE_LAST": True}
-        yield case("segment_scan", segment_scan_kernel, constants, {}, SEGMENT_SCAN["num_warps"], 3)
+        yield case("segment_scan", segment_scan_kernel, constants, {}, settings["num_warps"], 3)
         constants = {"HV": H, "BT": CHUNK, "BN": SEGMENT_REACH["BN"], "HAS_START": False, "SAVE_LAST": False}
         yield case("segment_reach", segment_reach_kernel, constants, {"reach": "*i32"}, SEGMENT_REACH["num_warps"], 3)
 

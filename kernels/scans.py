@@ -22,7 +22,7 @@ from lrnn.kernels.chunk_scan_backward_hopper import chunk_scan_backward_hopper_k
 from lrnn.kernels.launch import launch
 from lrnn.kernels.launch_config import INVERSE_LAUNCH, chunk_launch, multiprocessors, scan_backward_stages, scan_launch
 from lrnn.kernels.segment_reach import LEAST, SEGMENT_REACH, segment_reach_kernel
-from lrnn.kernels.segment_scan import SEGMENT_SCAN, segment_scan_kernel
+from lrnn.kernels.segment_scan import segment_scan_kernel, segment_scan_launch
 from lrnn.kernels.tiles import CHUNK, Chunks, Tiles, dot_precision, result_tiles, with_rows
 
 SCANS_TO_FILL = 256  # scans that fill an H100: 132 multiprocessors, two programs on each
@@ -370,9 +370,10 @@ class Scan:
 
         The transitions are columns of `segment_ends` [B * segments, HV, K, V + K]; forward it is `ends` too.
         """
+        settings = segment_scan_launch(self.K)
         launch(
             segment_scan_kernel,
-            (self.V // SEGMENT_SCAN["BV"], self.B, self.HV),
+            (self.V // settings["BV"], self.B, self.HV),
             joined,
             ends,
             segment_ends[..., self.V :],
@@ -387,5 +388,5 @@ class Scan:
             BACKWARD=backward,
             HAS_START=start is not None,
             SAVE_LAST=last is not None,
-            **SEGMENT_SCAN,
+            **settings,
         )

@@ -13,7 +13,10 @@ have float32 accuracy (tf32x3).
 import triton
 import triton.language as tl
 
-SEGMENT_SCAN = {"BK": 64, "BV": 32, "num_warps": 4}
+
+def segment_scan_launch(K: int) -> dict[str, int]:
+    """Settings of `segment_scan`: keys of a product, columns of values of a program, warps."""
+    return {"BK": min(K, 128), "BV": 32, "num_warps": 8}
 
 
 @triton.jit
