@@ -1,6 +1,6 @@
 """The kernels in Gluon beside the plain ones: the same equations and roundings, so nearly the same numbers.
 
-What both compute is compared with a float64 recurrence in `test_gated_delta_rule.py`, which runs the kernels in Gluon
+What both compute is compared with a float64 recurrence in `delta_rule/`, which runs the kernels in Gluon
 wherever chunks are full and heads of size 128.
 """
 

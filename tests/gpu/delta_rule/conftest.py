@@ -1,0 +1,25 @@
+"""The kernels of the gated delta rule on the GPU, at the sizes of training, against the float64 recurrence.
+
+Printed with -s: every error, and how far our kernels, fla's and FlashQLA's (where installed) carry a state.
+"""
+
+import pytest
+import torch
+from nan_buffers import fill_new_buffers_with_nan
+
+
+@pytest.fixture
+def plain_buffers():
+    """For tests of memory and of speed: new buffers are left as they are."""
+
+
+@pytest.fixture(autouse=True)
+def nan_buffers(request, monkeypatch):
+    if "plain_buffers" not in request.fixturenames:
+        fill_new_buffers_with_nan(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def free_memory():
+    yield
+    torch.cuda.empty_cache()

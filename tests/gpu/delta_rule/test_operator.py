@@ -1,0 +1,145 @@
+"""How it behaves as an operator of PyTorch; size, memory and compilation."""
+
+import os
+import subprocess
+import sys
+import time
+
+import delta_rule_inputs as inputs
+import delta_rule_truth as truth
+import pytest
+import torch
+from delta_rule_inputs import BARS
+from delta_rule_on_gpu import BF16, FP32, random
+from delta_rule_truth import check, evaluate, floors, relative_error
+from operator_calls import OperatorCalls
+
+from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule
+from lrnn.pretrain import bench_kernels
+
+
+def test_projections_may_be_slices():
+    """q, k and v as views of one projection, gates of another: the same bits as from tensors of their own."""
+    x = random(2, 130, raw=True)
+    joined = torch.cat([x[n].flatten(2) for n in ("q", "k", "v")], -1)
+    gates = torch.cat([x["a"], x["b"]], -1)
+    views = dict(zip(("q", "k", "v"), (y.unflatten(-1, (2, 128)) for y in joined.chunk(3, -1)), strict=True))
+    views |= dict(zip(("a", "b"), gates.chunk(2, -1), strict=True))
+    views = x | views
+    assert not any(views[n].is_contiguous() for n in ("q", "k", "v", "a", "b"))
+    with torch.no_grad():
+        assert torch.equal(fused_gated_delta_rule(**views)[0], fused_gated_delta_rule(**x)[0])
+
+
+@pytest.mark.parametrize(("B", "T", "H"), [(2, 1000, 16), (1, 16384, 2)])
+def test_a_hundred_runs_are_bitwise_equal(B, T, H):
+    x = random(B, T, H=H, raw=True)
+    arriving = inputs.arriving(x)
+    first = evaluate(fused_gated_delta_rule, x, *arriving)
+    for _ in range(99):
+        again = evaluate(fused_gated_delta_rule, x, *arriving)
+        assert all(torch.equal(first[n], again[n]) for n in first)
+
+
+def test_without_gradients_the_output_is_the_same():
+    x = random(2, 130, raw=True)
+    with torch.no_grad():
+        o, final = fused_gated_delta_rule(**x, output_final_state=True)
+    found = evaluate(fused_gated_delta_rule, x, *inputs.arriving(x))
+    assert torch.equal(o, found["o"]) and torch.equal(final, found["final_state"])
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_torch_compile(documents, plain_buffers):
+    """Forward and backward without a graph break, also where the length changes."""
+    torch._dynamo.reset()
+    compiled = torch.compile(fused_gated_delta_rule, fullgraph=True)
+    for T in (130, 200):
+        bounds = torch.tensor([0, 50, 2 * T], device="cuda") if documents else None
+        x = random(2, T, raw=True)
+        found = evaluate(compiled, x, *inputs.arriving(x), cu_seqlens=bounds)
+        eager = evaluate(fused_gated_delta_rule, x, *inputs.arriving(x), cu_seqlens=bounds)
+        for name in eager:
+            assert relative_error(found[name], eager[name]) < 1e-6, (T, name)
+
+
+def test_autocast_changes_nothing():
+    x = random(2, 130, raw=True)
+    arriving = inputs.arriving(x)
+    plain = evaluate(fused_gated_delta_rule, x, *arriving)
+    with torch.autocast("cuda", BF16):
+        cast = evaluate(fused_gated_delta_rule, x, *arriving)
+    for name in plain:
+        assert cast[name].dtype == plain[name].dtype and torch.equal(cast[name], plain[name]), name
+    assert plain["o"].dtype == BF16 and plain["final_state"].dtype == plain["dA_log"].dtype == FP32
+
+
+def test_operators_keep_the_rules(plain_buffers):
+    x = random(2, 16, raw=True)
+    bounds = torch.tensor([0, 5, 32], device="cuda")
+    for options in ({}, {"cu_seqlens": bounds}):
+        with OperatorCalls() as calls:
+            evaluate(fused_gated_delta_rule, x, *inputs.arriving(x), **options)
+            with torch.no_grad():
+                fused_gated_delta_rule(**x, **options)
+        assert set(calls.made) == {f"lrnn::gated_delta_rule_{part}" for part in ("forward", "backward", "recurrent")}
+        calls.opcheck()
+
+
+def test_more_than_2_to_the_31_elements(plain_buffers):
+    """Offsets beyond int32, and more programs than a grid's second axis holds: the last rows against the truth."""
+    B, T, H, K = 8208, 128, 16, 128
+    assert B * T * H * K > 2**31 and B * H > 2**16
+    r = inputs.generator("cuda", 0)
+    x = {n: torch.empty(B, T, H, K, device="cuda", dtype=BF16).normal_(generator=r) for n in ("q", "k", "v")}
+    x |= {n: torch.empty(B, T, H, device="cuda", dtype=BF16).normal_(generator=r) for n in ("a", "b")}
+    x |= {n: torch.randn(H, generator=r, device="cuda") - 2 for n in ("A_log", "dt_bias")}
+    last = {n: y[-1:].clone() if y.ndim > 1 else y for n, y in x.items()}
+    do = torch.empty(1, T, H, K, device="cuda", dtype=BF16).normal_(generator=r)
+    for y in x.values():
+        y.requires_grad_()
+    o, _ = fused_gated_delta_rule(**x)
+    names = ("q", "k", "v", "a", "b")
+    gradients = torch.autograd.grad(o, [x[n] for n in names], do.expand(B, T, H, K))
+    found = {"o": o.detach()[-1:]} | {f"d{n}": dx[-1:] for n, dx in zip(names, gradients, strict=True)}
+    leaves = {n: y.double().requires_grad_() for n, y in last.items()}
+    o_true, _ = truth.fused_gated_delta_rule(**leaves)
+    true = torch.autograd.grad(o_true, [leaves[n] for n in names], do.double())
+    expected = {"o": o_true.detach()} | {f"d{n}": dx for n, dx in zip(names, true, strict=True)}
+    check(found, expected, BARS[BF16], f"{B * T * H * K:.3g} elements", floors(expected, do))
+
+
+def test_peak_memory_is_no_more_than_flas(plain_buffers):
+    x = bench_kernels.make_inputs(8, 4096, 16, 128)
+    peaks = {}
+    with bench_kernels.fla_guard_lifted():
+        for name, run in (("lrnn", bench_kernels.ours), ("fla", bench_kernels.fla)):
+            peaks[name] = bench_kernels.peak_memory(bench_kernels.passes(run, x)[1])
+    print("peak memory of forward and backward, MiB: " + ", ".join(f"{n} {p:.0f}" for n, p in peaks.items()))
+    assert peaks["lrnn"] <= peaks["fla"]
+
+
+def test_first_use_compiles_in_a_minute(tmp_path, plain_buffers):
+    """Training, packed documents and generation in a new process with an empty cache."""
+    code = """if True:
+        import torch
+        from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule
+        from lrnn.pretrain.bench_kernels import make_inputs
+        import time
+        start = time.perf_counter()
+        x = {n: y.requires_grad_() for n, y in make_inputs(2, 512, 4, 128).items()}
+        for bounds in (None, torch.tensor([0, 100, 1024], device="cuda")):
+            fused_gated_delta_rule(**x, cu_seqlens=bounds)[0].sum().backward()
+        long = {n: y.requires_grad_() for n, y in make_inputs(1, 16384, 1, 128).items()}
+        fused_gated_delta_rule(**long)[0].sum().backward()
+        with torch.no_grad():
+            fused_gated_delta_rule(**make_inputs(2, 1, 4, 128))
+        torch.cuda.synchronize()
+        print(time.perf_counter() - start)
+    """
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    start = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    print(f"first use: {float(result.stdout.split()[-1]):.1f} s, with imports {time.perf_counter() - start:.1f} s")
+    assert float(result.stdout.split()[-1]) < 60
