@@ -120,16 +120,24 @@ def test_peak_memory_is_no_more_than_flas(plain_buffers):
 
 
 def test_first_use_compiles_in_a_minute(tmp_path, plain_buffers):
-    """Training, packed documents and generation in a new process with an empty cache."""
+    """Training, packed documents and generation in a new process with an empty cache; the delta rule, the short
+    convolution and the gated norm."""
     code = """if True:
         import torch
         from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule
+        from lrnn.kernels.gated_rms_norm import gated_rms_norm
+        from lrnn.kernels.short_conv import short_conv
         from lrnn.pretrain.bench_kernels import make_inputs
         import time
+        def leaf(*shape):
+            return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         start = time.perf_counter()
         x = {n: y.requires_grad_() for n, y in make_inputs(2, 512, 4, 128).items()}
         for bounds in (None, torch.tensor([0, 100, 1024], device="cuda")):
             fused_gated_delta_rule(**x, cu_seqlens=bounds)[0].sum().backward()
+            xs, weights = [leaf(2, 512, 512) for _ in range(3)], [leaf(512, 1, 4) for _ in range(3)]
+            sum(y.sum() for y in short_conv(xs, weights, cu_seqlens=bounds)).backward()
+        gated_rms_norm(leaf(2, 512, 4, 128), leaf(2, 512, 4, 128), leaf(128), 1e-5).sum().backward()
         long = {n: y.requires_grad_() for n, y in make_inputs(1, 16384, 1, 128).items()}
         fused_gated_delta_rule(**long)[0].sum().backward()
         with torch.no_grad():
