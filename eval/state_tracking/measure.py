@@ -13,7 +13,8 @@ from lrnn.eval.state_tracking.interleave import Work, finished
 from lrnn.eval.state_tracking.metrics import prefix_accuracy, scaled_accuracy
 from lrnn.eval.state_tracking.task import IGNORE
 
-TEST_TOKENS = 2**17  # tokens of a forward pass, at most, unless one sequence is longer
+# Tokens of a forward pass, at most, unless one sequence is longer: what fills a GPU, or stays in the caches of a CPU.
+TEST_TOKENS = {"cuda": 2**17, "cpu": 2**13}
 
 
 def measure(cell: Cell, model: LrnnForCausalLM, device: torch.device) -> Work[dict[str, Any]]:
@@ -24,7 +25,7 @@ def measure(cell: Cell, model: LrnnForCausalLM, device: torch.device) -> Work[di
     section 5.2); there the accuracy over all is that of all positions.
     """
     settings, seed = cell.test, split_seed(cell.seed, "test")
-    batch_size = min(settings.batch_size, max(1, TEST_TOKENS // settings.max_length))
+    batch_size = min(settings.batch_size, max(1, TEST_TOKENS[device.type] // settings.max_length))
     # Sums stay on the device: reading one back would wait for the batch.
     right, total = torch.zeros(2, settings.max_length + 1, dtype=torch.float64, device=device)
     positions = torch.zeros(2, dtype=torch.int64, device=device)  # right, all

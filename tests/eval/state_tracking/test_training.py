@@ -202,7 +202,7 @@ def test_long_sequences_are_tested_fewer_at_a_time(tiny_cells, monkeypatch, task
         "batch",
         lambda self, seed, indices, *rest: sizes.append(len(indices)) or original(self, seed, indices, *rest),
     )
-    monkeypatch.setattr(measure, "TEST_TOKENS", 30 * 5 + 29)
+    monkeypatch.setitem(measure.TEST_TOKENS, "cpu", 30 * 5 + 29)
     result = measured(cell)
     assert sizes == [5] * 12 + [4]
     assert result == expected and (cell.folder / "accuracy.csv").read_text() == table
