@@ -138,7 +138,7 @@ def test_first_use_compiles_in_a_minute(tmp_path, plain_buffers):
             xs, weights = [leaf(2, 512, 512) for _ in range(3)], [leaf(512, 1, 4) for _ in range(3)]
             sum(y.sum() for y in short_conv(xs, weights, cu_seqlens=bounds)).backward()
         gated_rms_norm(leaf(2, 512, 4, 128), leaf(2, 512, 4, 128), leaf(128), 1e-5).sum().backward()
-        long = {n: y.requires_grad_() for n, y in make_inputs(1, 16384, 1, 128).items()}
+        long = {n: y.requires_grad_() for n, y in make_inputs(1, 16384, 4, 128).items()}
         fused_gated_delta_rule(**long)[0].sum().backward()
         with torch.no_grad():
             fused_gated_delta_rule(**make_inputs(2, 1, 4, 128))
