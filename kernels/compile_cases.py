@@ -101,6 +101,11 @@ def delta_rule_cases(
         constants = {**scan, **flags, "HAS_INITIAL": False, "SAVE_FINAL": False, "TRANSITION": False, "reach": None}
         known = {**matrices, "v": values, "o": result, "y": result, "states": tile(launch.BV, K)}
         yield case(name, chunk_forward_kernel, constants, known, launch.warps, launch.stages)
+    if not packed:
+        constants = {**scan, **dict.fromkeys(("q", "o", "y", "states", "initial_state")), "TRANSITION": True}
+        constants |= {"OUTPUT": False, "SAVE_STATES": False, "HAS_INITIAL": False, "SAVE_FINAL": True}
+        known = {**matrices, "v": values, "reach": "*i32"}
+        yield case("transition", chunk_forward_kernel, constants, known, launch.warps, launch.stages)
 
     if (K, V) == (128, 128) and not packed and dtype != torch.float32:
         yield from hopper_cases(suffix, {**heads, **gates}, element, matrix, numbers)
@@ -110,6 +115,12 @@ def delta_rule_cases(
     constants |= {"REACH": False, "reach": None}
     known = {**matrices, "do": values, "dw": result, "dstates": tile(launch.BV, K // 2)}
     yield case("chunk_scan_backward", chunk_scan_backward_kernel, constants, known, launch.warps, stages)
+    if not packed:
+        constants |= {"SAVE_STATES": False, "SAVE_INITIAL": True, "REACH": True, "dfinal": None}
+        constants |= {"dw": None, "dstates": None}
+        del constants["reach"]
+        known = {**matrices, "do": values, "reach": "*i32"}
+        yield case("start_gradient", chunk_scan_backward_kernel, constants, known, launch.warps, stages)
 
     launch = chunk_launch(K, dtype)
     constants = {**heads, **absent, **no_table, "V": V, "BV": launch.BV, "STAGES": launch.stages}

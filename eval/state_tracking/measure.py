@@ -25,7 +25,9 @@ def measure(cell: Cell, model: LrnnForCausalLM, device: torch.device) -> Work[di
     section 5.2); there the accuracy over all is that of all positions.
     """
     settings, seed = cell.test, split_seed(cell.seed, "test")
-    batch_size = min(settings.batch_size, max(1, TEST_TOKENS[device.type] // settings.max_length))
+    batch_size = min(
+        settings.batch_size, max(1, TEST_TOKENS["cuda" if device.type == "cuda" else "cpu"] // settings.max_length)
+    )
     # Sums stay on the device: reading one back would wait for the batch.
     right, total = torch.zeros(2, settings.max_length + 1, dtype=torch.float64, device=device)
     positions = torch.zeros(2, dtype=torch.int64, device=device)  # right, all

@@ -4,8 +4,9 @@ import delta_rule_inputs as inputs
 import delta_rule_truth as truth
 import pytest
 import torch
+from delta_rule_compare import compare, compare_fused, compare_short_vectors
 from delta_rule_inputs import BARS, BETAS, GATES, KEYS
-from delta_rule_on_gpu import BF16, FP16, FP32, HARD, LIMITS, compare, compare_fused, random
+from delta_rule_on_gpu import BF16, FP16, FP32, HARD, LIMITS, random
 from delta_rule_truth import check, evaluate, evaluate_truth
 
 from lrnn.kernels.gated_delta_rule import gated_delta_rule
@@ -34,22 +35,7 @@ def test_gates(kind, dtype):
 
 
 def test_vectors_of_no_length():
-    """|x| is floored at 1e-6: a zero key neither writes nor erases, and below the floor x^ is linear in x."""
-    x = random(2, 100, dtype=FP32)
-    x["k"][:, 3], x["q"][:, 5] = 0.0, 0.0
-    x["k"][:, 7] *= 1e-8
-    short = [3, 5, 7]
-    others = [t for t in range(100) if t not in short]
-    do, dstate = inputs.arriving(x)
-    expected = evaluate_truth(truth.gated_delta_rule, x, do, dstate, normalize_qk=True)
-    found = evaluate(gated_delta_rule, x, do, dstate, normalize_qk=True)
-    # Their gradients are a million times those of the other tokens: compared in one norm, they would hide them.
-    for tokens in (short, others):
-
-        def of_tokens(values, tokens=tokens):
-            return {n: y[:, tokens] for n, y in values.items() if n not in ("final_state", "dinitial_state")}
-
-        check(of_tokens(found), of_tokens(expected), BARS[FP32], "short vectors" if tokens is short else "the others")
+    compare_short_vectors(random(2, 100, dtype=FP32), BARS[FP32])
 
 
 def test_first_gate_has_no_gradient_without_a_state():

@@ -7,8 +7,9 @@ import delta_rule_inputs as inputs
 import delta_rule_truth as truth
 import pytest
 import torch
+from delta_rule_compare import compare
 from delta_rule_inputs import BARS
-from delta_rule_on_gpu import BF16, FP16, FP32, compare, random
+from delta_rule_on_gpu import BF16, FP16, FP32, random
 from delta_rule_truth import relative_error
 
 from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule, gated_delta_rule

@@ -4,8 +4,9 @@ import delta_rule_inputs as inputs
 import delta_rule_truth as truth
 import pytest
 import torch
+from delta_rule_compare import compare_fused
 from delta_rule_inputs import BARS
-from delta_rule_on_gpu import BF16, FP32, compare_fused, random
+from delta_rule_on_gpu import BF16, FP32, random
 from delta_rule_truth import check, evaluate, evaluate_truth
 
 from lrnn.kernels.gated_delta_rule import gated_delta_rule

@@ -6,8 +6,9 @@ import delta_rule_inputs as inputs
 import delta_rule_truth as truth
 import pytest
 import torch
+from delta_rule_compare import compare, compare_fused
 from delta_rule_inputs import BARS
-from delta_rule_on_gpu import BF16, FP16, FP32, LIMITS, compare, compare_fused, random
+from delta_rule_on_gpu import BF16, FP16, FP32, LIMITS, random
 from delta_rule_truth import check, evaluate, evaluate_truth, floors
 
 from lrnn.kernels import scans

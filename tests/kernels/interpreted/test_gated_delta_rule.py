@@ -4,8 +4,9 @@ import delta_rule_inputs as inputs
 import delta_rule_truth as truth
 import pytest
 import torch
+from delta_rule_compare import compare, compare_short_vectors
 from delta_rule_inputs import BARS, BETAS, GATES, KEYS
-from delta_rule_truth import check, evaluate, evaluate_truth, floors, relative_error
+from delta_rule_truth import check, evaluate, evaluate_truth, relative_error
 from operator_calls import OperatorCalls
 
 from lrnn.kernels import delta_rule_op, scans
@@ -16,14 +17,6 @@ FP16, FP32 = torch.float16, torch.float32
 # Keys that repeat, or nearly, add up the rounding of the operands over all tokens; what float16 may be off on them. In
 # float32 nothing is rounded to speak of: there the equations show, here that nothing breaks.
 HARD = {FP16: {"": 2e-2}, FP32: {"": 2e-4}}
-
-
-def compare(x, bars, label, ours=gated_delta_rule, true=truth.gated_delta_rule, zero=(), **options):
-    """All outputs and gradients of a function and of its truth; `zero` names gradients that are 0 but for rounding."""
-    do, dstate = inputs.arriving(x)
-    expected = evaluate_truth(true, x, do, dstate, **options)
-    least = floors(expected, do) | dict.fromkeys(zero, torch.linalg.vector_norm(do.float()).item())
-    check(evaluate(ours, x, do, dstate, **options), expected, bars, label, least)
 
 
 @pytest.mark.parametrize("dtype", [FP16, FP32])
@@ -99,22 +92,7 @@ def test_keys_that_repeat(kind, dtype):
 
 
 def test_vectors_of_no_length():
-    """|x| is floored at 1e-6: a zero key neither writes nor erases, and below the floor x^ is linear in x."""
-    x = inputs.random(1, 70, H=1)
-    x["k"][:, 3], x["q"][:, 5] = 0.0, 0.0
-    x["k"][:, 7] *= 1e-8
-    short = [3, 5, 7]
-    others = [t for t in range(70) if t not in short]
-    do, dstate = inputs.arriving(x)
-    expected = evaluate_truth(truth.gated_delta_rule, x, do, dstate, normalize_qk=True)
-    found = evaluate(gated_delta_rule, x, do, dstate, normalize_qk=True)
-    # Their gradients are a million times those of the other tokens: compared in one norm, they would hide them.
-    for tokens in (short, others):
-
-        def of_tokens(values, tokens=tokens):
-            return {n: y[:, tokens] for n, y in values.items() if n not in ("final_state", "dinitial_state")}
-
-        check(of_tokens(found), of_tokens(expected), BARS[FP32], "short vectors" if tokens is short else "the others")
+    compare_short_vectors(inputs.random(1, 70, H=1), BARS[FP32])
 
 
 def test_parity_is_exact():
