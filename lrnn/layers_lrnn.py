@@ -89,6 +89,7 @@ class Mixer(nn.Module):
     """
 
     has_eigenvalue_range = True  # whether `allow_neg_eigval` means anything to it
+    begins_with_zeros = False  # whether its state is one tensor, of zeros ahead of the first token
     # Where set, called in every forward pass with a function that returns the eigenvalues of the state transitions.
     on_eigenvalues: Callable[[Callable[[], Tensor]], None] | None = None
 

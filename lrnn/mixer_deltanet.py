@@ -29,6 +29,8 @@ class DeltaNet(Mixer):
     the query reads after the last. Rows of the projections of k, v and b go by factor, then head, as in `fla`.
     """
 
+    begins_with_zeros = True
+
     def __init__(self, config: LrnnConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.beta_range = 2.0 if config.allow_neg_eigval else 1.0

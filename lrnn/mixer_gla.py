@@ -24,6 +24,8 @@ class GatedLinearAttention(Mixer):
     eigenvalues in [-1, 1] the decay is 2 a_t - 1, which is new here.
     """
 
+    begins_with_zeros = True
+
     def __init__(self, config: LrnnConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         inner = config.num_heads * config.head_dim

@@ -25,6 +25,8 @@ class Mamba(Mixer):
     it is (2411.12537).
     """
 
+    begins_with_zeros = True
+
     def __init__(self, config: LrnnConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         inner, N = config.num_heads * config.head_dim, config.state_size

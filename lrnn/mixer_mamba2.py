@@ -24,6 +24,8 @@ class Mamba2(Mixer):
     for Mamba-1 in arXiv 2411.12537, for Mamba-2 it is new here.
     """
 
+    begins_with_zeros = True
+
     def __init__(self, config: LrnnConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         inner = config.num_heads * config.head_dim

@@ -29,7 +29,6 @@ class BracketArithmetic(Task):
     """
 
     first_answer_id = 0
-    ends_are_marked = True
 
     def __init__(self, modulus: int = 5, operators: str = "+-*", running_values: bool = False) -> None:
         self.num_classes = check_integer("modular_arithmetic_brackets", "modulus", modulus, 2, MAX_MODULUS)

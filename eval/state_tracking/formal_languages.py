@@ -111,7 +111,6 @@ class ModularArithmetic(Task):
     """
 
     first_answer_id, pad_id = 5, 0
-    ends_are_marked = True
     minus, times, equals = 2, 3, 4
 
     def __init__(self, modulus: int = 5, running_values: bool = False) -> None:

@@ -13,7 +13,6 @@ from lrnn import LrnnConfig
 from lrnn.errors import UserError
 from lrnn.eval.state_tracking.task import Task
 from lrnn.eval.state_tracking.tasks import make_task
-from lrnn.mixer_deltanet import DeltaNet
 from lrnn.modeling_lrnn import MIXERS
 from lrnn.pretrain.config import Section, load, validate
 from lrnn.pretrain.engine import model_config_from
@@ -123,11 +122,9 @@ def _check_state_passing(task: Task, train: TrainSettings, config: LrnnConfig, o
     if task.answer_table is None:
         able = "parity, group_word, modular_arithmetic and modular_arithmetic_brackets"
         raise UserError(f"{origin}: train.state_passing is for {able}, whose sequences can be joined")
-    if not issubclass(MIXERS[config.mixer], DeltaNet):
-        names = ", ".join(name for name, mixer in MIXERS.items() if issubclass(mixer, DeltaNet))
+    if not MIXERS[config.mixer].begins_with_zeros:
+        names = ", ".join(name for name, mixer in MIXERS.items() if mixer.begins_with_zeros)
         raise UserError(f"{origin}: train.state_passing is for the mixers {names}, not for {config.mixer}")
-    if config.conv_size != 1 and not task.ends_are_marked:
-        raise UserError(f"{origin}: train.state_passing passes no inputs of convolutions: conv_size must be 1")
 
 
 def _settings_said(train: TrainSettings) -> dict[str, Any]:

@@ -33,7 +33,6 @@ class Task(ABC):
     # [N, N] int64 where sequences can be joined: [a, b] is the answer to one with answer a and then one with answer b,
     # as ids; 0 is the answer to the empty one.
     answer_table: Tensor | None = None
-    ends_are_marked = False  # whether sequences end in a token of their own: the next may begin without a look back
 
     def batch(
         self, seed: int, indices: Tensor, min_length: int, max_length: int, device: torch.device | str = "cpu"
