@@ -110,7 +110,7 @@ def _table(grid: GridConfig, task: str, of_task: Results) -> str:
         often = f"With probability {train.state_passing:g}" if train.state_passing else "Where states were passed on,"
         lines += [
             f"{often} a sequence went on, in state and answers, where the one before in its row had ended, if that was "
-            "right throughout: gradients stay within these lengths, states do not.",
+            "right throughout: gradients stay within these lengths, as do convolutions; states do not.",
             "",
         ]
     for model, fields in grid.models.items():

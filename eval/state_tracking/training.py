@@ -194,7 +194,8 @@ class Training:
             before = torch.where(goes_on, answer, 0)
             joined = self._answer_table[before[:, None], labels.clamp(min=0)]  # type: ignore[index]
             labels = torch.where(labelled, joined, IGNORE)
-            cache.state = [torch.where(goes_on.view(-1, *[1] * (x.ndim - 1)), x, 0) for x in states]  # a fresh state is zero
+            # A fresh state is zero. Convolutions begin anew: their inputs are not in the cache.
+            cache.state = [torch.where(goes_on.view(-1, *[1] * (x.ndim - 1)), x, 0) for x in states]
         options = {"attention_mask": input_ids != self._pad_id, "past_key_values": cache, "use_cache": True}
         logits = self.model(input_ids=input_ids, **options).logits.float()
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Language models that have read solved state-tracking questions, with either range of eigenvalues: corpus, training,
-# export, and the suite `state_tracking`, which asks eight times as far as they were trained.
+# Language models that have read solved state-tracking questions, with either range of eigenvalues, side by side: corpus,
+# training, export, the suite `state_tracking`, which asks eight times as far as they were trained, and perplexity by
+# position to sixteen times the training length.
 #   bash tests/benchmarks/tracking_text.sh WORK_FOLDER RESULT_FOLDER [pretrain settings, e.g. steps=600]
 set -euo pipefail
 work=$1 results=$2
@@ -10,7 +11,7 @@ lrnn() { echo "\$ lrnn $*"; python3 -m lrnn.cli "$@"; }
 mkdir -p "$work/text" "$results"
 [ -e "$work/corpus" ] || {
     python3 tests/benchmarks/tracking_text.py "$work/text/solved.jsonl"
-    lrnn corpus json --data-files "$work/text/solved.jsonl" --train-tokenizer 384 --heldout 0.005 --out "$work/corpus"
+    lrnn corpus json --data-files "$work/text/solved.jsonl" --train-tokenizer 384 --heldout 0.05 --out "$work/corpus"
 }
 one_range() {
     python3 - "$2" "$work/$1.json" <<'PYTHON'
@@ -24,7 +25,10 @@ PYTHON
         data.seq_len=2048 global_batch_size=16 micro_batch_size=16 steps=2000 schedule.warmup_steps=100 log.every=50 \
         log.heldout_every=500 checkpoint.every=1000 "${@:3}"
     lrnn export "$work/$1" "$work/$1-model"
-    lrnn eval "$work/$1-model" --suite state_tracking --max-length 8192 --out "$results/$1"
+    lrnn eval "$work/$1-model" --suite state_tracking --max-length 8192 --batch-size 64 --out "$results/$1"
 }
-one_range negative true "$@"
-one_range positive false "$@"
+one_range negative true "$@" > "$results/negative.log" 2>&1 & negative=$!
+one_range positive false "$@" > "$results/positive.log" 2>&1 & positive=$!
+wait $negative; wait $positive
+lrnn position "$work/negative-model" "$work/positive-model" --documents "$work/corpus/heldout.jsonl" --join \
+    --out "$results/position"

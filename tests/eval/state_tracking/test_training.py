@@ -246,12 +246,16 @@ def value_of(expressions: list[list[int]], symbols: str) -> int:
     return sum(eval("".join(symbols[i] for i in ids[:-1])) for ids in expressions) % 5
 
 
-@pytest.mark.parametrize("task", ["group_word", "parity"])
-def test_sequences_go_on_where_those_before_ended(tiny_cells, monkeypatch, task):
+@pytest.mark.parametrize(
+    ("task", "mixer"),
+    [("group_word", "gated_deltaproduct"), *(("parity", m) for m in ("gated_deltaproduct", "mamba", "mamba2", "gla"))],
+)
+def test_sequences_go_on_where_those_before_ended(tiny_cells, monkeypatch, task, mixer):
     """The loss is that of the last sequence of all that a row has read since it began anew, read from nothing."""
     monkeypatch.setattr(training, "SAMPLE_TOKENS", 3 * 24 * 4)
     parameters = {"group": "S3"} if task == "group_word" else {}
-    cell, *_ = tiny_cells(**PASSING | {"tasks": {"t": {"task": task, **parameters}}})
+    models = {"m": PASSING["models"]["deltaproduct"] | {"mixer": mixer}}
+    cell, *_ = tiny_cells(**PASSING | {"tasks": {"t": {"task": task, **parameters}}, "models": models})
     model = new_model(cell, CPU)
     Training(cell, CPU, 0, model).run(120)
     trained = Training(cell, CPU, 1, model)
@@ -333,8 +337,7 @@ def test_going_on_from_a_state_with_its_sequences_is_bitwise(tiny_cells, tmp_pat
             {"tasks": {"pairs": {"task": "even_pairs"}}},
             "is for parity, group_word, modular_arithmetic and modular_arithmetic_brackets",
         ),
-        ({"models": {"m": PASSING["models"]["deltaproduct"] | {"conv_size": 4}}}, "conv_size must be 1"),
-        ({"models": {"m": PASSING["models"]["deltaproduct"] | {"mixer": "mlstm"}}}, "deltaproduct, not for mlstm"),
+        ({"models": {"m": PASSING["models"]["deltaproduct"] | {"mixer": "mlstm"}}}, "mamba2, mamba, not for mlstm"),
         ({"train": PASSING["train"] | {"state_passing": 1.0}}, "state_passing = 1.0"),
     ],
 )
