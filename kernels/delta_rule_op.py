@@ -11,9 +11,10 @@ import functools
 from collections.abc import Callable
 
 import torch
+import triton
 from torch import Tensor
 
-from lrnn.kernels.gate_backward import gate_backward_kernel
+from lrnn.kernels.gate_backward import GATE_BACKWARD, gate_backward_kernel
 from lrnn.kernels.launch import launch
 from lrnn.kernels.launch_config import check_assembler, recurrent_launch
 from lrnn.kernels.recurrent import recurrent_kernel
@@ -171,10 +172,10 @@ def gated_delta_rule_backward(
     kind = _gate_kind(gate, A_log)
     dgate = s.empty(0) if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
     dbeta = torch.empty_like(beta, memory_format=torch.contiguous_format)
-    parts = [s.empty(s.chunks.count, s.HV) if kind == "raw" else None for _ in range(2)]
+    sums = s.empty(2, s.HV, s.chunks.count) if kind == "raw" else None
     launch(
         gate_backward_kernel,
-        (s.chunks.count, s.HV, 1),
+        (s.chunks.count, triton.cdiv(s.HV, GATE_BACKWARD["BH"]), 1),
         dot_q,
         dot_k,
         dbeta_used,
@@ -184,9 +185,10 @@ def gated_delta_rule_backward(
         dt_bias,
         dgate,
         dbeta,
-        *parts,
+        sums,
         cu_seqlens,
         s.chunks.table,
+        s.chunks.count,
         s.chunks.seq_len,
         s.R,
         beta_range,
@@ -195,9 +197,9 @@ def gated_delta_rule_backward(
         GATE=kind,
         RAW_BETA=beta_range != 0,
         IS_VARLEN=cu_seqlens is not None,
-        num_warps=1,
+        **GATE_BACKWARD,
     )
-    dA_log, ddt_bias = (s.empty(0) if p is None else p.sum(0) for p in parts)
+    dA_log, ddt_bias = (s.empty(0) if sums is None else sums[part].sum(-1) for part in range(2))
     if s.HV != s.H:  # value heads that share a query and key head
         dq, dk = (x.unflatten(2, (s.H, s.HV // s.H)).sum(3) for x in (dq, dk))
     return dq, dk, dv, dgate, dbeta, dA_log, ddt_bias, s.empty(0) if dinitial is None else dinitial
