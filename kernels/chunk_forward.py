@@ -1,4 +1,4 @@
-"""The scan over chunks: output and final state, or, for the backward pass, the states and the errors of each chunk.
+"""The scan over chunks: output and final state, and for the backward pass the states and the errors of each chunk.
 
 A program owns one sequence, one value head and BV columns of values. It keeps the transposed state S^T [BV, K] in
 registers in float32, so that every product has its left operand in registers and its right one as it lies in memory.

@@ -62,14 +62,15 @@ def is_for_hopper(K: int, V: int, dtype: torch.dtype, is_full: bool, device: tor
     return ptxas_version() >= SAFE_PTXAS
 
 
-def hopper_settings(full: bool, output: bool, split: bool) -> HopperLaunch:
-    """Settings where a program for every sequence and head fills the GPU or does not, with output or without."""
+def hopper_settings(full: bool, output: bool, save_states: bool, split: bool) -> HopperLaunch:
+    """Settings where a program for every sequence and head fills the GPU or does not, by what it writes."""
     if not full:
         return HopperLaunch(1, 3, 0, 152)
     if not output:
         return HopperLaunch(2, 3, 192, 96)
+    stages = 2 if save_states else 3  # three, with states and Y beside the output, would exceed the shared memory
     # With fewer registers for the state of a split one, ptxas waits for each product in turn.
-    return HopperLaunch(2, 3, 208, 64) if split else HopperLaunch(2, 3, 200, 80)
+    return HopperLaunch(2, stages, 208, 64) if split else HopperLaunch(2, stages, 200, 80)
 
 
 @gluon.jit
@@ -154,7 +155,7 @@ def _carry_state(
     WIDTH: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr, OUTPUT: gl.constexpr, SAVE_STATES: gl.constexpr,
     HAS_INITIAL: gl.constexpr, SAVE_FINAL: gl.constexpr, TRANSITION: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    # four warps: the state of 64 columns of values, its output, or the states and the errors of every chunk
+    # four warps: the state of 64 columns of values, its output, and the states and the errors of every chunk
     q_s, k_s, v_s, c_s, vec_s, p_s, ready_vec_s, o_s, y_s, state_s, ready, free, p_ready, p_free = tiles  # noqa: RUF059
     row0, state_row, state_step, column, head_column, chunks, is_value, is_identity = places
     BV: gl.constexpr = 64
@@ -187,16 +188,18 @@ def _carry_state(
         if OUTPUT:
             b_o = warpgroup_mma(b_left, q_s.index(s).permute((1, 0)), gl.zeros([BV, BT], gl.float32, tile),
                                 use_acc=False, is_async=True)  # fmt: skip
-            b_x, b_o = warpgroup_mma_wait(0, [b_x, b_o])
-        else:
-            b_x = warpgroup_mma_wait(0, [b_x])
         if SAVE_STATES:
-            tma.store_wait(0)
+            # While the products run. Stores end in order: the last state's has, those of the last O and Y may not have.
+            tma.store_wait(2 if OUTPUT else 0)
             part_barrier()
             state_s.index(half).store(b_sh)
             fence_async_shared()
             part_barrier()
             tma_store(to_states, [state_row + i * state_step + first, 0], state_s.index(half))
+        if OUTPUT:
+            b_x, b_o = warpgroup_mma_wait(0, [b_x, b_o])
+        else:
+            b_x = warpgroup_mma_wait(0, [b_x])
 
         mbarrier.wait(p_ready.index(slot), (i // 2) & 1)
         # X^T = V^T - (S^T K^T) gamma r
@@ -208,11 +211,20 @@ def _carry_state(
         b_w, b_used, down = step_and_back_prepared(b_x, beta_s, inverse_s, c_dtype)
         # Y^T = X^T - (beta X)^T C^T
         b_y = warpgroup_mma(gl.convert_layout(-b_w, left), c_s.index(s).permute((1, 0)), b_used, is_async=True)
+        if OUTPUT and SAVE_STATES:
+            tma.store_wait(1)  # the last O and Y are stored, this chunk's state may not be
+            part_barrier()
         if OUTPUT:
             b_o = b_o * ready_vec_s.index(6 * slot + 5).load(by_column)[None, :]
         b_s = b_s * gl.max(ready_vec_s.index(6 * slot + 4).load(by_column), 0)
         b_y = warpgroup_mma_wait(0, [b_y])
         b_y = b_y * down[:, None]
+        if SAVE_STATES:
+            # Here, not behind the products that follow, for which its registers are needed.
+            b_kept = b_y
+            if c_dtype == gl.bfloat16:
+                b_kept = b_y + (b_x - b_used)  # as in `chunk_forward`
+            y_s.index(half).permute((1, 0)).store(b_kept.to(dtype))
         # S'^T = gamma_C S^T + (rho r N)^T K
         rho = ready_vec_s.index(6 * slot + 3).load(by_column)
         b_n = b_y * rho[None, :]
@@ -231,18 +243,16 @@ def _carry_state(
         mbarrier.arrive(p_free.index(slot), count=1)
         mbarrier.arrive(free.index(s), count=1)
         if OUTPUT:
-            tma.store_wait(0)
-            part_barrier()
+            if not SAVE_STATES:
+                tma.store_wait(0)
+                part_barrier()
             o_s.index(half).permute((1, 0)).store(b_o.to(dtype))
+        if OUTPUT or SAVE_STATES:
             fence_async_shared()
             part_barrier()
+        if OUTPUT:
             tma_store(to_o, [row0 + i * BT, head_column + first], o_s.index(half))
         if SAVE_STATES:
-            if c_dtype == gl.bfloat16:
-                b_y += b_x - b_used  # as in `chunk_forward`
-            y_s.index(half).permute((1, 0)).store(b_y.to(dtype))
-            fence_async_shared()
-            part_barrier()
             tma_store(to_y, [row0 + i * BT, head_column + first], y_s.index(half))
     tma.store_wait(0)
     if SAVE_FINAL:

@@ -26,6 +26,7 @@ from lrnn.kernels.launch_config import (
     scan_launch,
 )
 from lrnn.kernels.recurrent import recurrent_kernel
+from lrnn.kernels.scans import can_save_states
 from lrnn.kernels.segment_reach import SEGMENT_REACH, segment_reach_kernel
 from lrnn.kernels.segment_scan import segment_scan_kernel, segment_scan_launch
 from lrnn.kernels.tiles import CHUNK, dot_precision, matrix_dtype
@@ -97,7 +98,10 @@ def delta_rule_cases(
     for name, flags in (
         ("chunk_forward", {"OUTPUT": True, "SAVE_STATES": False, "y": None, "states": None}),
         ("chunk_states", {"OUTPUT": False, "SAVE_STATES": True, "q": None, "o": None}),
+        ("chunk_forward_states", {"OUTPUT": True, "SAVE_STATES": True}),
     ):
+        if name == "chunk_forward_states" and not can_save_states(K, dtype):
+            continue
         constants = {**scan, **flags, "HAS_INITIAL": False, "SAVE_FINAL": False, "TRANSITION": False, "reach": None}
         known = {**matrices, "v": values, "o": result, "y": result, "states": tile(launch.BV, K)}
         yield case(name, chunk_forward_kernel, constants, known, launch.warps, launch.stages)
@@ -184,13 +188,16 @@ def hopper_cases(suffix: str, heads: dict[str, Any], element: str, matrix: str, 
 
     output = {"OUTPUT": True, "SAVE_STATES": False, "TRANSITION": False, "HAS_INITIAL": False, "SAVE_FINAL": False}
     states = {**output, "OUTPUT": False, "SAVE_STATES": True, "q": None, "o": None}
+    both = {**output, "SAVE_STATES": True}
     transition = {**output, "OUTPUT": False, "TRANSITION": True, "SAVE_FINAL": True, "q": None, "o": None}
     nothing_kept = {"y": None, "states": None}
     absent = {"initial_state": None, "final_state": None, "reach": None}
     for full in (False, True):
-        launch = hopper_settings(full, output=True, split=heads["SPLIT"])
+        launch = hopper_settings(full, output=True, save_states=False, split=heads["SPLIT"])
         yield case("forward_hopper", chunk_forward_hopper_kernel, output | nothing_kept | absent, launch)
-        launch = hopper_settings(full, output=False, split=heads["SPLIT"])
+        launch = hopper_settings(full, output=True, save_states=True, split=heads["SPLIT"])
+        yield case("forward_states_hopper", chunk_forward_hopper_kernel, both | absent, launch)
+        launch = hopper_settings(full, output=False, save_states=True, split=heads["SPLIT"])
         yield case("states_hopper", chunk_forward_hopper_kernel, states | absent, launch)
         constants = transition | nothing_kept | {"initial_state": None}
         yield case("transition_hopper", chunk_forward_hopper_kernel, constants, launch)

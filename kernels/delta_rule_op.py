@@ -1,7 +1,8 @@
 """The chunkwise gated delta rule as `torch.library` operators: allocation and launches, forward and backward.
 
 Kept for the backward pass: the inputs, the matrix C of each chunk (`chunk_inverse`) and four numbers a token and head.
-The states of the chunks are computed anew: they would be two thirds of what a layer keeps.
+The states of the chunks and the errors Y are computed anew, unless asked for: they would be two thirds of what a layer
+keeps.
 
 Few long sequences are cut into segments, which are scanned side by side and joined (`scans`).
 """
@@ -18,7 +19,7 @@ from lrnn.kernels.gate_backward import GATE_BACKWARD, gate_backward_kernel
 from lrnn.kernels.launch import launch
 from lrnn.kernels.launch_config import check_assembler, recurrent_launch
 from lrnn.kernels.recurrent import recurrent_kernel
-from lrnn.kernels.scans import Scan, count_segments
+from lrnn.kernels.scans import Scan, can_save_states, count_segments
 from lrnn.kernels.tiles import CHUNK, count_chunks, matrix_dtype, with_rows
 
 # `torch.library.custom_op` would take fewer lines, and an eighth more host time for a forward and a backward pass.
@@ -48,21 +49,25 @@ def _gate_kind(gate: Tensor | None, A_log: Tensor | None) -> str:
 
 
 def _forward_results(
-    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalize: bool, output_final_state: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalize: bool, output_final_state: bool, save_states: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Room for what the forward operator returns."""
     B, T, _, K = q.shape
     HV, V = v.shape[2:]
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     segments = 1 if cu_seqlens is not None else count_segments(B, T, HV, K, V, v.dtype)
+    chunks = count_chunks(B, T, cu_seqlens)
     floats = functools.partial(torch.empty, dtype=torch.float32, device=v.device)
+    saved = save_states and can_save_states(K, v.dtype)
     return (
         torch.empty((B, T, HV, V), dtype=v.dtype, device=v.device),
         floats((sequences, HV, K, V) if output_final_state else 0),
         torch.empty((B * T, HV * CHUNK), dtype=matrix_dtype(v.dtype, normalize), device=v.device),
-        floats((4 * HV, count_chunks(B, T, cu_seqlens) * CHUNK)),
+        floats((4 * HV, chunks * CHUNK)),
         floats((B * segments, HV, K, V) if segments > 1 else 0),
         floats((B * segments, HV, K, V + K) if segments > 1 else 0),
+        v.new_empty((B * T, HV * V) if saved else 0),
+        v.new_empty((chunks * HV * V, K) if saved else 0),
     )
 
 
@@ -82,8 +87,10 @@ def gated_delta_rule_forward(
     normalize: bool,
     output_final_state: bool,
     split: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, final state, and what the backward pass needs: C, four numbers a token and head, states of the segments.
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, final state, and what the backward pass needs: C, four numbers a token and head, states of the segments, and
+    with `save_states` (where `can_save_states`) Y and the states of the chunks, as `Scan.run_forward` fills them.
 
     The numbers stand in rows: accumulated log-gates (base 2), step sizes, log2 of 1/|k| and of 1/|q|.
 
@@ -91,8 +98,8 @@ def gated_delta_rule_forward(
     where `beta_range` is not 0. `split` takes what enters the states, and in the backward pass their gradients, as a
     sum of two numbers of 16 bits. Checked by `lrnn.kernels.gated_delta_rule`, the public function.
     """
-    results = _forward_results(q, v, cu_seqlens, normalize, output_final_state)
-    o, final, c, vectors, starts, segment_ends = results
+    results = _forward_results(q, v, cu_seqlens, normalize, output_final_state, save_states)
+    o, final, c, vectors, starts, segment_ends, y, states = results
     s = Scan(q, k, v, c, vectors, cu_seqlens, scale, normalize, split)
     s.run_inverse(gate, beta, A_log, dt_bias, beta_range, _gate_kind(gate, A_log))
     initial = None if initial_state is None else initial_state.contiguous()
@@ -104,7 +111,7 @@ def gated_delta_rule_forward(
         initial = starts
         if output_final_state:
             last = s.empty(s.chunks.sequences, s.HV, s.K, s.V)
-    s.run_forward(initial, last, o=o)
+    s.run_forward(initial, last, o=o, **({"y": y, "states": states} if states.numel() else {}))
     if s.segments > 1 and last is not None:
         final.copy_(last.unflatten(0, (s.B, s.segments))[:, -1])
     return results
@@ -113,9 +120,9 @@ def gated_delta_rule_forward(
 @torch.library.register_fake("lrnn::gated_delta_rule_forward", lib=_library)
 def _(
     q, k, v, gate, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, beta_range, normalize, output_final_state,
-    split,
+    split, save_states,
 ):  # fmt: skip
-    return _forward_results(q, v, cu_seqlens, normalize, output_final_state)
+    return _forward_results(q, v, cu_seqlens, normalize, output_final_state, save_states)
 
 
 @_operator
@@ -135,6 +142,8 @@ def gated_delta_rule_backward(
     vectors: Tensor,
     starts: Tensor,
     segment_ends: Tensor,
+    y: Tensor,
+    states: Tensor,
     scale: float,
     beta_range: float,
     normalize: bool,
@@ -143,19 +152,21 @@ def gated_delta_rule_backward(
     """Gradients of q, k, v, gate, beta, A_log, dt_bias and the initial state; empty where there is no such input.
 
     do [B, T, HV, V] is the gradient of the output, dfinal [N, HV, K, V] float32 that of the final state or None for
-    zeros; c, vectors, starts and segment_ends are what the forward operator returned, the others what it was given. The
-    gradients are contiguous, of the shapes of their inputs; those of A_log, dt_bias and the initial state are float32,
-    the others have the dtypes of their inputs.
+    zeros; c, vectors, starts, segment_ends, y and states are what the forward operator returned, the others what it was
+    given. The gradients are contiguous, of the shapes of their inputs; those of A_log, dt_bias and the initial state
+    are float32, the others have the dtypes of their inputs.
     """
     s = Scan(q, k, v, c, vectors, cu_seqlens, scale, normalize, split)
     do = with_rows(do)
     dlast = None if dfinal is None else dfinal.contiguous()
-    y, dw = (s.empty(s.B * s.T, s.HV * s.V, dtype=s.dtype) for _ in range(2))
-    states, dstates = (s.empty(s.chunks.count * s.HV * s.V, s.K, dtype=s.dtype) for _ in range(2))
+    by_token, by_chunk = (s.B * s.T, s.HV * s.V), (s.chunks.count * s.HV * s.V, s.K)
+    dw, dstates = (s.empty(*shape, dtype=s.dtype) for shape in (by_token, by_chunk))
     dinitial = None if initial_state is None else s.empty(*initial_state.shape)
 
-    initial = starts if s.segments > 1 else None if initial_state is None else initial_state.contiguous()
-    s.run_forward(initial, None, y=y, states=states)
+    if not states.numel():
+        y, states = (s.empty(*shape, dtype=s.dtype) for shape in (by_token, by_chunk))
+        initial = starts if s.segments > 1 else None if initial_state is None else initial_state.contiguous()
+        s.run_forward(initial, None, y=y, states=states)
     if s.segments > 1:
         dstarts, dends = (s.empty(s.chunks.sequences, s.HV, s.K, s.V) for _ in range(2))
         reach = s.find_reach(normalize and beta_range != 0, initial_state is not None, dlast is not None)
@@ -221,7 +232,7 @@ class _GatedDeltaRule(torch.autograd.Function):
     def forward(ctx, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
             output = gated_delta_rule_forward(*inputs)
-        *tensors, ctx.scale, ctx.beta_range, ctx.normalize, _, ctx.split = inputs
+        *tensors, ctx.scale, ctx.beta_range, ctx.normalize, _, ctx.split, _ = inputs
         ctx.save_for_backward(*tensors, *output[2:])
         ctx.set_materialize_grads(False)
         return output
@@ -239,7 +250,7 @@ class _GatedDeltaRule(torch.autograd.Function):
                 do, dfinal, q, k, v, *inputs, *rest, ctx.scale, ctx.beta_range, ctx.normalize, ctx.split
             )
         d = [None if x is None else dx.to(x.dtype) for x, dx in zip(inputs, others, strict=True)]
-        return dq, dk, dv, *d, None, None, None, None, None, None
+        return dq, dk, dv, *d, None, None, None, None, None, None, None
 
 
 def _forward_with_gradients(*inputs):

@@ -5,8 +5,8 @@
                                                           dg g, a token's d(A_log)
     raw step size, beta = range sigmoid(b):               db = dbeta beta (1 - beta / range)
 
-The sums over all tokens that A_log and dt_bias need are left as one number a chunk and head, so that their order is fixed.
-A program takes BH heads of a chunk: raw gates and step sizes lie side by side by head.
+The sums over all tokens that A_log and dt_bias need are left as one number a chunk and head, so that their order is
+fixed. A program takes BH heads of a chunk: raw gates and step sizes lie side by side by head.
 """
 
 import triton

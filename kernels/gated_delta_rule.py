@@ -37,6 +37,7 @@ def gated_delta_rule(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     precision: str = "standard",
+    save_states: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The gated delta rule over whole sequences, with gradients to every floating-point argument.
 
@@ -60,6 +61,11 @@ def gated_delta_rule(
             bits, for one product more in each scan. A state that is carried by reflections along several keys is then
             about 3 times as exact in bfloat16, and little more so in float16. With float32 it changes nothing: its
             products are split either way; nor on up to 16 tokens without gradients, where no state is rounded.
+        save_states: keep, until the backward pass, what it would compute anew by a second scan: the states ahead of
+            chunks of 64 tokens and an error for each value. That is V (2 + K / 32) bytes a token and value head in 16
+            bits, twice as many in float32: 768 with K = V = 128 (the sizes of the kernels, as above). It changes no
+            result. Nothing is kept where no gradient is needed, nor with K above 128, in float32 above 64, where the
+            scan that saves would exceed the shared memory.
 
     Returns:
         o [B, T, HV, V] in the dtype of v, and the final state [N, HV, K, V] in float32, or None.
@@ -75,7 +81,7 @@ def gated_delta_rule(
         return reference.gated_delta_rule(
             q, k, v, g, beta, scale, initial_state, cu_seqlens, normalize_qk, output_final_state
         )
-    options = (initial_state, output_final_state, cu_seqlens, precision)
+    options = (initial_state, output_final_state, cu_seqlens, precision, save_states)
     return _run(q, k, v, g, beta, None, None, scale, 0.0, normalize_qk, *options)
 
 
@@ -94,6 +100,7 @@ def fused_gated_delta_rule(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     precision: str = "standard",
+    save_states: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The gated delta rule from raw projections: norms, gates and step sizes are computed inside the kernels.
 
@@ -116,7 +123,7 @@ def fused_gated_delta_rule(
             q, k, v, a, b, A_log, dt_bias, allow_neg_eigval, scale, initial_state, output_final_state, cu_seqlens
         )
     beta_range = 2.0 if allow_neg_eigval else 1.0
-    options = (initial_state, output_final_state, cu_seqlens, precision)
+    options = (initial_state, output_final_state, cu_seqlens, precision, save_states)
     return _run(q, k, v, a, b, A_log, dt_bias, scale, beta_range, True, *options)
 
 
@@ -133,6 +140,7 @@ def gated_delta_product(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     precision: str = "standard",
+    save_states: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated DeltaProduct (arXiv 2502.10297): n_h generalised Householder factors a token.
 
@@ -159,6 +167,7 @@ def gated_delta_product(
         output_final_state=output_final_state,
         cu_seqlens=bounds,
         precision=precision,
+        save_states=save_states,
     )
     n_h = k.shape[2]
     return o[:, n_h - 1 :: n_h], state
@@ -166,7 +175,7 @@ def gated_delta_product(
 
 def _run(
     q, k, v, gate, beta, A_log, dt_bias, scale, beta_range, normalize, initial_state, output_final_state, cu_seqlens,
-    precision,
+    precision, save_states,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     K, V = q.shape[3], v.shape[3]
     if max(K, V) > HEAD_SIZES[-1]:
@@ -186,11 +195,11 @@ def _run(
     if initial_state is not None and (more_k or more_v):
         initial_state = F.pad(initial_state, (0, more_v, 0, more_k))
     inputs = (q, k, v, gate, beta, A_log, dt_bias, initial_state)
-    short = v.shape[1] <= SHORT
-    if short and not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
+    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if v.shape[1] <= SHORT and not needs_gradient:
         o, final = gated_delta_rule_recurrent(*inputs, cu_seqlens, scale, beta_range, normalize)
     else:
-        flags = (normalize, output_final_state, precision == "split")
+        flags = (normalize, output_final_state, precision == "split", save_states and needs_gradient)
         o, final, *_ = gated_delta_rule_forward(*inputs, cu_seqlens, scale, beta_range, *flags)
     return o[..., :V], final[..., :K, :V] if output_final_state else None
 

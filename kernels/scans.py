@@ -38,6 +38,12 @@ def count_segments(batch_size: int, seq_len: int, num_heads: int, K: int, V: int
     return segments if segments >= 4 else 1
 
 
+def can_save_states(K: int, dtype: torch.dtype) -> bool:
+    """Whether the forward scan may save the states beside the output: with longer keys than these both would exceed the
+    shared memory, in one or another version of Triton."""
+    return K * dtype.itemsize <= 256
+
+
 class Scan:
     """What the launches of one call have in common.
 
@@ -184,7 +190,7 @@ class Scan:
             reach,
         )
         if self.for_hopper:
-            hopper = hopper_settings(count >= FULL, o is not None, self.split)
+            hopper = hopper_settings(count >= FULL, o is not None, states is not None, self.split)
             columns = width // (64 * hopper.HALVES)
             settings = {"NORMALIZE": self.heads["NORMALIZE"], **flags, **hopper._asdict()}
             self._launch_hopper(chunk_forward_hopper_kernel, columns * count, tensors, settings)

@@ -80,6 +80,14 @@ def ours_split(x: Inputs) -> Tensor:
     return fused_gated_delta_rule(*arguments, precision="split")[0]
 
 
+def ours_saved(x: Inputs) -> Tensor:
+    """lrnn with `save_states=True`: the forward pass keeps the states and Y for the backward pass."""
+    from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule
+
+    arguments = (x[name] for name in ("q", "k", "v", "a", "b", "A_log", "dt_bias"))
+    return fused_gated_delta_rule(*arguments, save_states=True)[0]
+
+
 def fla(x: Inputs) -> Tensor:
     """fla, called as its own layer does."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
@@ -146,7 +154,8 @@ def fla_guard_lifted() -> Iterator[None]:
 
 def contenders(only_ours: bool) -> tuple[list[Contender], list[str]]:
     """What can be timed here, and a line for each peer on why it is left out or what its figures mean."""
-    found, lines = [Contender("lrnn", ours), Contender("lrnn split", ours_split)], []
+    mine = ("lrnn", ours), ("lrnn split", ours_split), ("lrnn save_states", ours_saved)
+    found, lines = [Contender(*one) for one in mine], []
     if only_ours:
         return found, ["fla, FlashQLA: left out (--only-ours)"]
     for name, package, run in (("fla", "fla", fla), ("FlashQLA", "flash_qla", flash_qla)):
@@ -328,7 +337,8 @@ def bench_kernels(args: argparse.Namespace) -> None:
     )
     print(f"\nbf16, H {args.heads}, K = V = {args.head_size}; milliseconds, median (20% to 80%); MiB beyond the inputs")
     print(
-        f"{'shape':12} {'':9} {'forward':>21} {'forward + backward':>24} {'to lrnn':>13} {'MiB':>15} {'first call':>11}"
+        f"{'shape':12} {'':16} {'forward':>21} {'forward + backward':>24} {'to lrnn':>13} {'MiB':>15} "
+        f"{'first call':>11}"
     )
     results: list[dict[str, Any]] = []
     for batch_size, seq_len in shapes:
@@ -338,10 +348,10 @@ def bench_kernels(args: argparse.Namespace) -> None:
             rows.append(measure(contender, batch_size, seq_len, args.heads, args.head_size))
             torch.cuda.empty_cache()
             row = rows[-1]
-            print(f"{f'B{batch_size} T{seq_len}':12} {row.contender:10} {_figures(row, rows[0])}", flush=True)
+            print(f"{f'B{batch_size} T{seq_len}':12} {row.contender:16} {_figures(row, rows[0])}", flush=True)
             if not row.error:
-                print(f"{'':12} {'- graph':10} {_graph_figures(row, rows[0])}", flush=True)
-        print(f"{'':12} {'floor':10} {floor[0]:21.3f} {floor[1]:24.3f}")
+                print(f"{'':12} {'- graph':16} {_graph_figures(row, rows[0])}", flush=True)
+        print(f"{'':12} {'floor':16} {floor[0]:21.3f} {floor[1]:24.3f}")
         results += [asdict(row) for row in rows]
         results.append({"contender": "floor", "batch_size": batch_size, "seq_len": seq_len, "forward": [floor[0]]})
         results[-1]["forward_backward"] = [floor[1]]

@@ -40,8 +40,9 @@ def test_every_argument_has_its_place(hopper, launched, monkeypatch):
     scan = scans.Scan(q, k, v, c, vectors, None, 0.5, True, True)
     scan.run_forward(initial, final, o=o)
     scan.run_forward(None, None, y=y, states=states)
+    scan.run_forward(None, None, o=o, y=y, states=states)
     scan.run_backward_scan(do, dfinal, dinitial, dw, dstates)
-    output, anew, backward = (arguments(call) for call in launched)
+    output, anew, saving, backward = (arguments(call) for call in launched)
 
     kernels = {call[0][0].__name__ for call in launched}
     assert kernels == {name.replace("_kernel", "_hopper_kernel" if hopper else "_kernel") for name in
@@ -51,10 +52,11 @@ def test_every_argument_has_its_place(hopper, launched, monkeypatch):
     for (args, constants), more in (
         (output, {"v": v, "o": o}),
         (anew, {"v": v, "y": y, "states": states}),
+        (saving, {"v": v, "o": o, "y": y, "states": states}),
         (backward, {"do": do, "dw": dw, "dstates": dstates}),
     ):
         for name, tensor in (of | more).items():
-            assert args[name] is None if name == "q" and "y" in more else args[name].base is tensor
+            assert args[name] is None if name == "q" and args is anew[0] else args[name].base is tensor
         assert args["vectors"] is vectors
         assert (args["T"], args["R"], args["scale"]) == (T, B * T, 0.5)
         assert [constants[n] for n in ("H", "HV", "K", "V", "BT", "SPLIT")] == [H, HV, D, D, CHUNK, True]
@@ -62,6 +64,7 @@ def test_every_argument_has_its_place(hopper, launched, monkeypatch):
     assert backward[0]["dfinal"] is dfinal and backward[0]["dinitial"] is dinitial
     assert output[1]["OUTPUT"] and not output[1]["SAVE_STATES"] and output[1]["HAS_INITIAL"] and output[1]["SAVE_FINAL"]
     assert anew[1]["SAVE_STATES"] and not anew[1]["OUTPUT"] and not anew[1]["HAS_INITIAL"]
+    assert saving[1]["OUTPUT"] and saving[1]["SAVE_STATES"]
     # Gluon stores a state whole, plain Triton in halves.
     assert backward[0]["dstates"].block_shape == [64, D if hopper else D // 2]
 

@@ -18,7 +18,7 @@ def test_refusals(options, message, capsys):
     assert error.startswith("lrnn: error: ") and message in error
 
 
-@pytest.mark.parametrize("run", [bench_kernels.ours, bench_kernels.ours_split])
+@pytest.mark.parametrize("run", [bench_kernels.ours, bench_kernels.ours_split, bench_kernels.ours_saved])
 def test_both_passes_reach_every_input(run):
     x = bench_kernels.make_inputs(1, 20, 2, 64, device="cpu")
     forward, both = bench_kernels.passes(run, x)

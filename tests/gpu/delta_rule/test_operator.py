@@ -41,6 +41,40 @@ def test_a_hundred_runs_are_bitwise_equal(B, T, H):
         assert all(torch.equal(first[n], again[n]) for n in first)
 
 
+@pytest.mark.parametrize("precision", ["standard", "split"])
+@pytest.mark.parametrize(
+    ("B", "T", "H", "K", "dtype"),
+    [
+        (2, 512, 4, 128, BF16),  # in Gluon, a program for each half of the values; both in one; with segments
+        (8, 512, 16, 128, BF16),
+        (1, 8192, 4, 128, BF16),
+        (2, 500, 4, 128, BF16),  # in plain Triton
+        (2, 512, 4, 64, FP32),
+    ],
+)
+def test_saved_states_are_those_computed_anew(B, T, H, K, dtype, precision):
+    x = random(B, T, H=H, K=K, dtype=dtype, raw=True)
+    arriving = inputs.arriving(x)
+    anew, saved = (
+        evaluate(fused_gated_delta_rule, x, *arriving, precision=precision, save_states=s) for s in (False, True)
+    )
+    assert all(torch.equal(anew[n], saved[n]) for n in anew)
+
+
+def test_saved_states_take_the_memory_they_should(plain_buffers):
+    x = bench_kernels.make_inputs(4, 2048, 16, 128)
+    kept = {}
+    for run in (bench_kernels.ours, bench_kernels.ours_saved):
+        forward, _ = bench_kernels.passes(run, x)
+        forward()
+        before = torch.cuda.memory_allocated()
+        o = forward()
+        kept[run] = torch.cuda.memory_allocated() - before
+        del o
+    more = kept[bench_kernels.ours_saved] - kept[bench_kernels.ours]
+    assert abs(more - 768 * 4 * 2048 * 16) < 2**20
+
+
 def test_without_gradients_the_output_is_the_same():
     x = random(2, 130, raw=True)
     with torch.no_grad():

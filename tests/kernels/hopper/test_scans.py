@@ -19,8 +19,8 @@ def in_halves(halves, monkeypatch):
 
 
 def test_halves_are_those_of_the_settings():
-    assert scans.hopper_settings(True, True, False).HALVES == 2 == scans.hopper_backward_settings(True).HALVES
-    assert scans.hopper_settings(False, True, False).HALVES == 1 == scans.hopper_backward_settings(False).HALVES
+    assert scans.hopper_settings(True, True, False, False).HALVES == 2 == scans.hopper_backward_settings(True).HALVES
+    assert scans.hopper_settings(False, True, False, False).HALVES == 1 == scans.hopper_backward_settings(False).HALVES
 
 
 def all_of_head(x, head):
@@ -63,6 +63,34 @@ def test_forward_anew_saves_the_states(halves, run_on_cpu, monkeypatch):
     found = {"y": nans(2 * 3 * CHUNK, D), "states": nans(2 * 3 * D, D)}
     make_scan(x, True).run_forward(initial, None, **found)
     check(found, {"y": errors, "states": state_rows(starts)})
+
+
+def forward_saving(x, initial, split=False):
+    """One scan that writes the output, and saves states and Y too."""
+    B, T, HV = x["beta"].shape
+    dtype = x["v"].dtype
+    found = {"o": nans(B, T, HV, D, dtype=dtype), "final": nans(B, HV, D, D)}
+    found |= {"y": nans(B * T, HV * D, dtype=dtype), "states": nans(B * T // CHUNK * HV * D, D, dtype=dtype)}
+    scan = make_scan(x, True, split)
+    scan.run_forward(initial, **found)
+    return scan, found
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("split", [False, True])
+def test_forward_that_saves_is_both_scans(split, dtype, halves, seed, run_on_cpu, monkeypatch):
+    run_on_cpu(seed=seed)
+    in_halves(halves, monkeypatch)
+    x = recurrence_inputs(1, 4 * CHUNK, 1, 2, True, seed=seed, dtype=dtype)
+    initial = normal(1, 2, D, D, seed=6)
+    saving, found = forward_saving(x, initial, split)
+    scan, expected = forward(x, True, initial, split)
+    expected |= {name: torch.empty_like(found[name]) for name in ("y", "states")}
+    scan.run_forward(initial, None, y=expected["y"], states=expected["states"])
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert torch.equal(saving.vectors, scan.vectors)
 
 
 @pytest.mark.parametrize("halves", [1, 2])
@@ -162,9 +190,28 @@ WRONG = {
         "p_s.index(slot).store(p.to(p_s.dtype))", AssertionError, "without a fence",
     ),
     "no wait before the place of a result is free": (
-        "        if OUTPUT:\n            tma.store_wait(0)\n", "        if OUTPUT:\n", AssertionError, "may still",
+        "            if not SAVE_STATES:\n                tma.store_wait(0)\n", "            if not SAVE_STATES:\n",
+        AssertionError, "may still",
     ),
     "another decay to the end": ("gl.exp2(g_last - g + log_rk)", "gl.exp2(g_last + log_rk)", AssertionError, "final"),
+}  # fmt: skip
+WRONG_SAVING = {
+    "no wait before the place of a state is free": (
+        "            tma.store_wait(2 if OUTPUT else 0)\n", "", AssertionError, "may still",
+    ),
+    "a wait for other stores than the state's": (
+        "store_wait(2 if OUTPUT", "store_wait(3 if OUTPUT", AssertionError, "may still",
+    ),
+    "no wait before the places of O and Y are free": (
+        "            tma.store_wait(1)  # the last O", "            # the last O", AssertionError, "may still",
+    ),
+    "a wait for other stores than those of O and Y": ("store_wait(1)", "store_wait(2)", AssertionError, "may still"),
+    "no fence": (
+        "            fence_async_shared()\n            part_barrier()\n        if OUTPUT:\n",
+        "            part_barrier()\n        if OUTPUT:\n", AssertionError, "without a fence",
+    ),
+    "another state": ("store(b_sh)", "store((2 * b_s).to(dtype))", AssertionError, "states"),
+    "another sign of Y": ("b_kept.to(dtype)", "(-b_kept).to(dtype)", AssertionError, "y"),
 }  # fmt: skip
 WRONG_BACKWARD = {
     "no wait for what is prepared": (
@@ -189,3 +236,17 @@ def test_what_is_wrong_is_seen(wrong, run_on_cpu):
                 check(forward(x, True, None)[1], {"o": o, "final": final})
             else:
                 check(*backward_scan(x, True, normal(1, 1, D, D, seed=5)))
+
+
+@pytest.mark.parametrize("wrong", WRONG_SAVING)
+def test_what_is_wrong_with_saving_is_seen(wrong, run_on_cpu):
+    old, new, error, message = WRONG_SAVING[wrong]
+    x = recurrence_inputs(1, 4 * CHUNK, 1, 1, True)
+    o, errors, starts, final = recurrence(x, torch.zeros(1, 1, D, D), True)
+    expected = {"o": o, "final": final, "y": errors, "states": state_rows(starts)}
+    run_on_cpu()
+    check(forward_saving(x, None)[1], expected)
+    with pytest.raises(error, match=message):
+        for seed in range(8):
+            run_on_cpu(seed=seed, changes=[(old, new)])
+            check(forward_saving(x, None)[1], expected)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lrnn import LrnnConfig, LrnnForCausalLM, layers_lrnn, mixer_deltanet
-from lrnn.kernels import delta_rule_reference
+from lrnn.kernels import delta_rule_reference, scans
 from lrnn.kernels.short_conv import short_conv
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 64}
@@ -67,6 +67,26 @@ def test_logits_and_gradients(mixer, kind, in_pytorch):
         ours["logits"], plain["logits"] = ours["logits"][:, 20:], plain["logits"][:, 20:]
     for name, truth in plain.items():
         assert (ours[name] - truth).norm() <= 1e-4 * truth.norm(), name
+
+
+def test_layers_that_are_computed_anew_save_their_states(monkeypatch):
+    """When they are computed anew, and not before: the backward pass then runs no forward scan."""
+    filled, run_forward = [], scans.Scan.run_forward
+
+    def note(self, initial, final, **results):
+        filled.append(set(results))
+        run_forward(self, initial, final, **results)
+
+    monkeypatch.setattr(scans.Scan, "run_forward", note)
+    model = make_model("gated_deltanet").train()
+    inputs = {"input_ids": torch.arange(20)[None]}
+    plain = losses_and_gradients(model, **inputs)
+    assert filled == [{"o"}, {"y", "states"}]
+    filled.clear()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    anew = losses_and_gradients(model, **inputs)
+    assert filled == [{"o"}, {"o", "y", "states"}]
+    assert all(torch.equal(plain[n], anew[n]) for n in plain)
 
 
 def test_generation(in_pytorch):
