@@ -79,7 +79,7 @@ def _load_tiles(
     OUTPUT: gl.constexpr,
 ):  # fmt: skip
     # one warp: tiles of every chunk, STAGES ahead
-    q_s, k_s, v_s, c_s, vec_s, p_s, ready_vec_s, o_s, y_s, state_s, ready, free, p_ready, p_free = tiles  # noqa: RUF059
+    q_s, k_s, v_s, c_s, vec_s, p_s, ready_vec_s, o_s, y_s, state_s, ready, early, free, p_ready, p_free = tiles  # noqa: RUF059
     row0, column0, qk_col, v_col, c_col, vec_row = origin
     size: gl.constexpr = (
         (q.block_type.nbytes if OUTPUT else 0) + k.block_type.nbytes + c.block_type.nbytes
@@ -87,18 +87,19 @@ def _load_tiles(
     )  # fmt: skip
     for i in range(chunks):
         s = i % STAGES
-        mbarrier.wait(free.index(s), ((i // STAGES) & 1) ^ 1)
+        mbarrier.wait(early.index(s), ((i // STAGES) & 1) ^ 1)
         bar = ready.index(s)
         mbarrier.expect(bar, size)
         row = row0 + i * BT
-        tma_load(k, [row, qk_col], bar, k_s.index(s))
         for j in gl.static_range(3):
             tma_load(vector_rows, [vec_row + j, column0 + i * BT], bar, vec_s.index(3 * s + j))
         for j in gl.static_range(HALVES):
             tma_load(v, [row, v_col + j * 64], bar, v_s.index(HALVES * s + j))
-        tma_load(c, [row, c_col], bar, c_s.index(s))
         if OUTPUT:
             tma_load(q, [row, qk_col], bar, q_s.index(s))
+        mbarrier.wait(free.index(s), ((i // STAGES) & 1) ^ 1)
+        tma_load(k, [row, qk_col], bar, k_s.index(s))
+        tma_load(c, [row, c_col], bar, c_s.index(s))
 
 
 @gluon.jit
@@ -108,7 +109,7 @@ def _prepare(
 ):  # fmt: skip
     # four warps: all that needs no state, up to two chunks ahead of it. P = scale tril(G . Q^ K^T r), log2 of 1/|q|,
     # and the vectors that the state's warps would otherwise compute in every row of theirs
-    q_s, k_s, v_s, c_s, vec_s, p_s, ready_vec_s, o_s, y_s, state_s, ready, free, p_ready, p_free = tiles  # noqa: RUF059
+    q_s, k_s, v_s, c_s, vec_s, p_s, ready_vec_s, o_s, y_s, state_s, ready, early, free, p_ready, p_free = tiles  # noqa: RUF059
     tile: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, tile)
     by_column: gl.constexpr = gl.SliceLayout(0, tile)
@@ -145,6 +146,7 @@ def _prepare(
             p = weigh_keys(q_tile, k_s.index(s), to_query, from_key, rows, columns, tile, BT)
             p_s.index(slot).store(p.to(p_s.dtype))
             fence_async_shared()
+        mbarrier.arrive(early.index(s), count=1)
         mbarrier.arrive(free.index(s), count=1)
         mbarrier.arrive(p_ready.index(slot), count=1)
 
@@ -156,7 +158,7 @@ def _carry_state(
     HAS_INITIAL: gl.constexpr, SAVE_FINAL: gl.constexpr, TRANSITION: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     # four warps: the state of 64 columns of values, its output, and the states and the errors of every chunk
-    q_s, k_s, v_s, c_s, vec_s, p_s, ready_vec_s, o_s, y_s, state_s, ready, free, p_ready, p_free = tiles  # noqa: RUF059
+    q_s, k_s, v_s, c_s, vec_s, p_s, ready_vec_s, o_s, y_s, state_s, ready, early, free, p_ready, p_free = tiles  # noqa: RUF059
     row0, state_row, state_step, column, head_column, chunks, is_value, is_identity = places
     BV: gl.constexpr = 64
     first = column + half * BV
@@ -204,6 +206,7 @@ def _carry_state(
         mbarrier.wait(p_ready.index(slot), (i // 2) & 1)
         # X^T = V^T - (S^T K^T) gamma r
         b_v = v_s.index(HALVES * s + half).permute((1, 0)).load(tile).to(gl.float32)
+        mbarrier.arrive(early.index(s), count=1)
         if TRANSITION:
             b_v = gl.where(is_value, b_v, 0.0)
         b_x = b_v - b_x * ready_vec_s.index(6 * slot).load(by_column)[None, :]
@@ -307,10 +310,10 @@ def chunk_forward_hopper_kernel(
     if SAVE_STATES:
         y_s = gl.allocate_shared_memory(y.dtype, [HALVES, BT, 64], y.layout)
         state_s = gl.allocate_shared_memory(states.dtype, [HALVES, 64, K], states.layout)
-    ready, free, p_ready, p_free = make_barriers(STAGES, HALVES)
+    ready, early, free, p_ready, p_free = make_barriers(STAGES, HALVES)
 
     state_row = (first_chunk * HV + i_h) * V
-    tiles = (q_s, k_s, v_s, c_s, vec_s, p_s, ready_vec_s, o_s, y_s, state_s, ready, free, p_ready, p_free)
+    tiles = (q_s, k_s, v_s, c_s, vec_s, p_s, ready_vec_s, o_s, y_s, state_s, ready, early, free, p_ready, p_free)
     from_q, p_log_rq, log_scale = q if OUTPUT else k, p_g + 3 * R, gl.log2(scale)
     origin = (row0, column0, qk_col, v_col, i_h * BT, 4 * i_h)
     places = (row0, state_row, HV * V, i_v * BV, i_h * V, chunks, is_value, is_identity)

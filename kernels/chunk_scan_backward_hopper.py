@@ -34,9 +34,9 @@ from lrnn.kernels.gluon_parts import (
 )
 
 
-def hopper_backward_settings(full: bool) -> HopperLaunch:
+def hopper_backward_settings(full: bool, save_states: bool) -> HopperLaunch:
     """Settings as `hopper_settings` gives them for the forward scan."""
-    return HopperLaunch(2, 2, 200, 80) if full else HopperLaunch(1, 3, 0, 152)
+    return HopperLaunch(2, 2 if save_states else 3, 200, 80) if full else HopperLaunch(1, 3, 0, 152)
 
 
 @gluon.jit
@@ -44,7 +44,7 @@ def _load_tiles(
     q, k, c, do, vector_rows, tiles, origin, chunks, BT: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr
 ):
     # one warp: tiles of every chunk, STAGES ahead
-    q_s, k_s, c_s, do_s, vec_s, p_s, ready_vec_s, dw_s, state_s, ready, free, p_ready, p_free = tiles  # noqa: RUF059
+    q_s, k_s, c_s, do_s, vec_s, p_s, ready_vec_s, dw_s, state_s, ready, early, free, p_ready, p_free = tiles  # noqa: RUF059
     row0, column0, qk_col, v_col, c_col, vec_row = origin
     size: gl.constexpr = (
         q.block_type.nbytes + k.block_type.nbytes + c.block_type.nbytes + HALVES * do.block_type.nbytes
@@ -53,23 +53,24 @@ def _load_tiles(
     for i in range(chunks):
         s = i % STAGES
         i_t = chunks - 1 - i
-        mbarrier.wait(free.index(s), ((i // STAGES) & 1) ^ 1)
+        mbarrier.wait(early.index(s), ((i // STAGES) & 1) ^ 1)
         bar = ready.index(s)
         mbarrier.expect(bar, size)
         row = row0 + i_t * BT
-        tma_load(k, [row, qk_col], bar, k_s.index(s))
         tma_load(q, [row, qk_col], bar, q_s.index(s))
         for j in gl.static_range(4):
             tma_load(vector_rows, [vec_row + j, column0 + i_t * BT], bar, vec_s.index(4 * s + j))
         for j in gl.static_range(HALVES):
             tma_load(do, [row, v_col + j * 64], bar, do_s.index(HALVES * s + j))
+        mbarrier.wait(free.index(s), ((i // STAGES) & 1) ^ 1)
+        tma_load(k, [row, qk_col], bar, k_s.index(s))
         tma_load(c, [row, c_col], bar, c_s.index(s))
 
 
 @gluon.jit
 def _prepare(tiles, log_scale, chunks, BT: gl.constexpr, STAGES: gl.constexpr):
     # four warps: P, and the vectors that the state's warps would otherwise compute in every row of theirs
-    q_s, k_s, c_s, do_s, vec_s, p_s, ready_vec_s, dw_s, state_s, ready, free, p_ready, p_free = tiles  # noqa: RUF059
+    q_s, k_s, c_s, do_s, vec_s, p_s, ready_vec_s, dw_s, state_s, ready, early, free, p_ready, p_free = tiles  # noqa: RUF059
     tile: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, tile)
     by_column: gl.constexpr = gl.SliceLayout(0, tile)
@@ -97,6 +98,7 @@ def _prepare(tiles, log_scale, chunks, BT: gl.constexpr, STAGES: gl.constexpr):
         p = weigh_keys(q_s.index(s), k_s.index(s), to_query, from_key, rows, columns, tile, BT)
         p_s.index(slot).store(p.to(p_s.dtype))
         fence_async_shared()
+        mbarrier.arrive(early.index(s), count=1)
         mbarrier.arrive(free.index(s), count=1)
         mbarrier.arrive(p_ready.index(slot), count=1)
 
@@ -108,7 +110,7 @@ def _carry_gradient(
     SAVE_INITIAL: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     # four warps: the gradient of the state of 64 columns of values
-    q_s, k_s, c_s, do_s, vec_s, p_s, ready_vec_s, dw_s, state_s, ready, free, p_ready, p_free = tiles  # noqa: RUF059
+    q_s, k_s, c_s, do_s, vec_s, p_s, ready_vec_s, dw_s, state_s, ready, early, free, p_ready, p_free = tiles  # noqa: RUF059
     row0, state_row, state_step, column, head_column, chunks = places
     BV: gl.constexpr = 64
     first = column + half * BV
@@ -154,6 +156,7 @@ def _carry_gradient(
         b_dn = b_dn * ready_vec_s.index(6 * slot).load(by_column)[None, :]
         b_dn = warpgroup_mma(gl.convert_layout(b_do, left), p_s.index(slot), b_dn, is_async=True)
         b_dn, b_ds = warpgroup_mma_wait(0, [b_dn, b_ds])
+        mbarrier.arrive(early.index(s), count=1)
         # dW^T = dN^T - (beta dN)^T C
         beta_s, inverse_s = ready_vec_s.index(6 * slot + 1), ready_vec_s.index(6 * slot + 2)
         b_z, b_used, down = step_and_back_prepared(b_dn, beta_s, inverse_s, c_dtype)
@@ -215,9 +218,9 @@ def chunk_scan_backward_hopper_kernel(
     if SAVE_STATES:
         dw_s = gl.allocate_shared_memory(dw.dtype, [HALVES, BT, 64], dw.layout)
         state_s = gl.allocate_shared_memory(dstates.dtype, [HALVES, 64, K], dstates.layout)
-    ready, free, p_ready, p_free = make_barriers(STAGES, HALVES)
+    ready, early, free, p_ready, p_free = make_barriers(STAGES, HALVES)
 
-    tiles = (q_s, k_s, c_s, do_s, vec_s, p_s, ready_vec_s, dw_s, state_s, ready, free, p_ready, p_free)
+    tiles = (q_s, k_s, c_s, do_s, vec_s, p_s, ready_vec_s, dw_s, state_s, ready, early, free, p_ready, p_free)
     origin = (row0, first_chunk * BT, i_h // (HV // H) * K, i_h * V + i_v * BV, i_h * BT, 4 * i_h)
     places = (row0, (first_chunk * HV + i_h) * V, HV * V, i_v * BV, i_h * V, chunks)
     log_scale = gl.log2(scale)

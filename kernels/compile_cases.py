@@ -203,10 +203,11 @@ def hopper_cases(suffix: str, heads: dict[str, Any], element: str, matrix: str, 
         yield case("transition_hopper", chunk_forward_hopper_kernel, constants, launch)
         constants = {"SAVE_STATES": True, "HAS_FINAL": False, "SAVE_INITIAL": False, "REACH": False}
         constants |= {"dfinal": None, "dinitial": None, "reach": None}
-        launch = hopper_backward_settings(full)
+        launch = hopper_backward_settings(full, save_states=True)
         yield case("scan_backward_hopper", chunk_scan_backward_hopper_kernel, constants, launch)
         constants = {"SAVE_STATES": False, "HAS_FINAL": False, "SAVE_INITIAL": True, "REACH": True}
         constants |= {"dfinal": None, "dw": None, "dstates": None}
+        launch = hopper_backward_settings(full, save_states=False)
         yield case("start_gradient_hopper", chunk_scan_backward_hopper_kernel, constants, launch)
 
     kernel, tiles = chunk_backward_hopper_kernel, ("q", "k", "do", "dw", "y", "states", "dstates", "dq", "dk", "dv")

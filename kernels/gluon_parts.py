@@ -27,21 +27,24 @@ FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))  # of a vector in sha
 
 @gluon.jit
 def make_barriers(STAGES: gl.constexpr, HALVES: gl.constexpr):
-    # of the tiles of a chunk (`ready` for all, `free` again when each half and who prepares is done with them) and of
-    # what is prepared from them, in two slots (`p_ready`, and `p_free` when each half is done)
+    # of the tiles of a chunk (`ready` for all; those of which nothing is needed by the chunk's end are free again at
+    # `early`, the others at `free`, when each half and who prepares is done with them) and of what is prepared from
+    # them, in two slots (`p_ready`, and `p_free` when each half is done)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    early = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     p_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     p_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         mbarrier.init(ready.index(s), count=1)
+        mbarrier.init(early.index(s), count=HALVES + 1)
         mbarrier.init(free.index(s), count=HALVES + 1)
     for s in gl.static_range(2):
         mbarrier.init(p_ready.index(s), count=1)
         mbarrier.init(p_free.index(s), count=HALVES)
     fence_async_shared()
     part_barrier()
-    return ready, free, p_ready, p_free
+    return ready, early, free, p_ready, p_free
 
 
 @gluon.jit

@@ -241,7 +241,7 @@ class Scan:
             reach,
         )
         if self.for_hopper:
-            hopper = hopper_backward_settings(count >= FULL)
+            hopper = hopper_backward_settings(count >= FULL, dstates is not None)
             columns = self.V // (64 * hopper.HALVES)
             settings = {**flags, **hopper._asdict()}
             self._launch_hopper(chunk_scan_backward_hopper_kernel, columns * count, tensors, settings)

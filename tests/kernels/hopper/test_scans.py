@@ -19,8 +19,9 @@ def in_halves(halves, monkeypatch):
 
 
 def test_halves_are_those_of_the_settings():
-    assert scans.hopper_settings(True, True, False, False).HALVES == 2 == scans.hopper_backward_settings(True).HALVES
-    assert scans.hopper_settings(False, True, False, False).HALVES == 1 == scans.hopper_backward_settings(False).HALVES
+    for full, halves in ((True, 2), (False, 1)):
+        assert halves == scans.hopper_settings(full, True, False, False).HALVES
+        assert halves == scans.hopper_backward_settings(full, True).HALVES
 
 
 def all_of_head(x, head):
@@ -193,6 +194,16 @@ WRONG = {
         "            if not SAVE_STATES:\n                tma.store_wait(0)\n", "            if not SAVE_STATES:\n",
         AssertionError, "may still",
     ),
+    "values released before they are read": (
+        "        b_v = v_s.index(HALVES * s + half).permute((1, 0)).load(tile).to(gl.float32)\n"
+        "        mbarrier.arrive(early.index(s), count=1)\n",
+        "        mbarrier.arrive(early.index(s), count=1)\n"
+        "        b_v = v_s.index(HALVES * s + half).permute((1, 0)).load(tile).to(gl.float32)\n",
+        AssertionError, "read before it is there",
+    ),
+    "keys loaded as early as values": (
+        "        mbarrier.wait(free.index(s), ((i // STAGES) & 1) ^ 1)\n", "", AssertionError, "may still",
+    ),
     "another decay to the end": ("gl.exp2(g_last - g + log_rk)", "gl.exp2(g_last + log_rk)", AssertionError, "final"),
 }  # fmt: skip
 WRONG_SAVING = {
@@ -219,6 +230,15 @@ WRONG_BACKWARD = {
     ),
     "no wait for a product": (
         "warpgroup_mma_wait(1, [b_dn])", "warpgroup_mma_wait(2, [b_dn])", AssertionError, "before it was waited for",
+    ),
+    "queries released before their product is there": (
+        "        b_dn, b_ds = warpgroup_mma_wait(0, [b_dn, b_ds])\n        mbarrier.arrive(early.index(s), count=1)\n",
+        "        mbarrier.arrive(early.index(s), count=1)\n        b_dn, b_ds = warpgroup_mma_wait(0, [b_dn, b_ds])\n",
+        AssertionError, "may still",
+    ),
+    "keys loaded as early as queries": (
+        "        mbarrier.wait(free.index(s), ((i // STAGES) & 1) ^ 1)\n        tma_load(k", "        tma_load(k",
+        AssertionError, "may still",
     ),
     "a wrong sign": ("store(-gl.exp2(g + log_rk)", "store(gl.exp2(g + log_rk)", AssertionError, "dstates"),
 }  # fmt: skip
