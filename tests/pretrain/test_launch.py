@@ -18,6 +18,8 @@ from lrnn.pretrain import distributed
 from lrnn.pretrain import train as train_module
 from lrnn.pretrain.distributed import STOPPED, StopRequest, check_world, is_worker, launch, slurm_environment
 
+pytestmark = pytest.mark.alone
+
 # A worker: notes its environment and each signal it gets in a folder, and ends as the code that follows says.
 WORKER = """
 import os, signal, sys, time
