@@ -14,8 +14,8 @@ quickstart: setup
 	$(BIN)/lrnn eval --fetch
 	$(BIN)/lrnn quickstart
 
-# Two processes for what bears a busy machine, in the order given: the longest file first, since a file is one process's.
-# What takes times, and SLURM, which mostly waits, come after that, one test at a time.
+# Two processes for what bears a busy machine: the longest file first, and not, as pytest-xdist would have it, the one of
+# most tests. What takes times, and SLURM, which mostly waits, come after that, one test at a time.
 test: lint
 	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not alone' tests/kernels/test_interpreted.py tests
 	$(BIN)/pytest -q -m alone
