@@ -14,10 +14,13 @@ quickstart: setup
 	$(BIN)/lrnn eval --fetch
 	$(BIN)/lrnn quickstart
 
-# Two processes for what shares nothing, the longest file first; alone what starts groups of processes and takes times.
+# Two processes for what bears a busy machine. The folder with the longest files comes first: pytest keeps the order of
+# folders, though not that of a file before its own folder, and pytest-xdist would begin with the files of most tests.
+# What takes times, and SLURM, which mostly waits, come after that, one test at a time.
 test: lint
-	$(BIN)/pytest -q -n 2 --dist loadfile tests/kernels/test_interpreted.py tests/kernels tests/eval tests/lrnn tests/gpu
-	$(BIN)/pytest -q tests/pretrain tests/slurm
+	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not alone' \
+		tests/kernels tests/eval tests/gpu tests/lrnn tests/pretrain tests/slurm
+	$(BIN)/pytest -q -m alone
 
 # 300 kills instead of 12, twenty endings of a job instead of three, other numbers of processes. Some 30 minutes.
 # The jobs want root and Debian, for a SLURM of their own.

@@ -117,6 +117,8 @@ def init_ranks() -> Ranks:
     # An operator for inference on CPU, which DeepSpeed would compile at the first start. A process that is killed
     # meanwhile leaves a lock behind for which every later one waits without end.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed compiles a function of Muon, which is not used here, at every start: 2 s to load torch's compiler.
+    deepspeed.runtime.compiler.compile = lambda: lambda function: function
     # DeepSpeed calls names that newer versions of torch deprecate; its users can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if not dist.is_initialized():

@@ -19,7 +19,7 @@ from pathlib import Path
 os.environ["DS_ACCELERATOR"] = "cpu"
 # Imported late by a training, which takes seconds: once for all ranks.
 import datasets  # noqa: F401
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+import deepspeed  # noqa: F401
 import torch
 
 from lrnn.pretrain.config import validate

@@ -6,6 +6,8 @@ from lrnn.cli import main
 from lrnn.pretrain.bench import measure_loader, write_synthetic_corpus
 from lrnn.pretrain.corpus import TokenCorpus
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def corpus_path(tmp_path_factory):

@@ -271,6 +271,7 @@ def test_prefetcher_hands_over_errors_and_the_end():
     assert list(Prefetcher(iter("abc"), depth=1)) == ["a", "b", "c"]
 
 
+@pytest.mark.alone
 def test_prefetcher_counts_the_wait():
     def items():
         yield 0

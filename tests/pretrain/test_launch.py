@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import without_models
 
 from lrnn.errors import UserError
 from lrnn.pretrain import distributed
 from lrnn.pretrain import train as train_module
 from lrnn.pretrain.distributed import STOPPED, StopRequest, check_world, is_worker, launch, slurm_environment
+
+pytestmark = pytest.mark.alone
 
 # A worker: notes its environment and each signal it gets in a folder, and ends as the code that follows says.
 WORKER = """
@@ -185,13 +188,23 @@ def test_workers_end_with_a_launcher_that_is_killed(command, tmp_path, late):
     worker = """
         (folder / f"process-{rank}").write_text(str(os.getpid()))
         wait_until((folder / "go").exists)
+        from without_models import leave_models_out
+        leave_models_out()
         from lrnn.pretrain.distributed import end_with_launcher
         end_with_launcher()
         (folder / f"asked-{rank}").touch()
         wait_until(lambda: noted(1), 60)
     """
-    code = "import json, sys; from lrnn.pretrain.distributed import launch; launch(2, json.loads(sys.argv[1]))"
-    launcher = subprocess.Popen([sys.executable, "-c", code, json.dumps(command(worker))])
+    code = """if True:
+        import json, sys
+        from without_models import leave_models_out
+        leave_models_out()
+        from lrnn.pretrain.distributed import launch
+        launch(2, json.loads(sys.argv[1]))
+    """
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps(command(worker))], env=without_models.ENVIRONMENT
+    )
 
     def wait_for(pattern: str) -> None:
         deadline = time.monotonic() + 60

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import without_models
 from small_disk import mounted
 from training_group import losses, run_group
 
@@ -23,6 +24,8 @@ from lrnn.pretrain.corpus import TokenCorpus
 from lrnn.pretrain.loader import CorpusData
 from lrnn.pretrain.metrics import read_metrics
 from lrnn.pretrain.run_lock import RunLock
+
+pytestmark = pytest.mark.alone
 
 
 def events(run_dir: Path, name: str) -> list[dict]:
@@ -163,6 +166,8 @@ def test_a_shard_that_vanishes(base, long_corpus, tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
+from without_models import leave_models_out
+leave_models_out()
 from lrnn.pretrain.run_lock import RunLock
 with RunLock(Path(sys.argv[1])):
     print("held", flush=True)
@@ -173,7 +178,7 @@ with RunLock(Path(sys.argv[1])):
 @pytest.fixture
 def holder(tmp_path, monkeypatch):
     """A process of another job that holds tmp_path/run."""
-    env = {**os.environ, "SLURM_JOB_ID": "4711"}
+    env = {**without_models.ENVIRONMENT, "SLURM_JOB_ID": "4711"}
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True, env=env
     )

@@ -20,6 +20,7 @@ from lrnn.pretrain.hangs import BROKEN_SECONDS, Place, Seen, describe_wait, find
 from lrnn.pretrain.metrics import read_metrics
 from lrnn.pretrain.watchdog import HUNG, AwakeClock, Watchdog
 
+pytestmark = pytest.mark.alone
 SETTINGS = WatchdogConfig(lost_seconds=10, stall_seconds=100, startup_seconds=1000, heartbeat_seconds=20)
 DATA, STEP = Place("waiting for data", 5, 30, False), Place("computing the step", 5, 31, False)
 FIRST = Place("trying a first pass", 0, 3, True)

@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 (for the forks; a start imports it and all it needs)
+import deepspeed  # noqa: F401 (for the forks; a start imports it late)
 import pandas  # noqa: F401 (for the forks, too)
 import torch
 

@@ -1,15 +1,21 @@
 """A run as a job of the test cluster: submitted with `lrnn submit`, watched, and ended in the ways that SLURM has."""
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from cluster import Cluster
+
+from lrnn.cli import main
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 180
@@ -51,23 +57,29 @@ class RunningJob:
         ]  # fmt: skip
 
     def submit(self, *more: str) -> subprocess.CompletedProcess:
-        """Run `lrnn submit`, and note the job where it made one."""
-        done = self._call(sys.executable, "-m", "lrnn.cli", "submit", *self.arguments, *more)
-        submitted = re.search(r"^submitted job (\d+):", done.stdout, re.MULTILINE)
+        """Run `lrnn submit`, in this process, and note the job where it made one."""
+        out, err = io.StringIO(), io.StringIO()
+        command = ["submit", *self.arguments, *more]
+        with self._environment(), redirect_stdout(out), redirect_stderr(err):
+            status = main(command)
+        submitted = re.search(r"^submitted job (\d+):", out.getvalue(), re.MULTILINE)
         self.job = submitted[1] if submitted else self.job
-        return done
+        return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
 
     def sbatch(self, script: Path) -> str:
         """Give a batch script to sbatch; returns the job."""
-        done = self._call("sbatch", "--parsable", str(script))
+        with self._environment():
+            done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    def _call(self, *command: str) -> subprocess.CompletedProcess:
-        # Jobs find lrnn where these tests have it, whatever is installed on the nodes.
+    @contextmanager
+    def _environment(self) -> Iterator[None]:
+        """What a job takes over: its folder, and variables by which it finds lrnn where these tests have it."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{self.slurm.env['PATH']}"
         env = {**self.slurm.env, "PATH": path, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, env=env, cwd=self.folder.parent, capture_output=True, text=True)
+        with patch.dict(os.environ, env, clear=True), chdir(self.folder.parent):
+            yield
 
     def end(self, kind: str) -> None:
         """End the job as `kind` says, and wait until it is in the queue again."""

@@ -10,6 +10,7 @@ from training_group import losses, run_group
 from lrnn.pretrain.config import load_config
 from lrnn.pretrain.metrics import read_metrics
 
+pytestmark = pytest.mark.alone
 STEPS = 24
 
 

@@ -14,6 +14,7 @@ import pytest
 from cluster import KILL_WAIT_S
 from running_job import ENDINGS, TORTURE, RunningJob
 
+pytestmark = pytest.mark.alone
 torture = pytest.mark.skipif(not TORTURE, reason="takes minutes: make torture")
 # In the short form one ending of each sort that differs in who gets which signal; a time limit takes a minute more.
 SHORT = ["usr1 --full", "requeue", "pre-empted"]

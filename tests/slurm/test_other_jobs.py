@@ -11,6 +11,8 @@ from running_job import ROOT
 
 from lrnn.eval.collect import collect
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture
 def sbatch(slurm, tmp_path):

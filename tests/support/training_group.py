@@ -11,8 +11,7 @@ from lrnn.pretrain.distributed import _free_port, _local_environment
 from lrnn.pretrain.metrics import read_metrics
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# DeepSpeed imports its Muon at every start, and torch's compiler with it.
-_CONTEXT.set_forkserver_preload(["training_worker", "deepspeed.runtime.zero.muon.muon_optimizer", "pandas"])
+_CONTEXT.set_forkserver_preload(["training_worker", "deepspeed", "pandas"])  # what a start imports late
 
 
 def run_group(tmp_path, specs, processes=2):

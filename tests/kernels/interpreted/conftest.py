@@ -14,6 +14,7 @@ import pytest
 from nan_buffers import fill_new_buffers_with_nan
 
 if os.environ.get("TRITON_INTERPRET") == "1":
+    from quick_interpreter import quicken
     from triton.runtime import interpreter
 
     _patch_tensor = interpreter._patch_lang_tensor
@@ -25,6 +26,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
 
     interpreter._patch_lang_tensor = _patch_tensor_and_index
+    quicken()
 else:
     collect_ignore_glob = ["test_*.py"]
 
