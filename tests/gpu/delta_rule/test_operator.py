@@ -36,9 +36,10 @@ def test_a_hundred_runs_are_bitwise_equal(B, T, H):
     x = random(B, T, H=H, raw=True)
     arriving = inputs.arriving(x)
     first = evaluate(fused_gated_delta_rule, x, *arriving)
-    for _ in range(99):
+    for run in range(99):
         again = evaluate(fused_gated_delta_rule, x, *arriving)
-        assert all(torch.equal(first[n], again[n]) for n in first)
+        other = {n: (first[n] != again[n]).nonzero()[:, :3].tolist() for n in first}
+        assert not any(other.values()), f"run {run}: " + "; ".join(f"{n} {len(x)} {x[:4]}" for n, x in other.items())
 
 
 @pytest.mark.parametrize("precision", ["standard", "split"])
