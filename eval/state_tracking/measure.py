@@ -62,12 +62,12 @@ def measure(cell: Cell, model: LrnnForCausalLM, device: torch.device) -> Work[di
     }  # fmt: skip
 
 
-def _write_accuracy(cell: Cell, right: Tensor, total: Tensor) -> dict[int, float]:
-    """Accuracy by length, where there is one, also as `accuracy.csv`."""
+def _write_accuracy(cell: Cell, right: Tensor, total: Tensor) -> dict[str, float]:
+    """Accuracy by length, where there is one, also as `accuracy.csv`. The keys are those that JSON has."""
     sums = enumerate(zip(right.tolist(), total.tolist(), strict=True))
     rows = [(n, r / t, round(t)) for n, (r, t) in sums if t > 0]
     with (cell.folder / "accuracy.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["length", "accuracy", "sequences"])
         writer.writerows((n, f"{accuracy:.6f}", count) for n, accuracy, count in rows)
-    return {n: accuracy for n, accuracy, _ in rows}
+    return {str(n): accuracy for n, accuracy, _ in rows}

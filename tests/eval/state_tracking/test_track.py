@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from matplotlib.image import imread
 
 from lrnn import LrnnForCausalLM
 from lrnn.cli import main
@@ -89,20 +90,24 @@ def test_parity_needs_negative_eigenvalues(grid_file, tmp_path, capsys):
     table = (out / "table.md").read_text()
     assert "| deltanet | [-1, 1] | 1.000 [1.000] | 1.000 [1.000] | 256 [256] | 1.000 [.999] |" in table, table
     assert "always giving the most frequent answer has 0.000" in " ".join(table.split())
-    for picture in ("accuracy-parity.png", "eigenvalues-parity.png"):
-        assert (out / picture).stat().st_size > 10_000
+    pictures = {p: p.read_bytes() for p in (out / "accuracy-parity.png", out / "eigenvalues-parity.png")}
+    for picture in pictures:
+        pixels = imread(picture)[..., :3]
+        colourful = (pixels.max(-1) - pixels.min(-1) > 0.2).any(0)
+        assert colourful.mean() > 0.5, f"{picture} shows next to nothing"
     assert "All tasks" not in table and "every position" not in table
     rows = list(csv.DictReader((out / "results.csv").open()))
     assert {row["range"] for row in rows} == {"negative", "positive"} and len(rows) == sum(
         len(r["by_length"]) for r in results.values()
     )
     capsys.readouterr()
-    # Again: nothing is trained, the same table comes out.
+    # Again: nothing is trained, the same table and the same pictures come out.
     before = {p: p.stat().st_mtime_ns for p in out.rglob("state.pt")}
     assert main(["track", str(path)]) == 0
     assert {p: p.stat().st_mtime_ns for p in out.rglob("state.pt")} == before and (
         out / "table.md"
     ).read_text() == table
+    assert {p: p.read_bytes() for p in pictures} == pictures
 
 
 def test_a_grid_that_is_stopped_goes_on_as_if_it_had_not_been(grid_file, tmp_path, monkeypatch):
