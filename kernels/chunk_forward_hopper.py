@@ -78,7 +78,7 @@ def _load_tiles(
     q, k, v, c, vector_rows, tiles, origin, chunks, BT: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
     OUTPUT: gl.constexpr,
 ):  # fmt: skip
-    # one warp: tiles of every chunk, STAGES ahead
+    # one warp: tiles of every chunk, STAGES ahead; Q and V, which are done with first, somewhat more
     q_s, k_s, v_s, c_s, vec_s, p_s, ready_vec_s, o_s, y_s, state_s, ready, early, free, p_ready, p_free = tiles  # noqa: RUF059
     row0, column0, qk_col, v_col, c_col, vec_row = origin
     size: gl.constexpr = (

@@ -43,7 +43,7 @@ def hopper_backward_settings(full: bool, save_states: bool) -> HopperLaunch:
 def _load_tiles(
     q, k, c, do, vector_rows, tiles, origin, chunks, BT: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr
 ):
-    # one warp: tiles of every chunk, STAGES ahead
+    # one warp: tiles of every chunk, STAGES ahead; Q and dO, which are done with first, somewhat more
     q_s, k_s, c_s, do_s, vec_s, p_s, ready_vec_s, dw_s, state_s, ready, early, free, p_ready, p_free = tiles  # noqa: RUF059
     row0, column0, qk_col, v_col, c_col, vec_row = origin
     size: gl.constexpr = (
