@@ -32,7 +32,6 @@ def gated_delta_rule(
     output_final_state: bool = True,
     chunk_size: int = 64,
     precision: str = "standard",
-    save_states: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated delta rule over whole sequences, by chunks; one token at a time where T is 1.
 
@@ -51,7 +50,6 @@ def gated_delta_rule(
         chunk_size: tokens a chunk.
         precision: "standard" or "split", as the kernels take it. Here nothing is rounded to 16 bits, so it changes
             nothing: it is there for models that ask for it.
-        save_states: likewise; autograd keeps what it needs.
 
     Returns:
         o [B, T, HV, V] in the dtype of v, and the final state [N, HV, K, V] in float32 (float64 for float64 inputs), or
@@ -96,7 +94,6 @@ def fused_gated_delta_rule(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     precision: str = "standard",
-    save_states: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The same from raw projections: q and k are normalised, gates and step sizes computed from a and b.
 
@@ -135,7 +132,6 @@ def gated_delta_product(
     normalize_qk: bool = False,
     output_final_state: bool = True,
     precision: str = "standard",
-    save_states: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated DeltaProduct (arXiv 2502.10297, equation 5) on the rule above; arguments as in `factors_as_steps`."""
     steps = factors_as_steps(q, k, v, g, beta, cu_seqlens)

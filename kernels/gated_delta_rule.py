@@ -11,6 +11,9 @@ On CUDA there is no other path: what the kernels do not support is an error. The
 the kernels on the CPU, for tests.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +25,23 @@ from lrnn.kernels.tiles import use_kernels
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHORT = 16  # tokens up to which the recurrence is the faster one, where no gradient is needed
+_saving = False  # what `save_states` is where it is not given
+
+
+@contextmanager
+def saving_states() -> Iterator[None]:
+    """Inside, `save_states` is True where it is not given: for layers that are computed anew.
+
+    Their backward pass follows at once, so what is saved takes no memory that it would not take itself, and a scan is
+    spared. To be entered by the second context that `context_fn` of `torch.utils.checkpoint.checkpoint` returns. What
+    is saved then differs in size from the first time, so `determinism_check` must be "none".
+    """
+    global _saving
+    before, _saving = _saving, True
+    try:
+        yield
+    finally:
+        _saving = before
 
 
 def gated_delta_rule(
@@ -37,7 +57,7 @@ def gated_delta_rule(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     precision: str = "standard",
-    save_states: bool = False,
+    save_states: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The gated delta rule over whole sequences, with gradients to every floating-point argument.
 
@@ -65,7 +85,7 @@ def gated_delta_rule(
             chunks of 64 tokens and an error for each value. That is V (2 + K / 32) bytes a token and value head in 16
             bits, twice as many in float32: 768 with K = V = 128 (the sizes of the kernels, as above). It changes no
             result. Nothing is kept where no gradient is needed, nor with K above 128, in float32 above 64, where the
-            scan that saves would exceed the shared memory.
+            scan that saves would exceed the shared memory. By default only inside `saving_states`.
 
     Returns:
         o [B, T, HV, V] in the dtype of v, and the final state [N, HV, K, V] in float32, or None.
@@ -100,7 +120,7 @@ def fused_gated_delta_rule(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     precision: str = "standard",
-    save_states: bool = False,
+    save_states: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The gated delta rule from raw projections: norms, gates and step sizes are computed inside the kernels.
 
@@ -140,7 +160,7 @@ def gated_delta_product(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     precision: str = "standard",
-    save_states: bool = False,
+    save_states: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated DeltaProduct (arXiv 2502.10297): n_h generalised Householder factors a token.
 
@@ -199,7 +219,8 @@ def _run(
     if v.shape[1] <= SHORT and not needs_gradient:
         o, final = gated_delta_rule_recurrent(*inputs, cu_seqlens, scale, beta_range, normalize)
     else:
-        flags = (normalize, output_final_state, precision == "split", save_states and needs_gradient)
+        saves = needs_gradient and (_saving if save_states is None else save_states)
+        flags = (normalize, output_final_state, precision == "split", saves)
         o, final, *_ = gated_delta_rule_forward(*inputs, cu_seqlens, scale, beta_range, *flags)
     return o[..., :V], final[..., :K, :V] if output_final_state else None
 

@@ -1,7 +1,5 @@
 """DeltaNet and DeltaProduct, gated or not, as token mixers. Copied into exported folders."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -32,7 +30,6 @@ class DeltaNet(Mixer):
     """
 
     begins_with_zeros = True
-    save_states = False  # whether the states between chunks are kept for the backward pass: see `saving_states`
 
     def __init__(self, config: LrnnConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -64,16 +61,6 @@ class DeltaNet(Mixer):
             self.set_fresh("A_log", torch.empty_like(self.A_log).uniform_(0, 16).clamp_(min=1e-4).log_())
             self.set_fresh_steps("dt_bias")
 
-    @contextmanager
-    def saving_states(self) -> Iterator[None]:
-        """Where the layer is computed anew for its backward pass, which follows at once: saving the states between
-        chunks then takes no memory that it would not take, and spares it a scan."""
-        self.save_states = True
-        try:
-            yield
-        finally:
-            self.save_states = False
-
     def forward(self, x, cache, mask, cu_seqlens, document) -> Tensor:
         x = zero_at_padding(x, mask)
         q, k, v = convolve(
@@ -101,7 +88,6 @@ class DeltaNet(Mixer):
             output_final_state=cache is not None,
             cu_seqlens=cu_seqlens,
             precision=self.precision,
-            save_states=self.save_states,
         )
         self.write_state(cache, state)
         gate = self.g_proj(x).unflatten(-1, self.heads) if self.gated else None

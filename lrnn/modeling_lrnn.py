@@ -8,8 +8,6 @@ PyTorch.
 Parameter names and shapes of the DeltaNet mixers are those of `fla`'s `gated_deltanet` and `delta_net` models.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -77,17 +75,6 @@ class LrnnBlock(GradientCheckpointingLayer):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def run_to_recompute(self, checkpointed: Callable, function: Callable, *args: Any) -> Any:
-        """The function by a `checkpointed` call of it, such that the mixer saves its states when it is run anew."""
-        options: dict[str, Any] = {}
-        if not torch.compiler.is_compiling():  # Dynamo takes no contexts; there they are computed anew as well
-            # Run anew, it saves tensors of other sizes, which the usual check would take for a mistake.
-            options = {
-                "context_fn": lambda: (nullcontext(), self.attn.saving_states()),
-                "determinism_check": "none",
-            }
-        return checkpointed(function, *args, **options)
-
     def forward(self, x, cache, mask, cu_seqlens, document) -> Tensor:
         x = x + self.attn(self.attn_norm(x), cache, mask, cu_seqlens, document)
         return x + self.mlp(self.mlp_norm(x))
@@ -100,19 +87,6 @@ class LrnnPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["LrnnBlock"]
     _is_stateful = True  # generation modes that must rewind the cache refuse to start
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "gate_bias"]
-
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **options
-    ):
-        """As transformers does it. Layers of the delta rule also save their states when they are computed anew, but not
-        the first time, when that would take time and be thrown away."""
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
-        given = getattr(gradient_checkpointing_func, "keywords", {})
-        if given.get("use_reentrant", True) or given.keys() & {"context_fn", "determinism_check", "debug"}:
-            return
-        for layer in self.modules():
-            if isinstance(layer, LrnnBlock) and isinstance(layer.attn, DeltaNet):
-                layer._gradient_checkpointing_func = partial(layer.run_to_recompute, gradient_checkpointing_func)
 
     def _init_weights(self, module: nn.Module):
         if isinstance(module, nn.Linear | nn.Embedding):

@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.errors import UserError
+from lrnn.kernels.gated_delta_rule import saving_states
 from lrnn.pretrain.config import Config, name_hint, read_json
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.loader import accumulation_steps
@@ -43,7 +45,11 @@ def model_config_from(raw: dict[str, Any], origin: str) -> LrnnConfig:
 
 
 def build_model(model_config: LrnnConfig, seed: int, activation_checkpointing: bool) -> LrnnForCausalLM:
-    """The model with fresh float32 weights: a pure function of configuration and seed."""
+    """The model with fresh float32 weights: a pure function of configuration and seed.
+
+    With `activation_checkpointing` a layer of the delta rule that is computed anew saves its states for the backward
+    pass, which follows at once.
+    """
     torch.manual_seed(seed)
     model = LrnnForCausalLM(model_config)
     for name, parameter in model.named_parameters():
@@ -52,7 +58,9 @@ def build_model(model_config: LrnnConfig, seed: int, activation_checkpointing: b
     if activation_checkpointing:
         with warnings.catch_warnings():  # the new name of this method is not in every version we admit
             warnings.simplefilter("ignore", FutureWarning)
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # The check would compare the sizes of what is saved with those of the first time.
+            options = {"context_fn": lambda: (nullcontext(), saving_states()), "determinism_check": "none"}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **options})
     return model.train()
 
 

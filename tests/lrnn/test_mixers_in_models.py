@@ -1,8 +1,6 @@
 """What generation and training ask of every token mixer: caches, padding, packed documents, precision, files."""
 
-import copy
 import math
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -240,69 +238,6 @@ def test_the_probe_reads_every_mixer_with_a_range(variant):
     assert set(found["negative_fraction"]) == {"0", "1"}
     for negative, histogram in zip(found["negative_fraction"].values(), found["histogram"], strict=True):
         assert 0 < negative < 1 and abs(sum(histogram) - 1) < 1e-3
-
-
-@pytest.mark.parametrize("mixer", ["gated_deltanet", "deltanet", "gated_deltaproduct", "deltaproduct"])
-@pytest.mark.parametrize("given", [None, {"use_reentrant": False}, {"use_reentrant": True}, {"context_fn": None}])
-def test_states_are_saved_where_a_layer_is_computed_anew(mixer, given, monkeypatch):
-    """Not the first time: what is saved then is thrown away. The gradients are the same, though more is saved."""
-    name = "gated_delta_product" if mixer.endswith("product") else "fused_gated_delta_rule"
-    rule, asked = getattr(mixer_deltanet, name), []
-
-    class Kept(torch.autograd.Function):  # saves as the kernels do
-        @staticmethod
-        def forward(ctx, o):
-            ctx.save_for_backward(o.new_empty(5 if asked[-1] else 0))
-            return o.clone()
-
-        @staticmethod
-        def backward(ctx, do):
-            found.append(ctx.saved_tensors[0].numel())
-            return do
-
-    def note(*args, **options):
-        asked.append(options["save_states"])
-        o, state = rule(*args, **options)
-        return Kept.apply(o), state
-
-    monkeypatch.setattr(mixer_deltanet, name, note)
-    model = make_model(mixer + "3" if mixer.endswith("product") else mixer, num_hidden_layers=2).train()
-
-    def gradients() -> dict[str, torch.Tensor]:
-        model.zero_grad()
-        asked.clear()
-        found.clear()
-        ids = tokens(2, 20)
-        model(ids, shift_labels=ids).loss.backward()
-        return {n: p.grad.clone() for n, p in model.named_parameters()}
-
-    found: list[int] = []
-    plain = gradients()
-    assert asked == 2 * [False] and found == 2 * [0]
-    if given is not None and "context_fn" in given:  # the user's own: what it does is not known here
-        given = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), nullcontext())}
-    saves = given is None or given == {"use_reentrant": False}
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=given)
-    anew = gradients()
-    assert asked == [False, False, saves, saves] and found == 2 * [5 if saves else 0]
-    assert all(torch.equal(plain[n], anew[n]) for n in plain)
-    copied = copy.deepcopy(model).model.layers[0]  # which does not run the first one's layers
-    if saves:
-        assert copied._gradient_checkpointing_func.func.__self__ is copied
-    model.gradient_checkpointing_disable()
-    gradients()
-    assert asked == 2 * [False]
-
-
-def test_a_model_whose_layers_are_computed_anew_compiles():
-    model = make_model("gated_deltanet").train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    ids, gradients = tokens(2, 20), []
-    for run in (model, torch.compile(model, backend="eager")):
-        model.zero_grad()
-        run(ids, shift_labels=ids).loss.backward()
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
-    assert all(largest(gradients[0][n] - gradients[1][n]) < 1e-5 for n in gradients[0])
 
 
 @pytest.mark.parametrize("mixer", ["gated_deltanet", "deltanet", "gated_deltaproduct", "deltaproduct"])

@@ -7,7 +7,7 @@ from delta_rule_truth import evaluate
 from operator_calls import OperatorCalls
 
 from lrnn.kernels import delta_rule_op, scans
-from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule, gated_delta_product, gated_delta_rule
+from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule, gated_delta_product, gated_delta_rule, saving_states
 from lrnn.kernels.tiles import CHUNK
 
 FP16, FP32 = torch.float16, torch.float32
@@ -56,6 +56,18 @@ def test_segments(forward_scans, monkeypatch):
     x = inputs.random(1, 256, H=1, dtype=FP16, raw=True)
     assert scans.count_segments(1, 256, 1, 64, 64, FP16) == 4
     compare(x, forward_scans, segments=True, precision="split")
+
+
+def test_what_is_not_given_is_what_stands_around(forward_scans):
+    x = inputs.random(1, 20, H=1, dtype=FP16, raw=True)
+    x["v"].requires_grad_()
+    with saving_states():
+        fused_gated_delta_rule(**x)
+        fused_gated_delta_rule(**x, save_states=False)
+    with pytest.raises(KeyError), saving_states():
+        raise KeyError
+    fused_gated_delta_rule(**x)
+    assert forward_scans == [{"o", "y", "states"}, {"o"}, {"o"}]
 
 
 @pytest.mark.parametrize(("K", "V", "dtype"), [(128, 256, FP16), (32, 48, FP32)])
