@@ -17,7 +17,7 @@ from lrnn.kernels.chunk_inverse import chunk_inverse_kernel
 from lrnn.kernels.chunk_inverse_hopper import HOPPER_INVERSE_LAUNCH, chunk_inverse_hopper_kernel
 from lrnn.kernels.chunk_scan_backward import chunk_scan_backward_kernel
 from lrnn.kernels.chunk_scan_backward_hopper import chunk_scan_backward_hopper_kernel, hopper_backward_settings
-from lrnn.kernels.gate_backward import gate_backward_kernel
+from lrnn.kernels.gate_backward import GATE_BACKWARD, gate_backward_kernel
 from lrnn.kernels.launch_config import (
     INVERSE_LAUNCH,
     chunk_launch,
@@ -133,11 +133,11 @@ def delta_rule_cases(
     known |= dict.fromkeys(("dq", "dk", "dv"), f"*{element}")
     yield case("chunk_backward", chunk_backward_kernel, constants, known, launch.warps, launch.stages)
 
-    constants = {**base, **absent, **no_table, **gates}
+    constants = {**base, **absent, **no_table, **gates, "BH": GATE_BACKWARD["BH"]}
     if gate != "raw":
         constants["sums"] = None
     known = {"gate": numbers, "dgate_out": numbers, "dbeta_out": numbers, "chunks": "i32"}
-    yield case("gate_backward", gate_backward_kernel, constants, known, 1, 1)
+    yield case("gate_backward", gate_backward_kernel, constants, known, GATE_BACKWARD["num_warps"], 1)
 
     if not packed:
         settings = segment_scan_launch(K)

@@ -12,9 +12,10 @@ import functools
 from collections.abc import Callable
 
 import torch
+import triton
 from torch import Tensor
 
-from lrnn.kernels.gate_backward import gate_backward_kernel
+from lrnn.kernels.gate_backward import GATE_BACKWARD, gate_backward_kernel
 from lrnn.kernels.launch import launch
 from lrnn.kernels.launch_config import check_assembler, recurrent_launch
 from lrnn.kernels.recurrent import recurrent_kernel
@@ -185,7 +186,7 @@ def gated_delta_rule_backward(
     sums = s.empty(2, s.HV, s.chunks.count) if kind == "raw" else None
     launch(
         gate_backward_kernel,
-        (s.chunks.count, s.HV, 1),
+        (s.chunks.count, triton.cdiv(s.HV, GATE_BACKWARD["BH"]), 1),
         dot_q,
         dot_k,
         dbeta_used,
@@ -207,7 +208,7 @@ def gated_delta_rule_backward(
         GATE=kind,
         RAW_BETA=beta_range != 0,
         IS_VARLEN=cu_seqlens is not None,
-        num_warps=1,
+        **GATE_BACKWARD,
     )
     dA_log, ddt_bias = (s.empty(0) if sums is None else sums[part].sum(-1) for part in range(2))
     if s.HV != s.H:  # value heads that share a query and key head
