@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -65,27 +66,15 @@ def make_inputs(batch_size: int, seq_len: int, heads: int, size: int, device: st
     return x
 
 
-def ours(x: Inputs) -> Tensor:
-    """lrnn: norms, gates and step sizes inside the kernels."""
+def ours(x: Inputs, **options: Any) -> Tensor:
+    """lrnn, with options of its function: norms, gates and step sizes inside the kernels."""
     from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule
 
-    return fused_gated_delta_rule(x["q"], x["k"], x["v"], x["a"], x["b"], x["A_log"], x["dt_bias"])[0]
+    return fused_gated_delta_rule(x["q"], x["k"], x["v"], x["a"], x["b"], x["A_log"], x["dt_bias"], **options)[0]
 
 
-def ours_split(x: Inputs) -> Tensor:
-    """lrnn with `precision="split"`: N and beta dW enter the state and its gradient as sums of two."""
-    from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule
-
-    arguments = (x[name] for name in ("q", "k", "v", "a", "b", "A_log", "dt_bias"))
-    return fused_gated_delta_rule(*arguments, precision="split")[0]
-
-
-def ours_saved(x: Inputs) -> Tensor:
-    """lrnn with `save_states=True`: the forward pass keeps the states and Y for the backward pass."""
-    from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule
-
-    arguments = (x[name] for name in ("q", "k", "v", "a", "b", "A_log", "dt_bias"))
-    return fused_gated_delta_rule(*arguments, save_states=True)[0]
+ours_split = functools.partial(ours, precision="split")
+ours_saved = functools.partial(ours, save_states=True)
 
 
 def fla(x: Inputs) -> Tensor:

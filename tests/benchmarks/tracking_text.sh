@@ -27,8 +27,12 @@ PYTHON
     lrnn export "$work/$1" "$work/$1-model"
     lrnn eval "$work/$1-model" --suite state_tracking --max-length 8192 --batch-size 64 --out "$results/$1"
 }
+echo "both ranges side by side: $results/negative.log, $results/positive.log"
 one_range negative true "$@" > "$results/negative.log" 2>&1 & negative=$!
 one_range positive false "$@" > "$results/positive.log" 2>&1 & positive=$!
-wait $negative; wait $positive
+trap 'kill $negative $positive 2>/dev/null || true' EXIT  # neither goes on alone
+for range in negative positive; do
+    wait "${!range}" || { echo "$range failed:" >&2; tail -n 5 "$results/$range.log" >&2; exit 1; }
+done
 lrnn position "$work/negative-model" "$work/positive-model" --documents "$work/corpus/heldout.jsonl" --join \
     --out "$results/position"
