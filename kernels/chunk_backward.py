@@ -107,28 +107,28 @@ def _key_part(
     b_dmt = tl.where(m_m, b_dmt * decay * -beta_r[:, None] * beta_r[None, :], 0.0).to(dtype)
     b_dpt = tl.where(m_p, b_dpt * decay * beta_r[:, None] * (rq * scale)[None, :], 0.0).to(dtype)
 
-    # r dk^ = -gamma r (dX S^T) + dM' K
-    gamma = tl.exp2(b_g)
+    # r dk^ = -gamma r (dX S^T) + dM' K. Rows are scaled behind the products of the loops: Triton before 3.8 writes the
+    # next left operand in registers over one that the tensor cores may still read (its issue 9433).
     b_dk = tl.zeros([BT, K], tl.float32)
     for i_v in tl.range(0, V // BV, num_stages=STAGES):
         b_dw = dw.load([row, i_h * V + i_v * BV])
         b_s = states.load([(i_c * HV + i_h) * V + i_v * BV, 0])
-        b_du = (b_dw.to(tl.float32) * (-gamma * beta_r)[:, None]).to(dtype)
-        b_dk = tl.dot(b_du, b_s, b_dk, input_precision=PRECISION)
+        b_dk = tl.dot(b_dw, b_s, b_dk, input_precision=PRECISION)
     b_k = k.load([row, i_hk * K])
-    b_dk = tl.dot(b_dm, b_k, b_dk, input_precision=PRECISION)
+    b_dk = tl.dot(b_dm, b_k, b_dk * (-tl.exp2(b_g) * beta_r)[:, None], input_precision=PRECISION)
     dot_left = tl.sum(b_dk * k.load([row, i_hk * K]).to(tl.float32), 1)
     # + dM'^T K + dP'^T Q
     b_dk = tl.dot(b_dmt, b_k, b_dk, input_precision=PRECISION)
     b_dk = tl.dot(b_dpt, q.load([row, i_hk * K]), b_dk, input_precision=PRECISION)
     dot_inside = tl.sum(b_dk * k.load([row, i_hk * K]).to(tl.float32), 1)
     # + rho r N dS'^T
-    rho = tl.where(m_t, tl.exp2(g_last - b_g), 0.0)
+    b_end = tl.zeros([BT, K], tl.float32)
     for i_v in tl.range(0, V // BV, num_stages=STAGES):
         b_y = y.load([row, i_h * V + i_v * BV])
         b_ds = dstates.load([(i_c * HV + i_h) * V + i_v * BV, 0])
-        b_n = (b_y.to(tl.float32) * (beta_r * rho)[:, None]).to(dtype)
-        b_dk = tl.dot(b_n, b_ds, b_dk, input_precision=PRECISION)
+        b_end = tl.dot(b_y, b_ds, b_end, input_precision=PRECISION)
+    rho = tl.where(m_t, tl.exp2(g_last - b_g), 0.0)
+    b_dk += b_end * (beta_r * rho)[:, None]
     b_k32 = k.load([row, i_hk * K]).to(tl.float32)
     dot = tl.sum(b_dk * b_k32, 1)
     at_end = tl.sum(tl.where(m_t, dot - dot_inside, 0.0))
