@@ -20,7 +20,7 @@ part of <q^, dq^> and <k^, dk^>, which no gate touches, then cancels in dg, howe
 import triton
 import triton.language as tl
 
-from lrnn.kernels.tiles import chunk_position
+from lrnn.kernels.tiles import chunk_position, is_kept_small
 
 FLOORED = tl.constexpr(0.99e6)  # 1/|x| where |x| is floored at 1e-6: there x^ is linear in x
 
@@ -71,7 +71,7 @@ def _query_part(
 
 @triton.jit
 def _key_part(
-    q, k, do, dw, y, states, dstates, dk, dv, dbeta, dot_k, head, i_c, i_h, i_hk, row, t, m_t, last, g_last,
+    q, k, do, dx, y, states, dstates, dk, dv, dbeta, dot_k, head, i_c, i_h, i_hk, row, t, m_t, last, g_last,
     b_g, b_beta, rq, rk, scale,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
     NORMALIZE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -80,42 +80,42 @@ def _key_part(
     o_k = tl.arange(0, K)
     dtype = k.dtype
     # The products [BT, BT] first, then [BT, K], in loops of their own: together they do not fit into registers.
-    b_dm = tl.zeros([BT, BT], tl.float32)  # dW Y^T
+    b_dm = tl.zeros([BT, BT], tl.float32)  # dX Y^T
     b_dmt = tl.zeros([BT, BT], tl.float32)  # its transpose, computed: transposing an accumulator costs more
     b_dpt = tl.zeros([BT, BT], tl.float32)  # Y dO^T
     b_dbeta = tl.zeros([BT], tl.float32)
     for i_v in tl.range(0, V // BV, num_stages=STAGES):
-        b_dw = dw.load([row, i_h * V + i_v * BV])
+        b_dx = dx.load([row, i_h * V + i_v * BV])
         b_y = y.load([row, i_h * V + i_v * BV])
         b_do = do.load([row, i_h * V + i_v * BV])
-        b_dm = tl.dot(b_dw, tl.trans(b_y), b_dm, input_precision=PRECISION)
-        b_dmt = tl.dot(b_y, tl.trans(b_dw), b_dmt, input_precision=PRECISION)
+        b_dm = tl.dot(b_dx, tl.trans(b_y), b_dm, input_precision=PRECISION)
+        b_dmt = tl.dot(b_y, tl.trans(b_dx), b_dmt, input_precision=PRECISION)
         b_dpt = tl.dot(b_y, tl.trans(b_do), b_dpt, input_precision=PRECISION)
-        b_dbeta += tl.sum(b_dw.to(tl.float32) * b_y.to(tl.float32), 1)
-        o_v = i_v * BV + tl.arange(0, BV)
-        p_dv = dv + ((row + o_t[:, None]).to(tl.int64) * HV + i_h) * V + o_v[None, :]
-        tl.store(p_dv, (b_dw.to(tl.float32) * b_beta[:, None]).to(dtype), mask=m_t[:, None])
-    tl.store(dbeta + head + t, b_dbeta, mask=m_t)
+        b_dbeta += tl.sum(b_dx.to(tl.float32) * b_y.to(tl.float32), 1)
+    # Of tokens with small step sizes dW stands where the others have dX (`chunk_scan_backward`).
+    is_small = is_kept_small(b_beta, dtype)
+    tl.store(dbeta + head + t, b_dbeta / tl.where(is_small, 1.0, b_beta), mask=m_t)
+    dx_r = tl.where(is_small, b_beta, 1.0) * rk
     # dM' = -r_i G . (dX N^T) r_j, rows i; its transpose and that of dP', rows j
     m_m = (o_t[:, None] > o_t[None, :]) & m_t[:, None]
     decay = tl.exp2(tl.where(m_m, b_g[:, None] - b_g[None, :], 0.0))
     beta_r = b_beta * rk
-    b_dm = tl.where(m_m, b_dm * decay * -beta_r[:, None] * beta_r[None, :], 0.0).to(dtype)
+    b_dm = tl.where(m_m, b_dm * decay * -dx_r[:, None] * beta_r[None, :], 0.0).to(dtype)
     m_p = (o_t[None, :] >= o_t[:, None]) & m_t[None, :]
     m_m = (o_t[None, :] > o_t[:, None]) & m_t[None, :]
     decay = tl.exp2(tl.where(m_p, b_g[None, :] - b_g[:, None], 0.0))
-    b_dmt = tl.where(m_m, b_dmt * decay * -beta_r[:, None] * beta_r[None, :], 0.0).to(dtype)
+    b_dmt = tl.where(m_m, b_dmt * decay * -beta_r[:, None] * dx_r[None, :], 0.0).to(dtype)
     b_dpt = tl.where(m_p, b_dpt * decay * beta_r[:, None] * (rq * scale)[None, :], 0.0).to(dtype)
 
     # r dk^ = -gamma r (dX S^T) + dM' K. Rows are scaled behind the products of the loops: Triton before 3.8 writes the
     # next left operand in registers over one that the tensor cores may still read (its issue 9433).
     b_dk = tl.zeros([BT, K], tl.float32)
     for i_v in tl.range(0, V // BV, num_stages=STAGES):
-        b_dw = dw.load([row, i_h * V + i_v * BV])
+        b_dx = dx.load([row, i_h * V + i_v * BV])
         b_s = states.load([(i_c * HV + i_h) * V + i_v * BV, 0])
-        b_dk = tl.dot(b_dw, b_s, b_dk, input_precision=PRECISION)
+        b_dk = tl.dot(b_dx, b_s, b_dk, input_precision=PRECISION)
     b_k = k.load([row, i_hk * K])
-    b_dk = tl.dot(b_dm, b_k, b_dk * (-tl.exp2(b_g) * beta_r)[:, None], input_precision=PRECISION)
+    b_dk = tl.dot(b_dm, b_k, b_dk * (-tl.exp2(b_g) * dx_r)[:, None], input_precision=PRECISION)
     dot_left = tl.sum(b_dk * k.load([row, i_hk * K]).to(tl.float32), 1)
     # + dM'^T K + dP'^T Q
     b_dk = tl.dot(b_dmt, b_k, b_dk, input_precision=PRECISION)
@@ -138,13 +138,21 @@ def _key_part(
     p_dk = dk + ((row + o_t[:, None]).to(tl.int64) * HV + i_h) * K + o_k[None, :]
     tl.store(p_dk, b_dk.to(dtype), mask=m_t[:, None])
 
+    # dv of small step sizes: last, since dW is read where it is written
+    m_small = m_t & is_kept_small(b_beta, dtype)
+    if tl.max(m_small.to(tl.int32), 0) > 0:
+        p_dv = dv + ((row + o_t[:, None]).to(tl.int64) * HV + i_h) * V + tl.arange(0, BV)[None, :]
+        for i_v in range(0, V, BV):
+            b_dw = tl.load(p_dv + i_v, mask=m_small[:, None], other=0.0).to(tl.float32)
+            tl.store(p_dv + i_v, (b_dw * b_beta[:, None]).to(dtype), mask=m_small[:, None])
+
 
 @triton.jit(do_not_specialize=["T", "R", "scale"])
 def chunk_backward_kernel(
     q,
     k,
     do,
-    dw,
+    dx,
     y,
     states,
     dstates,
@@ -197,6 +205,6 @@ def chunk_backward_kernel(
         )  # fmt: skip
     else:
         _key_part(
-            q, k, do, dw, y, states, dstates, dk, dv, dbeta, dot_k, head, i_c, i_h, i_hk, row, t, m_t, last, g_last,
+            q, k, do, dx, y, states, dstates, dk, dv, dbeta, dot_k, head, i_c, i_h, i_hk, row, t, m_t, last, g_last,
             b_g, b_beta, rq, rk, scale, HV, K, V, BT, BV, NORMALIZE, PRECISION, STAGES,
         )  # fmt: skip

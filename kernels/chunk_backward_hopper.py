@@ -5,13 +5,13 @@ a ring, in the order in which they are needed, so that the next chunk arrives wh
 and once, is what bounds this kernel. Four warps compute the query part, four the key part. In the notation of
 `chunk_backward`, with X' for what is rounded to 16 bits with norms and gates, rows i, columns j:
 
-    dP' = rq scale G . (dO Y^T) beta r  (i >= j)          dM' = -r beta G . (dW Y^T) beta r  (i > j)
+    dP' = rq scale G . (dO Y^T) beta r  (i >= j)          dM' = -r G . (dX Y^T) beta r  (i > j)
     query part   rq dq^ = scale gamma rq (dO S^T) + dP' K                               <S, dS'>
-    key part     r dk^ = dX' S^T + dM' K + N' dS'^T + dM'^T K + dP'^T Q                 dv, dbeta
-                 dX' = -gamma r beta dW,  N' = rho r beta Y
+    key part     r dk^ = -gamma r (dX S^T) + dM' K + N' dS'^T + dM'^T K + dP'^T Q         dbeta
+                 N' = rho r beta Y
 
-dP' goes to the key part through shared memory, where it and dM' are read as they are and transposed. dv takes the place
-of dW in the ring, dq that of Q and dk that of K, from where they are stored. Equations, roundings and what is given are
+dP' goes to the key part through shared memory, where it and dM' are read as they are and transposed. dq takes the place
+of Q in the ring and dk that of K, from where they are stored. Equations, roundings and what is given are
 those of `chunk_backward`, which stays the readable form and does everything that this one is not made for.
 """
 
@@ -28,11 +28,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from lrnn.kernels.chunk_backward import FLOORED
-from lrnn.kernels.gluon_parts import as_vector, part_barrier, tma_load, tma_store
+from lrnn.kernels.gluon_parts import as_vector, is_kept_small, part_barrier, tma_load, tma_store
 
 # Tiles of a chunk and head, 16 KB each, in the order in which they are loaded. States come as halves of the values.
 TILES = gl.constexpr(9)
-DO, Y, DW, S, K_TILE, DS, Q_TILE = (gl.constexpr(n) for n in (0, 1, 2, 3, 5, 6, 8))
+DO, Y, DX, S, K_TILE, DS, Q_TILE = (gl.constexpr(n) for n in (0, 1, 2, 3, 5, 6, 8))
 
 
 class ChunkBackwardLaunch(NamedTuple):
@@ -84,7 +84,7 @@ def _factor(vector, BT: gl.constexpr, NORMALIZE: gl.constexpr, layout: gl.conste
 
 @gluon.jit
 def _load_tiles(
-    q, k, do, dw, y, states, dstates, vector_rows, loaded, vectors, work, H: gl.constexpr, HV: gl.constexpr,
+    q, k, do, dx, y, states, dstates, vector_rows, loaded, vectors, work, H: gl.constexpr, HV: gl.constexpr,
     K: gl.constexpr, V: gl.constexpr, BT: gl.constexpr, NORMALIZE: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     # one warp: the tiles of every chunk, and its two or four vectors
@@ -110,8 +110,8 @@ def _load_tiles(
                 tma_load(do, [i_c * BT, i_h * V], bar, tile)
             elif number == Y:
                 tma_load(y, [i_c * BT, i_h * V], bar, tile)
-            elif number == DW:
-                tma_load(dw, [i_c * BT, i_h * V], bar, tile)
+            elif number == DX:
+                tma_load(dx, [i_c * BT, i_h * V], bar, tile)
             elif number == K_TILE:
                 tma_load(k, [i_c * BT, i_h // (HV // H) * K], bar, tile)
             elif number == Q_TILE:
@@ -207,10 +207,10 @@ def _query_part(
 
 @gluon.jit
 def _key_part(
-    to_dk, to_dv, p_dbeta, p_dot_k, loaded, vectors, shared, work, R, HV: gl.constexpr, K: gl.constexpr,
+    to_dk, dv, p_dbeta, p_dot_k, loaded, vectors, shared, work, R, HV: gl.constexpr, K: gl.constexpr,
     V: gl.constexpr, BT: gl.constexpr, NORMALIZE: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
-    # four warps: dM', dk, dv and dbeta
+    # four warps: dM', dk and dbeta, and dv where the scan left dW in its place
     vec_s, vec_ready, vec_free = vectors
     dp_s, dm_s, dp_ready, q_done, k_done = shared
     first, step, chunks = work
@@ -229,9 +229,14 @@ def _key_part(
         i_c = (first + i * step) // HV
         head = i_h.to(gl.int64) * R + i_c * BT
         y = _when_loaded(loaded, i, Y, RING)
-        dw = _when_loaded(loaded, i, DW, RING)
-        b_dm = warpgroup_mma(dw, y.permute((1, 0)), gl.zeros([BT, BT], gl.float32, tile), use_acc=False,
+        dx = _when_loaded(loaded, i, DX, RING)
+        b_dm = warpgroup_mma(dx, y.permute((1, 0)), gl.zeros([BT, BT], gl.float32, tile), use_acc=False,
                              is_async=True)  # fmt: skip
+        s = _when_loaded(loaded, i, S, RING)
+        b_dk = warpgroup_mma(dx.slice(0, 64, 1), s, gl.zeros([BT, K], gl.float32, wide), use_acc=False,
+                             is_async=True)  # fmt: skip
+        s = _when_loaded(loaded, i, S + 1, RING)
+        b_dk = warpgroup_mma(dx.slice(64, 64, 1), s, b_dk, is_async=True)
         _release_stored(loaded, i, K_TILE, RING)
         slot = i % 2
         mbarrier.wait(vec_ready.index(slot), (i // 2) & 1)
@@ -240,21 +245,21 @@ def _key_part(
         rk = _factor(vec_s.index(4 * slot + 2), BT, NORMALIZE, by_row)
         beta_r = beta * rk
 
-        # dX' S^T and dbeta
-        to_dx = (-gl.exp2(g) * beta_r)[:, None]
-        b_dw = dw.slice(0, 64, 1).load(tile).to(gl.float32)
-        b_dbeta = gl.sum(b_dw * y.slice(0, 64, 1).load(tile).to(gl.float32), 1)
-        dx = gl.convert_layout((b_dw * to_dx).to(dtype), left)
-        s = _when_loaded(loaded, i, S, RING)
-        b_dk = warpgroup_mma(dx, s, gl.zeros([BT, K], gl.float32, wide), use_acc=False, is_async=True)
-        b_dw = dw.slice(64, 64, 1).load(tile).to(gl.float32)
-        b_dbeta += gl.sum(b_dw * y.slice(64, 64, 1).load(tile).to(gl.float32), 1)
-        dx = gl.convert_layout((b_dw * to_dx).to(dtype), left)
-        s = _when_loaded(loaded, i, S + 1, RING)
-        b_dk = warpgroup_mma(dx, s, b_dk, is_async=True)
-        gl.store(p_dbeta + head + rows, b_dbeta)
+        # dbeta, and dv of small step sizes
+        is_small = is_kept_small(beta, dtype)
+        b_dbeta = gl.sum(dx.slice(0, 64, 1).load(tile).to(gl.float32) * y.slice(0, 64, 1).load(tile).to(gl.float32), 1)
+        b_dbeta += gl.sum(
+            dx.slice(64, 64, 1).load(tile).to(gl.float32) * y.slice(64, 64, 1).load(tile).to(gl.float32), 1
+        )
+        gl.store(p_dbeta + head + rows, b_dbeta / gl.where(is_small, 1.0, beta))
+        dx_r = gl.where(is_small, beta, 1.0) * rk
+        if is_kept_small(gl.min(beta_tile.load(by_column), 0), dtype):
+            p_dv = dv + (i_c * BT + rows).to(gl.int64)[:, None] * (HV * V) + i_h * V + columns[None, :]
+            for half in gl.static_range(2):
+                b_dv = dx.slice(64 * half, 64, 1).load(tile).to(gl.float32) * beta[:, None]
+                gl.store(p_dv + 64 * half, b_dv.to(dtype), mask=is_small[:, None])
 
-        # dM' and dv
+        # dM'
         g_column = g_tile.load(by_column)
         beta_r_column = beta_tile.load(by_column) * _factor(vec_s.index(4 * slot + 2), BT, NORMALIZE, by_column)
         mbarrier.arrive(vec_free.index(slot), count=1)
@@ -262,21 +267,17 @@ def _key_part(
         mask = rows[:, None] > columns[None, :]
         decay = gl.exp2(gl.where(mask, g[:, None] - g_column[None, :], 0.0))
         b_dm = warpgroup_mma_wait(2, [b_dm])
-        b_dm = b_dm * decay * -beta_r[:, None] * beta_r_column[None, :]
+        b_dm = b_dm * decay * -dx_r[:, None] * beta_r_column[None, :]
         dm_s.store(gl.where(mask, b_dm, 0.0).to(dtype))
-        dv_low = (dw.slice(0, 64, 1).load(tile).to(gl.float32) * beta[:, None]).to(dtype)
-        dv_high = (dw.slice(64, 64, 1).load(tile).to(gl.float32) * beta[:, None]).to(dtype)
-        part_barrier()  # no warp reads dW any more, nor does a product of theirs
-        dw.slice(0, 64, 1).store(dv_low)
-        dw.slice(64, 64, 1).store(dv_high)
         fence_async_shared()
         part_barrier()
-        tma_store(to_dv, [i_c * BT, i_h * V], dw)
         b_dk = warpgroup_mma_wait(0, [b_dk])
+        _release(loaded, i, DX, RING, 2)
         for half in gl.static_range(2):
             _release(loaded, i, S + half, RING)
 
-        # + dM' K
+        # -gamma r (dX S^T) + dM' K
+        b_dk = b_dk * gl.convert_layout(-gl.exp2(g) * dx_r, by_row_wide)[:, None]
         k_tile = _when_loaded(loaded, i, K_TILE, RING)
         b_dk = warpgroup_mma(dm_s, k_tile, b_dk, is_async=True)
         to_n = (beta_r * gl.exp2(g_last - g))[:, None]
@@ -290,8 +291,6 @@ def _key_part(
         # + N' dS'^T
         b_dk = warpgroup_mma(n_low, _when_loaded(loaded, i, DS, RING), b_dk, is_async=True)
         b_dk = warpgroup_mma(n_high, _when_loaded(loaded, i, DS + 1, RING), b_dk, is_async=True)
-        tma.store_wait(0)
-        _release(loaded, i, DW, RING, 2)
         b_dk = warpgroup_mma_wait(0, [b_dk])
         for half in gl.static_range(2):
             _release(loaded, i, DS + half, RING)
@@ -320,7 +319,7 @@ def _key_part(
 
 @gluon.jit(do_not_specialize=["chunks", "R", "scale"])
 def chunk_backward_hopper_kernel(
-    q, k, do, dw, y, states, dstates, dq, dk, dv, dbeta, dot_q, dot_k, vector_rows, chunks, R, scale,
+    q, k, do, dx, y, states, dstates, dq, dk, dv, dbeta, dot_q, dot_k, vector_rows, chunks, R, scale,
     H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BT: gl.constexpr, NORMALIZE: gl.constexpr,
     RING: gl.constexpr, KEY_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -359,7 +358,7 @@ def chunk_backward_hopper_kernel(
         [
             (_query_part, (dq, dot_q, loaded, vectors, shared, work, R, scale, HV, K, BT, NORMALIZE, RING)),
             (_key_part, (dk, dv, dbeta, dot_k, loaded, vectors, shared, work, R, HV, K, V, BT, NORMALIZE, RING)),
-            (_load_tiles, (q, k, do, dw, y, states, dstates, vector_rows, loaded, vectors, work, H, HV, K, V, BT,
+            (_load_tiles, (q, k, do, dx, y, states, dstates, vector_rows, loaded, vectors, work, H, HV, K, V, BT,
                            NORMALIZE, RING)),
         ],
         [4, 1],

@@ -7,14 +7,16 @@ of the state that leaves a chunk in float32 registers. In the notation of `chunk
     dW = dN - C^T (beta dN)                        (beta dW is the gradient of V)
     dS = gamma_C dS' - K^T (gamma r beta dW) + Q^^T (scale gamma dO)
 
-Only beta dN is rounded, and dN taken back from it, as X is in the forward scan. dS' of each chunk and dW are stored for
-`chunk_backward`. With SPLIT gamma r beta dW is a sum of two numbers of 16 bits, as rho r N is in the forward scan.
+Only beta dN is rounded, and dN taken back from it, as X is in the forward scan. dS' of each chunk is stored for
+`chunk_backward`, and so is dX = beta dW, the gradient of V, from which dW is had back. Where beta is too small for that
+(`tiles.is_kept_small`) dW stands in its place. With SPLIT gamma r beta dW is a sum of two numbers of 16 bits, as
+rho r N is in the forward scan.
 """
 
 import triton
 import triton.language as tl
 
-from lrnn.kernels.tiles import decay_between, sequence_position, step_and_back, store_result
+from lrnn.kernels.tiles import decay_between, is_kept_small, sequence_position, step_and_back, store_result
 
 
 @triton.jit(do_not_specialize=["T", "R", "scale"])
@@ -23,7 +25,7 @@ def chunk_scan_backward_kernel(
     k,
     c,
     do,
-    dw,
+    dv,
     dstates,
     vectors,
     vector_rows,
@@ -111,10 +113,11 @@ def chunk_scan_backward_kernel(
         b_z, b_dn_used, down = step_and_back(b_dn, b_beta, c.dtype)
         b_dw = tl.dot(-b_z, b_c, b_dn_used, input_precision=PRECISION) * down[:, None]
         if SAVE_STATES:
-            b_dw_kept = b_dw
+            b_kept = b_dw
             if c.dtype == tl.bfloat16:  # as in the forward scan
-                b_dw_kept += b_dn - b_dn_used
-            store_result(dw, tl.trans(b_dw_kept.to(dtype)), row, i_h * V + i_v * BV, HV * V, m_t, IS_FULL)
+                b_kept += b_dn - b_dn_used
+            b_kept *= tl.where(is_kept_small(b_beta, dtype), 1.0, b_beta)[None, :]
+            store_result(dv, tl.trans(b_kept.to(dtype)), row, i_h * V + i_v * BV, HV * V, m_t, IS_FULL)
         # dS^T = gamma_C dS'^T - (gamma r beta dW)^T K + (scale gamma dO)^T Q^
         b_du = b_dw * (-tl.exp2(b_g + log_rk) * b_beta)[None, :]
         b_high = b_du.to(dtype)

@@ -25,6 +25,7 @@ from lrnn.kernels.gluon_parts import (
     FLAT,
     as_vector,
     inverse_step,
+    is_kept_small,
     make_barriers,
     part_barrier,
     step_and_back_prepared,
@@ -32,6 +33,8 @@ from lrnn.kernels.gluon_parts import (
     tma_store,
     weigh_keys,
 )
+
+VECTORS = gl.constexpr(7)  # that are prepared for each chunk
 
 
 def hopper_backward_settings(full: bool, save_states: bool) -> HopperLaunch:
@@ -44,7 +47,7 @@ def _load_tiles(
     q, k, c, do, vector_rows, tiles, origin, chunks, BT: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr
 ):
     # one warp: tiles of every chunk, STAGES ahead; Q and dO, which are done with first, somewhat more
-    q_s, k_s, c_s, do_s, vec_s, p_s, ready_vec_s, dw_s, state_s, ready, early, free, p_ready, p_free = tiles  # noqa: RUF059
+    q_s, k_s, c_s, do_s, vec_s, p_s, ready_vec_s, dv_s, state_s, ready, early, free, p_ready, p_free = tiles  # noqa: RUF059
     row0, column0, qk_col, v_col, c_col, vec_row = origin
     size: gl.constexpr = (
         q.block_type.nbytes + k.block_type.nbytes + c.block_type.nbytes + HALVES * do.block_type.nbytes
@@ -70,7 +73,7 @@ def _load_tiles(
 @gluon.jit
 def _prepare(tiles, log_scale, chunks, BT: gl.constexpr, STAGES: gl.constexpr):
     # four warps: P, and the vectors that the state's warps would otherwise compute in every row of theirs
-    q_s, k_s, c_s, do_s, vec_s, p_s, ready_vec_s, dw_s, state_s, ready, early, free, p_ready, p_free = tiles  # noqa: RUF059
+    q_s, k_s, c_s, do_s, vec_s, p_s, ready_vec_s, dv_s, state_s, ready, early, free, p_ready, p_free = tiles  # noqa: RUF059
     tile: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, tile)
     by_column: gl.constexpr = gl.SliceLayout(0, tile)
@@ -87,13 +90,14 @@ def _prepare(tiles, log_scale, chunks, BT: gl.constexpr, STAGES: gl.constexpr):
         to_query = g + as_vector(vec_s.index(4 * s + 3), BT).load(by_row) + log_scale
         g_last = gl.sum(gl.where(rows == BT - 1, g, 0.0), 0)
         mbarrier.wait(p_free.index(slot), ((i // 2) & 1) ^ 1)
-        first = 6 * slot
+        first = VECTORS * slot
         ready_vec_s.index(first).store(gl.exp2(g_last - g + log_rk))  # rho r
         ready_vec_s.index(first + 1).store(beta)
         ready_vec_s.index(first + 2).store(inverse_step(beta))
         ready_vec_s.index(first + 3).store(-gl.exp2(g + log_rk) * beta)  # -gamma r beta
         ready_vec_s.index(first + 4).store(gl.zeros([BT], gl.float32, by_row) + gl.exp2(g_last))  # gamma_C
         ready_vec_s.index(first + 5).store(gl.exp2(to_query))  # scale gamma r_q
+        ready_vec_s.index(first + 6).store(gl.where(is_kept_small(beta, k_s.dtype), 1.0, beta))
         from_key = g_tile.load(by_column) - log_rk_tile.load(by_column)
         p = weigh_keys(q_s.index(s), k_s.index(s), to_query, from_key, rows, columns, tile, BT)
         p_s.index(slot).store(p.to(p_s.dtype))
@@ -105,12 +109,12 @@ def _prepare(tiles, log_scale, chunks, BT: gl.constexpr, STAGES: gl.constexpr):
 
 @gluon.jit
 def _carry_gradient(
-    to_dw, to_dstates, p_final, p_initial, tiles, places, half: gl.constexpr, BT: gl.constexpr, K: gl.constexpr,
+    to_dv, to_dstates, p_final, p_initial, tiles, places, half: gl.constexpr, BT: gl.constexpr, K: gl.constexpr,
     V: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr, SAVE_STATES: gl.constexpr, HAS_FINAL: gl.constexpr,
     SAVE_INITIAL: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     # four warps: the gradient of the state of 64 columns of values
-    q_s, k_s, c_s, do_s, vec_s, p_s, ready_vec_s, dw_s, state_s, ready, early, free, p_ready, p_free = tiles  # noqa: RUF059
+    q_s, k_s, c_s, do_s, vec_s, p_s, ready_vec_s, dv_s, state_s, ready, early, free, p_ready, p_free = tiles  # noqa: RUF059
     row0, state_row, state_step, column, head_column, chunks = places
     BV: gl.constexpr = 64
     first = column + half * BV
@@ -140,8 +144,8 @@ def _carry_gradient(
         mbarrier.wait(p_ready.index(slot), (i // 2) & 1)
         b_do = do_s.index(HALVES * s + half).permute((1, 0)).load(tile)
         # dS^T = gamma_C dS'^T + (scale gamma dO)^T Q^ - (gamma r beta dW)^T K
-        b_ds = b_ds * gl.max(ready_vec_s.index(6 * slot + 4).load(by_column), 0)
-        gamma = ready_vec_s.index(6 * slot + 5).load(by_column)
+        b_ds = b_ds * gl.max(ready_vec_s.index(VECTORS * slot + 4).load(by_column), 0)
+        gamma = ready_vec_s.index(VECTORS * slot + 5).load(by_column)
         b_doq = gl.convert_layout((b_do.to(gl.float32) * gamma[None, :]).to(dtype), left_of_state)
         b_ds = warpgroup_mma(b_doq, q_s.index(s), b_ds, is_async=True)
         if SAVE_STATES:
@@ -153,17 +157,17 @@ def _carry_gradient(
             tma_store(to_dstates, [state_row + i_t * state_step + first, 0], state_s.index(half))
         # dN^T = (dS'^T K^T) rho r + dO^T P
         b_dn = warpgroup_mma_wait(1, [b_dn])
-        b_dn = b_dn * ready_vec_s.index(6 * slot).load(by_column)[None, :]
+        b_dn = b_dn * ready_vec_s.index(VECTORS * slot).load(by_column)[None, :]
         b_dn = warpgroup_mma(gl.convert_layout(b_do, left), p_s.index(slot), b_dn, is_async=True)
         b_dn, b_ds = warpgroup_mma_wait(0, [b_dn, b_ds])
         mbarrier.arrive(early.index(s), count=1)
         # dW^T = dN^T - (beta dN)^T C
-        beta_s, inverse_s = ready_vec_s.index(6 * slot + 1), ready_vec_s.index(6 * slot + 2)
+        beta_s, inverse_s = ready_vec_s.index(VECTORS * slot + 1), ready_vec_s.index(VECTORS * slot + 2)
         b_z, b_used, down = step_and_back_prepared(b_dn, beta_s, inverse_s, c_dtype)
         b_dw = warpgroup_mma(gl.convert_layout(-b_z, left), c_s.index(s), b_used, is_async=True)
         b_dw = warpgroup_mma_wait(0, [b_dw])
         b_dw = b_dw * down[:, None]
-        b_du = b_dw * ready_vec_s.index(6 * slot + 3).load(by_column)[None, :]
+        b_du = b_dw * ready_vec_s.index(VECTORS * slot + 3).load(by_column)[None, :]
         b_high = b_du.to(dtype)
         b_ds = warpgroup_mma(gl.convert_layout(b_high, left_of_state), k_tile, b_ds, is_async=True)
         if SPLIT:
@@ -172,10 +176,11 @@ def _carry_gradient(
         if SAVE_STATES:
             if c_dtype == gl.bfloat16:
                 b_dw += b_dn - b_used  # as in `chunk_scan_backward`
-            dw_s.index(half).permute((1, 0)).store(b_dw.to(dtype))
+            b_dw = b_dw * ready_vec_s.index(VECTORS * slot + 6).load(by_column)[None, :]
+            dv_s.index(half).permute((1, 0)).store(b_dw.to(dtype))
             fence_async_shared()
             part_barrier()
-            tma_store(to_dw, [row0 + i_t * BT, head_column + first], dw_s.index(half))
+            tma_store(to_dv, [row0 + i_t * BT, head_column + first], dv_s.index(half))
         b_ds = warpgroup_mma_wait(0, [b_ds])
         mbarrier.arrive(p_free.index(slot), count=1)
         mbarrier.arrive(free.index(s), count=1)
@@ -186,7 +191,7 @@ def _carry_gradient(
 
 @gluon.jit(do_not_specialize=["T", "R", "scale"])
 def chunk_scan_backward_hopper_kernel(
-    q, k, c, do, dw, dstates, vectors, vector_rows, dfinal, dinitial, reach, T, R, scale,
+    q, k, c, do, dv, dstates, vectors, vector_rows, dfinal, dinitial, reach, T, R, scale,
     H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BT: gl.constexpr, SAVE_STATES: gl.constexpr,
     HAS_FINAL: gl.constexpr, SAVE_INITIAL: gl.constexpr, REACH: gl.constexpr, SPLIT: gl.constexpr,
     HALVES: gl.constexpr, STAGES: gl.constexpr, STATE_REGISTERS: gl.constexpr, PREPARE_REGISTERS: gl.constexpr,
@@ -205,7 +210,7 @@ def chunk_scan_backward_hopper_kernel(
     p_state = (i_n * HV + i_h).to(gl.int64) * K * V
     p_final = dfinal + p_state if HAS_FINAL else vectors
     p_initial = dinitial + p_state if SAVE_INITIAL else vectors
-    to_dw, to_dstates = dw if SAVE_STATES else do, dstates if SAVE_STATES else k
+    to_dv, to_dstates = dv if SAVE_STATES else do, dstates if SAVE_STATES else k
 
     q_s = gl.allocate_shared_memory(q.dtype, [STAGES, BT, K], q.layout)
     k_s = gl.allocate_shared_memory(k.dtype, [STAGES, BT, K], k.layout)
@@ -213,14 +218,14 @@ def chunk_scan_backward_hopper_kernel(
     do_s = gl.allocate_shared_memory(do.dtype, [STAGES * HALVES, BT, 64], do.layout)
     vec_s = gl.allocate_shared_memory(gl.float32, [STAGES * 4, 1, BT], vector_rows.layout)
     p_s = gl.allocate_shared_memory(q.dtype, [2, BT, BT], c.layout)
-    ready_vec_s = gl.allocate_shared_memory(gl.float32, [2 * 6, BT], FLAT)
-    dw_s, state_s = do_s, k_s  # stand for what is not needed
+    ready_vec_s = gl.allocate_shared_memory(gl.float32, [2 * VECTORS, BT], FLAT)
+    dv_s, state_s = do_s, k_s  # stand for what is not needed
     if SAVE_STATES:
-        dw_s = gl.allocate_shared_memory(dw.dtype, [HALVES, BT, 64], dw.layout)
+        dv_s = gl.allocate_shared_memory(dv.dtype, [HALVES, BT, 64], dv.layout)
         state_s = gl.allocate_shared_memory(dstates.dtype, [HALVES, 64, K], dstates.layout)
     ready, early, free, p_ready, p_free = make_barriers(STAGES, HALVES)
 
-    tiles = (q_s, k_s, c_s, do_s, vec_s, p_s, ready_vec_s, dw_s, state_s, ready, early, free, p_ready, p_free)
+    tiles = (q_s, k_s, c_s, do_s, vec_s, p_s, ready_vec_s, dv_s, state_s, ready, early, free, p_ready, p_free)
     origin = (row0, first_chunk * BT, i_h // (HV // H) * K, i_h * V + i_v * BV, i_h * BT, 4 * i_h)
     places = (row0, (first_chunk * HV + i_h) * V, HV * V, i_v * BV, i_h * V, chunks)
     log_scale = gl.log2(scale)
@@ -228,9 +233,9 @@ def chunk_scan_backward_hopper_kernel(
     if HALVES == 2:
         gl.warp_specialize(
             [
-                (_carry_gradient, (to_dw, to_dstates, p_final, p_initial, tiles, places, 0, BT, K, V, STAGES, HALVES,
+                (_carry_gradient, (to_dv, to_dstates, p_final, p_initial, tiles, places, 0, BT, K, V, STAGES, HALVES,
                                    SAVE_STATES, HAS_FINAL, SAVE_INITIAL, SPLIT)),
-                (_carry_gradient, (to_dw, to_dstates, p_final, p_initial, tiles, places, 1, BT, K, V, STAGES, HALVES,
+                (_carry_gradient, (to_dv, to_dstates, p_final, p_initial, tiles, places, 1, BT, K, V, STAGES, HALVES,
                                    SAVE_STATES, HAS_FINAL, SAVE_INITIAL, SPLIT)),
                 (_prepare, (tiles, log_scale, chunks, BT, STAGES)),
                 (_load_tiles, (q, k, c, do, vector_rows, tiles, origin, chunks, BT, STAGES, HALVES)),
@@ -241,7 +246,7 @@ def chunk_scan_backward_hopper_kernel(
     else:
         gl.warp_specialize(
             [
-                (_carry_gradient, (to_dw, to_dstates, p_final, p_initial, tiles, places, 0, BT, K, V, STAGES, HALVES,
+                (_carry_gradient, (to_dv, to_dstates, p_final, p_initial, tiles, places, 0, BT, K, V, STAGES, HALVES,
                                    SAVE_STATES, HAS_FINAL, SAVE_INITIAL, SPLIT)),
                 (_prepare, (tiles, log_scale, chunks, BT, STAGES)),
                 (_load_tiles, (q, k, c, do, vector_rows, tiles, origin, chunks, BT, STAGES, HALVES)),

@@ -117,11 +117,11 @@ def delta_rule_cases(
     stages = scan_backward_stages(K, dtype)
     constants = {**scan, "STAGES": stages, "SAVE_STATES": True, "HAS_FINAL": False, "SAVE_INITIAL": False}
     constants |= {"REACH": False, "reach": None}
-    known = {**matrices, "do": values, "dw": result, "dstates": tile(launch.BV, K // 2)}
+    known = {**matrices, "do": values, "dv": result, "dstates": tile(launch.BV, K // 2)}
     yield case("chunk_scan_backward", chunk_scan_backward_kernel, constants, known, launch.warps, stages)
     if not packed:
         constants |= {"SAVE_STATES": False, "SAVE_INITIAL": True, "REACH": True, "dfinal": None}
-        constants |= {"dw": None, "dstates": None}
+        constants |= {"dv": None, "dstates": None}
         del constants["reach"]
         known = {**matrices, "do": values, "reach": "*i32"}
         yield case("start_gradient", chunk_scan_backward_kernel, constants, known, launch.warps, stages)
@@ -129,7 +129,7 @@ def delta_rule_cases(
     launch = chunk_launch(K, dtype)
     constants = {**heads, **absent, **no_table, "V": V, "BV": launch.BV, "STAGES": launch.stages}
     values, states = tile(CHUNK, launch.BV), tile(launch.BV, K)
-    known = {**matrices, "do": values, "dw": values, "y": values, "states": states, "dstates": states}
+    known = {**matrices, "do": values, "dx": values, "y": values, "states": states, "dstates": states}
     known |= dict.fromkeys(("dq", "dk", "dv"), f"*{element}")
     yield case("chunk_backward", chunk_backward_kernel, constants, known, launch.warps, launch.stages)
 
@@ -175,7 +175,7 @@ def hopper_cases(suffix: str, heads: dict[str, Any], element: str, matrix: str, 
         types = {"T": "i32", "R": "i32", "scale": "fp32", "reach": "*i32", "vector_rows": tile(1, CHUNK, "fp32")}
         types |= {"c": tile(CHUNK, CHUNK, matrix), "states": tile(64, 128), "dstates": tile(64, 128)}
         types |= dict.fromkeys(("q", "k"), tile(CHUNK, 128))
-        types |= dict.fromkeys(("v", "o", "y", "do", "dw"), tile(CHUNK, 64))
+        types |= dict.fromkeys(("v", "o", "y", "do", "dv"), tile(CHUNK, 64))
         types = {n: types.get(n, "*fp32") for n in kernel.arg_names if n not in constants}
         return f"{name}_{launch.HALVES}{suffix}", kernel, types, constants, 4, 3
 
@@ -206,14 +206,14 @@ def hopper_cases(suffix: str, heads: dict[str, Any], element: str, matrix: str, 
         launch = hopper_backward_settings(full, save_states=True)
         yield case("scan_backward_hopper", chunk_scan_backward_hopper_kernel, constants, launch)
         constants = {"SAVE_STATES": False, "HAS_FINAL": False, "SAVE_INITIAL": True, "REACH": True}
-        constants |= {"dfinal": None, "dw": None, "dstates": None}
+        constants |= {"dfinal": None, "dv": None, "dstates": None}
         launch = hopper_backward_settings(full, save_states=False)
         yield case("start_gradient_hopper", chunk_scan_backward_hopper_kernel, constants, launch)
 
-    kernel, tiles = chunk_backward_hopper_kernel, ("q", "k", "do", "dw", "y", "states", "dstates", "dq", "dk", "dv")
+    kernel, tiles = chunk_backward_hopper_kernel, ("q", "k", "do", "dx", "y", "states", "dstates", "dq", "dk")
     known = {**heads, "V": 128, **hopper_chunk_settings()._asdict()}
     known = {n: value for n, value in known.items() if n in kernel.arg_names}
     types = {"chunks": "i32", "R": "i32", "scale": "fp32", "vector_rows": tile(1, CHUNK, "fp32")}
-    types |= dict.fromkeys(tiles, tile(CHUNK, 128))
+    types |= {"dv": f"*{element}", **dict.fromkeys(tiles, tile(CHUNK, 128))}
     types = {n: types.get(n, "*fp32") for n in kernel.arg_names if n not in known}
     yield f"chunk_backward_hopper{suffix}", kernel, types, known, 4, 3

@@ -160,7 +160,8 @@ def gated_delta_rule_backward(
     do = with_rows(do)
     dlast = None if dfinal is None else dfinal.contiguous()
     by_token, by_chunk = (s.B * s.T, s.HV * s.V), (s.chunks.count * s.HV * s.V, s.K)
-    dw, dstates = (s.empty(*shape, dtype=s.dtype) for shape in (by_token, by_chunk))
+    dv = s.empty(s.B, s.T, s.HV, s.V, dtype=s.dtype)
+    dstates = s.empty(*by_chunk, dtype=s.dtype)
     dinitial = None if initial_state is None else s.empty(*initial_state.shape)
 
     if not states.numel():
@@ -172,14 +173,13 @@ def gated_delta_rule_backward(
         reach = s.find_reach(normalize and beta_range != 0, initial_state is not None, dlast is not None)
         s.run_backward_scan(do, None, dstarts, reach=reach)
         s.join_segments(dends, dstarts, segment_ends, dlast, dinitial, backward=True)
-        s.run_backward_scan(do, dends, None, dw, dstates)
+        s.run_backward_scan(do, dends, None, dv, dstates)
     else:
-        s.run_backward_scan(do, dlast, dinitial, dw, dstates)
+        s.run_backward_scan(do, dlast, dinitial, dv, dstates)
 
     dq, dk = (s.empty(s.B, s.T, s.HV, s.K, dtype=s.dtype) for _ in range(2))
-    dv = s.empty(s.B, s.T, s.HV, s.V, dtype=s.dtype)
     dbeta_used, dot_q, dot_k = s.empty(3, s.HV, s.R).unbind()
-    s.run_chunk_backward(do, dw, y, states, dstates, dq, dk, dv, dbeta_used, dot_q, dot_k)
+    s.run_chunk_backward(do, dv, y, states, dstates, dq, dk, dbeta_used, dot_q, dot_k)
     kind = _gate_kind(gate, A_log)
     dgate = s.empty(0) if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
     dbeta = torch.empty_like(beta, memory_format=torch.contiguous_format)

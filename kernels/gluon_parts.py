@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
-from lrnn.kernels.tiles import SMALL_BETA
+from lrnn.kernels.tiles import LEAST_KEPT, LEAST_KEPT_FP16, SMALL_BETA
 
 
 def _named(owner: Any, *names: str) -> Any:
@@ -51,6 +51,15 @@ def make_barriers(STAGES: gl.constexpr, HALVES: gl.constexpr):
 def inverse_step(beta):
     # 1 / beta for `step_and_back_prepared`, 0 where beta is small
     return gl.where(beta < SMALL_BETA, 0.0, 1.0 / beta)
+
+
+@gluon.jit
+def is_kept_small(beta, dtype: gl.constexpr):
+    # as `tiles.is_kept_small`
+    if dtype == gl.float16:
+        return beta < LEAST_KEPT_FP16
+    else:
+        return beta < LEAST_KEPT
 
 
 @gluon.jit

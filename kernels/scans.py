@@ -203,7 +203,7 @@ class Scan:
         do: Tensor,
         dfinal: Tensor | None,
         dinitial: Tensor | None,
-        dw: Tensor | None = None,
+        dv: Tensor | None = None,
         dstates: Tensor | None = None,
         reach: Tensor | None = None,
     ) -> None:
@@ -213,7 +213,8 @@ class Scan:
             do: gradient of the output [B, T, HV, V] in the dtype of v, from `with_rows`.
             dfinal: gradients of the last states [N, HV, K, V] float32, or None for zeros.
             dinitial: those of the first states [N, HV, K, V] float32.
-            dw: dW [B * T, HV * V] in the dtype of v; beta dW is the gradient of v.
+            dv: the gradient of v [B, T, HV, V] in the dtype of v, but for tokens with small step sizes
+                (`is_kept_small`), which `chunk_backward` finishes.
             dstates: transposed gradients of the states behind the chunks [chunks * HV * V, K] in the dtype of v.
             reach: scan only what `segment_reach` found to matter to `dinitial`.
         """
@@ -232,7 +233,7 @@ class Scan:
             self.k,
             self.c,
             Tiles(do, CHUNK, self.launch.BV),
-            self.result(dw),
+            self.result(dv),
             None if dstates is None else Tiles(dstates, self.launch.BV, width),
             self.vectors,
             self.vector_rows,
@@ -275,13 +276,12 @@ class Scan:
     def run_chunk_backward(
         self,
         do: Tensor,
-        dw: Tensor,
+        dv: Tensor,
         y: Tensor,
         states: Tensor,
         dstates: Tensor,
         dq: Tensor,
         dk: Tensor,
-        dv: Tensor,
         dbeta: Tensor,
         dot_q: Tensor,
         dot_k: Tensor,
@@ -290,9 +290,9 @@ class Scan:
 
         Args:
             do: gradient of the output [B, T, HV, V] in the dtype of v, from `with_rows`.
-            dw, y, states, dstates: as the two scans fill them.
+            dv: as the backward scan fills it; afterwards the gradient of v of all tokens.
+            y, states, dstates: as the two scans fill them.
             dq, dk: to be filled, [B, T, HV, K] in the dtype of v: those of each value head.
-            dv: to be filled, [B, T, HV, V] in the dtype of v.
             dbeta, dot_q, dot_k: to be filled, [HV, R] float32: the gradient of the step sizes and the two parts of
                 that of the accumulated log-gates.
         """
@@ -303,7 +303,8 @@ class Scan:
                 (min(self.chunks.count * self.HV, multiprocessors(self.device)), 1, 1),
                 self.q,
                 self.k,
-                *(Tiles(x, CHUNK, self.K) for x in (do, dw, y, states, dstates, dq, dk, dv)),
+                *(Tiles(x, CHUNK, self.K) for x in (do, dv, y, states, dstates, dq, dk)),
+                dv,
                 *numbers,
                 self.vector_rows,
                 self.chunks.count,
@@ -322,7 +323,7 @@ class Scan:
             (2 * self.HV * self.chunks.count, 1, 1),
             self.q,
             self.k,
-            *(Tiles(x, CHUNK, settings.BV) for x in (do, dw, y)),
+            *(Tiles(x, CHUNK, settings.BV) for x in (do, dv, y)),
             *(Tiles(x, settings.BV, self.K) for x in (states, dstates)),
             dq,
             dk,

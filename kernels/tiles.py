@@ -12,6 +12,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernel
 CHUNK = 64  # tokens of a chunk: one Hopper warpgroup's rows, and 64 x 64 is solved per chunk
 
 SMALL_BETA = tl.constexpr(1e-4)  # below it x is not recovered from beta x (`step_and_back`)
+# below these dW is kept for the backward pass inside chunks, from there on beta dW (`is_kept_small`)
+LEAST_KEPT, LEAST_KEPT_FP16 = tl.constexpr(1e-20), tl.constexpr(0.0625)
 
 
 @triton.jit
@@ -71,6 +73,16 @@ def step_and_back(x, beta, dtype: tl.constexpr):
     is_small = beta < SMALL_BETA
     inverse = tl.where(is_small, 0.0, 1.0 / beta)
     return stepped, tl.where(is_small[None, :], x, stepped.to(tl.float32) * inverse[None, :]), down
+
+
+@triton.jit
+def is_kept_small(beta, dtype: tl.constexpr):
+    # Whether dW is kept as it is instead of beta dW, the gradient of v: where the dtype would lose too much of the
+    # latter to be rid of beta again. float16 has few exponents.
+    if dtype == tl.float16:
+        return beta < LEAST_KEPT_FP16
+    else:
+        return beta < LEAST_KEPT
 
 
 @triton.jit

@@ -69,29 +69,30 @@ def inside_chunks(B, T, H, HV, dtype, normalize, seed=0):
 
     q, k = (normal(B, T, H, D) / (1 if normalize else D**0.5) for _ in range(2))
     q, k, v, do = (x.to(dtype) for x in (q, k, normal(B, T, HV, D), normal(B, T, HV, D)))
-    y, dw = (normal(B * T, HV * D).to(dtype) for _ in range(2))
+    y, dv = normal(B * T, HV * D).to(dtype), normal(B, T, HV, D).to(dtype)
     states, dstates = (normal(B * T // CHUNK * HV * D, D).to(dtype) for _ in range(2))
     gates = -0.1 * torch.rand(HV, B * T // CHUNK, CHUNK, generator=r, device="cuda")
     vectors = torch.zeros(HV, 4, B * T, device="cuda")
     vectors[:, 0] = gates.cumsum(-1).flatten(1)
     vectors[:, 1] = 2 * torch.rand(HV, B * T, generator=r, device="cuda")
+    vectors[0, 1, 7::50] = 0.0
     for row, x in ((2, k), (3, q)):
         norms = torch.linalg.vector_norm(x.float(), dim=-1).repeat_interleave(HV // H, -1)
         vectors[:, row] = -torch.log2(norms).flatten(0, 1).T if normalize else torch.nan
     c = torch.zeros(B * T, HV * CHUNK, device="cuda", dtype=torch.float16)
     scan = scans.Scan(q, k, v, c, vectors.flatten(0, 1), None, D**-0.5, normalize, False)
-    return scan, {"do": do, "dw": dw, "y": y, "states": states, "dstates": dstates}
+    return scan, {"do": do, "dv": dv, "y": y, "states": states, "dstates": dstates}
 
 
 def chunk_backward(scan, given):
     """Everything that the backward pass inside chunks computes; what it leaves out is not a number."""
-    shapes = {"dq": scan.K, "dk": scan.K, "dv": scan.V}
-    results = {n: scan.empty(scan.B, scan.T, scan.HV, size, dtype=scan.dtype) for n, size in shapes.items()}
+    results = {n: scan.empty(scan.B, scan.T, scan.HV, scan.K, dtype=scan.dtype) for n in ("dq", "dk")}
     results |= {n: scan.empty(scan.HV, scan.R) for n in ("dbeta", "dot_q", "dot_k")}
     for x in results.values():
         x.fill_(torch.nan)
+    given = given | {"dv": given["dv"].clone()}  # finished in its place
     scan.run_chunk_backward(**given, **results)
-    return results
+    return results | {"dv": given["dv"]}
 
 
 def matrices(B, T, H, HV, dtype, normalize, gate, for_hopper, seed=0):
@@ -156,5 +157,7 @@ def test_backward_inside_chunks_in_gluon_is_the_plain_one(sizes, dtype, normaliz
     assert set(launched) == {"chunk_backward_hopper_kernel", "chunk_backward_kernel"}
     errors = {name: relative_error(gluon[name], plain[name]) for name in plain}
     print(errors)
-    # A sum in another order moves a last bit of dP', dM' or a result here and there.
-    assert all(error < 1e-3 for error in errors.values()), errors
+    # A sum in another order moves a last bit of dP', dM' or a result here and there. In the plain kernel rows are scaled
+    # behind the product with dS', in Gluon ahead of it, and so rounded once more.
+    bars = {"dk": 3e-3} if dtype == torch.bfloat16 else {}
+    assert all(error < bars.get(name, 1e-3) for name, error in errors.items()), errors

@@ -33,7 +33,7 @@ def test_every_argument_has_its_place(hopper, launched, monkeypatch):
     monkeypatch.setattr(scans, "is_for_hopper", lambda *a: hopper)
     q, k = (torch.zeros(B, T, H, D, dtype=torch.bfloat16) for _ in range(2))
     v, o, do = (torch.zeros(B, T, HV, D, dtype=torch.bfloat16) for _ in range(3))
-    y, dw = (torch.zeros(B * T, HV * D, dtype=torch.bfloat16) for _ in range(2))
+    y, dv = torch.zeros(B * T, HV * D, dtype=torch.bfloat16), torch.zeros(B, T, HV, D, dtype=torch.bfloat16)
     c, vectors = torch.zeros(B * T, HV * CHUNK, dtype=torch.float16), torch.zeros(4 * HV, B * T)
     states, dstates = (torch.zeros(B * T // CHUNK * HV * D, D, dtype=torch.bfloat16) for _ in range(2))
     initial, final, dfinal, dinitial = (torch.zeros(B, HV, D, D) for _ in range(4))
@@ -41,7 +41,7 @@ def test_every_argument_has_its_place(hopper, launched, monkeypatch):
     scan.run_forward(initial, final, o=o)
     scan.run_forward(None, None, y=y, states=states)
     scan.run_forward(None, None, o=o, y=y, states=states)
-    scan.run_backward_scan(do, dfinal, dinitial, dw, dstates)
+    scan.run_backward_scan(do, dfinal, dinitial, dv, dstates)
     output, anew, saving, backward = (arguments(call) for call in launched)
 
     kernels = {call[0][0].__name__ for call in launched}
@@ -53,7 +53,7 @@ def test_every_argument_has_its_place(hopper, launched, monkeypatch):
         (output, {"v": v, "o": o}),
         (anew, {"v": v, "y": y, "states": states}),
         (saving, {"v": v, "o": o, "y": y, "states": states}),
-        (backward, {"do": do, "dw": dw, "dstates": dstates}),
+        (backward, {"do": do, "dv": dv, "dstates": dstates}),
     ):
         for name, tensor in (of | more).items():
             assert args[name] is None if name == "q" and args is anew[0] else args[name].base is tensor
@@ -74,28 +74,28 @@ def test_every_argument_inside_chunks_has_its_place(hopper, launched, monkeypatc
     monkeypatch.setattr(scans, "is_for_hopper", lambda *a: hopper)
     q, k = (torch.zeros(B, T, H, D, dtype=torch.bfloat16) for _ in range(2))
     v, do, dq, dk, dv = (torch.zeros(B, T, HV, D, dtype=torch.bfloat16) for _ in range(5))
-    y, dw = (torch.zeros(B * T, HV * D, dtype=torch.bfloat16) for _ in range(2))
+    y = torch.zeros(B * T, HV * D, dtype=torch.bfloat16)
     c, vectors = torch.zeros(B * T, HV * CHUNK, dtype=torch.float16), torch.zeros(4 * HV, B * T)
     states, dstates = (torch.zeros(B * T // CHUNK * HV * D, D, dtype=torch.bfloat16) for _ in range(2))
     numbers = {name: torch.zeros(HV, B * T) for name in ("dbeta", "dot_q", "dot_k")}
     scan = scans.Scan(q, k, v, c, vectors, None, 0.5, True, False)
-    results = {"dq": dq, "dk": dk, "dv": dv}
-    given = {"do": do, "dw": dw, "y": y, "states": states, "dstates": dstates}
-    scan.run_chunk_backward(**given, **results, **numbers)
+    results = {"dq": dq, "dk": dk}
+    given = {"do": do, "y": y, "states": states, "dstates": dstates}
+    scan.run_chunk_backward(**given, dv=dv, **results, **numbers)
     args, constants = arguments(launched[0])
 
     assert launched[0][0][0].__name__ == ("chunk_backward_hopper_kernel" if hopper else "chunk_backward_kernel")
-    for name, tensor in (given | {"q": q, "k": k}).items():
+    for name, tensor in (given | {"q": q, "k": k, "dx": dv}).items():
         assert args[name].base is tensor
     for name, tensor in results.items():
         assert (args[name].base if hopper else args[name]) is tensor
-    assert all(args[name] is tensor for name, tensor in numbers.items())
+    assert all(args[name] is tensor for name, tensor in (numbers | {"dv": dv}).items())
     assert (args["R"], args["scale"], constants["NORMALIZE"]) == (B * T, 0.5, True)
     assert [constants[n] for n in ("H", "HV", "K", "V", "BT")] == [H, HV, D, D, CHUNK]
     if hopper:
         assert args["vector_rows"].base is vectors and args["chunks"] == B * T // CHUNK
         tiles = [x.block_shape for x in args.values() if isinstance(x, Tiles) and x.base is not vectors]
-        assert len(tiles) == 10 and all(shape == [CHUNK, D] for shape in tiles)
+        assert len(tiles) == 9 and all(shape == [CHUNK, D] for shape in tiles)
         assert launched[0][0][1] == (B * T // CHUNK * HV, 1, 1)  # fewer than there are multiprocessors
     else:
         assert args["vectors"] is vectors and args["T"] == T

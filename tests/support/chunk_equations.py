@@ -7,7 +7,7 @@ import torch
 from delta_rule_truth import relative_error
 
 from lrnn.kernels.scans import Scan
-from lrnn.kernels.tiles import CHUNK
+from lrnn.kernels.tiles import CHUNK, LEAST_KEPT, LEAST_KEPT_FP16
 
 D = 128
 SCALE = D**-0.5
@@ -90,15 +90,20 @@ def state_rows(states):
     return torch.stack(states, 1).mT.reshape(-1, D)
 
 
+def is_kept_small(beta, dtype):
+    return beta < (LEAST_KEPT_FP16 if dtype == torch.float16 else LEAST_KEPT).value
+
+
 def scan_gradients(x, initial, do, dfinal, normalize=True):
-    """What autograd finds for the backward scan: of the values' gradients beta is taken off."""
+    """What autograd finds for the backward scan; where step sizes are small the values' gradients are without them."""
     leaves = {name: y.double().requires_grad_() for name, y in x.items()}
     start = initial.double().requires_grad_()
     o, _, starts, final = recurrence(leaves, start, normalize)
     loss = (o * do.double()).sum() + (final * dfinal.double()).sum()
     dv, dinitial, *dends = torch.autograd.grad(loss, [leaves["v"], start, *starts[1:], final])
-    dw = dv / leaves["beta"].detach()[..., None]
-    return {"dw": dw, "dstates": state_rows(dends), "dinitial": dinitial}
+    kept_small = is_kept_small(x["beta"], x["v"].dtype)
+    dv = dv / torch.where(kept_small, x["beta"].double(), 1.0)[..., None]
+    return {"dv": dv, "dstates": state_rows(dends), "dinitial": dinitial}
 
 
 def inside_chunks(chunks, H, HV, normalize, seed=0, dtype=torch.float32):
@@ -110,7 +115,8 @@ def inside_chunks(chunks, H, HV, normalize, seed=0, dtype=torch.float32):
         vectors[:, 3] = log_norms(scan.q.base, HV)
     else:
         vectors[:, 2:] = torch.nan
-    shapes = {"do": (1, n, HV, D), "dw": (n, HV * D), "y": (n, HV * D)}
+    vectors[0, 1, 5 * seed + 7 :: 50] = 0.0  # step sizes of a few tokens
+    shapes = {"do": (1, n, HV, D), "dv": (1, n, HV, D), "y": (n, HV * D)}
     shapes |= dict.fromkeys(("states", "dstates"), (chunks * HV * D, D))
     return scan, {name: normal(*shape, seed=seed + i).to(dtype) for i, (name, shape) in enumerate(shapes.items(), 100)}
 
@@ -129,14 +135,16 @@ def chunk_gradients(scan, given, normalize):
         return x.double().reshape(-1, HV, D, D).transpose(0, 1)
 
     q, k = (tiles(x.base.repeat_interleave(HV // H, 2)) for x in (scan.q, scan.k))
-    do, dw, y = (tiles(given[name]) for name in ("do", "dw", "y"))
+    do, kept, y = (tiles(given[name]) for name in ("do", "dv", "y"))
     s, ds = states(given["states"]), states(given["dstates"])
     g, beta, log_rk, log_rq = scan.vectors.double().view(HV, 4, -1, CHUNK).transpose(0, 1)
     rq, rk = (torch.exp2(x)[..., None] if normalize else 1.0 for x in (log_rq, log_rk))
     q, k = q * rq, k * rk
     decay = torch.exp2(g[..., :, None] - g[..., None, :])
     gamma, rho = torch.exp2(g)[..., None], torch.exp2(g[..., -1:] - g)[..., None]
-    n_, dx = beta[..., None] * y, beta[..., None] * dw
+    kept_small = is_kept_small(beta, given["dv"].dtype)
+    n_, dx = beta[..., None] * y, torch.where(kept_small, beta, 1.0)[..., None] * kept
+    dw = kept / torch.where(kept_small, 1.0, beta)[..., None]
     dp, dm = SCALE * torch.tril(decay * (do @ n_.mT)), -torch.tril(decay * (dx @ n_.mT), -1)
     dq = SCALE * gamma * (do @ s) + dp @ k
     first, second, third = -gamma * (dx @ s) + dm @ k, dm.mT @ k + dp.mT @ q, rho * (n_ @ ds)

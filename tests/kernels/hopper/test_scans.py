@@ -134,7 +134,7 @@ def backward_scan(x, normalize, initial, split=False):
     scan = make_scan(x, normalize, split)
     if normalize:
         scan.vectors.view(HV, 4, -1)[:, 3] = equations.log_norms(x["q"], HV)  # as the forward scan leaves it
-    found = {"dw": nans(B * T, HV * D, dtype=dtype), "dstates": nans(B * T // CHUNK * HV * D, D, dtype=dtype)}
+    found = {"dv": nans(B, T, HV, D, dtype=dtype), "dstates": nans(B * T // CHUNK * HV * D, D, dtype=dtype)}
     found["dinitial"] = nans(B, HV, D, D)
     scan.run_backward_scan(do, dfinal, **found)
     return found, equations.scan_gradients(x, initial, do, dfinal, normalize)
@@ -226,7 +226,7 @@ WRONG_SAVING = {
 }  # fmt: skip
 WRONG_BACKWARD = {
     "no wait for what is prepared": (
-        "        mbarrier.wait(p_ready.index(slot), (i // 2) & 1)\n", "", AssertionError, "before it is there|dw",
+        "        mbarrier.wait(p_ready.index(slot), (i // 2) & 1)\n", "", AssertionError, "before it is there|dv",
     ),
     "no wait for a product": (
         "warpgroup_mma_wait(1, [b_dn])", "warpgroup_mma_wait(2, [b_dn])", AssertionError, "before it was waited for",

@@ -114,10 +114,11 @@ class Pointer:
     def load(self) -> Tensor:
         return Tensor(self.tensor.view(-1)[self.places()])
 
-    def store(self, value: Tensor) -> None:
+    def store(self, value: Tensor, mask: Tensor | None = None) -> None:
         places = self.places()
         assert places.shape == value.shape
-        self.tensor.view(-1)[places] = value.values.to(self.tensor.dtype)
+        stored = torch.ones_like(places, dtype=torch.bool) if mask is None else mask.values.expand(places.shape)
+        self.tensor.view(-1)[places[stored]] = value.values[stored].to(self.tensor.dtype)
 
 
 class Memory:
