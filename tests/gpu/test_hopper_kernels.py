@@ -159,5 +159,5 @@ def test_backward_inside_chunks_in_gluon_is_the_plain_one(sizes, dtype, normaliz
     print(errors)
     # A sum in another order moves a last bit of dP', dM' or a result here and there. In the plain kernel rows are
     # scaled behind the product with dS', in Gluon ahead of it, and so rounded once more.
-    bars = {"dk": 3e-3} if dtype == torch.bfloat16 else {}
+    bars = {"dk": 3e-3, "dot_k": 3e-3} if dtype == torch.bfloat16 else {}
     assert all(error < bars.get(name, 1e-3) for name, error in errors.items()), errors
