@@ -148,8 +148,9 @@ def gated_delta_rule_backward(
     beta_range: float,
     normalize: bool,
     split: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, gate, beta, A_log, dt_bias and the initial state; empty where there is no such input.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, gate, beta, A_log and dt_bias [2, HV], and the initial state; empty where there is no such
+    input.
 
     do [B, T, HV, V] is the gradient of the output, dfinal [N, HV, K, V] float32 that of the final state or None for
     zeros; c, vectors, starts, segment_ends, y and states are what the forward operator returned, the others what it was
@@ -210,10 +211,10 @@ def gated_delta_rule_backward(
         IS_VARLEN=cu_seqlens is not None,
         **GATE_BACKWARD,
     )
-    dA_log, ddt_bias = (s.empty(0) if sums is None else sums[part].sum(-1) for part in range(2))
+    dA_log_and_dt_bias = s.empty(2, 0) if sums is None else sums.sum(-1)  # one result, since results must not alias
     if s.HV != s.H:  # value heads that share a query and key head
         dq, dk = (x.unflatten(2, (s.H, s.HV // s.H)).sum(3) for x in (dq, dk))
-    return dq, dk, dv, dgate, dbeta, dA_log, ddt_bias, s.empty(0) if dinitial is None else dinitial
+    return dq, dk, dv, dgate, dbeta, dA_log_and_dt_bias, s.empty(0) if dinitial is None else dinitial
 
 
 @torch.library.register_fake("lrnn::gated_delta_rule_backward", lib=_library)
@@ -223,8 +224,8 @@ def _(do, dfinal, q, k, v, gate, beta, A_log, dt_bias, initial_state, *rest):
             return v.new_empty([0], dtype=torch.float32)
         return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
-    floats = [like(x, torch.float32) for x in (A_log, dt_bias, initial_state)]
-    return (like(q), like(k), like(v), like(gate), like(beta), *floats)
+    numbers = v.new_empty([2, 0 if A_log is None else v.shape[2]], dtype=torch.float32)
+    return like(q), like(k), like(v), like(gate), like(beta), numbers, like(initial_state, torch.float32)
 
 
 class _GatedDeltaRule(torch.autograd.Function):
@@ -246,10 +247,11 @@ class _GatedDeltaRule(torch.autograd.Function):
             dfinal = None
         inputs = (gate, beta, A_log, dt_bias, initial_state)
         with contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd():
-            dq, dk, dv, *others = gated_delta_rule_backward(
+            dq, dk, dv, dgate, dbeta, numbers, dinitial = gated_delta_rule_backward(
                 do, dfinal, q, k, v, *inputs, *rest, ctx.scale, ctx.beta_range, ctx.normalize, ctx.split
             )
-        d = [None if x is None else dx.to(x.dtype) for x, dx in zip(inputs, others, strict=True)]
+        found = (dgate, dbeta, *numbers.unbind(), dinitial)
+        d = [None if x is None else dx.to(x.dtype) for x, dx in zip(inputs, found, strict=True)]
         return dq, dk, dv, *d, None, None, None, None, None, None, None
 
 
