@@ -1,8 +1,8 @@
 """The backward pass inside each chunk, all chunks at once: gradients of q, k, v and beta, and the gate's parts.
 
-Two programs a chunk and value head: one for dq, one for dk, dv and dbeta. They follow each other in the grid, so that
-what both read comes from the second-level cache the second time. In the notation of `chunk_forward` and
-`chunk_scan_backward` (Y, dW, S and dS' are read; N = beta Y, dX = beta dW; rows i, columns j):
+Two programs a chunk and value head: one for dq, one for dk, dbeta and what is missing of dv. They follow each other in
+the grid, so that what both read comes from the second-level cache the second time. In the notation of `chunk_forward`
+and `chunk_scan_backward` (Y, dX, S and dS' are read; N = beta Y, dX = beta dW; rows i, columns j):
 
     dP = scale G . (dO N^T)  (i >= j)             dM = -G . (dX N^T)  (i > j)
     dq^ = scale gamma (dO S^T) + dP K^
@@ -12,6 +12,8 @@ what both read comes from the second-level cache the second time. In the notatio
 
 dg is the gradient of the accumulated log-gate; <S', dS'> = gamma_C <S, dS'> + sum <k^, third bracket>. Where keys and
 queries are normalised, dk = r (dk^ - k^ <k^, dk^>), and dq likewise.
+
+dv is there already, but for tokens with small step sizes (`tiles.is_kept_small`): of these dW was kept in its place.
 
 The accumulators hold rq dq^ and r dk^, so that both programs round the same numbers, dP' = rq dP r: the token's own
 part of <q^, dq^> and <k^, dk^>, which no gate touches, then cancels in dg, however small the rest is.
