@@ -38,3 +38,8 @@ WRITE = "cvt.rn.bf16x2.f32 %a2, %f1, %f2;"
 )
 def test_what_is_used_too_early_is_found(ptx, registers):
     assert sorted({hazard.split("[")[-1].rstrip("]") for hazard in find_hazards(ptx)}) == registers
+
+
+def test_a_product_that_is_not_understood_is_an_error():
+    with pytest.raises(ValueError, match=r"not understood: wgmma\.mma_async"):
+        find_hazards(loop(PRODUCT.replace("{%c0,%c1}", "%c0"), COMMIT, wait(0)))

@@ -16,6 +16,9 @@ def find_hazards(ptx: str) -> list[str]:
     warps of Gluon's parts find their own, are not followed; nothing is under way there.
 
     Returns: for each, its line and the register.
+
+    Raises:
+        ValueError: a product is written in a way that is not known here.
     """
     blocks, labels = _blocks(ptx)
     entered: list[dict[str, tuple[int, bool]]] = [{} for _ in blocks]
@@ -28,6 +31,8 @@ def find_hazards(ptx: str) -> list[str]:
             if product := _PRODUCT.search(line):
                 used |= {r: (-1, True) for r in _REGISTER.findall(product[1])}
                 used |= {r: (-1, False) for r in _REGISTER.findall(product[2] or "")}
+            elif "wgmma.mma_async" in line:
+                raise ValueError(f"a product whose registers are not understood: {line}")
             elif "wgmma.commit_group" in line:
                 used = {r: (age + 1, acc) for r, (age, acc) in used.items()}
             elif wait := re.search(r"wgmma\.wait_group\S* (\d+)", line):
