@@ -141,7 +141,7 @@ def _key_part(
     tl.store(p_dk, b_dk.to(dtype), mask=m_t[:, None])
 
     # dv of small step sizes: last, since dW is read where it is written
-    m_small = m_t & is_kept_small(b_beta, dtype)
+    m_small = m_t & is_small
     if tl.max(m_small.to(tl.int32), 0) > 0:
         p_dv = dv + ((row + o_t[:, None]).to(tl.int64) * HV + i_h) * V + tl.arange(0, BV)[None, :]
         for i_v in range(0, V, BV):

@@ -3,7 +3,8 @@ shared memory against what is recorded in `compile_limits.json`.
 
 A change of a kernel, or of Triton, that makes the compiler spill more, or takes the room of the second block of a
 multiprocessor, costs speed that no other test on a CPU notices. Nor does one see where the compiled kernel uses
-registers that the tensor cores may still read.
+registers that the tensor cores may still read. Triton before 3.8 makes that of some loops, later ones of the same loops
+do not, so a change of a kernel is compiled under each (PYTHONPATH=/where/that/triton/lies).
 
 The limits are what each Triton gives with the ptxas that it brings along for sm_90a: 3.6.0 and 3.7.1 with 12.8.93,
 3.8.0 with 12.9.86, 3.9.0 with 13.4.59. Another one spills otherwise, so TRITON_PTXAS_PATH is not looked at here.

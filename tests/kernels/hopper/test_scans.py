@@ -130,6 +130,8 @@ def backward_scan(x, normalize, initial, split=False):
     """What the kernel finds, and the truth."""
     B, T, HV = x["beta"].shape
     dtype, dfinal = x["v"].dtype, normal(B, HV, D, D, seed=6)
+    x = x | {"beta": x["beta"].clone()}
+    x["beta"][:, 5::40] = 0.01 if dtype == torch.float16 else 1e-25  # so small that dW is kept, not the gradient of v
     do = normal(*x["v"].shape, seed=7).to(dtype)
     scan = make_scan(x, normalize, split)
     if normalize:
