@@ -6,8 +6,8 @@ exported folder with this code.
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from lrnn.configuration_lrnn import LrnnConfig
-from lrnn.modeling_lrnn import LrnnForCausalLM, LrnnModel
+from lrnn.model.configuration_lrnn import LrnnConfig
+from lrnn.model.modeling_lrnn import LrnnForCausalLM, LrnnModel
 
 __all__ = ["LrnnConfig", "LrnnForCausalLM", "LrnnModel"]
 __version__ = "0.1.0"

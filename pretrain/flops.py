@@ -2,9 +2,9 @@
 
 import math
 
-from lrnn.configuration_lrnn import LrnnConfig
-from lrnn.mixer_gla import LOW_RANK as GLA_RANK
-from lrnn.mixer_rwkv7 import LOW_RANK as RWKV7_RANK
+from lrnn.model.configuration_lrnn import LrnnConfig
+from lrnn.model.mixer_gla import LOW_RANK as GLA_RANK
+from lrnn.model.mixer_rwkv7 import LOW_RANK as RWKV7_RANK
 
 # Dense bf16 matrix FLOP/s by the vendors' datasheets, first match of the device's name.
 PEAK_BF16 = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}

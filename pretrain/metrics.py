@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
-from lrnn.layers_lrnn import Mixer
+from lrnn.model.layers import Mixer
 from lrnn.pretrain.config import Config
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.flops import peak_flops, train_flops_per_token

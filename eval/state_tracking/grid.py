@@ -13,7 +13,7 @@ from lrnn import LrnnConfig
 from lrnn.errors import UserError
 from lrnn.eval.state_tracking.task import Task
 from lrnn.eval.state_tracking.tasks import make_task
-from lrnn.modeling_lrnn import MIXERS
+from lrnn.model.modeling_lrnn import MIXERS
 from lrnn.pretrain.config import Section, load, validate
 from lrnn.pretrain.engine import model_config_from
 

@@ -15,7 +15,7 @@ from lrnn import LrnnForCausalLM
 from lrnn.eval.state_tracking.counter_rng import Field, happens, sample_keys, split_seed
 from lrnn.eval.state_tracking.grid import Cell, TrainSettings
 from lrnn.eval.state_tracking.task import IGNORE
-from lrnn.layers_lrnn import LrnnCache
+from lrnn.model.layers import LrnnCache
 from lrnn.pretrain.engine import parameter_groups
 
 LR_WARMUP = 0.1  # of the steps

@@ -8,7 +8,7 @@ import torch
 from mixer_recurrences import by_logit, compare, diagonal_inputs, rwkv7_inputs, scan_inputs, true_diagonal
 
 from lrnn import LrnnConfig, LrnnForCausalLM
-from lrnn.configuration_lrnn import MIXERS
+from lrnn.model.configuration_lrnn import MIXERS
 from lrnn.kernels import recurrences, step_recurrences
 
 DEVICE = "cuda"

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lrnn import LrnnConfig, LrnnForCausalLM
-from lrnn.configuration_lrnn import MIXERS
-from lrnn.layers_lrnn import Mixer, ShortConvolution
+from lrnn.model.configuration_lrnn import MIXERS
+from lrnn.model.layers import Mixer, ShortConvolution
 from lrnn.pretrain.config import validate
 from lrnn.pretrain.engine import load_model_config
 from lrnn.pretrain.flops import peak_flops, train_flops_per_token

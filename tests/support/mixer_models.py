@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lrnn import LrnnConfig, LrnnForCausalLM
-from lrnn.configuration_lrnn import MIXERS
+from lrnn.model.configuration_lrnn import MIXERS
 
 SIZE = {"vocab_size": 97, "hidden_size": 32, "num_heads": 2, "head_dim": 16, "intermediate_size": 48, "state_size": 5}
 VARIANTS = {f"{mixer}{n}": {"mixer": mixer, "num_householder": n} for mixer in MIXERS[2:4] for n in (1, 2, 3, 4)}

@@ -10,7 +10,7 @@ from lrnn.eval.state_tracking.counter_rng import split_seed
 from lrnn.eval.state_tracking.interleave import interleave
 from lrnn.eval.state_tracking.train_cell import train_cell
 from lrnn.eval.state_tracking.training import Training, learning_rate, new_model
-from lrnn.layers_lrnn import LrnnCache
+from lrnn.model.layers import LrnnCache
 from lrnn.pretrain.engine import parameter_groups
 from lrnn.pretrain.metrics import read_metrics
 

@@ -19,7 +19,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.kernels import fla_recurrences, recurrences, step_recurrences
 from lrnn.kernels.delta_rule_reference import document_ids
-from lrnn.layers_lrnn import LrnnCache
+from lrnn.model.layers import LrnnCache
 
 FP16, FP32 = torch.float16, torch.float32
 BARS = {FP16: {"": 2e-3}, FP32: {"": 1e-4}}

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from lrnn import LrnnConfig, LrnnForCausalLM, layers_lrnn, mixer_deltanet
+from lrnn.model import layers as layers_lrnn
+from lrnn.model import mixer_deltanet
+from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.kernels import delta_rule_reference, scans
 from lrnn.kernels.short_conv import short_conv
 from lrnn.pretrain.engine import build_model

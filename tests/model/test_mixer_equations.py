@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from mixer_models import WITHOUT_RANGE, every_case, largest, make_model, tokens
 
 from lrnn import LrnnForCausalLM
-from lrnn.configuration_lrnn import MIXERS
-from lrnn.mixer_deltanet import DeltaNet
-from lrnn.mixer_mlstm import stabilizer
+from lrnn.model.configuration_lrnn import MIXERS
+from lrnn.model.mixer_deltanet import DeltaNet
+from lrnn.model.mixer_mlstm import stabilizer
 
 RANGES = {True: (-1, 1), False: (0, 1)}
 

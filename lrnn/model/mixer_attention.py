@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_lrnn import LrnnConfig
-from .layers_lrnn import Mixer
+from .layers import Mixer
 
 ROTARY_BASE = 10_000.0
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_lrnn import LrnnConfig
-from .layers_lrnn import GatedRMSNorm, Mixer, ShortConvolution, convolve, zero_at_padding
+from .layers import GatedRMSNorm, Mixer, ShortConvolution, convolve, zero_at_padding
 
 try:
     from lrnn.kernels.recurrences import diagonal_recurrence

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_lrnn import LrnnConfig
-from .layers_lrnn import LrnnCache, Mixer, RMSNorm, ShortConvolution
+from .layers import LrnnCache, Mixer, RMSNorm, ShortConvolution
 from .mixer_deltanet import DeltaNet
 from .mixer_gla import GatedLinearAttention
 from .mixer_mamba import Mamba
@@ -30,7 +30,7 @@ from .mixer_mamba2 import Mamba2
 from .mixer_mlstm import MLSTM
 from .mixer_rwkv7 import RWKV7
 from .mixer_slstm import SLSTM
-from .mixer_transformer import Attention
+from .mixer_attention import Attention
 
 try:
     from lrnn.kernels.delta_rule_reference import document_ids

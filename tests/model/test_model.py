@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from lrnn import LrnnConfig, LrnnForCausalLM
-from lrnn.configuration_lrnn import MIXERS as ALL_MIXERS
-from lrnn.modeling_lrnn import LrnnCache
+from lrnn.model.configuration_lrnn import MIXERS as ALL_MIXERS
+from lrnn.model.modeling_lrnn import LrnnCache
 
 SIZE = {
     "vocab_size": 97,
@@ -289,8 +289,8 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("small", [0, 2**24])
 def test_shift_labels_loss(monkeypatch, small):
-    monkeypatch.setattr("lrnn.modeling_lrnn.LOSS_CHUNK", 17)  # several pieces, the last one shorter
-    monkeypatch.setattr("lrnn.modeling_lrnn.SMALL_LOGITS", small)
+    monkeypatch.setattr("lrnn.model.modeling_lrnn.LOSS_CHUNK", 17)  # several pieces, the last one shorter
+    monkeypatch.setattr("lrnn.model.modeling_lrnn.SMALL_LOGITS", small)
     model = make_model()
     ids, labels = tokens(2, 30), tokens(2, 30, seed=1)
     labels[0, :7] = labels[1, -1] = -100

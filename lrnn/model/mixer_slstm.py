@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_lrnn import LrnnConfig
-from .layers_lrnn import GatedRMSNorm, Mixer
+from .layers import GatedRMSNorm, Mixer
 
 try:
     from lrnn.kernels.step_recurrences import document_starts

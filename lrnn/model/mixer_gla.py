@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_lrnn import LrnnConfig
-from .layers_lrnn import GatedRMSNorm, Mixer, zero_at_padding
+from .layers import GatedRMSNorm, Mixer, zero_at_padding
 
 try:
     from lrnn.kernels.recurrences import diagonal_recurrence
