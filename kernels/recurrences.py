@@ -21,28 +21,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrnn.kernels import diagonal_recurrence as diagonal
-from lrnn.kernels import step_recurrences as steps
+from lrnn.kernels.reference import diagonal
+from lrnn.kernels.reference import steps
 from lrnn.kernels.selective_scan import selective_scan as scan_on_kernels
-from lrnn.kernels.tiles import use_kernels
+from lrnn.kernels.common.tiles import use_kernels
 
 HALF = (torch.bfloat16, torch.float16)
 
 
 def diagonal_recurrence(q: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """`lrnn.kernels.diagonal_recurrence.diagonal_recurrence`, but that fla's kernels take no `chunk_size`."""
+    """`lrnn.kernels.reference.diagonal.diagonal_recurrence`, but that fla's kernels take no `chunk_size`."""
     rule = fla().diagonal_recurrence if _runs_on_fla(q) else diagonal.diagonal_recurrence
     return rule(q, *args, **options)
 
 
 def rwkv7_recurrence(r: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """`lrnn.kernels.step_recurrences.rwkv7_recurrence`."""
+    """`lrnn.kernels.reference.steps.rwkv7_recurrence`."""
     rule = fla().rwkv7_recurrence if _runs_on_fla(r) else steps.rwkv7_recurrence
     return rule(r, *args, **options)
 
 
 def selective_scan(x: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """`lrnn.kernels.step_recurrences.selective_scan`."""
+    """`lrnn.kernels.reference.steps.selective_scan`."""
     scan = scan_on_kernels if use_kernels(x) and x.dtype != torch.float64 else steps.selective_scan
     return scan(x, *args, **options)
 

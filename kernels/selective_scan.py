@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrnn.kernels.step_recurrences import document_starts
+from lrnn.kernels.reference.steps import document_starts
 
 SEGMENT = 32  # tokens between stored states
 CHANNELS = 32  # of a program: with 16 states a channel, 16 numbers for each thread of a warp
@@ -29,7 +29,7 @@ WARPS = 1
 
 @torch.compiler.disable
 def selective_scan(x, dt, A, B, C, *, allow_neg_eigval, initial_state=None, document=None) -> tuple[Tensor, Tensor]:
-    """`lrnn.kernels.step_recurrences.selective_scan` on kernels: the same arguments and results, in float32.
+    """`lrnn.kernels.reference.steps.selective_scan` on kernels: the same arguments and results, in float32.
 
     Gradients go to x, dt, A, B, C and the initial state, and are summed in a fixed order. B and C are read in whole:
     N up to some hundreds.

@@ -68,7 +68,7 @@ def make_inputs(batch_size: int, seq_len: int, heads: int, size: int, device: st
 
 def ours(x: Inputs, **options: Any) -> Tensor:
     """lrnn, with options of its function: norms, gates and step sizes inside the kernels."""
-    from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule
+    from lrnn.kernels.delta_rule.api import fused_gated_delta_rule
 
     return fused_gated_delta_rule(x["q"], x["k"], x["v"], x["a"], x["b"], x["A_log"], x["dt_bias"], **options)[0]
 

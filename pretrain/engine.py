@@ -11,7 +11,7 @@ from torch import nn
 
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.errors import UserError
-from lrnn.kernels.gated_delta_rule import saving_states
+from lrnn.kernels.delta_rule.api import saving_states
 from lrnn.pretrain.config import Config, name_hint, read_json
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.loader import accumulation_steps

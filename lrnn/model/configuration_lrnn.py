@@ -36,7 +36,7 @@ class LrnnConfig(PretrainedConfig):
             DeltaNet mixers beta = 2 sigmoid rather than sigmoid, for the others see their files. "slstm" and
             "transformer" have no such range.
         delta_rule_precision: of the DeltaNet and DeltaProduct mixers on a GPU in 16 bits: "standard", or "split", which
-            carries states several times as exactly (see `lrnn.kernels.gated_delta_rule`); the others do not read it.
+            carries states several times as exactly (see `lrnn.kernels.delta_rule.api`); the others do not read it.
         conv_size: taps of the causal short convolutions, in the mixers that have any.
         intermediate_size: width of the SwiGLU MLP.
         norm_eps: epsilon of every RMSNorm.

@@ -10,7 +10,7 @@ from .configuration_lrnn import LrnnConfig
 from .layers import GatedRMSNorm, Mixer, ShortConvolution, convolve, zero_at_padding
 
 try:
-    from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule, gated_delta_product
+    from lrnn.kernels.delta_rule.api import fused_gated_delta_rule, gated_delta_product
 except ImportError:  # an exported folder, loaded where lrnn is not installed
     from .delta_rule_reference import (  # type: ignore[import-not-found, no-redef]
         fused_gated_delta_rule,

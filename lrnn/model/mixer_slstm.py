@@ -8,7 +8,7 @@ from .configuration_lrnn import LrnnConfig
 from .layers import GatedRMSNorm, Mixer
 
 try:
-    from lrnn.kernels.step_recurrences import document_starts
+    from lrnn.kernels.reference.steps import document_starts
 except ImportError:  # an exported folder, loaded where lrnn is not installed
     from .step_recurrences import document_starts  # type: ignore[import-not-found, no-redef]
 

@@ -33,7 +33,7 @@ from .mixer_slstm import SLSTM
 from .mixer_attention import Attention
 
 try:
-    from lrnn.kernels.delta_rule_reference import document_ids
+    from lrnn.kernels.reference.delta_rule import document_ids
 except ImportError:  # an exported folder, loaded where lrnn is not installed
     from .delta_rule_reference import document_ids  # type: ignore[import-not-found, no-redef]
 

@@ -9,7 +9,8 @@ from mixer_recurrences import by_logit, compare, diagonal_inputs, rwkv7_inputs, 
 
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.model.configuration_lrnn import MIXERS
-from lrnn.kernels import recurrences, step_recurrences
+from lrnn.kernels.reference import steps as step_recurrences
+from lrnn.kernels import recurrences
 
 DEVICE = "cuda"
 FP32, BF16 = torch.float32, torch.bfloat16

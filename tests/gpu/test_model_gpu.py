@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.eval.fla_format import to_fla_config
-from lrnn.kernels import delta_rule_op
-from lrnn.kernels.delta_rule_reference import gated_delta_rule
+from lrnn.kernels.delta_rule import operator as delta_rule_op
+from lrnn.kernels.reference.delta_rule import gated_delta_rule
 from lrnn.pretrain.engine import build_model
 
 SIZES = {"vocab_size": 500, "hidden_size": 256, "num_hidden_layers": 3, "head_dim": 128, "num_heads": 2}

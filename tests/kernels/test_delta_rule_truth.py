@@ -16,7 +16,7 @@ from delta_rule_truth import (
     relative_error,
 )
 
-from lrnn.kernels import delta_rule_reference as reference
+from lrnn.kernels.reference import delta_rule as reference
 
 
 def random(seed, *shape):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lrnn.kernels.diagonal_recurrence import diagonal_recurrence, recurrent, signed_decay
+from lrnn.kernels.reference.diagonal import diagonal_recurrence, recurrent, signed_decay
 
 B, H, K, V = 2, 2, 6, 5
 

@@ -9,7 +9,7 @@ import pytest
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from lrnn.kernels import gluon_parts
+from lrnn.kernels.delta_rule.hopper import parts as gluon_parts
 
 TILE = gl.shared_memory_descriptor
 # what has the name, the old one and the new one

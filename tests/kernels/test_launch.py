@@ -7,10 +7,11 @@ import pytest
 import torch
 from triton.compiler import CompiledKernel
 
-from lrnn.kernels import chunk_forward_hopper, launch_config
-from lrnn.kernels import launch as module
-from lrnn.kernels.launch import launch
-from lrnn.kernels.tiles import Tiles
+from lrnn.kernels.delta_rule.hopper import chunk_forward as chunk_forward_hopper
+from lrnn.kernels.common import launch_config
+from lrnn.kernels.common import launch as module
+from lrnn.kernels.common.launch import launch
+from lrnn.kernels.common.tiles import Tiles
 
 
 class Compiled(CompiledKernel):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lrnn.kernels.step_recurrences import rwkv7_recurrence, selective_scan
+from lrnn.kernels.reference.steps import rwkv7_recurrence, selective_scan
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,7 +20,7 @@ def test_rooms_are_plain_folders_behind_links(room):
 def test_transformers_works_at_the_root_of_the_repository():
     code = (
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
-        "import lrnn, lrnn.kernels.delta_rule_reference\n"
+        "import lrnn, lrnn.kernels.reference.delta_rule\n"
         "size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)\n"
         "print(LlamaForCausalLM(LlamaConfig(**size)).num_parameters())"
     )

@@ -348,7 +348,7 @@ def test_autocast_keeps_the_state_in_float32():
 @pytest.mark.parametrize("allow_neg_eigval, top", [(True, 2.0), (False, 1.0)])
 def test_range_of_beta(allow_neg_eigval, top, monkeypatch):
     """What reaches the recurrence, at inputs from indifferent to extreme."""
-    from lrnn.kernels import delta_rule_reference
+    from lrnn.kernels.reference import delta_rule as delta_rule_reference
 
     model = make_model(allow_neg_eigval=allow_neg_eigval)
     seen = {}

@@ -29,7 +29,7 @@ def test_both_passes_reach_every_input(run):
 
 def test_log_inputs_are_the_same_function():
     """FlashQLA is given these: they must stand for the same gates and step sizes as the raw projections."""
-    from lrnn.kernels.gated_delta_rule import gated_delta_rule
+    from lrnn.kernels.delta_rule.api import gated_delta_rule
 
     x = bench_kernels.make_inputs(1, 20, 2, 64, device="cpu")
     o, _ = gated_delta_rule(**bench_kernels.make_log_inputs(x), normalize_qk=True)

@@ -5,7 +5,7 @@ import delta_rule_truth as truth
 import torch
 from delta_rule_truth import check, evaluate, evaluate_truth, floors
 
-from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule, gated_delta_rule
+from lrnn.kernels.delta_rule.api import fused_gated_delta_rule, gated_delta_rule
 
 
 def compare(x, bars, label, ours=gated_delta_rule, true=truth.gated_delta_rule, zero=(), **options):

@@ -4,7 +4,7 @@
     o_t = scale * S_t^T q_t
 
 Nothing here is shared with the code under test: no chunks, no inverse, and the gradients are autograd's. The functions
-have the signatures of those in `lrnn.kernels.gated_delta_rule`, take any float dtype and device, and compute in float64
+have the signatures of those in `lrnn.kernels.delta_rule.api`, take any float dtype and device, and compute in float64
 from the tensors as they are given.
 """
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrnn.kernels import diagonal_recurrence as diagonal
-from lrnn.kernels.step_recurrences import document_starts
+from lrnn.kernels.reference import diagonal
+from lrnn.kernels.reference.steps import document_starts
 
 Inputs = dict[str, Tensor]
 

@@ -9,7 +9,7 @@ from delta_rule_inputs import BARS, BETAS, GATES, KEYS
 from delta_rule_on_gpu import BF16, FP16, FP32, HARD, LIMITS, random
 from delta_rule_truth import check, evaluate, evaluate_truth
 
-from lrnn.kernels.gated_delta_rule import gated_delta_rule
+from lrnn.kernels.delta_rule.api import gated_delta_rule
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])

@@ -12,7 +12,7 @@ from delta_rule_inputs import BARS
 from delta_rule_on_gpu import BF16, FP16, FP32, random
 from delta_rule_truth import relative_error
 
-from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule, gated_delta_rule
+from lrnn.kernels.delta_rule.api import fused_gated_delta_rule, gated_delta_rule
 
 
 def span_error(state, true, keys):

@@ -8,7 +8,7 @@ from delta_rule_on_gpu import BF16, FP16, FP32, random
 from delta_rule_truth import relative_error
 from operator_calls import OperatorCalls
 
-from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule, gated_delta_rule
+from lrnn.kernels.delta_rule.api import fused_gated_delta_rule, gated_delta_rule
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])

@@ -14,7 +14,7 @@ from delta_rule_on_gpu import BF16, FP32, random
 from delta_rule_truth import check, evaluate, floors, relative_error
 from operator_calls import OperatorCalls
 
-from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule
+from lrnn.kernels.delta_rule.api import fused_gated_delta_rule
 from lrnn.pretrain import bench_kernels
 
 
@@ -159,7 +159,7 @@ def test_first_use_compiles_in_a_minute(tmp_path, plain_buffers):
     convolution and the gated norm."""
     code = """if True:
         import torch
-        from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule
+        from lrnn.kernels.delta_rule.api import fused_gated_delta_rule
         from lrnn.kernels.gated_rms_norm import gated_rms_norm
         from lrnn.kernels.short_conv import short_conv
         from lrnn.pretrain.bench_kernels import make_inputs

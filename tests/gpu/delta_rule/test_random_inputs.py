@@ -11,8 +11,8 @@ from delta_rule_inputs import BARS
 from delta_rule_on_gpu import BF16, FP16, FP32, LIMITS, random
 from delta_rule_truth import check, evaluate, evaluate_truth, floors
 
-from lrnn.kernels import scans
-from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule, gated_delta_product, gated_delta_rule
+from lrnn.kernels.delta_rule import scans
+from lrnn.kernels.delta_rule.api import fused_gated_delta_rule, gated_delta_product, gated_delta_rule
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])

@@ -9,9 +9,10 @@ from delta_rule_inputs import BARS, BETAS, GATES, KEYS
 from delta_rule_truth import check, evaluate, evaluate_truth, relative_error
 from operator_calls import OperatorCalls
 
-from lrnn.kernels import delta_rule_op, scans
-from lrnn.kernels import delta_rule_reference as reference
-from lrnn.kernels.gated_delta_rule import fused_gated_delta_rule, gated_delta_product, gated_delta_rule
+from lrnn.kernels.delta_rule import operator as delta_rule_op
+from lrnn.kernels.delta_rule import scans
+from lrnn.kernels.reference import delta_rule as reference
+from lrnn.kernels.delta_rule.api import fused_gated_delta_rule, gated_delta_product, gated_delta_rule
 
 FP16, FP32 = torch.float16, torch.float32
 # Keys that repeat, or nearly, add up the rounding of the operands over all tokens; what float16 may be off on them. In

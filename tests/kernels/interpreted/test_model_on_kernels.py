@@ -6,7 +6,8 @@ import torch
 from lrnn.model import layers as layers_lrnn
 from lrnn.model import mixer_deltanet
 from lrnn import LrnnConfig, LrnnForCausalLM
-from lrnn.kernels import delta_rule_reference, scans
+from lrnn.kernels.reference import delta_rule as delta_rule_reference
+from lrnn.kernels.delta_rule import scans
 from lrnn.kernels.short_conv import short_conv
 from lrnn.pretrain.engine import build_model
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lrnn.kernels import step_recurrences
+from lrnn.kernels.reference import steps as step_recurrences
 from lrnn.kernels.selective_scan import selective_scan
 
 

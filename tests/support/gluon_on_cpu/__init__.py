@@ -1,6 +1,6 @@
 """Kernels in Gluon on a CPU: the source of a kernel runs as Python, on mocks of what it imports from Gluon.
 
-Triton's interpreter knows no Gluon. `launch_on_cpu` takes the place of `lrnn.kernels.launch.launch` instead. Each part
+Triton's interpreter knows no Gluon. `launch_on_cpu` takes the place of `lrnn.kernels.common.launch.launch` instead. Each part
 of `gl.warp_specialize` is a thread, of which one runs at a time: at every access to shared memory, every barrier and
 every asynchronous operation it hands over to a scheduler, which lets a random one go on or ends a random operation of
 those under way. The order depends on the seed alone, not on the machine or its load. No time is taken, and none waited

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from lrnn.kernels.tiles import Tiles
+from lrnn.kernels.common.tiles import Tiles
 
 from .scheduler import Barrier, Barriers, Operation, Scheduler
 from .values import Descriptor, Memory, Pointer, Product, Tensor, as_float, plain
@@ -23,7 +23,7 @@ Changes = Sequence[tuple[str, str]]
 def launch_on_cpu(
     kernel: Any, grid: tuple[int, int, int], *args: Any, seed: int = 0, changes: Changes = (), **constants: Any
 ) -> None:
-    """`lrnn.kernels.launch.launch` for a kernel in Gluon and tensors on the CPU.
+    """`lrnn.kernels.common.launch.launch` for a kernel in Gluon and tensors on the CPU.
 
     Args:
         seed: of the order in which things happen.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from lrnn.kernels.tiles import Tiles
+from lrnn.kernels.common.tiles import Tiles
 
 from .scheduler import Scheduler
 

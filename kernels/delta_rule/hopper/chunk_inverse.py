@@ -18,7 +18,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from lrnn.kernels.gluon_parts import FLAT, part_barrier, reinterpret, tma_load, tma_store
+from lrnn.kernels.delta_rule.hopper.parts import FLAT, part_barrier, reinterpret, tma_load, tma_store
 
 HOPPER_INVERSE_LAUNCH = {"num_warps": 1}
 

@@ -11,7 +11,7 @@ from triton.compiler import CompiledKernel
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.runtime import driver
 
-from lrnn.kernels.tiles import INTERPRETED, GluonTiles, Tiles
+from lrnn.kernels.common.tiles import INTERPRETED, GluonTiles, Tiles
 
 _compiled: dict[tuple, tuple[CompiledKernel, tuple]] = {}  # with the values of the kernel's constants, in its order
 

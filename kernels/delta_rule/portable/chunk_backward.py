@@ -22,7 +22,7 @@ part of <q^, dq^> and <k^, dk^>, which no gate touches, then cancels in dg, howe
 import triton
 import triton.language as tl
 
-from lrnn.kernels.tiles import chunk_position, is_kept_small
+from lrnn.kernels.common.tiles import chunk_position, is_kept_small
 
 FLOORED = tl.constexpr(0.99e6)  # 1/|x| where |x| is floored at 1e-6: there x^ is linear in x
 

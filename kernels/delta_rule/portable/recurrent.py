@@ -9,7 +9,7 @@ float32, without tensor cores.
 import triton
 import triton.language as tl
 
-from lrnn.kernels.tiles import sequence_position
+from lrnn.kernels.common.tiles import sequence_position
 
 
 @triton.jit(do_not_specialize=["T", "scale", "beta_range"])

@@ -15,12 +15,12 @@ import torch
 import triton
 from torch import Tensor
 
-from lrnn.kernels.gate_backward import GATE_BACKWARD, gate_backward_kernel
-from lrnn.kernels.launch import launch
-from lrnn.kernels.launch_config import check_assembler, recurrent_launch
-from lrnn.kernels.recurrent import recurrent_kernel
-from lrnn.kernels.scans import Scan, can_save_states, count_segments
-from lrnn.kernels.tiles import CHUNK, count_chunks, matrix_dtype, with_rows
+from lrnn.kernels.delta_rule.portable.gate_backward import GATE_BACKWARD, gate_backward_kernel
+from lrnn.kernels.common.launch import launch
+from lrnn.kernels.common.launch_config import check_assembler, recurrent_launch
+from lrnn.kernels.delta_rule.portable.recurrent import recurrent_kernel
+from lrnn.kernels.delta_rule.scans import Scan, can_save_states, count_segments
+from lrnn.kernels.common.tiles import CHUNK, count_chunks, matrix_dtype, with_rows
 
 # `torch.library.custom_op` would take fewer lines, and an eighth more host time for a forward and a backward pass.
 _library = torch.library.Library("lrnn", "FRAGMENT")
@@ -96,7 +96,7 @@ def gated_delta_rule_forward(
 
     `gate` is the log-gate, or the raw gate where `A_log` and `dt_bias` are given; `beta` the step size, or its logit
     where `beta_range` is not 0. `split` takes what enters the states, and in the backward pass their gradients, as a
-    sum of two numbers of 16 bits. Checked by `lrnn.kernels.gated_delta_rule`, the public function.
+    sum of two numbers of 16 bits. Checked by `lrnn.kernels.delta_rule.api`, the public function.
     """
     results = _forward_results(q, v, cu_seqlens, normalize, output_final_state, save_states)
     o, final, c, vectors, starts, segment_ends, y, states = results

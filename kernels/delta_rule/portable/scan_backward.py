@@ -16,7 +16,7 @@ rho r N is in the forward scan.
 import triton
 import triton.language as tl
 
-from lrnn.kernels.tiles import decay_between, is_kept_small, sequence_position, step_and_back, store_result
+from lrnn.kernels.common.tiles import decay_between, is_kept_small, sequence_position, step_and_back, store_result
 
 
 @triton.jit(do_not_specialize=["T", "R", "scale"])

@@ -16,7 +16,7 @@ for nearly parallel keys at beta near 2.
 import triton
 import triton.language as tl
 
-from lrnn.kernels.tiles import chunk_position
+from lrnn.kernels.common.tiles import chunk_position
 
 
 @triton.jit

@@ -20,8 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lrnn.kernels.chunk_forward_hopper import HopperLaunch
-from lrnn.kernels.gluon_parts import (
+from lrnn.kernels.delta_rule.hopper.chunk_forward import HopperLaunch
+from lrnn.kernels.delta_rule.hopper.parts import (
     FLAT,
     as_vector,
     inverse_step,

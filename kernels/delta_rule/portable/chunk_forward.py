@@ -19,7 +19,7 @@ and low, each with a product of its own: S' = gamma_C S + K^T high + K^T low.
 import triton
 import triton.language as tl
 
-from lrnn.kernels.tiles import decay_between, sequence_position, step_and_back, store_result
+from lrnn.kernels.common.tiles import decay_between, sequence_position, step_and_back, store_result
 
 
 @triton.jit(do_not_specialize=["T", "R", "scale"])

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lrnn.kernels.gluon_parts import (
+from lrnn.kernels.delta_rule.hopper.parts import (
     FLAT,
     as_vector,
     inverse_step,
@@ -35,8 +35,8 @@ from lrnn.kernels.gluon_parts import (
     tma_store,
     weigh_keys,
 )
-from lrnn.kernels.launch_config import SAFE_PTXAS, ptxas_version
-from lrnn.kernels.tiles import INTERPRETED
+from lrnn.kernels.common.launch_config import SAFE_PTXAS, ptxas_version
+from lrnn.kernels.common.tiles import INTERPRETED
 
 FULL = 100  # sequences x value heads from which on a program each, with all 128 columns, fills an H100
 

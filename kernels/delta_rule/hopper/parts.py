@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
-from lrnn.kernels.tiles import LEAST_KEPT, LEAST_KEPT_FP16, SMALL_BETA
+from lrnn.kernels.common.tiles import LEAST_KEPT, LEAST_KEPT_FP16, SMALL_BETA
 
 
 def _named(owner: Any, *names: str) -> Any:
