@@ -16,7 +16,7 @@ COMMANDS = {
     "submit": ("lrnn.pretrain.submit", "submit a run to SLURM, or go on with it"),
     "export": ("lrnn.eval.export", "write a checkpoint as a Hugging Face model folder"),
     "eval": ("lrnn.eval.run_suite", "run an evaluation suite of lm-eval on an exported model"),
-    "track": ("lrnn.eval.track", "train small models on state-tracking tasks and compare their lengths"),
+    "track": ("lrnn.track.track", "train small models on state-tracking tasks and compare their lengths"),
     "position": ("lrnn.eval.position", "perplexity by position, far past the training length, of exported models"),
     "plot": ("lrnn.pretrain.plot", "plot the metrics of one or several runs"),
     "bench": ("lrnn.pretrain.bench", "measure the data loader, the training loop and the kernels"),

@@ -14,7 +14,7 @@ from typing import TypedDict
 import torch
 
 from lrnn.errors import UserError
-from lrnn.eval.state_tracking.counter_rng import split_seed
+from lrnn.track.tasks.counter_rng import split_seed
 from lrnn.eval.state_tracking.text_tasks import TEXT_TASKS, TextTask
 
 LENGTHS = (4, 8, 16, 32, 64, 128, 256)

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from lrnn.eval.state_tracking.metrics import scaled_accuracy
+from lrnn.track.metrics import scaled_accuracy
 from lrnn.eval.state_tracking.text_tasks import TEXT_TASKS
 
 Raw = dict[str, Any]

@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lrnn.eval.state_tracking.bracket_arithmetic import BracketArithmetic
-from lrnn.eval.state_tracking.counter_rng import Field, integers, sample_keys
-from lrnn.eval.state_tracking.formal_languages import CycleNavigation, EvenPairs, ModularArithmetic, Parity
-from lrnn.eval.state_tracking.group_words import GroupWord
-from lrnn.eval.state_tracking.task import Task
+from lrnn.track.tasks.bracket_arithmetic import BracketArithmetic
+from lrnn.track.tasks.counter_rng import Field, integers, sample_keys
+from lrnn.track.tasks.formal_languages import CycleNavigation, EvenPairs, ModularArithmetic, Parity
+from lrnn.track.tasks.group_words import GroupWord
+from lrnn.track.tasks.base import Task
 
 MODULUS = 5
 DIGITS = tuple(map(str, range(MODULUS)))

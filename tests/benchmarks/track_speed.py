@@ -9,8 +9,8 @@ import time
 
 import torch
 
-from lrnn.eval.state_tracking.grid import load_grid
-from lrnn.eval.state_tracking.training import EAGER_STEPS, Training
+from lrnn.track.grid import load_grid
+from lrnn.track.training import EAGER_STEPS, Training
 
 STEPS, AT_ONCE = 100, 6
 DEVICE = torch.device("cuda", 0)

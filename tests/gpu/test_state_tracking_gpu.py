@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from lrnn import LrnnForCausalLM
-from lrnn.eval.state_tracking.counter_rng import split_seed
-from lrnn.eval.state_tracking.grid import Cell, load_grid
-from lrnn.eval.state_tracking.interleave import interleave
-from lrnn.eval.state_tracking.measure import measure
-from lrnn.eval.state_tracking.tasks import TASKS, make_task
-from lrnn.eval.state_tracking.train_cell import train_cell
-from lrnn.eval.state_tracking.training import EAGER_STEPS, Training
-from lrnn.eval.state_tracking.workers import run_on_devices
+from lrnn.track.tasks.counter_rng import split_seed
+from lrnn.track.grid import Cell, load_grid
+from lrnn.track.interleave import interleave
+from lrnn.track.measure import measure
+from lrnn.track.tasks.registry import TASKS, make_task
+from lrnn.track.cell import train_cell
+from lrnn.track.training import EAGER_STEPS, Training
+from lrnn.track.workers import run_on_devices
 from lrnn.pretrain.metrics import read_metrics
 
 CONFIGS = Path(__file__).parents[2] / "configs/track"
@@ -88,7 +88,7 @@ def test_a_graph_takes_the_steps_of_a_loop(config, model, tmp_path, on_a_stream,
     """
     cell = one_cell(config, model, tmp_path)
     monkeypatch.setattr(
-        "lrnn.eval.state_tracking.training.SAMPLE_TOKENS", 20 * cell.train.batch_size * cell.train.max_length
+        "lrnn.track.training.SAMPLE_TOKENS", 20 * cell.train.batch_size * cell.train.max_length
     )
     found = []
     for graphs in (False, True):
@@ -107,7 +107,7 @@ def test_a_graph_passes_states_on(tmp_path, on_a_stream, monkeypatch):
     short = [f"train.{setting}" for setting in ("curriculum=[]", "min_length=4", "max_length=4", "batch_size=64")]
     cell = one_cell("s3_long", "deltaproduct_2", tmp_path, *short, "train.steps=200")
     cell = dataclasses.replace(cell, train=cell.train.model_copy(update={"lr": 1e-2}))  # to be right after 120 steps
-    monkeypatch.setattr("lrnn.eval.state_tracking.training.SAMPLE_TOKENS", 20 * 64 * 4)
+    monkeypatch.setattr("lrnn.track.training.SAMPLE_TOKENS", 20 * 64 * 4)
     loop = dataclasses.replace(cell, train=cell.train.model_copy(update={"cuda_graphs": False}))
     trained, straight = Training(cell, CUDA), Training(loop, CUDA)
     torch.testing.assert_close(losses(trained, 30), losses(straight, 30), rtol=2e-3, atol=0)

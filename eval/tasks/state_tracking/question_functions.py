@@ -5,7 +5,7 @@ from typing import Any
 import datasets
 
 from lrnn.eval.state_tracking import text_documents
-from lrnn.eval.state_tracking.metrics import scaled_accuracy
+from lrnn.track.metrics import scaled_accuracy
 from lrnn.eval.state_tracking.text_documents import Document
 
 

@@ -10,7 +10,7 @@ from text_solvers import SOLVERS, solve
 
 from lrnn.errors import UserError
 from lrnn.eval.state_tracking import text_documents, text_report
-from lrnn.eval.state_tracking.counter_rng import split_seed
+from lrnn.track.tasks.counter_rng import split_seed
 from lrnn.eval.state_tracking.text_documents import DOCUMENTS_PER_LENGTH, LENGTHS, documents, shots
 from lrnn.eval.state_tracking.text_tasks import TEXT_TASKS
 

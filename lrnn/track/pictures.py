@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lrnn.eval.state_tracking.grid import RANGE_NAMES, Cell
+from lrnn.track.grid import RANGE_NAMES, Cell
 from lrnn.model.mixer_deltanet import DeltaNet
 from lrnn.model.modeling_lrnn import MIXERS
 from lrnn.pretrain.metrics import read_metrics

@@ -30,7 +30,7 @@ def source_checksum(package: Path = PACKAGE) -> str:
     It says which code it was also where there is no commit, or one that files differ from, and is the same for a
     checkout, a copy of it without history, and an installed package. In a checkout this prints it:
 
-        python -c "from lrnn.eval.state_tracking.environment import source_checksum as f; print(f())"
+        python -c "from lrnn.environment import source_checksum as f; print(f())"
     """
     # The rooms are links in a checkout, which Path.rglob does not follow.
     folders = os.walk(package, followlinks=True)

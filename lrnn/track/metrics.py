@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lrnn.errors import UserError
-from lrnn.eval.state_tracking.task import IGNORE
+from lrnn.track.tasks.base import IGNORE
 
 
 def scaled_accuracy(accuracy: float, num_classes: int) -> float:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from lrnn.errors import UserError
-from lrnn.eval.state_tracking.grid import Cell, GridConfig, load_grid
-from lrnn.eval.state_tracking.interleave import interleave
-from lrnn.eval.state_tracking.report import write_report
-from lrnn.eval.state_tracking.train_cell import train_cell
-from lrnn.eval.state_tracking.workers import run_on_devices
+from lrnn.track.grid import Cell, GridConfig, load_grid
+from lrnn.track.interleave import interleave
+from lrnn.track.report import write_report
+from lrnn.track.cell import train_cell
+from lrnn.track.workers import run_on_devices
 from lrnn.pretrain.config import dump_config
 from lrnn.pretrain.run_lock import RunLock
 

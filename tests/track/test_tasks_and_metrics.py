@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lrnn.errors import UserError
-from lrnn.eval.state_tracking.counter_rng import SPLITS, split_seed
-from lrnn.eval.state_tracking.metrics import prefix_accuracy, scaled_accuracy
-from lrnn.eval.state_tracking.tasks import TASKS, make_task
+from lrnn.track.tasks.counter_rng import SPLITS, split_seed
+from lrnn.track.metrics import prefix_accuracy, scaled_accuracy
+from lrnn.track.tasks.registry import TASKS, make_task
 
 EVERY = [
     *((name, {}) for name in TASKS),

@@ -11,8 +11,8 @@ from pydantic import Field
 
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
-from lrnn.eval.state_tracking.task import Task
-from lrnn.eval.state_tracking.tasks import make_task
+from lrnn.track.tasks.base import Task
+from lrnn.track.tasks.registry import make_task
 from lrnn.model.modeling_lrnn import MIXERS
 from lrnn.pretrain.config import Section, load, validate
 from lrnn.pretrain.engine import model_config_from

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lrnn.errors import UserError
-from lrnn.eval.state_tracking.counter_rng import Field, integers, sample_keys
+from lrnn.track.tasks.counter_rng import Field, integers, sample_keys
 
 IGNORE = -100  # the label of positions without loss
 

@@ -5,8 +5,8 @@ import torch
 from chi_square import assert_distributed
 
 from lrnn.errors import UserError
-from lrnn.eval.state_tracking import counter_rng
-from lrnn.eval.state_tracking.counter_rng import Field, integers, sample_keys, split_seed, words
+from lrnn.track.tasks import counter_rng
+from lrnn.track.tasks.counter_rng import Field, integers, sample_keys, split_seed, words
 
 MASK = 2**64 - 1
 

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from lrnn.eval.state_tracking.interleave import interleave
-from lrnn.eval.state_tracking.train_cell import train_cell
+from lrnn.track.interleave import interleave
+from lrnn.track.cell import train_cell
 from lrnn.pretrain.metrics import read_metrics
 
 CPU = torch.device("cpu")

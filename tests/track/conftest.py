@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from lrnn.eval.state_tracking.grid import load_grid
+from lrnn.track.grid import load_grid
 
 TINY = {
     "tasks": {"parity": {"task": "parity"}},

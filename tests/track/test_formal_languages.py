@@ -10,7 +10,7 @@ import torch
 from chi_square import assert_distributed
 
 from lrnn.errors import UserError
-from lrnn.eval.state_tracking.formal_languages import CycleNavigation, EvenPairs, ModularArithmetic, Parity
+from lrnn.track.tasks.formal_languages import CycleNavigation, EvenPairs, ModularArithmetic, Parity
 
 SEED = 4
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrnn import LrnnForCausalLM
-from lrnn.eval.state_tracking.counter_rng import Field, happens, sample_keys, split_seed
-from lrnn.eval.state_tracking.grid import Cell, TrainSettings
-from lrnn.eval.state_tracking.task import IGNORE
+from lrnn.track.tasks.counter_rng import Field, happens, sample_keys, split_seed
+from lrnn.track.grid import Cell, TrainSettings
+from lrnn.track.tasks.base import IGNORE
 from lrnn.model.layers import LrnnCache
 from lrnn.pretrain.engine import parameter_groups
 

@@ -9,7 +9,7 @@ import torch
 from chi_square import assert_distributed
 
 from lrnn.errors import UserError
-from lrnn.eval.state_tracking.bracket_arithmetic import BracketArithmetic
+from lrnn.track.tasks.bracket_arithmetic import BracketArithmetic
 
 SEED = 4
 

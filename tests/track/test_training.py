@@ -5,11 +5,12 @@ import torch
 
 from lrnn import LrnnForCausalLM
 from lrnn.errors import UserError
-from lrnn.eval.state_tracking import measure, training
-from lrnn.eval.state_tracking.counter_rng import split_seed
-from lrnn.eval.state_tracking.interleave import interleave
-from lrnn.eval.state_tracking.train_cell import train_cell
-from lrnn.eval.state_tracking.training import Training, learning_rate, new_model
+from lrnn.track import measure
+from lrnn.track import training
+from lrnn.track.tasks.counter_rng import split_seed
+from lrnn.track.interleave import interleave
+from lrnn.track.cell import train_cell
+from lrnn.track.training import Training, learning_rate, new_model
 from lrnn.model.layers import LrnnCache
 from lrnn.pretrain.engine import parameter_groups
 from lrnn.pretrain.metrics import read_metrics

@@ -6,9 +6,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lrnn.eval.state_tracking.grid import RANGE_NAMES, Cell, GridConfig
-from lrnn.eval.state_tracking.papers import reported
-from lrnn.eval.state_tracking.pictures import Results, draw_eigenvalues, draw_lengths, grouped
+from lrnn.track.grid import RANGE_NAMES, Cell, GridConfig
+from lrnn.track.papers import reported
+from lrnn.track.pictures import Results, draw_eigenvalues, draw_lengths, grouped
 from lrnn.pretrain.checkpoint import write_atomically
 
 HOLDS = 0.9  # accuracy

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from lrnn.eval.state_tracking.grid import load_grid
-from lrnn.eval.state_tracking.pictures import draw_eigenvalues, draw_lengths
-from lrnn.eval.state_tracking.report import write_report
+from lrnn.track.grid import load_grid
+from lrnn.track.pictures import draw_eigenvalues, draw_lengths
+from lrnn.track.report import write_report
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 16, "intermediate_size": 64}
 S3 = {"task": "group_word", "group": "S3"}

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from lrnn.errors import UserError
-from lrnn.eval.state_tracking.environment import describe_environment
-from lrnn.eval.state_tracking.grid import Cell
-from lrnn.eval.state_tracking.interleave import Work, finished
-from lrnn.eval.state_tracking.measure import measure
-from lrnn.eval.state_tracking.training import Training, learning_rate, new_model
+from lrnn.environment import describe_environment
+from lrnn.track.grid import Cell
+from lrnn.track.interleave import Work, finished
+from lrnn.track.measure import measure
+from lrnn.track.training import Training, learning_rate, new_model
 from lrnn.pretrain.checkpoint import write_atomically
 from lrnn.pretrain.metrics import DurableLines, EigenvalueProbe
 

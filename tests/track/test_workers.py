@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from lrnn.errors import UserError
-from lrnn.eval.state_tracking.interleave import interleave
-from lrnn.eval.state_tracking.train_cell import train_cell
-from lrnn.eval.state_tracking.workers import run_on_devices
+from lrnn.track.interleave import interleave
+from lrnn.track.cell import train_cell
+from lrnn.track.workers import run_on_devices
 
 CPU = torch.device("cpu")
 S3 = {"p": {"task": "parity"}, "s3": {"task": "group_word", "group": "S3"}}
@@ -49,8 +49,8 @@ def test_the_error_of_a_process_comes_out_once_and_ends_all(tiny_cells, capfd, k
 
 SCRIPT = """
 import sys, torch
-from lrnn.eval.state_tracking.grid import load_grid
-from lrnn.eval.state_tracking.workers import run_on_devices
+from lrnn.track.grid import load_grid
+from lrnn.track.workers import run_on_devices
 if __name__ == "__main__":
     cpu = torch.device("cpu")
     for cell, result in run_on_devices(load_grid(sys.argv[1])[1], [cpu, cpu], 1, lambda text: print(text, flush=True)):

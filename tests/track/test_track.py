@@ -15,11 +15,12 @@ from matplotlib.image import imread
 
 from lrnn import LrnnForCausalLM
 from lrnn.cli import main
-from lrnn.eval.state_tracking import environment, training
-from lrnn.eval.state_tracking.grid import load_grid
-from lrnn.eval.state_tracking.papers import reported
-from lrnn.eval.state_tracking.report import holds_to
-from lrnn.eval.state_tracking.training import learning_rate
+from lrnn import environment
+from lrnn.track import training
+from lrnn.track.grid import load_grid
+from lrnn.track.papers import reported
+from lrnn.track.report import holds_to
+from lrnn.track.training import learning_rate
 from lrnn.pretrain.metrics import read_metrics
 
 GRID = {
@@ -260,7 +261,7 @@ def test_errors_come_before_any_training(grid_file, tmp_path, capsys, changes, m
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-CONFIGS = Path(__file__).parents[3] / "configs/track"
+CONFIGS = Path(__file__).parents[2] / "configs/track"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -7,7 +7,7 @@ from sympy.combinatorics import Permutation
 from sympy.combinatorics.named_groups import AlternatingGroup, CyclicGroup, SymmetricGroup
 
 from lrnn.errors import UserError
-from lrnn.eval.state_tracking.group_words import GroupWord, generate_group, named_generators, running_products
+from lrnn.track.tasks.group_words import GroupWord, generate_group, named_generators, running_products
 
 SEED = 4
 GROUPS = {

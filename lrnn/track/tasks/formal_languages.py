@@ -7,8 +7,8 @@ the answer; the answer is the label of the last content position, its own input 
 import torch
 from torch import Tensor
 
-from lrnn.eval.state_tracking.counter_rng import Field, integers
-from lrnn.eval.state_tracking.task import (
+from lrnn.track.tasks.counter_rng import Field, integers
+from lrnn.track.tasks.base import (
     IGNORE,
     Task,
     check_bool,

@@ -10,7 +10,7 @@ holds, and arXiv 2502.10297 how far one layer does for how many Householder fact
 
 from typing import Any
 
-from lrnn.eval.state_tracking.grid import NO_RANGE
+from lrnn.track.grid import NO_RANGE
 
 OTHER_PROTOCOL = " (another protocol)"
 REPORTED: dict[tuple[str, str, str], str] = {
