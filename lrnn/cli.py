@@ -19,7 +19,7 @@ COMMANDS = {
     "track": ("lrnn.track.track", "train small models on state-tracking tasks and compare their lengths"),
     "position": ("lrnn.eval.position", "perplexity by position, far past the training length, of exported models"),
     "plot": ("lrnn.pretrain.plot", "plot the metrics of one or several runs"),
-    "bench": ("lrnn.pretrain.bench", "measure the data loader, the training loop and the kernels"),
+    "bench": ("lrnn.bench.bench", "measure the data loader, the training loop and the kernels"),
     "quickstart": ("lrnn.quickstart", "the whole job on a laptop CPU: corpus, pretraining, resume, export, evaluation"),
 }
 

@@ -15,7 +15,7 @@ from delta_rule_truth import check, evaluate, floors, relative_error
 from operator_calls import OperatorCalls
 
 from lrnn.kernels.delta_rule.api import fused_gated_delta_rule
-from lrnn.pretrain import bench_kernels
+from lrnn.bench import kernels as bench_kernels
 
 
 def test_projections_may_be_slices():
@@ -162,7 +162,7 @@ def test_first_use_compiles_in_a_minute(tmp_path, plain_buffers):
         from lrnn.kernels.delta_rule.api import fused_gated_delta_rule
         from lrnn.kernels.gated_rms_norm import gated_rms_norm
         from lrnn.kernels.short_conv import short_conv
-        from lrnn.pretrain.bench_kernels import make_inputs
+        from lrnn.bench.kernels import make_inputs
         import time
         def leaf(*shape):
             return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)

@@ -167,11 +167,11 @@ def main(args: argparse.Namespace) -> int:
     if args.part == "data":
         bench_data(args)
     elif args.part == "kernels":
-        from lrnn.pretrain.bench_kernels import bench_kernels
+        from lrnn.bench.kernels import bench_kernels
 
         bench_kernels(args)
     else:
-        from lrnn.pretrain.bench_loop import bench_loop
+        from lrnn.bench.loop import bench_loop
 
         bench_loop(args.run, args.overrides, args.steps)
     return 0

@@ -5,7 +5,8 @@ import torch
 
 from lrnn import LrnnForCausalLM
 from lrnn.cli import main
-from lrnn.pretrain import bench_kernels, bench_model
+from lrnn.bench import kernels as bench_kernels
+from lrnn.bench import model as bench_model
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would start the measurement")

@@ -3,7 +3,7 @@
 import pytest
 
 from lrnn.cli import main
-from lrnn.pretrain.bench import measure_loader, write_synthetic_corpus
+from lrnn.bench.bench import measure_loader, write_synthetic_corpus
 from lrnn.pretrain.corpus import TokenCorpus
 
 pytestmark = pytest.mark.alone

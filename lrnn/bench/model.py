@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lrnn import LrnnConfig, LrnnForCausalLM
-from lrnn.pretrain.bench_kernels import fla_guard, fla_guard_lifted
+from lrnn.bench.kernels import fla_guard, fla_guard_lifted
 
 TOKENS, SEQ_LEN = 16384, 2048  # of a step
 WARM_UP, STEPS = 3, 10

@@ -349,7 +349,7 @@ def bench_kernels(args: argparse.Namespace) -> None:
                 print(f"{'':12} {milliseconds:8.3f} ms {launches:5.1f} x  {name[:80]}")
     models: list[dict[str, Any]] = []
     if args.model:
-        from lrnn.pretrain.bench_model import bench_models
+        from lrnn.bench.model import bench_models
 
         models = bench_models(args.only_ours)
     if args.json:
