@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lrnn.errors import UserError
-from lrnn.pretrain.tokenizers_io import Tokenizer
+from lrnn.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from lrnn import LrnnConfig, LrnnForCausalLM
-    from lrnn.pretrain.tokenizers_io import Tokenizer
+    from lrnn.tokenizer import Tokenizer
 
 AUTO_MAP = {
     "AutoConfig": "configuration_lrnn.LrnnConfig",
@@ -105,7 +105,7 @@ def read_checkpoint(source: Path, tokenizer: str | None = None) -> Trained:
     import yaml
 
     from lrnn import LrnnConfig
-    from lrnn.pretrain import checkpoint
+    from lrnn.pretrain.checkpoint import format as checkpoint
 
     if (source / "checkpoints").is_dir():
         newest = checkpoint.find_newest(source, warn=say)
@@ -144,7 +144,7 @@ def read_checkpoint(source: Path, tokenizer: str | None = None) -> Trained:
 def read_fla_folder(source: Path, tokenizer: str | None = None) -> Trained:
     """Read a model folder of fla. Raises UserError as `from_fla` and `load_tokenizer` do."""
     from lrnn.eval.fla_format import from_fla
-    from lrnn.pretrain.tokenizers_io import load_tokenizer
+    from lrnn.tokenizer import load_tokenizer
 
     say(f"reading {source}")
     config, state = from_fla(source)
@@ -276,7 +276,7 @@ def _write_texts(
 
 
 def _tokenizer_of(source: Path, data: dict[str, Any], given: str | None) -> "Tokenizer":
-    from lrnn.pretrain.tokenizers_io import load_tokenizer
+    from lrnn.tokenizer import load_tokenizer
 
     if (source / "tokenizer").is_dir():
         if given is not None:

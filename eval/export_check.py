@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lrnn import LrnnForCausalLM
 from lrnn.eval.tokenizer import real_texts
-from lrnn.pretrain.tokenizers_io import Tokenizer
+from lrnn.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4  # largest difference of logits between two float32 computations with the same weights
 BATCH, SEQ_LEN = 2, 150  # more than two chunks of the recurrence, the last one partial

@@ -24,7 +24,7 @@ from lrnn.eval.run_suite import check_export, prepare_environment
 if TYPE_CHECKING:
     import torch
 
-    from lrnn.pretrain.tokenizers_io import Tokenizer
+    from lrnn.tokenizer import Tokenizer
 
 TIMES = 16  # how far to go by default, in training lengths
 FEW = 20  # a percentile interval over fewer documents is too narrow
@@ -199,7 +199,7 @@ def choose_device(device: str | None, dtype: str | None) -> tuple["torch.device"
 
 def load_tokenizer(folder: Path, config: dict[str, Any]) -> "Tokenizer":
     """The folder's tokenizer as a corpus uses it; raises UserError where it cannot be loaded or fits another model."""
-    from lrnn.pretrain.tokenizers_io import load_tokenizer
+    from lrnn.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > config.get("vocab_size", tokenizer.vocab_size):

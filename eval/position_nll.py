@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lrnn.errors import UserError
 from lrnn.eval.documents import Document, load_ids
 from lrnn.eval.position_bins import bin_of
-from lrnn.pretrain.tokenizers_io import Tokenizer
+from lrnn.tokenizer import Tokenizer
 
 ROWS = 1024  # tokens whose logits exist in float32 at a time
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lrnn.errors import UserError
-from lrnn.pretrain.tokenizers_io import Tokenizer
+from lrnn.tokenizer import Tokenizer
 
 SPACE = "\u2581"  # SentencePiece writes a space as this character
 NO_LIMIT = int(1e30)  # transformers' value for "none": a recurrent model reads texts of any length

@@ -11,14 +11,14 @@ import sys
 from lrnn.errors import UserError
 
 COMMANDS = {
-    "corpus": ("lrnn.pretrain.build_corpus", "tokenise text or code into a corpus of Arrow shards"),
+    "corpus": ("lrnn.pretrain.corpus.build", "tokenise text or code into a corpus of Arrow shards"),
     "pretrain": ("lrnn.pretrain.train", "pretrain a model, or resume a run"),
     "submit": ("lrnn.pretrain.submit", "submit a run to SLURM, or go on with it"),
     "export": ("lrnn.eval.export", "write a checkpoint as a Hugging Face model folder"),
     "eval": ("lrnn.eval.run_suite", "run an evaluation suite of lm-eval on an exported model"),
     "track": ("lrnn.track.track", "train small models on state-tracking tasks and compare their lengths"),
     "position": ("lrnn.eval.position", "perplexity by position, far past the training length, of exported models"),
-    "plot": ("lrnn.pretrain.plot", "plot the metrics of one or several runs"),
+    "plot": ("lrnn.pretrain.metrics.plot", "plot the metrics of one or several runs"),
     "bench": ("lrnn.bench.bench", "measure the data loader, the training loop and the kernels"),
     "quickstart": ("lrnn.quickstart", "the whole job on a laptop CPU: corpus, pretraining, resume, export, evaluation"),
 }

@@ -14,7 +14,7 @@ from lrnn.errors import UserError
 from lrnn.kernels.delta_rule.api import saving_states
 from lrnn.pretrain.config import Config, name_hint, read_json
 from lrnn.pretrain.distributed import Ranks
-from lrnn.pretrain.loader import accumulation_steps
+from lrnn.pretrain.data.loader import accumulation_steps
 
 
 def load_model_config(path: str | Path) -> LrnnConfig:

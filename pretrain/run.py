@@ -8,13 +8,14 @@ from typing import Any
 
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
-from lrnn.pretrain import checkpoint, zero_state
+from lrnn.pretrain.checkpoint import format as checkpoint
+from lrnn.pretrain.checkpoint import zero_state
 from lrnn.pretrain.config import Config, dump_config
-from lrnn.pretrain.data import Data, HeldOut, open_data
+from lrnn.pretrain.data.sources import Data, HeldOut, open_data
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.engine import build_engine, build_model, deepspeed_config, load_model_config
-from lrnn.pretrain.metrics import EigenvalueProbe
-from lrnn.pretrain.run_lock import RunLock
+from lrnn.pretrain.metrics.log import EigenvalueProbe
+from lrnn.run_lock import RunLock
 
 
 @dataclass

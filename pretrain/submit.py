@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 import lrnn
 from lrnn.errors import UserError
-from lrnn.pretrain import checkpoint
+from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.config import Config, load_config
 from lrnn.pretrain.engine import deepspeed_config, load_model_config
 

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lrnn.errors import UserError
-from lrnn.pretrain.bad_steps import BadSteps, Verdict
-from lrnn.pretrain.checkpoint_writer import CheckpointWriter, Outcome
+from lrnn.pretrain.guard import BadSteps, Verdict
+from lrnn.pretrain.checkpoint.writer import CheckpointWriter, Outcome
 from lrnn.pretrain.config import Config, load_config
-from lrnn.pretrain.data import make_loader
+from lrnn.pretrain.data.sources import make_loader
 from lrnn.pretrain.distributed import (
     STOPPED,
     Ranks,
@@ -32,12 +32,12 @@ from lrnn.pretrain.distributed import (
     launch,
 )
 from lrnn.pretrain.engine import deepspeed_config, load_model_config
-from lrnn.pretrain.loader import Loader, MicroBatch
-from lrnn.pretrain.metrics import EigenvalueProbe, MetricsLog, Speed
+from lrnn.pretrain.data.loader import Loader, MicroBatch
+from lrnn.pretrain.metrics.log import EigenvalueProbe, MetricsLog, Speed
 from lrnn.pretrain.run import Run, contents_of_checkpoint, open_run, roll_back, start_engine
 from lrnn.pretrain.schedule import learning_rate
-from lrnn.pretrain.stream import StreamLoader
-from lrnn.pretrain.watchdog import Watchdog
+from lrnn.pretrain.data.stream import StreamLoader
+from lrnn.pretrain.watchdog.watchdog import Watchdog
 
 
 def train(config: Config, ranks: Ranks, stop: StopRequest) -> int:

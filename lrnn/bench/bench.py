@@ -56,8 +56,8 @@ def write_synthetic_corpus(path: Path, num_tokens: int, seed: int = 0) -> None:
     """Write a corpus of at least `num_tokens` random ids, in documents of log-normal length (mean 1,000)."""
     import numpy as np
 
-    from lrnn.pretrain.corpus import FORMAT, FORMAT_VERSION
-    from lrnn.pretrain.shard_writer import ShardWriter, write_json
+    from lrnn.pretrain.corpus.reader import FORMAT, FORMAT_VERSION
+    from lrnn.pretrain.corpus.shard_writer import ShardWriter, write_json
 
     random = np.random.default_rng(seed)
     vocab_size, written = 32000, 0
@@ -107,8 +107,8 @@ def measure_loader(
     repeats: int = 5,
 ) -> list[float]:
     """Tokens per second that one process takes from a `Loader`, of each repeat; one lasts `seconds / repeats`."""
-    from lrnn.pretrain.corpus import TokenCorpus
-    from lrnn.pretrain.loader import CorpusData, Loader
+    from lrnn.pretrain.corpus.reader import TokenCorpus
+    from lrnn.pretrain.data.loader import CorpusData, Loader
 
     corpus = TokenCorpus(corpus_path)
     data = CorpusData([corpus], [1.0], seq_len, seed=0, reset_at_document_boundaries=reset_at_document_boundaries)
@@ -129,7 +129,7 @@ def bench_data(args: argparse.Namespace) -> None:
     """Print the table of `lrnn bench data`."""
     from importlib.metadata import version
 
-    from lrnn.pretrain.corpus import TokenCorpus
+    from lrnn.pretrain.corpus.reader import TokenCorpus
 
     with tempfile.TemporaryDirectory(prefix="lrnn-bench-") as temporary:
         path = args.corpus

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from lrnn.pretrain.config import Config, load_config
-from lrnn.pretrain.data import make_loader, open_data
+from lrnn.pretrain.data.sources import make_loader, open_data
 from lrnn.pretrain.distributed import Ranks, StopRequest, init_ranks
 from lrnn.pretrain.engine import build_engine, build_model, load_model_config
-from lrnn.pretrain.metrics import read_metrics
+from lrnn.pretrain.metrics.log import read_metrics
 from lrnn.pretrain.train import model_inputs, train, warm_up
 
 SETTLING = 5  # first steps, not counted

@@ -15,8 +15,8 @@ from lrnn.track.grid import Cell
 from lrnn.track.interleave import Work, finished
 from lrnn.track.measure import measure
 from lrnn.track.training import Training, learning_rate, new_model
-from lrnn.pretrain.checkpoint import write_atomically
-from lrnn.pretrain.metrics import DurableLines, EigenvalueProbe
+from lrnn.pretrain.checkpoint.format import write_atomically
+from lrnn.pretrain.metrics.log import DurableLines, EigenvalueProbe
 
 BLOCK = 50  # steps of a piece of work, at most
 

@@ -8,7 +8,7 @@ import numpy as np
 from lrnn.track.grid import RANGE_NAMES, Cell
 from lrnn.model.mixer_deltanet import DeltaNet
 from lrnn.model.modeling_lrnn import MIXERS
-from lrnn.pretrain.metrics import read_metrics
+from lrnn.pretrain.metrics.log import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

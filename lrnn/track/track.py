@@ -19,7 +19,7 @@ from lrnn.track.report import write_report
 from lrnn.track.cell import train_cell
 from lrnn.track.workers import run_on_devices
 from lrnn.pretrain.config import dump_config
-from lrnn.pretrain.run_lock import RunLock
+from lrnn.run_lock import RunLock
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

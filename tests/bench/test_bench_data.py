@@ -4,7 +4,7 @@ import pytest
 
 from lrnn.cli import main
 from lrnn.bench.bench import measure_loader, write_synthetic_corpus
-from lrnn.pretrain.corpus import TokenCorpus
+from lrnn.pretrain.corpus.reader import TokenCorpus
 
 pytestmark = pytest.mark.alone
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lrnn.eval import fetch_data
-from lrnn.pretrain.tokenizers_io import train_sentencepiece
+from lrnn.tokenizer import train_sentencepiece
 
 
 @pytest.fixture(scope="session")

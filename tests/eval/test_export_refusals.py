@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from lrnn import cli
 from lrnn.eval import export as export_module
 from lrnn.eval.export import export, read_checkpoint
-from lrnn.pretrain.tokenizers_io import train_sentencepiece
+from lrnn.tokenizer import train_sentencepiece
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 

@@ -17,7 +17,7 @@ from lrnn.errors import UserError
 from lrnn.eval import documents, position, position_nll, report
 from lrnn.eval.collect import collect
 from lrnn.eval.compare import compare
-from lrnn.pretrain.tokenizers_io import load_tokenizer
+from lrnn.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lrnn.errors import UserError
 from lrnn.eval import documents, position_bins, position_nll, position_report
-from lrnn.pretrain.tokenizers_io import load_tokenizer
+from lrnn.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

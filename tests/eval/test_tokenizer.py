@@ -18,7 +18,7 @@ from lrnn.eval.tokenizer import (
     export_tokenizer,
     real_texts,
 )
-from lrnn.pretrain.tokenizers_io import load_tokenizer, train_sentencepiece
+from lrnn.tokenizer import load_tokenizer, train_sentencepiece
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 

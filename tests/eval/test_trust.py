@@ -27,7 +27,7 @@ import lrnn
 from lrnn import LrnnConfig, LrnnForCausalLM, LrnnModel, cli
 from lrnn.eval import run_suite
 from lrnn.eval.export import AUTO_MAP, CODE
-from lrnn.pretrain.checkpoint import manifest_text
+from lrnn.pretrain.checkpoint.format import manifest_text
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 ALL_CODE = {Path(file).stem for file in CODE if "kernels" not in file} | {"tokenizer", "generate"}

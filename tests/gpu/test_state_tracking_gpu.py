@@ -16,7 +16,7 @@ from lrnn.track.tasks.registry import TASKS, make_task
 from lrnn.track.cell import train_cell
 from lrnn.track.training import EAGER_STEPS, Training
 from lrnn.track.workers import run_on_devices
-from lrnn.pretrain.metrics import read_metrics
+from lrnn.pretrain.metrics.log import read_metrics
 
 CONFIGS = Path(__file__).parents[2] / "configs/track"
 CUDA = torch.device("cuda", 0)

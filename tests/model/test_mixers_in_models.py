@@ -10,7 +10,7 @@ from mixer_models import SIZE, VARIANTS, WITHOUT_RANGE, every_case, every_varian
 from lrnn.model import mixer_deltanet
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.pretrain.engine import parameter_groups
-from lrnn.pretrain.metrics import EigenvalueProbe
+from lrnn.pretrain.metrics.log import EigenvalueProbe
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,10 +14,10 @@ import torch
 from lrnn.cli import main
 from lrnn.errors import UserError
 from lrnn.pretrain.config import validate
-from lrnn.pretrain.data import open_data
+from lrnn.pretrain.data.sources import open_data
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.engine import load_model_config
-from lrnn.pretrain.metrics import read_metrics
+from lrnn.pretrain.metrics.log import read_metrics
 from lrnn.pretrain.run import check_same_run
 
 SERVER = Path(__file__).with_name("command_server.py")

@@ -13,7 +13,7 @@ from lrnn.model.configuration_lrnn import MIXERS
 from lrnn.model.layers import Mixer, ShortConvolution
 from lrnn.pretrain.config import validate
 from lrnn.pretrain.engine import load_model_config
-from lrnn.pretrain.flops import peak_flops, train_flops_per_token
+from lrnn.pretrain.metrics.flops import peak_flops, train_flops_per_token
 from lrnn.pretrain.schedule import learning_rate
 
 ROOT = Path(__file__).parents[2]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from training_group import losses, run_group
 
-from lrnn.pretrain import checkpoint
+from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.distributed import STOPPED
-from lrnn.pretrain.metrics import read_metrics
+from lrnn.pretrain.metrics.log import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6

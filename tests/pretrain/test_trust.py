@@ -20,8 +20,8 @@ from training_group import run_group
 
 from lrnn.cli import main
 from lrnn.errors import UserError
-from lrnn.pretrain import checkpoint
-from lrnn.pretrain.sources import DatasetArguments, load_rows
+from lrnn.pretrain.checkpoint import format as checkpoint
+from lrnn.pretrain.corpus.sources import DatasetArguments, load_rows
 
 SHORT = {"log": {"heldout_every": 0}, "schedule": {"warmup_steps": 0}}
 

@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from lrnn.cli import main
 from lrnn.pretrain import submit as submit_module
-from lrnn.pretrain.checkpoint import manifest_text
+from lrnn.pretrain.checkpoint.format import manifest_text
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs/tiny.yaml")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from lrnn import LrnnConfig, LrnnForCausalLM
-from lrnn.pretrain.checkpoint import manifest_text
+from lrnn.pretrain.checkpoint.format import manifest_text
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 16, "intermediate_size": 48}
 VARIANTS = {
@@ -53,7 +53,7 @@ def write_manifest(folder: Path):
 
 
 def write_checkpoint(run: Path, model: LrnnForCausalLM, tokenizer: Path | None, step: int = 10) -> Path:
-    """A checkpoint in the format that lrnn.pretrain.checkpoint documents, as two processes would leave it."""
+    """A checkpoint in the format that lrnn.pretrain.checkpoint.format documents, as two processes would leave it."""
     folder = run / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
     parts: list[dict] = [{}, {}]

@@ -7,7 +7,7 @@ import torch
 
 from lrnn.track.interleave import interleave
 from lrnn.track.cell import train_cell
-from lrnn.pretrain.metrics import read_metrics
+from lrnn.pretrain.metrics.log import read_metrics
 
 CPU = torch.device("cpu")
 

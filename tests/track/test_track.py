@@ -21,7 +21,7 @@ from lrnn.track.grid import load_grid
 from lrnn.track.papers import reported
 from lrnn.track.report import holds_to
 from lrnn.track.training import learning_rate
-from lrnn.pretrain.metrics import read_metrics
+from lrnn.pretrain.metrics.log import read_metrics
 
 GRID = {
     "tasks": {"parity": {"task": "parity"}},

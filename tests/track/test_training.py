@@ -13,7 +13,7 @@ from lrnn.track.cell import train_cell
 from lrnn.track.training import Training, learning_rate, new_model
 from lrnn.model.layers import LrnnCache
 from lrnn.pretrain.engine import parameter_groups
-from lrnn.pretrain.metrics import read_metrics
+from lrnn.pretrain.metrics.log import read_metrics
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from training_group import run_group
 
-from lrnn.pretrain.checkpoint import find_newest, list_checkpoints, verify
+from lrnn.pretrain.checkpoint.format import find_newest, list_checkpoints, verify
 
 BITS = 16  # flipped in each file, one at a time
 

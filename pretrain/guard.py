@@ -16,9 +16,9 @@ from torch import Tensor
 from lrnn.errors import UserError
 from lrnn.pretrain.config import Config
 from lrnn.pretrain.distributed import Ranks
-from lrnn.pretrain.loader import MicroBatch
+from lrnn.pretrain.data.loader import MicroBatch
 from lrnn.pretrain.loss_spikes import LossSpikes
-from lrnn.pretrain.metrics import MetricsLog
+from lrnn.pretrain.metrics.log import MetricsLog
 
 WORST = 4  # micro-batches that are named first
 

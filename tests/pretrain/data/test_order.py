@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from lrnn.errors import UserError
-from lrnn.pretrain.data_order import BLOCK, MixedOrder, window_index
+from lrnn.pretrain.data.order import BLOCK, MixedOrder, window_index
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 16, 17, 63, 64, 65, 97, 1000, 4096, 4097, 65537])

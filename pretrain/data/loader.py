@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from lrnn.errors import UserError
-from lrnn.pretrain.block_reader import CorruptData
-from lrnn.pretrain.corpus import TokenCorpus
-from lrnn.pretrain.data_order import MixedOrder
+from lrnn.pretrain.corpus.block_reader import CorruptData
+from lrnn.pretrain.corpus.reader import TokenCorpus
+from lrnn.pretrain.data.order import MixedOrder
 
 IGNORED = -100  # the label that the loss leaves out
 LOCATE_SAMPLES = 1024  # whose place in the corpora is computed at once

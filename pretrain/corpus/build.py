@@ -21,11 +21,11 @@ from pathlib import Path
 
 import lrnn
 from lrnn.errors import UserError
-from lrnn.pretrain import shard_table
-from lrnn.pretrain.corpus import FORMAT, FORMAT_VERSION
-from lrnn.pretrain.shard_writer import token_dtype, watch_parent, write_json, write_part
-from lrnn.pretrain.sources import DatasetArguments, DatasetSource, FolderSource, Source, StreamingSource
-from lrnn.pretrain.tokenizers_io import Tokenizer, check_trained_size, load_tokenizer, train_sentencepiece
+from lrnn.pretrain.corpus import shard_table
+from lrnn.pretrain.corpus.reader import FORMAT, FORMAT_VERSION
+from lrnn.pretrain.corpus.shard_writer import token_dtype, watch_parent, write_json, write_part
+from lrnn.pretrain.corpus.sources import DatasetArguments, DatasetSource, FolderSource, Source, StreamingSource
+from lrnn.tokenizer import Tokenizer, check_trained_size, load_tokenizer, train_sentencepiece
 
 LINE_SECONDS = 10.0  # between two lines of progress when not on a terminal
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from synthetic_checkpoints import SHAPES, Saver, state_of
 
 from lrnn.errors import UserError
-from lrnn.pretrain import checkpoint
-from lrnn.pretrain.checkpoint import BrokenCheckpoint, SavedState, find_newest, manifest_text, retain, verify
+from lrnn.pretrain.checkpoint import format as checkpoint
+from lrnn.pretrain.checkpoint.format import BrokenCheckpoint, SavedState, find_newest, manifest_text, retain, verify
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ from small_disk import mounted
 from synthetic_checkpoints import Saver, ThreadRank, state_of
 
 from lrnn.errors import UserError
-from lrnn.pretrain import checkpoint, checkpoint_writer
-from lrnn.pretrain.checkpoint import SavedState, find_newest, list_checkpoints, verify
-from lrnn.pretrain.checkpoint_writer import BUSY, READY
+from lrnn.pretrain.checkpoint import format as checkpoint
+from lrnn.pretrain.checkpoint import writer as checkpoint_writer
+from lrnn.pretrain.checkpoint.format import SavedState, find_newest, list_checkpoints, verify
+from lrnn.pretrain.checkpoint.writer import BUSY, READY
 
 
 def assert_holds(folder: Path, step: int) -> None:

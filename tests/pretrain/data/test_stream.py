@@ -11,9 +11,9 @@ import sentencepiece
 import torch
 
 from lrnn.errors import UserError
-from lrnn.pretrain.sources import DatasetArguments
-from lrnn.pretrain.stream import StreamData, StreamLoader
-from lrnn.pretrain.tokenizers_io import load_tokenizer
+from lrnn.pretrain.corpus.sources import DatasetArguments
+from lrnn.pretrain.data.stream import StreamData, StreamLoader
+from lrnn.tokenizer import load_tokenizer
 
 SEQ_LEN = 32
 G, MICRO = 8, 2

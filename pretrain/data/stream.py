@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from lrnn.errors import UserError
-from lrnn.pretrain.data_order import window_index
-from lrnn.pretrain.loader import MicroBatch, Prefetcher, accumulation_steps, build_micro_batch, set_thread_device
-from lrnn.pretrain.sources import DatasetArguments, load_rows, text_of
-from lrnn.pretrain.tokenizers_io import Tokenizer
+from lrnn.pretrain.data.order import window_index
+from lrnn.pretrain.data.loader import MicroBatch, Prefetcher, accumulation_steps, build_micro_batch, set_thread_device
+from lrnn.pretrain.corpus.sources import DatasetArguments, load_rows, text_of
+from lrnn.tokenizer import Tokenizer
 
 BLOCK_DOCUMENTS = 256  # read, and tokenised, at once
 

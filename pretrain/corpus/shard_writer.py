@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lrnn.pretrain import shard_table
-from lrnn.pretrain.sources import Document, Part, is_heldout
-from lrnn.pretrain.tokenizers_io import Tokenizer, load_tokenizer
+from lrnn.pretrain.corpus import shard_table
+from lrnn.pretrain.corpus.sources import Document, Part, is_heldout
+from lrnn.tokenizer import Tokenizer, load_tokenizer
 
 BATCH_CHARS = 1 << 20  # text handed to the tokenizer at once
 FLUSH_TOKENS = 1 << 20  # tokens a record batch: 2 to 4 MB in memory

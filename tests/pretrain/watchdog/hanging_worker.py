@@ -24,7 +24,7 @@ import torch
 
 from lrnn.pretrain.config import validate
 from lrnn.pretrain.distributed import StopRequest, init_ranks
-from lrnn.pretrain.loader import Loader
+from lrnn.pretrain.data.loader import Loader
 from lrnn.pretrain.train import train
 
 DEADLINE_S = 90

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lrnn.errors import UserError
-from lrnn.pretrain.tokenizers_io import load_tokenizer, train_sentencepiece
+from lrnn.tokenizer import load_tokenizer, train_sentencepiece
 
 TEXTS = ["def f(x):\n    return x\n", "a </s> b <s>", "日本 🎉", " ", "\n\n\t", "x" * 300]
 

@@ -18,12 +18,12 @@ from training_group import losses, run_group
 
 from lrnn.cli import main
 from lrnn.errors import UserError
-from lrnn.pretrain import checkpoint
-from lrnn.pretrain.block_reader import CorruptData
-from lrnn.pretrain.corpus import TokenCorpus
-from lrnn.pretrain.loader import CorpusData
-from lrnn.pretrain.metrics import read_metrics
-from lrnn.pretrain.run_lock import RunLock
+from lrnn.pretrain.checkpoint import format as checkpoint
+from lrnn.pretrain.corpus.block_reader import CorruptData
+from lrnn.pretrain.corpus.reader import TokenCorpus
+from lrnn.pretrain.data.loader import CorpusData
+from lrnn.pretrain.metrics.log import read_metrics
+from lrnn.run_lock import RunLock
 
 pytestmark = pytest.mark.alone
 
@@ -168,7 +168,7 @@ import sys, time
 from pathlib import Path
 from without_models import leave_models_out
 leave_models_out()
-from lrnn.pretrain.run_lock import RunLock
+from lrnn.run_lock import RunLock
 with RunLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -189,7 +189,7 @@ def holder(tmp_path, monkeypatch):
 
 
 def test_the_second_run_stops_with_a_message(holder, base, tmp_path, monkeypatch):
-    monkeypatch.setattr("lrnn.pretrain.run_lock.WAIT_S", 0.1)
+    monkeypatch.setattr("lrnn.run_lock.WAIT_S", 0.1)
     with pytest.raises(UserError, match=rf"in use by process {holder.pid} on \S+, SLURM job 4711, since 20.*another"):
         RunLock(tmp_path / "run").__enter__()
     # The whole job: refused on every rank, and nothing of it is written.

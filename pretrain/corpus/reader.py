@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from lrnn.errors import UserError
-from lrnn.pretrain import shard_table
-from lrnn.pretrain.block_reader import ADVICE, BlockFile
+from lrnn.pretrain.corpus import shard_table
+from lrnn.pretrain.corpus.block_reader import ADVICE, BlockFile
 
 FORMAT = "lrnn-corpus"
 FORMAT_VERSION = 2

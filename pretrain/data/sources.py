@@ -12,9 +12,9 @@ import torch.distributed as dist
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
 from lrnn.pretrain.config import Config, StreamSource
-from lrnn.pretrain.corpus import TokenCorpus, check_model_matches_corpora
+from lrnn.pretrain.corpus.reader import TokenCorpus, check_model_matches_corpora
 from lrnn.pretrain.distributed import Ranks
-from lrnn.pretrain.loader import (
+from lrnn.pretrain.data.loader import (
     CorpusData,
     Loader,
     MicroBatch,
@@ -22,9 +22,9 @@ from lrnn.pretrain.loader import (
     check_enough_samples,
     heldout_batches,
 )
-from lrnn.pretrain.sources import DatasetArguments
-from lrnn.pretrain.stream import StreamData, StreamLoader
-from lrnn.pretrain.tokenizers_io import load_tokenizer
+from lrnn.pretrain.corpus.sources import DatasetArguments
+from lrnn.pretrain.data.stream import StreamData, StreamLoader
+from lrnn.tokenizer import load_tokenizer
 
 
 @dataclass

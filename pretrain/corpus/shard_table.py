@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from xxhash import xxh3_64
 
-from lrnn.pretrain.block_reader import BLOCK_BYTES, DIGEST_BYTES
+from lrnn.pretrain.corpus.block_reader import BLOCK_BYTES, DIGEST_BYTES
 
 SUFFIX = ".table"
 _ROW = np.dtype(("<i8", 4))

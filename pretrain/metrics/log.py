@@ -20,7 +20,7 @@ from lrnn.errors import UserError
 from lrnn.model.layers import Mixer
 from lrnn.pretrain.config import Config
 from lrnn.pretrain.distributed import Ranks
-from lrnn.pretrain.flops import peak_flops, train_flops_per_token
+from lrnn.pretrain.metrics.flops import peak_flops, train_flops_per_token
 
 EIGENVALUE_BINS = 20  # equal bins over [-1, 1]
 

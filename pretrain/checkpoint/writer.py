@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from lrnn.errors import UserError
-from lrnn.pretrain import checkpoint
+from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.config import CheckpointConfig
 from lrnn.pretrain.distributed import Ranks
-from lrnn.pretrain.zero_state import KINDS, local_fragments
+from lrnn.pretrain.checkpoint.zero_state import KINDS, local_fragments
 
 READY, BUSY, FAILED = 0, 1, 2  # votes of a rank, the worst of which counts
 STORAGE_ERRORS = (OSError, safetensors.SafetensorError)  # what a disk can do; all else is a bug and ends the run

@@ -15,8 +15,9 @@ import sentencepiece
 import xxhash
 
 from lrnn.cli import main
-from lrnn.pretrain import build_corpus as build_corpus_module
-from lrnn.pretrain import shard_writer, sources
+from lrnn.pretrain.corpus import build as build_corpus_module
+from lrnn.pretrain.corpus import shard_writer
+from lrnn.pretrain.corpus import sources
 
 
 def documents_of(corpus: Path, split: str = "train") -> list[list[int]]:

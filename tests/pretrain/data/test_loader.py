@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from lrnn.errors import UserError
-from lrnn.pretrain import loader as loader_module
-from lrnn.pretrain import shard_writer, sources
-from lrnn.pretrain.corpus import TokenCorpus
-from lrnn.pretrain.data_order import MixedOrder
-from lrnn.pretrain.loader import CorpusData, Loader, Prefetcher, accumulation_steps, heldout_batches
+from lrnn.pretrain.data import loader as loader_module
+from lrnn.pretrain.corpus import shard_writer
+from lrnn.pretrain.corpus import sources
+from lrnn.pretrain.corpus.reader import TokenCorpus
+from lrnn.pretrain.data.order import MixedOrder
+from lrnn.pretrain.data.loader import CorpusData, Loader, Prefetcher, accumulation_steps, heldout_batches
 
 SEQ_LEN = 64
 
