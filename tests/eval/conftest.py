@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrnn.eval import fetch_data
+from lrnn.eval.suites import fetch_data
 from lrnn.tokenizer import train_sentencepiece
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from running_job import ROOT
 
-from lrnn.eval.collect import collect
+from lrnn.eval.suites.collect import collect
 
 pytestmark = pytest.mark.alone
 

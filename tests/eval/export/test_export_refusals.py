@@ -9,8 +9,8 @@ from export_checkpoints import OTHER_MIXERS, random_model, write_checkpoint, wri
 from safetensors.torch import load_file, save_file
 
 from lrnn import cli
-from lrnn.eval import export as export_module
-from lrnn.eval.export import export, read_checkpoint
+from lrnn.eval.export import export as export_module
+from lrnn.eval.export.export import export, read_checkpoint
 from lrnn.tokenizer import train_sentencepiece
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])

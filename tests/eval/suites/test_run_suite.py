@@ -13,8 +13,10 @@ import torch
 
 from lrnn import cli
 from lrnn.errors import UserError
-from lrnn.eval import fetch_data, report, run_suite
-from lrnn.eval.suites import TASK_FOLDER
+from lrnn.eval.suites import fetch_data
+from lrnn.eval.suites import report
+from lrnn.eval.suites import run as run_suite
+from lrnn.eval.suites.suites import TASK_FOLDER
 
 LIMIT = 3
 

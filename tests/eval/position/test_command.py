@@ -14,9 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from lrnn import cli
 from lrnn.errors import UserError
-from lrnn.eval import documents, position, position_nll, report
-from lrnn.eval.collect import collect
-from lrnn.eval.compare import compare
+from lrnn.eval.position import position
+from lrnn.eval.position import nll as position_nll
+from lrnn.eval.suites import report
+from lrnn.eval import documents
+from lrnn.eval.suites.collect import collect
+from lrnn.eval.suites.compare import compare
 from lrnn.tokenizer import load_tokenizer
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lrnn.errors import UserError
-from lrnn.eval import sandbox
+from lrnn.eval.suites import sandbox
 
 
 def test_a_program_passes_only_if_it_reaches_its_end():

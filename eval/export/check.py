@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lrnn import LrnnForCausalLM
-from lrnn.eval.tokenizer import real_texts
+from lrnn.eval.export.tokenizer import real_texts
 from lrnn.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4  # largest difference of logits between two float32 computations with the same weights

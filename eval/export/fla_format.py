@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.errors import UserError
-from lrnn.eval.export_check import check_loading_info
+from lrnn.eval.export.check import check_loading_info
 
 ARCHITECTURES = {"gated_deltanet": "GatedDeltaNetForCausalLM", "delta_net": "DeltaNetForCausalLM"}
 MIXER_OF = {"gated_deltanet": "gated_deltanet", "delta_net": "deltanet"}

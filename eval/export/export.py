@@ -143,7 +143,7 @@ def read_checkpoint(source: Path, tokenizer: str | None = None) -> Trained:
 
 def read_fla_folder(source: Path, tokenizer: str | None = None) -> Trained:
     """Read a model folder of fla. Raises UserError as `from_fla` and `load_tokenizer` do."""
-    from lrnn.eval.fla_format import from_fla
+    from lrnn.eval.export.fla_format import from_fla
     from lrnn.tokenizer import load_tokenizer
 
     say(f"reading {source}")
@@ -172,9 +172,9 @@ def export(
     """
     import torch
 
-    from lrnn.eval.export_check import check_hf_folder, logits, sample_batch
-    from lrnn.eval.fla_format import check_fla_folder, to_fla_config
-    from lrnn.eval.tokenizer import export_tokenizer
+    from lrnn.eval.export.check import check_hf_folder, logits, sample_batch
+    from lrnn.eval.export.fla_format import check_fla_folder, to_fla_config
+    from lrnn.eval.export.tokenizer import export_tokenizer
 
     model = trained.model.eval()
     if export_format == "fla":
@@ -240,8 +240,8 @@ def _write_texts(
     import transformers
 
     import lrnn
-    from lrnn.eval.fla_format import to_fla_config
-    from lrnn.eval.model_card import model_card
+    from lrnn.eval.export.fla_format import to_fla_config
+    from lrnn.eval.export.model_card import model_card
 
     config = trained.model.config
     config.bos_token_id, config.eos_token_id = trained.tokenizer.bos_token_id, trained.tokenizer.eos_token_id

@@ -7,7 +7,7 @@ import pytest
 
 from lrnn.cli import main
 from lrnn.errors import UserError
-from lrnn.eval.collect import collect
+from lrnn.eval.suites.collect import collect
 
 
 def write(folder: Path, step: int, values: dict[str, float], limit: int | None = None) -> None:

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from lrnn import LrnnForCausalLM, cli
 from lrnn.errors import UserError
-from lrnn.eval import export as export_module
-from lrnn.eval import export_check
-from lrnn.eval.fla_format import from_fla, to_fla_config
+from lrnn.eval.export import export as export_module
+from lrnn.eval.export import check as export_check
+from lrnn.eval.export.fla_format import from_fla, to_fla_config
 
 EXPORTED = {
     "gated-tied": "bfloat16",

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lrnn.errors import UserError
-from lrnn.eval import position_report, report
+from lrnn.eval.position import report as position_report
+from lrnn.eval.suites import report
 from lrnn.eval.documents import Document, find_documents, join_documents, load_ids
-from lrnn.eval.position_bins import log_edges
-from lrnn.eval.run_suite import check_export, prepare_environment
+from lrnn.eval.position.bins import log_edges
+from lrnn.eval.suites.run import check_export, prepare_environment
 
 if TYPE_CHECKING:
     import torch
@@ -252,7 +253,7 @@ def measure(
     import torch
     from tqdm import tqdm
 
-    from lrnn.eval.position_nll import sum_by_bin
+    from lrnn.eval.position.nll import sum_by_bin
 
     model = load_model(folder, device, dtype)
     total = sum(document.length for document in documents)

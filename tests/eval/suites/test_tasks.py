@@ -12,9 +12,9 @@ import yaml
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from lrnn.errors import UserError
-from lrnn.eval import fetch_data
-from lrnn.eval.suites import CODE_TASKS, GENERATION_TOKENS, HELDOUT_TASK, SUITES, TASK_FOLDER
-from lrnn.eval.tasks import task_functions
+from lrnn.eval.suites import fetch_data
+from lrnn.eval.suites.suites import CODE_TASKS, GENERATION_TOKENS, HELDOUT_TASK, SUITES, TASK_FOLDER
+from lrnn.eval.suites.tasks import task_functions
 
 LM_EVAL_TASKS = Path(lm_eval.__file__).parent / "tasks"
 UPSTREAM = {

@@ -13,9 +13,9 @@ from typing import Any
 from datasets import Dataset
 
 from lrnn.errors import UserError
-from lrnn.eval import sandbox
+from lrnn.eval.suites import sandbox
 from lrnn.eval.documents import read_texts
-from lrnn.eval.fetch_data import load_rows
+from lrnn.eval.suites.fetch_data import load_rows
 
 Doc = dict[str, Any]
 

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lrnn.errors import UserError
-from lrnn.eval.tokenizer import (
+from lrnn.eval.export.tokenizer import (
     ODD_TEXTS,
     compare_tokenizers,
     convert_sentencepiece,

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from lrnn.errors import UserError
-from lrnn.eval import report
-from lrnn.eval.compare import compare
+from lrnn.eval.suites import report
+from lrnn.eval.suites.compare import compare
 
 
 def documents(n, seed, bits=2.0):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lrnn.errors import UserError
 from lrnn.eval.documents import Document, load_ids
-from lrnn.eval.position_bins import bin_of
+from lrnn.eval.position.bins import bin_of
 from lrnn.tokenizer import Tokenizer
 
 ROWS = 1024  # tokens whose logits exist in float32 at a time

@@ -9,7 +9,7 @@ The tasks are ordinary lm-eval tasks, so lm-eval's own command line runs them on
 
   HF_HUB_OFFLINE=1 python -m lm_eval run --model hf \\
     --model_args pretrained=DIR,trust_remote_code=True,dtype=float32,softmax_dtype=float32,max_length=2048 \\
-    --include_path "$(python -c 'from lrnn.eval.suites import TASK_FOLDER; print(TASK_FOLDER)')" \\
+    --include_path "$(python -c 'from lrnn.eval.suites.suites import TASK_FOLDER; print(TASK_FOLDER)')" \\
     --tasks lrnn_humaneval_bpb,lrnn_gsm8k_bpb --output_path out --log_samples
 
 (`lrnn_heldout_bpb` reads the file named by LRNN_EVAL_HELDOUT; code tasks want --confirm_run_unsafe_code; the groups
@@ -28,9 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from lrnn.errors import UserError
-from lrnn.eval import fetch_data, report, sandbox
+from lrnn.eval.suites import fetch_data
+from lrnn.eval.suites import report
+from lrnn.eval.suites import sandbox
 from lrnn.eval.state_tracking import text_report
-from lrnn.eval.suites import (
+from lrnn.eval.suites.suites import (
     CODE_TASKS,
     GENERATION_TOKENS,
     HELDOUT_TASK,
@@ -74,12 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     if args.collect:
-        from lrnn.eval.collect import collect
+        from lrnn.eval.suites.collect import collect
 
         print(collect(args.collect))
         return 0
     if args.compare:
-        from lrnn.eval.compare import compare
+        from lrnn.eval.suites.compare import compare
 
         print(compare(*args.compare))
         return 0

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lrnn.errors import UserError
-from lrnn.eval.report import RESAMPLES, SEED, bits_per_byte
+from lrnn.eval.suites.report import RESAMPLES, SEED, bits_per_byte
 
 
 def compare(first: Path, second: Path) -> str:
