@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrnn.kernels.reference import diagonal
-from lrnn.kernels.reference import steps
-from lrnn.kernels.selective_scan import selective_scan as scan_on_kernels
 from lrnn.kernels.common.tiles import use_kernels
+from lrnn.kernels.reference import diagonal, steps
+from lrnn.kernels.selective_scan import selective_scan as scan_on_kernels
 
 HALF = (torch.bfloat16, torch.float16)
 

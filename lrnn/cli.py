@@ -17,7 +17,10 @@ COMMANDS = {
     "export": ("lrnn.eval.export.export", "write a checkpoint as a Hugging Face model folder"),
     "eval": ("lrnn.eval.suites.run", "run an evaluation suite of lm-eval on an exported model"),
     "track": ("lrnn.track.track", "train small models on state-tracking tasks and compare their lengths"),
-    "position": ("lrnn.eval.position.position", "perplexity by position, far past the training length, of exported models"),
+    "position": (
+        "lrnn.eval.position.position",
+        "measure perplexity by position, far past the training length",
+    ),
     "plot": ("lrnn.pretrain.metrics.plot", "plot the metrics of one or several runs"),
     "bench": ("lrnn.bench.bench", "measure the data loader, the training loop and the kernels"),
     "quickstart": ("lrnn.quickstart", "the whole job on a laptop CPU: corpus, pretraining, resume, export, evaluation"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import triton
 
-PACKAGE = Path(__file__).parents[2]  # not resolved: the folder in which the rooms are links
+PACKAGE = Path(__file__).parent  # not resolved: the folder in which the rooms are links
 
 
 def describe_environment(device: torch.device) -> dict[str, str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lrnn.errors import UserError
 from lrnn.pretrain.distributed import STOPPED
-from lrnn.pretrain.metrics.log import read_metrics
+from lrnn.records import read_metrics
 
 CONFIG = "configs/tiny.yaml"
 

@@ -10,7 +10,7 @@ from typing import Self
 from filelock import FileLock, Timeout
 
 from lrnn.errors import UserError
-from lrnn.pretrain.checkpoint.format import write_atomically
+from lrnn.files import write_atomically
 
 WAIT_S = 5.0  # for a process of the run that is just ending
 

@@ -1,9 +1,7 @@
 """From configuration to a DeepSpeed engine around the model."""
 
-import inspect
 import warnings
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,36 +10,10 @@ from torch import nn
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.errors import UserError
 from lrnn.kernels.delta_rule.api import saving_states
-from lrnn.pretrain.config import Config, name_hint, read_json
-from lrnn.pretrain.distributed import Ranks
+from lrnn.pretrain.config import Config
 from lrnn.pretrain.data.loader import accumulation_steps
-
-
-def load_model_config(path: str | Path) -> LrnnConfig:
-    """The model described by a Hugging Face `config.json`. Raises UserError for unknown fields and bad values."""
-    return model_config_from(read_json(path, "model configuration"), f"model configuration {path}")
-
-
-def model_config_from(raw: dict[str, Any], origin: str) -> LrnnConfig:
-    """The model described by the fields of a `config.json`, strictly. Raises UserError that begins with `origin`."""
-    fields = dict(raw)
-    kind = fields.pop("model_type", LrnnConfig.model_type)
-    if kind != LrnnConfig.model_type:
-        raise UserError(f"{origin}: model_type {kind!r} should be {LrnnConfig.model_type!r}")
-    types = inspect.get_annotations(LrnnConfig.__init__)
-    known = LrnnConfig().to_dict()
-    for name, value in fields.items():
-        if name not in known:
-            hint = name_hint(name, list(types))
-            raise UserError(f"{origin}: unknown field {name}; {hint}")
-        # transformers checks no types: the string "false" would be true.
-        kind = types.get(name)
-        if kind in (bool, int, float) and type(value) not in ((int, float) if kind is float else (kind,)):
-            raise UserError(f"{origin}: {name} = {value!r} should be {kind.__name__}")
-    try:
-        return LrnnConfig(**fields)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{origin}: {error}") from None
+from lrnn.pretrain.distributed import Ranks
+from lrnn.settings import read_json
 
 
 def build_model(model_config: LrnnConfig, seed: int, activation_checkpointing: bool) -> LrnnForCausalLM:

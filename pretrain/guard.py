@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lrnn.errors import UserError
 from lrnn.pretrain.config import Config
-from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.data.loader import MicroBatch
+from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.loss_spikes import LossSpikes
 from lrnn.pretrain.metrics.log import MetricsLog
 

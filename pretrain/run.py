@@ -8,14 +8,17 @@ from typing import Any
 
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
+from lrnn.files import write_atomically
+from lrnn.model_config import load_model_config
 from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.checkpoint import zero_state
-from lrnn.pretrain.config import Config, dump_config
+from lrnn.pretrain.config import Config
 from lrnn.pretrain.data.sources import Data, HeldOut, open_data
 from lrnn.pretrain.distributed import Ranks
-from lrnn.pretrain.engine import build_engine, build_model, deepspeed_config, load_model_config
+from lrnn.pretrain.engine import build_engine, build_model, deepspeed_config
 from lrnn.pretrain.metrics.log import EigenvalueProbe
 from lrnn.run_lock import RunLock
+from lrnn.settings import dump
 
 
 @dataclass
@@ -68,7 +71,7 @@ def open_run(config: Config, ranks: Ranks, exits: ExitStack) -> Run:
 
     def write_config() -> None:
         try:
-            checkpoint.write_atomically(run_dir / "run.yaml", dump_config(config))
+            write_atomically(run_dir / "run.yaml", dump(config))
         except OSError as error:
             raise UserError(f"run_dir {run_dir} cannot be written ({error.strerror}: {error.filename})") from None
 
@@ -114,7 +117,7 @@ def contents_of_checkpoint(run: Run, config: Config, engine: Any) -> tuple[dict[
     """What a checkpoint says of the run as it stands: its `progress.json`, and its other small files by name."""
     run.progress.optimizer_step = zero_state.optimizer_step(engine)
     progress = {"step": run.progress.step, "progress": asdict(run.progress), "data": run.data.description}
-    texts = {"config.json": run.model_config.to_json_string(use_diff=False), "run.yaml": dump_config(config)}
+    texts = {"config.json": run.model_config.to_json_string(use_diff=False), "run.yaml": dump(config)}
     return progress, texts
 
 

@@ -18,9 +18,11 @@ from filelock import FileLock, Timeout
 
 import lrnn
 from lrnn.errors import UserError
+from lrnn.files import write_atomically
+from lrnn.model_config import load_model_config
 from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.config import Config, load_config
-from lrnn.pretrain.engine import deepspeed_config, load_model_config
+from lrnn.pretrain.engine import deepspeed_config
 
 TEMPLATE = Path(lrnn.__file__).resolve().parents[1] / "slurm" / "train.sbatch"
 # States of jobs that squeue still lists for some minutes though they are over. All others may yet write.
@@ -88,7 +90,7 @@ def main(args: argparse.Namespace) -> int:
     with only_one(run_dir):
         refuse_second_job(run_dir)
         try:
-            checkpoint.write_atomically(run_dir / "train.sbatch", script)
+            write_atomically(run_dir / "train.sbatch", script)
         except OSError as error:
             raise _not_writable(run_dir, error) from None
         job = call("sbatch", "--parsable", str(run_dir / "train.sbatch")).strip().split(";")[0]

@@ -16,10 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lrnn.errors import UserError
-from lrnn.pretrain.guard import BadSteps, Verdict
+from lrnn.model_config import load_model_config
 from lrnn.pretrain.checkpoint.writer import CheckpointWriter, Outcome
 from lrnn.pretrain.config import Config, load_config
+from lrnn.pretrain.data.loader import Loader, MicroBatch, model_inputs
 from lrnn.pretrain.data.sources import make_loader
+from lrnn.pretrain.data.stream import StreamLoader
 from lrnn.pretrain.distributed import (
     STOPPED,
     Ranks,
@@ -31,12 +33,11 @@ from lrnn.pretrain.distributed import (
     is_worker,
     launch,
 )
-from lrnn.pretrain.engine import deepspeed_config, load_model_config
-from lrnn.pretrain.data.loader import Loader, MicroBatch
+from lrnn.pretrain.engine import deepspeed_config
+from lrnn.pretrain.guard import BadSteps, Verdict
 from lrnn.pretrain.metrics.log import EigenvalueProbe, MetricsLog, Speed
 from lrnn.pretrain.run import Run, contents_of_checkpoint, open_run, roll_back, start_engine
 from lrnn.pretrain.schedule import learning_rate
-from lrnn.pretrain.data.stream import StreamLoader
 from lrnn.pretrain.watchdog.watchdog import Watchdog
 
 
@@ -201,14 +202,6 @@ def train_step(
     engine.step()
     micro_batch_losses = torch.stack(parts) * share / labels.clamp(min=1)
     return Step(loss, micro_batch_losses, int(n_tokens))  # on a GPU this waits for the step to end
-
-
-def model_inputs(batch: MicroBatch, device: torch.device) -> dict[str, Tensor]:
-    """A micro-batch as arguments of the model, on its device."""
-    tensors = {"input_ids": batch.input_ids, "shift_labels": batch.labels}
-    if batch.cu_seqlens is not None:
-        tensors["cu_seqlens"] = batch.cu_seqlens
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
 def warm_up(engine: Any, batch: MicroBatch, ranks: Ranks) -> None:

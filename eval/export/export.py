@@ -8,13 +8,12 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrnn.errors import UserError
+from lrnn.files import new_folder
 
 if TYPE_CHECKING:
     import torch
@@ -28,20 +27,20 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_lrnn.LrnnForCausalLM",
 }
 CODE = (  # inside the package; all of it, whatever the mixer: the model's file imports every mixer
-    "configuration_lrnn.py",
-    "modeling_lrnn.py",
-    "layers_lrnn.py",
-    "mixer_deltanet.py",
-    "mixer_gla.py",
-    "mixer_mamba.py",
-    "mixer_mamba2.py",
-    "mixer_mlstm.py",
-    "mixer_rwkv7.py",
-    "mixer_slstm.py",
-    "mixer_transformer.py",
-    "kernels/delta_rule_reference.py",
-    "kernels/diagonal_recurrence.py",
-    "kernels/step_recurrences.py",
+    "model/configuration_lrnn.py",
+    "model/modeling_lrnn.py",
+    "model/layers.py",
+    "model/mixer_attention.py",
+    "model/mixer_deltanet.py",
+    "model/mixer_gla.py",
+    "model/mixer_mamba.py",
+    "model/mixer_mamba2.py",
+    "model/mixer_mlstm.py",
+    "model/mixer_rwkv7.py",
+    "model/mixer_slstm.py",
+    "kernels/reference/delta_rule.py",
+    "kernels/reference/diagonal.py",
+    "kernels/reference/steps.py",
 )
 EXAMPLES = """examples:
   lrnn export runs/340m exports/340m                       # the newest intact checkpoint of a run
@@ -179,7 +178,8 @@ def export(
     model = trained.model.eval()
     if export_format == "fla":
         to_fla_config(model.config)  # refuses a mixer before anything is written
-    with _new_folder(out) as folder:
+    check_out(out)
+    with new_folder(out) as folder:
         tokenizer = export_tokenizer(trained.tokenizer, folder)
         say(f"tokenizer of {trained.tokenizer.vocab_size:,} pieces: ids compared on real text, equal")
         batch = sample_batch(trained.tokenizer)
@@ -296,20 +296,3 @@ def _check_vocabulary(tokenizer: "Tokenizer", config: "LrnnConfig") -> None:
             f"the tokenizer's vocabulary of {tokenizer.vocab_size} exceeds the model's vocab_size {config.vocab_size}; "
             "give the tokenizer that the model was trained with"
         )
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that takes its name when the block ends well, and is deleted otherwise."""
-    check_out(out)
-    out = out.absolute()
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if out.is_dir():
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

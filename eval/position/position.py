@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lrnn.errors import UserError
-from lrnn.eval.position import report as position_report
-from lrnn.eval.suites import report
 from lrnn.eval.documents import Document, find_documents, join_documents, load_ids
+from lrnn.eval.position import report as position_report
 from lrnn.eval.position.bins import log_edges
+from lrnn.eval.suites import report
 from lrnn.eval.suites.run import check_export, prepare_environment
 
 if TYPE_CHECKING:

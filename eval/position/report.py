@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lrnn.eval.suites import report
 from lrnn.eval.position.bins import interval, resampled_means
+from lrnn.eval.suites import report
 
 RESAMPLES = 1000
 MARK_STYLE = {"ls": "--", "lw": 1, "alpha": 0.7}

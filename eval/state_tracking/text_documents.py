@@ -14,8 +14,8 @@ from typing import TypedDict
 import torch
 
 from lrnn.errors import UserError
-from lrnn.track.tasks.counter_rng import split_seed
 from lrnn.eval.state_tracking.text_tasks import TEXT_TASKS, TextTask
+from lrnn.track.tasks.counter_rng import split_seed
 
 LENGTHS = (4, 8, 16, 32, 64, 128, 256)
 DOCUMENTS_PER_LENGTH = 120  # a multiple of 2, 3 and 5, the numbers of choices

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from lrnn.track.metrics import scaled_accuracy
 from lrnn.eval.state_tracking.text_tasks import TEXT_TASKS
+from lrnn.track.metrics import scaled_accuracy
 
 Raw = dict[str, Any]
 

@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lrnn.track.tasks.base import Task
 from lrnn.track.tasks.bracket_arithmetic import BracketArithmetic
 from lrnn.track.tasks.counter_rng import Field, integers, sample_keys
 from lrnn.track.tasks.formal_languages import CycleNavigation, EvenPairs, ModularArithmetic, Parity
 from lrnn.track.tasks.group_words import GroupWord
-from lrnn.track.tasks.base import Task
 
 MODULUS = 5
 DIGITS = tuple(map(str, range(MODULUS)))

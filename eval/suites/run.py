@@ -28,10 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from lrnn.errors import UserError
-from lrnn.eval.suites import fetch_data
-from lrnn.eval.suites import report
-from lrnn.eval.suites import sandbox
 from lrnn.eval.state_tracking import text_report
+from lrnn.eval.suites import fetch_data, report, sandbox
 from lrnn.eval.suites.suites import (
     CODE_TASKS,
     GENERATION_TOKENS,

@@ -11,19 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrnn.kernels.delta_rule.portable.chunk_backward import chunk_backward_kernel
-from lrnn.kernels.delta_rule.hopper.chunk_backward import chunk_backward_hopper_kernel, hopper_chunk_settings
-from lrnn.kernels.delta_rule.portable.chunk_forward import chunk_forward_kernel
-from lrnn.kernels.delta_rule.hopper.chunk_forward import FULL, chunk_forward_hopper_kernel, hopper_settings, is_for_hopper
-from lrnn.kernels.delta_rule.portable.chunk_inverse import chunk_inverse_kernel
-from lrnn.kernels.delta_rule.hopper.chunk_inverse import HOPPER_INVERSE_LAUNCH, chunk_inverse_hopper_kernel
-from lrnn.kernels.delta_rule.portable.scan_backward import chunk_scan_backward_kernel
-from lrnn.kernels.delta_rule.hopper.scan_backward import chunk_scan_backward_hopper_kernel, hopper_backward_settings
 from lrnn.kernels.common.launch import launch
-from lrnn.kernels.common.launch_config import INVERSE_LAUNCH, chunk_launch, multiprocessors, scan_backward_stages, scan_launch
+from lrnn.kernels.common.launch_config import (
+    INVERSE_LAUNCH,
+    chunk_launch,
+    multiprocessors,
+    scan_backward_stages,
+    scan_launch,
+)
+from lrnn.kernels.common.tiles import CHUNK, Chunks, Tiles, dot_precision, result_tiles, with_rows
+from lrnn.kernels.delta_rule.hopper.chunk_backward import chunk_backward_hopper_kernel, hopper_chunk_settings
+from lrnn.kernels.delta_rule.hopper.chunk_forward import (
+    FULL,
+    chunk_forward_hopper_kernel,
+    hopper_settings,
+    is_for_hopper,
+)
+from lrnn.kernels.delta_rule.hopper.chunk_inverse import HOPPER_INVERSE_LAUNCH, chunk_inverse_hopper_kernel
+from lrnn.kernels.delta_rule.hopper.scan_backward import chunk_scan_backward_hopper_kernel, hopper_backward_settings
+from lrnn.kernels.delta_rule.portable.chunk_backward import chunk_backward_kernel
+from lrnn.kernels.delta_rule.portable.chunk_forward import chunk_forward_kernel
+from lrnn.kernels.delta_rule.portable.chunk_inverse import chunk_inverse_kernel
+from lrnn.kernels.delta_rule.portable.scan_backward import chunk_scan_backward_kernel
 from lrnn.kernels.delta_rule.portable.segment_reach import LEAST, SEGMENT_REACH, segment_reach_kernel
 from lrnn.kernels.delta_rule.portable.segment_scan import segment_scan_kernel, segment_scan_launch
-from lrnn.kernels.common.tiles import CHUNK, Chunks, Tiles, dot_precision, result_tiles, with_rows
 
 SCANS_TO_FILL = 256  # scans that fill an H100: 132 multiprocessors, two programs on each
 SEGMENT = 16 * CHUNK  # tokens of a segment at least: below, the extra pass costs more than it gains

@@ -56,8 +56,9 @@ def write_synthetic_corpus(path: Path, num_tokens: int, seed: int = 0) -> None:
     """Write a corpus of at least `num_tokens` random ids, in documents of log-normal length (mean 1,000)."""
     import numpy as np
 
+    from lrnn.files import write_json
     from lrnn.pretrain.corpus.reader import FORMAT, FORMAT_VERSION
-    from lrnn.pretrain.corpus.shard_writer import ShardWriter, write_json
+    from lrnn.pretrain.corpus.shard_writer import ShardWriter
 
     random = np.random.default_rng(seed)
     vocab_size, written = 32000, 0

@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from lrnn.model_config import load_model_config
 from lrnn.pretrain.config import Config, load_config
+from lrnn.pretrain.data.loader import model_inputs
 from lrnn.pretrain.data.sources import make_loader, open_data
 from lrnn.pretrain.distributed import Ranks, StopRequest, init_ranks
-from lrnn.pretrain.engine import build_engine, build_model, load_model_config
-from lrnn.pretrain.metrics.log import read_metrics
-from lrnn.pretrain.train import model_inputs, train, warm_up
+from lrnn.pretrain.engine import build_engine, build_model
+from lrnn.pretrain.train import train, warm_up
+from lrnn.records import read_metrics
 
 SETTLING = 5  # first steps, not counted
 

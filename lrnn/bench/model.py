@@ -34,7 +34,7 @@ class Step:
 
 def shapes() -> dict[str, LrnnConfig]:
     """The 340M model of `configs/`, and 1.47B: the configuration's defaults, at which the peers were measured."""
-    path = Path(__file__).resolve().parents[1] / "configs" / "models" / "340m.json"
+    path = Path(__file__).resolve().parents[2] / "configs" / "models" / "340m.json"
     small = LrnnConfig.from_json_file(str(path)) if path.is_file() else LrnnConfig(
         hidden_size=1024, num_hidden_layers=20, num_heads=8, intermediate_size=2816
     )  # fmt: skip

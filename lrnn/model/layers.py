@@ -12,12 +12,12 @@ from transformers.cache_utils import Cache
 from .configuration_lrnn import LrnnConfig
 
 try:
-    from lrnn.kernels.reference.diagonal import signed_decay
-    from lrnn.kernels.gated_rms_norm import gated_rms_norm
-    from lrnn.kernels.short_conv import short_conv
     from lrnn.kernels.common.tiles import use_kernels
+    from lrnn.kernels.gated_rms_norm import gated_rms_norm
+    from lrnn.kernels.reference.diagonal import signed_decay
+    from lrnn.kernels.short_conv import short_conv
 except ImportError:  # an exported folder, loaded where lrnn is not installed
-    from .diagonal_recurrence import signed_decay  # type: ignore[import-not-found, no-redef]
+    from .diagonal import signed_decay  # type: ignore[import-not-found, no-redef]
 
     def use_kernels(x: Tensor) -> bool:
         return False

@@ -12,7 +12,7 @@ from .layers import GatedRMSNorm, Mixer, ShortConvolution, convolve, zero_at_pad
 try:
     from lrnn.kernels.delta_rule.api import fused_gated_delta_rule, gated_delta_product
 except ImportError:  # an exported folder, loaded where lrnn is not installed
-    from .delta_rule_reference import (  # type: ignore[import-not-found, no-redef]
+    from .delta_rule import (  # type: ignore[import-not-found, no-redef]
         fused_gated_delta_rule,
         gated_delta_product,
     )

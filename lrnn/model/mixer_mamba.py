@@ -12,7 +12,7 @@ from .layers import Mixer, ShortConvolution, convolve, zero_at_padding
 try:
     from lrnn.kernels.recurrences import selective_scan
 except ImportError:  # an exported folder, loaded where lrnn is not installed
-    from .step_recurrences import selective_scan  # type: ignore[import-not-found, no-redef]
+    from .steps import selective_scan  # type: ignore[import-not-found, no-redef]
 
 
 class Mamba(Mixer):

@@ -10,7 +10,7 @@ from .layers import GatedRMSNorm, Mixer, ShortConvolution, convolve, zero_at_pad
 try:
     from lrnn.kernels.recurrences import diagonal_recurrence
 except ImportError:  # an exported folder, loaded where lrnn is not installed
-    from .diagonal_recurrence import diagonal_recurrence  # type: ignore[import-not-found, no-redef]
+    from .diagonal import diagonal_recurrence  # type: ignore[import-not-found, no-redef]
 
 
 class Mamba2(Mixer):

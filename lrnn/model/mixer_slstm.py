@@ -10,7 +10,7 @@ from .layers import GatedRMSNorm, Mixer
 try:
     from lrnn.kernels.reference.steps import document_starts
 except ImportError:  # an exported folder, loaded where lrnn is not installed
-    from .step_recurrences import document_starts  # type: ignore[import-not-found, no-redef]
+    from .steps import document_starts  # type: ignore[import-not-found, no-redef]
 
 
 class SLSTM(Mixer):

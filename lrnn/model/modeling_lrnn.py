@@ -23,6 +23,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_lrnn import LrnnConfig
 from .layers import LrnnCache, Mixer, RMSNorm, ShortConvolution
+from .mixer_attention import Attention
 from .mixer_deltanet import DeltaNet
 from .mixer_gla import GatedLinearAttention
 from .mixer_mamba import Mamba
@@ -30,12 +31,11 @@ from .mixer_mamba2 import Mamba2
 from .mixer_mlstm import MLSTM
 from .mixer_rwkv7 import RWKV7
 from .mixer_slstm import SLSTM
-from .mixer_attention import Attention
 
 try:
     from lrnn.kernels.reference.delta_rule import document_ids
 except ImportError:  # an exported folder, loaded where lrnn is not installed
-    from .delta_rule_reference import document_ids  # type: ignore[import-not-found, no-redef]
+    from .delta_rule import document_ids  # type: ignore[import-not-found, no-redef]
 
 MIXERS: dict[str, Any] = {  # classes of mixers, made from (config, layer index)
     "gated_deltanet": DeltaNet,

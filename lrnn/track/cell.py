@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from lrnn.errors import UserError
 from lrnn.environment import describe_environment
+from lrnn.errors import UserError
+from lrnn.files import write_atomically
+from lrnn.pretrain.metrics.log import EigenvalueProbe
+from lrnn.records import DurableLines
 from lrnn.track.grid import Cell
 from lrnn.track.interleave import Work, finished
 from lrnn.track.measure import measure
 from lrnn.track.training import Training, learning_rate, new_model
-from lrnn.pretrain.checkpoint.format import write_atomically
-from lrnn.pretrain.metrics.log import DurableLines, EigenvalueProbe
 
 BLOCK = 50  # steps of a piece of work, at most
 

@@ -11,11 +11,11 @@ from pydantic import Field
 
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
+from lrnn.model.modeling_lrnn import MIXERS
+from lrnn.model_config import model_config_from
+from lrnn.settings import Section, load, validate
 from lrnn.track.tasks.base import Task
 from lrnn.track.tasks.registry import make_task
-from lrnn.model.modeling_lrnn import MIXERS
-from lrnn.pretrain.config import Section, load, validate
-from lrnn.pretrain.engine import model_config_from
 
 Range = Literal["negative", "positive"]
 NO_RANGE = "none"  # in the results, of architectures that have no range
@@ -103,7 +103,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> tuple[GridConf
     """Read a grid and check every cell of it before any is trained.
 
     Raises:
-        UserError: see `lrnn.pretrain.config.load`; a task, a model or a length that does not exist.
+        UserError: see `lrnn.settings.load`; a task, a model or a length that does not exist.
     """
     grid = load(GridConfig, path, overrides)
     cells = list(_cells(grid, str(path)))

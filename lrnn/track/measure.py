@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from lrnn import LrnnForCausalLM
-from lrnn.track.tasks.counter_rng import split_seed
 from lrnn.track.grid import Cell
 from lrnn.track.interleave import Work, finished
 from lrnn.track.metrics import prefix_accuracy, scaled_accuracy
 from lrnn.track.tasks.base import IGNORE
+from lrnn.track.tasks.counter_rng import split_seed
 
 # Tokens of a forward pass, at most, unless one sequence is longer: what fills a GPU, or stays in the caches of a CPU.
 TEST_TOKENS = {"cuda": 2**17, "cpu": 2**13}

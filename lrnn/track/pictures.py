@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lrnn.track.grid import RANGE_NAMES, Cell
 from lrnn.model.mixer_deltanet import DeltaNet
 from lrnn.model.modeling_lrnn import MIXERS
-from lrnn.pretrain.metrics.log import read_metrics
+from lrnn.records import read_metrics
+from lrnn.track.grid import RANGE_NAMES, Cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,10 +6,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from lrnn.files import write_atomically
 from lrnn.track.grid import RANGE_NAMES, Cell, GridConfig
 from lrnn.track.papers import reported
 from lrnn.track.pictures import Results, draw_eigenvalues, draw_lengths, grouped
-from lrnn.pretrain.checkpoint.format import write_atomically
 
 HOLDS = 0.9  # accuracy
 RWKV7_NOTE = "(1) Where RWKV-7 forgets, eigenvalues go below 0 in this range too, down to -0.46 (see its docstring)."

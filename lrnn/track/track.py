@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from lrnn.errors import UserError
+from lrnn.run_lock import RunLock
+from lrnn.settings import dump
+from lrnn.track.cell import train_cell
 from lrnn.track.grid import Cell, GridConfig, load_grid
 from lrnn.track.interleave import interleave
 from lrnn.track.report import write_report
-from lrnn.track.cell import train_cell
 from lrnn.track.workers import run_on_devices
-from lrnn.pretrain.config import dump_config
-from lrnn.run_lock import RunLock
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> int:
     devices = _devices(args.device)
     out = Path(grid.out)
     with RunLock(out):
-        (out / "grid.yaml").write_text(dump_config(grid))
+        (out / "grid.yaml").write_text(dump(grid))
         results: dict[Path, dict[str, Any]] = {}
         start = time.monotonic()
         for cell, result in _run(grid, cells, devices, lambda text: print(text, flush=True)):

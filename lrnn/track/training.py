@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrnn import LrnnForCausalLM
-from lrnn.track.tasks.counter_rng import Field, happens, sample_keys, split_seed
-from lrnn.track.grid import Cell, TrainSettings
-from lrnn.track.tasks.base import IGNORE
 from lrnn.model.layers import LrnnCache
 from lrnn.pretrain.engine import parameter_groups
+from lrnn.track.grid import Cell, TrainSettings
+from lrnn.track.tasks.base import IGNORE
+from lrnn.track.tasks.counter_rng import Field, happens, sample_keys, split_seed
 
 LR_WARMUP = 0.1  # of the steps
 SAMPLE_TOKENS = 2**22  # of the samples that are drawn at once: 32 MB of ids, and as much of labels

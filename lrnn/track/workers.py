@@ -19,9 +19,9 @@ from typing import Any, cast
 import torch
 
 from lrnn.errors import UserError
+from lrnn.track.cell import train_cell
 from lrnn.track.grid import Cell
 from lrnn.track.interleave import interleave
-from lrnn.track.cell import train_cell
 
 
 def run_on_devices(

@@ -14,7 +14,6 @@ A checkpoint is written into a hidden folder, synced, and renamed (checkpoint_wr
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lrnn.errors import UserError
+from lrnn.files import sha256, sync
 
 FORMAT_VERSION = 2
 NAME = re.compile(r"^step-(\d{8})$")
@@ -51,16 +51,7 @@ def manifest_text(step: int, files: dict[str, dict[str, Any]]) -> str:
 def seal(file: Path) -> dict[str, Any]:
     """Bring a file to the disk; returns its entry in the manifest."""
     sync(file)
-    return {"size": file.stat().st_size, "sha256": _sha256(file)}
-
-
-def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return {"size": file.stat().st_size, "sha256": sha256(file)}
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -100,7 +91,7 @@ def verify(folder: Path) -> dict[str, Any]:
     manifest = _check_sizes(folder)
     for name, entry in manifest["files"].items():
         try:
-            digest = _sha256(folder / name)
+            digest = sha256(folder / name)
         except OSError as error:
             raise BrokenCheckpoint(f"{folder / name} cannot be read ({error.strerror})") from None
         if digest != entry["sha256"]:
@@ -209,15 +200,6 @@ def read_progress(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "progress.json").read_text())
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that readers see the old or the new content, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    sync(partial)
-    os.replace(partial, path)
-    sync(path.parent)
-
-
 def _manifest(folder: Path) -> dict[str, Any]:
     file = folder / "manifest.json"
     try:
@@ -253,8 +235,3 @@ def _step(folder: Path) -> int:
     match = NAME.match(folder.name)
     assert match is not None
     return int(match[1])
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 from lrnn.errors import UserError
+from lrnn.files import sync, write_atomically
 from lrnn.pretrain.checkpoint import format as checkpoint
+from lrnn.pretrain.checkpoint.zero_state import KINDS, local_fragments
 from lrnn.pretrain.config import CheckpointConfig
 from lrnn.pretrain.distributed import Ranks
-from lrnn.pretrain.checkpoint.zero_state import KINDS, local_fragments
 
 READY, BUSY, FAILED = 0, 1, 2  # votes of a rank, the worst of which counts
 STORAGE_ERRORS = (OSError, safetensors.SafetensorError)  # what a disk can do; all else is a bug and ends the run
@@ -210,7 +211,7 @@ class CheckpointWriter:
             self._save_tokenizer(partial / "tokenizer")
             for file in sorted((partial / "tokenizer").iterdir()):
                 entries[f"tokenizer/{file.name}"] = checkpoint.seal(file)
-            checkpoint.sync(partial / "tokenizer")
+            sync(partial / "tokenizer")
         return entries
 
     def _commit(self, pending: _Pending, files: dict[str, Any]) -> None:
@@ -220,9 +221,9 @@ class CheckpointWriter:
         if folder.exists():  # a broken one of the same step
             shutil.rmtree(folder.rename(pending.partial.with_name(f"{pending.partial.name}.old")))
         pending.partial.rename(folder)
-        checkpoint.sync(self._root)
+        sync(self._root)
         try:
-            checkpoint.write_atomically(self._root / "latest", folder.name + "\n")
+            write_atomically(self._root / "latest", folder.name + "\n")
             checkpoint.retain(folder, self._settings.keep_last, self._settings.keep_every)
         except OSError as error:
             pending.warning = str(error)

@@ -21,9 +21,10 @@ from pathlib import Path
 
 import lrnn
 from lrnn.errors import UserError
+from lrnn.files import write_json
 from lrnn.pretrain.corpus import shard_table
 from lrnn.pretrain.corpus.reader import FORMAT, FORMAT_VERSION
-from lrnn.pretrain.corpus.shard_writer import token_dtype, watch_parent, write_json, write_part
+from lrnn.pretrain.corpus.shard_writer import token_dtype, watch_parent, write_part
 from lrnn.pretrain.corpus.sources import DatasetArguments, DatasetSource, FolderSource, Source, StreamingSource
 from lrnn.tokenizer import Tokenizer, check_trained_size, load_tokenizer, train_sentencepiece
 

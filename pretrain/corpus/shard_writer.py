@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lrnn.files import write_atomically, write_json
 from lrnn.pretrain.corpus import shard_table
 from lrnn.pretrain.corpus.sources import Document, Part, is_heldout
 from lrnn.tokenizer import Tokenizer, load_tokenizer
@@ -109,7 +110,7 @@ class ShardWriter:
         self._file.close()
         layout = shard_table.batch_layout(self._temporary)
         table = shard_table.pack_table(self._file.blocks.digests(), layout)
-        _write_atomically(self._path.with_name(self._path.name + shard_table.SUFFIX), table)
+        write_atomically(self._path.with_name(self._path.name + shard_table.SUFFIX), table)
         os.replace(self._temporary, self._path)
         return {
             "documents": self._documents,
@@ -119,20 +120,6 @@ class ShardWriter:
             "size": self._file.size,
             "table_sha256": hashlib.sha256(table).hexdigest(),
         }
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file that is there whole or not at all."""
-    _write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _encoded(part: Part, tokenizer: Tokenizer) -> Iterator[list[tuple[Document, list[int]]]]:

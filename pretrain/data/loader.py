@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lrnn.errors import UserError
 from lrnn.pretrain.corpus.block_reader import CorruptData
@@ -44,6 +45,14 @@ class MicroBatch:
         return MicroBatch(
             self.input_ids.pin_memory(), self.labels.pin_memory(), cu_seqlens, self.sample_indices.pin_memory()
         )
+
+
+def model_inputs(batch: MicroBatch, device: torch.device) -> dict[str, Tensor]:
+    """A micro-batch as arguments of the model, on its device."""
+    tensors = {"input_ids": batch.input_ids, "shift_labels": batch.labels}
+    if batch.cu_seqlens is not None:
+        tensors["cu_seqlens"] = batch.cu_seqlens
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
 def num_windows(corpus: TokenCorpus, seq_len: int) -> int:

@@ -21,6 +21,7 @@ from lrnn.pretrain.data.loader import (
     accumulation_steps,
     check_enough_samples,
     heldout_batches,
+    model_inputs,
 )
 from lrnn.pretrain.corpus.sources import DatasetArguments
 from lrnn.pretrain.data.stream import StreamData, StreamLoader
@@ -136,8 +137,6 @@ class HeldOut:
     @torch.no_grad()
     def loss(self, engine: Any) -> float:
         """Mean cross-entropy in nats a token, over all ranks' batches."""
-        from lrnn.pretrain.train import model_inputs
-
         device = self._ranks.device
         totals = torch.zeros(2, dtype=torch.float64, device=device)
         engine.eval()

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -21,6 +20,7 @@ from lrnn.model.layers import Mixer
 from lrnn.pretrain.config import Config
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.metrics.flops import peak_flops, train_flops_per_token
+from lrnn.records import DurableLines
 
 EIGENVALUE_BINS = 20  # equal bins over [-1, 1]
 
@@ -115,40 +115,6 @@ class MetricsLog:
             self._wandb.finish()
 
 
-class DurableLines:
-    """Appends lines to a file. What the storage refuses is kept, and tried again with the next line."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._descriptor: int | None = None
-        cut = path.exists() and not path.read_bytes().endswith(b"\n")
-        # By a crash: what follows must not become part of that line.
-        self._pending = bytearray(b"\n" if cut else b"")
-
-    def write(self, line: str) -> OSError | None:
-        """Append a line; returns why it is not on its way to the disk."""
-        self._pending += line.encode() + b"\n"
-        try:
-            if self._descriptor is None:  # anew after a failure: storage that came back has new handles
-                self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            while self._pending:
-                del self._pending[: os.write(self._descriptor, self._pending)]
-        except OSError as error:
-            self._release()
-            return error
-        return None
-
-    def close(self) -> int:
-        """Close the file; returns how many bytes never reached it."""
-        self._release()
-        return len(self._pending)
-
-    def _release(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-
 class Speed:
     """Times steps: whole ones, and the part of them that is forward, backward and update."""
 
@@ -231,24 +197,6 @@ class EigenvalueProbe:
             "negative_fraction": {str(i): round(x, 5) for i, x in enumerate(negative.tolist())},
             "histogram": [[round(x, 5) for x in row] for row in fractions.tolist()],
         }
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All records of a run in the order they were written; a line cut short by a crash is left out.
-
-    Raises:
-        UserError: the folder holds no metrics.
-    """
-    path = run_dir / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"{run_dir} holds no metrics.jsonl; give the run_dir of a run")
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
 
 
 def _peak_memory(device: torch.device) -> int:

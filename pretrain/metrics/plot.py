@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lrnn.errors import UserError
-from lrnn.pretrain.metrics.log import read_metrics
+from lrnn.records import read_metrics
 
 MARKS = {"resumed": ":", "loss_spike": "--", "skipped_step": "-", "rollback": "-."}  # what is marked, with which line
 

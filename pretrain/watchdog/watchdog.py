@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lrnn.pretrain.watchdog.beats import Channel, Hub, Message, connect
 from lrnn.pretrain.config import WatchdogConfig
 from lrnn.pretrain.distributed import Ranks
-from lrnn.pretrain.watchdog.hangs import Place, Seen, Verdict, describe_wait, find_lost, find_stalled
 from lrnn.pretrain.metrics.log import MetricsLog
+from lrnn.pretrain.watchdog.beats import Channel, Hub, Message, connect
+from lrnn.pretrain.watchdog.hangs import Place, Seen, Verdict, describe_wait, find_lost, find_stalled
 
 HUNG = 1  # exit status
 LONGEST_INTERVAL_S = 2.0  # between two beats

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lrnn.cli import main
 from lrnn.bench.bench import measure_loader, write_synthetic_corpus
+from lrnn.cli import main
 from lrnn.pretrain.corpus.reader import TokenCorpus
 
 pytestmark = pytest.mark.alone

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lrnn import LrnnForCausalLM
-from lrnn.cli import main
 from lrnn.bench import kernels as bench_kernels
 from lrnn.bench import model as bench_model
+from lrnn.cli import main
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would start the measurement")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from delta_rule_truth import evaluate, relative_error
 
-from lrnn.kernels.delta_rule import scans
-from lrnn.kernels.delta_rule.api import gated_delta_rule
 from lrnn.kernels.common.launch_config import SAFE_PTXAS, ptxas_version
 from lrnn.kernels.common.tiles import CHUNK, matrix_dtype
+from lrnn.kernels.delta_rule import scans
+from lrnn.kernels.delta_rule.api import gated_delta_rule
 
 PLAIN = {"chunk_inverse_kernel", "chunk_forward_kernel", "chunk_scan_backward_kernel", "chunk_backward_kernel"}
 GLUON = {name.replace("_kernel", "_hopper_kernel") for name in PLAIN}

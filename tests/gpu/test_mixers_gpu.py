@@ -8,9 +8,9 @@ import torch
 from mixer_recurrences import by_logit, compare, diagonal_inputs, rwkv7_inputs, scan_inputs, true_diagonal
 
 from lrnn import LrnnConfig, LrnnForCausalLM
-from lrnn.model.configuration_lrnn import MIXERS
-from lrnn.kernels.reference import steps as step_recurrences
 from lrnn.kernels import recurrences
+from lrnn.kernels.reference import steps as step_recurrences
+from lrnn.model.configuration_lrnn import MIXERS
 
 DEVICE = "cuda"
 FP32, BF16 = torch.float32, torch.bfloat16

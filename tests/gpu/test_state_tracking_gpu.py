@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from lrnn import LrnnForCausalLM
-from lrnn.track.tasks.counter_rng import split_seed
+from lrnn.records import read_metrics
+from lrnn.track.cell import train_cell
 from lrnn.track.grid import Cell, load_grid
 from lrnn.track.interleave import interleave
 from lrnn.track.measure import measure
+from lrnn.track.tasks.counter_rng import split_seed
 from lrnn.track.tasks.registry import TASKS, make_task
-from lrnn.track.cell import train_cell
 from lrnn.track.training import EAGER_STEPS, Training
 from lrnn.track.workers import run_on_devices
-from lrnn.pretrain.metrics.log import read_metrics
 
 CONFIGS = Path(__file__).parents[2] / "configs/track"
 CUDA = torch.device("cuda", 0)
@@ -87,9 +87,7 @@ def test_a_graph_takes_the_steps_of_a_loop(config, model, tmp_path, on_a_stream,
     last bit: after 50 steps GLA's losses were up to 1.6e-4 apart on an H100, a norm of its gradients 4.3e-3 on an H200.
     """
     cell = one_cell(config, model, tmp_path)
-    monkeypatch.setattr(
-        "lrnn.track.training.SAMPLE_TOKENS", 20 * cell.train.batch_size * cell.train.max_length
-    )
+    monkeypatch.setattr("lrnn.track.training.SAMPLE_TOKENS", 20 * cell.train.batch_size * cell.train.max_length)
     found = []
     for graphs in (False, True):
         own = dataclasses.replace(cell, train=cell.train.model_copy(update={"cuda_graphs": graphs}))

@@ -40,9 +40,11 @@ SM_REGISTERS = 65536
 def cases():
     """Every case of every `compile_cases` in kernels/, by name."""
     found = {}
-    for path in sorted(KERNELS.glob("*.py")):
+    for path in sorted(KERNELS.rglob("*.py")):
         if "def compile_cases" in path.read_text():
-            for name, *case in importlib.import_module(f"lrnn.kernels.{path.stem}").compile_cases():
+            for name, *case in importlib.import_module(
+                ".".join(("lrnn.kernels", *path.relative_to(KERNELS).with_suffix("").parts))
+            ).compile_cases():
                 assert name not in found, f"two cases are named {name}"
                 found[name] = case
     return found
@@ -120,7 +122,7 @@ def blocks(used: dict[str, int]) -> int:
 def test_every_kernel_is_compiled():
     """A kernel that is launched somewhere and has no case here would escape this file."""
     launched = set()
-    for path in KERNELS.glob("*.py"):
+    for path in KERNELS.rglob("*.py"):
         text = path.read_text()
         launched |= {*re.findall(r"\b(\w+_kernel)\[", text), *re.findall(r"launch\w*\(\s*(\w+_kernel)\b", text)}
     assert launched, "no kernel is launched anywhere in kernels/"

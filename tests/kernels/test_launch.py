@@ -7,11 +7,11 @@ import pytest
 import torch
 from triton.compiler import CompiledKernel
 
-from lrnn.kernels.delta_rule.hopper import chunk_forward as chunk_forward_hopper
-from lrnn.kernels.common import launch_config
 from lrnn.kernels.common import launch as module
+from lrnn.kernels.common import launch_config
 from lrnn.kernels.common.launch import launch
 from lrnn.kernels.common.tiles import Tiles
+from lrnn.kernels.delta_rule.hopper import chunk_forward as chunk_forward_hopper
 
 
 class Compiled(CompiledKernel):

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from mixer_models import SIZE, VARIANTS, WITHOUT_RANGE, every_case, every_variant, largest, make_model, tokens
 
-from lrnn.model import mixer_deltanet
 from lrnn import LrnnConfig, LrnnForCausalLM
+from lrnn.model import mixer_deltanet
 from lrnn.pretrain.engine import parameter_groups
 from lrnn.pretrain.metrics.log import EigenvalueProbe
 

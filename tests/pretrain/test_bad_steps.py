@@ -15,7 +15,7 @@ from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.config import SpikeConfig
 from lrnn.pretrain.distributed import STOPPED
 from lrnn.pretrain.loss_spikes import LossSpikes
-from lrnn.pretrain.metrics.log import read_metrics
+from lrnn.records import read_metrics
 
 SPIKES = {"window": 8, "threshold": 5.0}
 STRANGE = 18  # the step with labels that do not belong there

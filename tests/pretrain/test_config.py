@@ -9,8 +9,10 @@ import yaml
 
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
-from lrnn.pretrain.config import Config, dump_config, load_config
-from lrnn.pretrain.engine import deepspeed_config, load_model_config
+from lrnn.model_config import load_model_config
+from lrnn.pretrain.config import Config, load_config
+from lrnn.pretrain.engine import deepspeed_config
+from lrnn.settings import dump
 
 ROOT = Path(__file__).parents[2]
 
@@ -205,7 +207,7 @@ def test_bad_file(tmp_path):
 
 def test_dump_is_the_whole_configuration(load, tmp_path):
     config = load("optim.lr=3e-7", "data.corpora=[]", "data.stream={path: json, tokenizer: t, data_files: [x, y]}")
-    (tmp_path / "again.yaml").write_text(dump_config(config))
+    (tmp_path / "again.yaml").write_text(dump(config))
     assert load_config(tmp_path / "again.yaml") == config
 
 

@@ -14,11 +14,12 @@ from PIL import Image
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.cli import main
 from lrnn.errors import UserError
-from lrnn.pretrain.metrics import log as metrics
-from lrnn.pretrain.config import validate
 from lrnn.pretrain.distributed import Ranks
-from lrnn.pretrain.metrics.log import EIGENVALUE_BINS, EigenvalueProbe, MetricsLog, Speed, read_metrics
+from lrnn.pretrain.metrics import log as metrics
+from lrnn.pretrain.metrics.log import EIGENVALUE_BINS, EigenvalueProbe, MetricsLog, Speed
 from lrnn.pretrain.metrics.plot import split_records
+from lrnn.records import read_metrics
+from lrnn.settings import validate
 
 RANKS = Ranks(0, 2, torch.device("cpu"), None)  # no group: nothing here talks to others
 MODEL = LrnnConfig(

@@ -11,10 +11,11 @@ from torch import nn
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.model.configuration_lrnn import MIXERS
 from lrnn.model.layers import Mixer, ShortConvolution
-from lrnn.pretrain.config import validate
-from lrnn.pretrain.engine import load_model_config
+from lrnn.model_config import load_model_config
+from lrnn.pretrain.config import Config
 from lrnn.pretrain.metrics.flops import peak_flops, train_flops_per_token
 from lrnn.pretrain.schedule import learning_rate
+from lrnn.settings import validate
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,7 +26,7 @@ def rates(steps: int, lr: float = 0.5, **schedule) -> list[float]:
         "run_dir": "x", "model": "x", "deepspeed": "x", "steps": steps, "global_batch_size": 1, "micro_batch_size": 1,
         "data": {"seq_len": 1, "corpora": [{"path": "x"}]}, "optim": {"lr": lr}, "schedule": schedule,
     }  # fmt: skip
-    config = validate(raw, "test")
+    config = validate(raw, "test", Config)
     return [learning_rate(step, config) for step in range(steps)]
 
 

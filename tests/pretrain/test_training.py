@@ -9,7 +9,7 @@ from training_group import losses, run_group
 
 from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.distributed import STOPPED
-from lrnn.pretrain.metrics.log import read_metrics
+from lrnn.records import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from training_group import run_group
 
 from lrnn.cli import main
+from lrnn.model_config import load_model_config
 from lrnn.pretrain.checkpoint import format as checkpoint
-from lrnn.pretrain.config import validate
+from lrnn.pretrain.data.loader import Loader
 from lrnn.pretrain.data.sources import open_data
 from lrnn.pretrain.distributed import Ranks
-from lrnn.pretrain.engine import build_model, load_model_config
-from lrnn.pretrain.data.loader import Loader
-from lrnn.pretrain.metrics.log import read_metrics
+from lrnn.pretrain.engine import build_model
+from lrnn.records import read_metrics
+from lrnn.settings import validate
 
 ROOT = Path(__file__).parents[2]
 STEPS, LR, DECAY, CLIP = 5, 0.01, 0.5, 0.8

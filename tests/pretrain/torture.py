@@ -25,10 +25,10 @@ import pandas  # noqa: F401 (for the forks, too)
 import torch
 
 from lrnn import cli
-from lrnn.pretrain.checkpoint import format as checkpoint
-from lrnn.pretrain.checkpoint import writer as checkpoint_writer
 from lrnn.pretrain import run
 from lrnn.pretrain import train as train_module
+from lrnn.pretrain.checkpoint import format as checkpoint
+from lrnn.pretrain.checkpoint import writer as checkpoint_writer
 from lrnn.pretrain.checkpoint.writer import CheckpointWriter
 from lrnn.pretrain.distributed import _free_port, _local_environment
 

@@ -8,7 +8,7 @@ from running_job import ROOT, TORTURE, RunningJob
 from training_group import losses, run_group
 
 from lrnn.pretrain.config import load_config
-from lrnn.pretrain.metrics.log import read_metrics
+from lrnn.records import read_metrics
 
 pytestmark = pytest.mark.alone
 STEPS = 24

@@ -8,8 +8,8 @@ import torch
 
 from lrnn.pretrain.checkpoint import writer as checkpoint_writer
 from lrnn.pretrain.checkpoint.writer import CheckpointWriter, Outcome
-from lrnn.pretrain.config import CheckpointConfig
 from lrnn.pretrain.checkpoint.zero_state import KINDS, Fragment
+from lrnn.pretrain.config import CheckpointConfig
 
 SHAPES = {"embed.weight": (7, 5), "norm.weight": (5,), "A_log": (1,)}
 

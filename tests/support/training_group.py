@@ -8,7 +8,7 @@ from pathlib import Path
 import training_worker
 
 from lrnn.pretrain.distributed import _free_port, _local_environment
-from lrnn.pretrain.metrics.log import read_metrics
+from lrnn.records import read_metrics
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["training_worker", "deepspeed", "pandas"])  # what a start imports late

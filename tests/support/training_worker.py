@@ -19,8 +19,9 @@ import torch
 
 from lrnn.errors import UserError
 from lrnn.pretrain import train as train_module
-from lrnn.pretrain.config import validate
+from lrnn.pretrain.config import Config
 from lrnn.pretrain.distributed import StopRequest, init_ranks
+from lrnn.settings import validate
 
 original_step = train_module.train_step
 original_start = train_module.start_engine
@@ -40,7 +41,7 @@ def main(file: Path, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     ranks = init_ranks()
     for i, spec in enumerate(json.loads(file.read_text())):
-        config = validate(spec["config"], "test")
+        config = validate(spec["config"], "test", Config)
 
         def step(engine, micro_batches, ranks, probe, limit, spec=spec, config=config):
             number = int(micro_batches[0].sample_indices.min()) // config.global_batch_size + 1

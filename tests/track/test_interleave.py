@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from lrnn.track.interleave import interleave
+from lrnn.records import read_metrics
 from lrnn.track.cell import train_cell
-from lrnn.pretrain.metrics.log import read_metrics
+from lrnn.track.interleave import interleave
 
 CPU = torch.device("cpu")
 

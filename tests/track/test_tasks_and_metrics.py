@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lrnn.errors import UserError
-from lrnn.track.tasks.counter_rng import SPLITS, split_seed
 from lrnn.track.metrics import prefix_accuracy, scaled_accuracy
+from lrnn.track.tasks.counter_rng import SPLITS, split_seed
 from lrnn.track.tasks.registry import TASKS, make_task
 
 EVERY = [

@@ -13,15 +13,14 @@ import torch
 import triton
 from matplotlib.image import imread
 
-from lrnn import LrnnForCausalLM
+from lrnn import LrnnForCausalLM, environment
 from lrnn.cli import main
-from lrnn import environment
+from lrnn.records import read_metrics
 from lrnn.track import training
 from lrnn.track.grid import load_grid
 from lrnn.track.papers import reported
 from lrnn.track.report import holds_to
 from lrnn.track.training import learning_rate
-from lrnn.pretrain.metrics.log import read_metrics
 
 GRID = {
     "tasks": {"parity": {"task": "parity"}},
@@ -336,7 +335,7 @@ def test_the_checksum_of_the_code_is_that_of_its_files(tmp_path, capsys):
     (package / "notes.md").write_text("not code")
     assert checksum(package) == original
     found = {original}
-    for room in (".", "kernels", "pretrain", "eval", "eval/state_tracking"):
+    for room in (".", "kernels", "pretrain", "eval", "track/tasks"):
         file = sorted((package / room).glob("*.py"))[-1]
         file.write_text(file.read_text() + "\n")
         found.add(checksum(package))

@@ -5,15 +5,14 @@ import torch
 
 from lrnn import LrnnForCausalLM
 from lrnn.errors import UserError
-from lrnn.track import measure
-from lrnn.track import training
-from lrnn.track.tasks.counter_rng import split_seed
-from lrnn.track.interleave import interleave
-from lrnn.track.cell import train_cell
-from lrnn.track.training import Training, learning_rate, new_model
 from lrnn.model.layers import LrnnCache
 from lrnn.pretrain.engine import parameter_groups
-from lrnn.pretrain.metrics.log import read_metrics
+from lrnn.records import read_metrics
+from lrnn.track import measure, training
+from lrnn.track.cell import train_cell
+from lrnn.track.interleave import interleave
+from lrnn.track.tasks.counter_rng import split_seed
+from lrnn.track.training import Training, learning_rate, new_model
 
 CPU = torch.device("cpu")
 

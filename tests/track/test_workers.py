@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lrnn.errors import UserError
-from lrnn.track.interleave import interleave
 from lrnn.track.cell import train_cell
+from lrnn.track.interleave import interleave
 from lrnn.track.workers import run_on_devices
 
 CPU = torch.device("cpu")

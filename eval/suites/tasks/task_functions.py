@@ -13,8 +13,8 @@ from typing import Any
 from datasets import Dataset
 
 from lrnn.errors import UserError
-from lrnn.eval.suites import sandbox
 from lrnn.eval.documents import read_texts
+from lrnn.eval.suites import sandbox
 from lrnn.eval.suites.fetch_data import load_rows
 
 Doc = dict[str, Any]

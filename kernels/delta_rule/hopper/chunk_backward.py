@@ -27,8 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lrnn.kernels.delta_rule.portable.chunk_backward import FLOORED
 from lrnn.kernels.delta_rule.hopper.parts import as_vector, is_kept_small, part_barrier, tma_load, tma_store
+from lrnn.kernels.delta_rule.portable.chunk_backward import FLOORED
 
 # Tiles of a chunk and head, 16 KB each, in the order in which they are loaded. States come as halves of the values.
 TILES = gl.constexpr(9)

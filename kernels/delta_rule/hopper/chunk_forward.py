@@ -24,6 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from lrnn.kernels.common.launch_config import SAFE_PTXAS, ptxas_version
+from lrnn.kernels.common.tiles import INTERPRETED
 from lrnn.kernels.delta_rule.hopper.parts import (
     FLAT,
     as_vector,
@@ -35,8 +37,6 @@ from lrnn.kernels.delta_rule.hopper.parts import (
     tma_store,
     weigh_keys,
 )
-from lrnn.kernels.common.launch_config import SAFE_PTXAS, ptxas_version
-from lrnn.kernels.common.tiles import INTERPRETED
 
 FULL = 100  # sequences x value heads from which on a program each, with all 128 columns, fills an H100
 

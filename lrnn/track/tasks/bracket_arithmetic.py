@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lrnn.errors import UserError
+from lrnn.track.tasks.base import Task, check_bool, check_integer, mean_over_sizes, one_answer, size_range
 from lrnn.track.tasks.counter_rng import Field, integers
 from lrnn.track.tasks.formal_languages import MAX_MODULUS
-from lrnn.track.tasks.base import Task, check_bool, check_integer, mean_over_sizes, one_answer, size_range
 
 OPERATORS = ("+", "-", "*")
 AROUND = 3  # the tokens of a sequence besides its expression: `=`, the answer and one PAD

@@ -7,7 +7,6 @@ the answer; the answer is the label of the last content position, its own input 
 import torch
 from torch import Tensor
 
-from lrnn.track.tasks.counter_rng import Field, integers
 from lrnn.track.tasks.base import (
     IGNORE,
     Task,
@@ -17,6 +16,7 @@ from lrnn.track.tasks.base import (
     one_answer,
     size_range,
 )
+from lrnn.track.tasks.counter_rng import Field, integers
 
 MAX_MODULUS = 1000  # vocabularies and exact distributions stay small
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lrnn.errors import UserError
-from lrnn.track.tasks.counter_rng import Field, happens, integers
 from lrnn.track.tasks.base import IGNORE, Task, size_range
+from lrnn.track.tasks.counter_rng import Field, happens, integers
 
 MAX_GROUP_SIZE = 1000
 VARIANTS = ("all", "only_swaps", "three_permutations", "four_tokens")

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from lrnn.errors import UserError
+from lrnn.track.tasks.base import Task
 from lrnn.track.tasks.bracket_arithmetic import BracketArithmetic
 from lrnn.track.tasks.formal_languages import CycleNavigation, EvenPairs, ModularArithmetic, Parity
 from lrnn.track.tasks.group_words import GroupWord
-from lrnn.track.tasks.base import Task
 
 TASKS: dict[str, Callable[..., Task]] = {
     "parity": Parity,

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from lrnn import LrnnForCausalLM, cli
 from lrnn.errors import UserError
-from lrnn.eval.export import export as export_module
 from lrnn.eval.export import check as export_check
+from lrnn.eval.export import export as export_module
 from lrnn.eval.export.fla_format import from_fla, to_fla_config
 
 EXPORTED = {
@@ -197,8 +197,8 @@ def test_contents_of_the_folder(exported, sentencepiece_model):
     assert "forget gate 2 f - 1" in (exported / "mlstm" / "README.md").read_text()
     transformer = (exported / "transformer" / "README.md").read_text()
     assert "eigenvalues" not in transformer and "no attention" not in transformer
-    repository = Path(export_module.__file__).parents[1]
-    assert sha256(folder / "modeling_lrnn.py") == sha256(repository / "modeling_lrnn.py")
+    repository = Path(lrnn.__file__).parent
+    assert sha256(folder / "modeling_lrnn.py") == sha256(repository / "model/modeling_lrnn.py")
 
 
 def test_weights_are_those_of_the_checkpoint(exported):

@@ -7,9 +7,8 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
-from lrnn.eval.suites import fetch_data
+from lrnn.eval.suites import fetch_data, sandbox
 from lrnn.eval.suites import run as run_suite
-from lrnn.eval.suites import sandbox
 from lrnn.eval.suites.suites import HELDOUT_TASK, SUITES, TASK_FOLDER
 
 pytestmark = pytest.mark.usefixtures("eval_data")

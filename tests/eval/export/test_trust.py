@@ -25,8 +25,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 import lrnn
 from lrnn import LrnnConfig, LrnnForCausalLM, LrnnModel, cli
-from lrnn.eval.suites import run as run_suite
 from lrnn.eval.export.export import AUTO_MAP, CODE
+from lrnn.eval.suites import run as run_suite
 from lrnn.pretrain.checkpoint.format import manifest_text
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")

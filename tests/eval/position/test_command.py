@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from lrnn import cli
 from lrnn.errors import UserError
-from lrnn.eval.position import position
-from lrnn.eval.position import nll as position_nll
-from lrnn.eval.suites import report
 from lrnn.eval import documents
+from lrnn.eval.position import nll as position_nll
+from lrnn.eval.position import position
+from lrnn.eval.suites import report
 from lrnn.eval.suites.collect import collect
 from lrnn.eval.suites.compare import compare
 from lrnn.tokenizer import load_tokenizer

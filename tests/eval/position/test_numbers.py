@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from lrnn.errors import UserError
+from lrnn.eval import documents
 from lrnn.eval.position import bins as position_bins
 from lrnn.eval.position import nll as position_nll
 from lrnn.eval.position import report as position_report
-from lrnn.eval import documents
 from lrnn.tokenizer import load_tokenizer
 
 

@@ -10,9 +10,9 @@ from text_solvers import SOLVERS, solve
 
 from lrnn.errors import UserError
 from lrnn.eval.state_tracking import text_documents, text_report
-from lrnn.track.tasks.counter_rng import split_seed
 from lrnn.eval.state_tracking.text_documents import DOCUMENTS_PER_LENGTH, LENGTHS, documents, shots
 from lrnn.eval.state_tracking.text_tasks import TEXT_TASKS
+from lrnn.track.tasks.counter_rng import split_seed
 
 DIGEST = "50825e09f6296b883417bbd4589cd584d43757fe30aeb4b15ac7681a8d7c2bf9"
 

@@ -13,8 +13,7 @@ import torch
 
 from lrnn import cli
 from lrnn.errors import UserError
-from lrnn.eval.suites import fetch_data
-from lrnn.eval.suites import report
+from lrnn.eval.suites import fetch_data, report
 from lrnn.eval.suites import run as run_suite
 from lrnn.eval.suites.suites import TASK_FOLDER
 

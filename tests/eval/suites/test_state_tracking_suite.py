@@ -15,13 +15,13 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from text_solvers import solve
 
 from lrnn import LrnnConfig, LrnnForCausalLM, cli
+from lrnn.eval.state_tracking import text_report
+from lrnn.eval.state_tracking.text_documents import LENGTHS, SHOT_ANSWERS
+from lrnn.eval.state_tracking.text_tasks import TEXT_TASKS
 from lrnn.eval.suites import report
 from lrnn.eval.suites import run as run_suite
 from lrnn.eval.suites.collect import collect
 from lrnn.eval.suites.compare import compare
-from lrnn.eval.state_tracking import text_report
-from lrnn.eval.state_tracking.text_documents import LENGTHS, SHOT_ANSWERS
-from lrnn.eval.state_tracking.text_tasks import TEXT_TASKS
 from lrnn.eval.suites.suites import STATE_TRACKING, TASK_FOLDER
 
 FOLDER = TASK_FOLDER / "state_tracking"

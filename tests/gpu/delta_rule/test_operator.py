@@ -14,8 +14,8 @@ from delta_rule_on_gpu import BF16, FP32, random
 from delta_rule_truth import check, evaluate, floors, relative_error
 from operator_calls import OperatorCalls
 
-from lrnn.kernels.delta_rule.api import fused_gated_delta_rule
 from lrnn.bench import kernels as bench_kernels
+from lrnn.kernels.delta_rule.api import fused_gated_delta_rule
 
 
 def test_projections_may_be_slices():

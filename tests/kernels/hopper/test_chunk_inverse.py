@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from delta_rule_truth import relative_error
 
-from lrnn.kernels.delta_rule import scans
 from lrnn.kernels.common.tiles import CHUNK, matrix_dtype
+from lrnn.kernels.delta_rule import scans
 
 D = 128
 # Of blocks of C: rounded once, by half of a last bit at most, and where keys are equal all numbers by the same.

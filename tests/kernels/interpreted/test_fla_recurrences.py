@@ -17,8 +17,8 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.interpreter import InterpreterBuilder
 
 from lrnn import LrnnConfig, LrnnForCausalLM
-from lrnn.kernels.reference import steps as step_recurrences
 from lrnn.kernels import fla_recurrences, recurrences
+from lrnn.kernels.reference import steps as step_recurrences
 from lrnn.kernels.reference.delta_rule import document_ids
 from lrnn.model.layers import LrnnCache
 

@@ -11,8 +11,8 @@ from operator_calls import OperatorCalls
 
 from lrnn.kernels.delta_rule import operator as delta_rule_op
 from lrnn.kernels.delta_rule import scans
-from lrnn.kernels.reference import delta_rule as reference
 from lrnn.kernels.delta_rule.api import fused_gated_delta_rule, gated_delta_product, gated_delta_rule
+from lrnn.kernels.reference import delta_rule as reference
 
 FP16, FP32 = torch.float16, torch.float32
 # Keys that repeat, or nearly, add up the rounding of the operands over all tokens; what float16 may be off on them. In

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from lrnn import LrnnConfig, LrnnForCausalLM
+from lrnn.kernels.delta_rule import scans
+from lrnn.kernels.reference import delta_rule as delta_rule_reference
+from lrnn.kernels.short_conv import short_conv
 from lrnn.model import layers as layers_lrnn
 from lrnn.model import mixer_deltanet
-from lrnn import LrnnConfig, LrnnForCausalLM
-from lrnn.kernels.reference import delta_rule as delta_rule_reference
-from lrnn.kernels.delta_rule import scans
-from lrnn.kernels.short_conv import short_conv
 from lrnn.pretrain.engine import build_model
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 64}

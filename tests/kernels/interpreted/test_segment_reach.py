@@ -9,11 +9,11 @@ import torch
 from delta_rule_inputs import BARS
 from delta_rule_truth import check, evaluate, evaluate_truth, floors
 
+from lrnn.kernels.common.launch import launch
+from lrnn.kernels.common.tiles import CHUNK
 from lrnn.kernels.delta_rule import scans
 from lrnn.kernels.delta_rule.api import fused_gated_delta_rule, gated_delta_rule
-from lrnn.kernels.common.launch import launch
 from lrnn.kernels.delta_rule.portable.segment_reach import LEAST, SEGMENT_REACH, segment_reach_kernel
-from lrnn.kernels.common.tiles import CHUNK
 
 
 def find_reach(totals, segments, least=LEAST, has_start=True, save_last=True):

@@ -11,9 +11,9 @@ from delta_rule_truth import check, evaluate, evaluate_truth, floors, relative_e
 from operator_calls import OperatorCalls
 from triton.runtime import interpreter
 
-from lrnn.kernels.reference import delta_rule as delta_rule_reference
 from lrnn.kernels.delta_rule import scans
 from lrnn.kernels.delta_rule.api import fused_gated_delta_rule, gated_delta_product, gated_delta_rule
+from lrnn.kernels.reference import delta_rule as delta_rule_reference
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 PRECISIONS = ("standard", "split")

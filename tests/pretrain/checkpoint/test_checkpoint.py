@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from synthetic_checkpoints import SHAPES, Saver, state_of
 
 from lrnn.errors import UserError
+from lrnn.files import write_atomically
 from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.checkpoint.format import BrokenCheckpoint, SavedState, find_newest, manifest_text, retain, verify
 
@@ -224,17 +225,17 @@ def test_killed_while_deleting(tmp_path, monkeypatch):
 
 
 def test_latest_is_never_half_written(tmp_path, monkeypatch):
-    checkpoint.write_atomically(tmp_path / "latest", "old\n")
+    write_atomically(tmp_path / "latest", "old\n")
 
     def kill(*args):
         raise Killed
 
     monkeypatch.setattr(checkpoint.os, "replace", kill)
     with pytest.raises(Killed):
-        checkpoint.write_atomically(tmp_path / "latest", "new\n")
+        write_atomically(tmp_path / "latest", "new\n")
     assert (tmp_path / "latest").read_text() == "old\n"
     monkeypatch.undo()
-    checkpoint.write_atomically(tmp_path / "latest", "new\n")
+    write_atomically(tmp_path / "latest", "new\n")
     assert (tmp_path / "latest").read_text() == "new\n" and len(list(tmp_path.iterdir())) == 1
 
 

@@ -22,7 +22,7 @@ from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.corpus.block_reader import CorruptData
 from lrnn.pretrain.corpus.reader import TokenCorpus
 from lrnn.pretrain.data.loader import CorpusData
-from lrnn.pretrain.metrics.log import read_metrics
+from lrnn.records import read_metrics
 from lrnn.run_lock import RunLock
 
 pytestmark = pytest.mark.alone

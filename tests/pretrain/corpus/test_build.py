@@ -16,8 +16,7 @@ import xxhash
 
 from lrnn.cli import main
 from lrnn.pretrain.corpus import build as build_corpus_module
-from lrnn.pretrain.corpus import shard_writer
-from lrnn.pretrain.corpus import sources
+from lrnn.pretrain.corpus import shard_writer, sources
 
 
 def documents_of(corpus: Path, split: str = "train") -> list[list[int]]:

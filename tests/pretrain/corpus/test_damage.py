@@ -19,12 +19,11 @@ import pytest
 import xxhash
 
 from lrnn.errors import UserError
-from lrnn.pretrain.corpus import block_reader
-from lrnn.pretrain.corpus import shard_table
+from lrnn.pretrain.corpus import block_reader, shard_table
 from lrnn.pretrain.corpus.block_reader import BLOCK_BYTES, CorruptData
 from lrnn.pretrain.corpus.reader import FORMAT, FORMAT_VERSION, TokenCorpus
-from lrnn.pretrain.data.loader import CorpusData, Loader
 from lrnn.pretrain.corpus.shard_writer import ShardWriter
+from lrnn.pretrain.data.loader import CorpusData, Loader
 
 SHARD = "train/data-1.arrow"
 

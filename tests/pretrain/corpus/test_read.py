@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from lrnn.errors import UserError
-from lrnn.pretrain.corpus import shard_writer
-from lrnn.pretrain.corpus import sources
+from lrnn.pretrain.corpus import shard_writer, sources
 from lrnn.pretrain.corpus.block_reader import CorruptData
 from lrnn.pretrain.corpus.reader import TokenCorpus, check_model_matches_corpora
 

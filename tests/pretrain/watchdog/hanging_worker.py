@@ -22,10 +22,10 @@ import datasets  # noqa: F401
 import deepspeed  # noqa: F401
 import torch
 
-from lrnn.pretrain.config import validate
-from lrnn.pretrain.distributed import StopRequest, init_ranks
 from lrnn.pretrain.data.loader import Loader
+from lrnn.pretrain.distributed import StopRequest, init_ranks
 from lrnn.pretrain.train import train
+from lrnn.settings import validate
 
 DEADLINE_S = 90
 PAUSE_S = 6

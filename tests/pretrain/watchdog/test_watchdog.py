@@ -12,13 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from lrnn.pretrain.watchdog import watchdog
-from lrnn.pretrain.watchdog.beats import Hub, connect
 from lrnn.pretrain.config import WatchdogConfig
 from lrnn.pretrain.distributed import COLLECTIVE_TIMEOUT
+from lrnn.pretrain.watchdog import watchdog
+from lrnn.pretrain.watchdog.beats import Hub, connect
 from lrnn.pretrain.watchdog.hangs import BROKEN_SECONDS, Place, Seen, describe_wait, find_lost, find_stalled
-from lrnn.pretrain.metrics.log import read_metrics
 from lrnn.pretrain.watchdog.watchdog import HUNG, AwakeClock, Watchdog
+from lrnn.records import read_metrics
 
 pytestmark = pytest.mark.alone
 SETTINGS = WatchdogConfig(lost_seconds=10, stall_seconds=100, startup_seconds=1000, heartbeat_seconds=20)

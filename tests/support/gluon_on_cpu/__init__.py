@@ -1,11 +1,11 @@
 """Kernels in Gluon on a CPU: the source of a kernel runs as Python, on mocks of what it imports from Gluon.
 
-Triton's interpreter knows no Gluon. `launch_on_cpu` takes the place of `lrnn.kernels.common.launch.launch` instead. Each part
-of `gl.warp_specialize` is a thread, of which one runs at a time: at every access to shared memory, every barrier and
-every asynchronous operation it hands over to a scheduler, which lets a random one go on or ends a random operation of
-those under way. The order depends on the seed alone, not on the machine or its load. No time is taken, and none waited
-for: where nothing can go on, that is a deadlock. What is slow by chance in a run stays so, so that a part lags far
-behind, or copies and products end as late as the barriers allow. Checked are:
+Triton's interpreter knows no Gluon. `launch_on_cpu` takes the place of `lrnn.kernels.common.launch.launch` instead.
+Each part of `gl.warp_specialize` is a thread, of which one runs at a time: at every access to shared memory, every
+barrier and every asynchronous operation it hands over to a scheduler, which lets a random one go on or ends a random
+operation of those under way. The order depends on the seed alone, not on the machine or its load. No time is taken,
+and none waited for: where nothing can go on, that is a deadlock. What is slow by chance in a run stays so, so that a
+part lags far behind, or copies and products end as late as the barriers allow. Checked are:
 
 * Shared memory is not a number until it is written, and from the start of a copy into it to its end: nobody may read it
   then. Who reads too early or too late finds this, or wrong numbers.

@@ -5,8 +5,8 @@ from typing import Any
 import datasets
 
 from lrnn.eval.state_tracking import text_documents
-from lrnn.track.metrics import scaled_accuracy
 from lrnn.eval.state_tracking.text_documents import Document
+from lrnn.track.metrics import scaled_accuracy
 
 
 def documents(name: str, **_: Any) -> dict[str, datasets.Dataset]:
