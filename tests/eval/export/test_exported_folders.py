@@ -13,6 +13,7 @@ import yaml
 from export_checkpoints import VARIANTS, random_model, sha256, write_checkpoint
 from safetensors.torch import load_file, save_file
 
+import lrnn
 from lrnn import LrnnForCausalLM, cli
 from lrnn.errors import UserError
 from lrnn.eval.export import check as export_check
