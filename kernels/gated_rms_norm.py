@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrnn.kernels.common.tiles import use_kernels
+from lrnn.kernels.common.dispatch import use_kernels
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_SIZE = 256

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrnn.kernels.common.tiles import use_kernels
+from lrnn.kernels.common.dispatch import use_kernels
 from lrnn.kernels.reference import diagonal, steps
 from lrnn.kernels.selective_scan import selective_scan as scan_on_kernels
 

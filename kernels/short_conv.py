@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrnn.kernels.common.tiles import use_kernels
+from lrnn.kernels.common.dispatch import use_kernels
 from lrnn.kernels.reference.delta_rule import document_ids
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

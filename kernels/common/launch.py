@@ -4,14 +4,17 @@ A launch by `kernel[grid](...)` binds and specialises every argument anew, const
 many a kernel runs. Here the compiled kernel is looked up by what Triton would specialise on, and launched itself.
 """
 
+import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.runtime import driver
 
-from lrnn.kernels.common.tiles import INTERPRETED, GluonTiles, Tiles
+from lrnn.kernels.common.dispatch import INTERPRETED
+from lrnn.kernels.common.tiles import GluonTiles, Tiles
 
 _compiled: dict[tuple, tuple[CompiledKernel, tuple]] = {}  # with the values of the kernel's constants, in its order
 
@@ -38,6 +41,12 @@ def launch(kernel: Any, grid: tuple[int, int, int], *args: Any, **constants: Any
         return
     compiled, values = found
     compiled[grid](*args, *values)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return the number of a GPU's multiprocessors; an H100's for the CPU, as in tests of what is launched."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _specialization(x: Any) -> Any:

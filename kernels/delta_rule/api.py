@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrnn.kernels.common.launch_config import HEAD_SIZES
-from lrnn.kernels.common.tiles import use_kernels
+from lrnn.kernels.common.constants import HEAD_SIZES
+from lrnn.kernels.common.dispatch import use_kernels
+from lrnn.kernels.common.dtypes import DTYPES
 from lrnn.kernels.delta_rule.operator import gated_delta_rule_forward, gated_delta_rule_recurrent
 from lrnn.kernels.reference import delta_rule as reference
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHORT = 16  # tokens up to which the recurrence is the faster one, where no gradient is needed
 _saving = False  # what `save_states` is where it is not given
 

@@ -9,24 +9,18 @@ from typing import Any
 import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-from lrnn.kernels.common.launch_config import (
-    INVERSE_LAUNCH,
-    chunk_launch,
-    recurrent_launch,
-    scan_backward_stages,
-    scan_launch,
-)
-from lrnn.kernels.common.tiles import CHUNK, dot_precision, matrix_dtype
+from lrnn.kernels.common.constants import CHUNK
+from lrnn.kernels.common.dtypes import dot_precision, matrix_dtype
 from lrnn.kernels.delta_rule.hopper.chunk_backward import chunk_backward_hopper_kernel, hopper_chunk_settings
 from lrnn.kernels.delta_rule.hopper.chunk_forward import HopperLaunch, chunk_forward_hopper_kernel, hopper_settings
 from lrnn.kernels.delta_rule.hopper.chunk_inverse import HOPPER_INVERSE_LAUNCH, chunk_inverse_hopper_kernel
 from lrnn.kernels.delta_rule.hopper.scan_backward import chunk_scan_backward_hopper_kernel, hopper_backward_settings
-from lrnn.kernels.delta_rule.portable.chunk_backward import chunk_backward_kernel
-from lrnn.kernels.delta_rule.portable.chunk_forward import chunk_forward_kernel
-from lrnn.kernels.delta_rule.portable.chunk_inverse import chunk_inverse_kernel
+from lrnn.kernels.delta_rule.portable.chunk_backward import chunk_backward_kernel, chunk_launch
+from lrnn.kernels.delta_rule.portable.chunk_forward import chunk_forward_kernel, scan_launch
+from lrnn.kernels.delta_rule.portable.chunk_inverse import INVERSE_LAUNCH, chunk_inverse_kernel
 from lrnn.kernels.delta_rule.portable.gate_backward import GATE_BACKWARD, gate_backward_kernel
-from lrnn.kernels.delta_rule.portable.recurrent import recurrent_kernel
-from lrnn.kernels.delta_rule.portable.scan_backward import chunk_scan_backward_kernel
+from lrnn.kernels.delta_rule.portable.recurrent import recurrent_kernel, recurrent_launch
+from lrnn.kernels.delta_rule.portable.scan_backward import chunk_scan_backward_kernel, scan_backward_stages
 from lrnn.kernels.delta_rule.portable.segment_reach import SEGMENT_REACH, segment_reach_kernel
 from lrnn.kernels.delta_rule.portable.segment_scan import segment_scan_kernel, segment_scan_launch
 from lrnn.kernels.delta_rule.scans import can_save_states

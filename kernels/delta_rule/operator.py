@@ -15,11 +15,14 @@ import torch
 import triton
 from torch import Tensor
 
+from lrnn.kernels.common.assembler import check_assembler
+from lrnn.kernels.common.constants import CHUNK
+from lrnn.kernels.common.dtypes import matrix_dtype
 from lrnn.kernels.common.launch import launch
-from lrnn.kernels.common.launch_config import check_assembler, recurrent_launch
-from lrnn.kernels.common.tiles import CHUNK, count_chunks, matrix_dtype, with_rows
+from lrnn.kernels.common.tiles import with_rows
+from lrnn.kernels.delta_rule.chunks import count_chunks
 from lrnn.kernels.delta_rule.portable.gate_backward import GATE_BACKWARD, gate_backward_kernel
-from lrnn.kernels.delta_rule.portable.recurrent import recurrent_kernel
+from lrnn.kernels.delta_rule.portable.recurrent import recurrent_kernel, recurrent_launch
 from lrnn.kernels.delta_rule.scans import Scan, can_save_states, count_segments
 
 # `torch.library.custom_op` would take fewer lines, and an eighth more host time for a forward and a backward pass.

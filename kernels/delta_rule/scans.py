@@ -11,15 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrnn.kernels.common.launch import launch
-from lrnn.kernels.common.launch_config import (
-    INVERSE_LAUNCH,
-    chunk_launch,
-    multiprocessors,
-    scan_backward_stages,
-    scan_launch,
-)
-from lrnn.kernels.common.tiles import CHUNK, Chunks, Tiles, dot_precision, result_tiles, with_rows
+from lrnn.kernels.common.constants import CHUNK
+from lrnn.kernels.common.dtypes import dot_precision
+from lrnn.kernels.common.launch import launch, multiprocessors
+from lrnn.kernels.common.tiles import Tiles, result_tiles, with_rows
+from lrnn.kernels.delta_rule.chunks import Chunks
 from lrnn.kernels.delta_rule.hopper.chunk_backward import chunk_backward_hopper_kernel, hopper_chunk_settings
 from lrnn.kernels.delta_rule.hopper.chunk_forward import (
     FULL,
@@ -29,10 +25,10 @@ from lrnn.kernels.delta_rule.hopper.chunk_forward import (
 )
 from lrnn.kernels.delta_rule.hopper.chunk_inverse import HOPPER_INVERSE_LAUNCH, chunk_inverse_hopper_kernel
 from lrnn.kernels.delta_rule.hopper.scan_backward import chunk_scan_backward_hopper_kernel, hopper_backward_settings
-from lrnn.kernels.delta_rule.portable.chunk_backward import chunk_backward_kernel
-from lrnn.kernels.delta_rule.portable.chunk_forward import chunk_forward_kernel
-from lrnn.kernels.delta_rule.portable.chunk_inverse import chunk_inverse_kernel
-from lrnn.kernels.delta_rule.portable.scan_backward import chunk_scan_backward_kernel
+from lrnn.kernels.delta_rule.portable.chunk_backward import chunk_backward_kernel, chunk_launch
+from lrnn.kernels.delta_rule.portable.chunk_forward import chunk_forward_kernel, scan_launch
+from lrnn.kernels.delta_rule.portable.chunk_inverse import INVERSE_LAUNCH, chunk_inverse_kernel
+from lrnn.kernels.delta_rule.portable.scan_backward import chunk_scan_backward_kernel, scan_backward_stages
 from lrnn.kernels.delta_rule.portable.segment_reach import LEAST, SEGMENT_REACH, segment_reach_kernel
 from lrnn.kernels.delta_rule.portable.segment_scan import segment_scan_kernel, segment_scan_launch
 
@@ -58,7 +54,7 @@ def can_save_states(K: int, dtype: torch.dtype) -> bool:
 class Scan:
     """What the launches of one call have in common.
 
-    q, k [B, T, H, K] and v [B, T, HV, V] of one dtype, c [B * T, HV * CHUNK] of `tiles.matrix_dtype`, vectors [4 * HV,
+    q, k [B, T, H, K] and v [B, T, HV, V] of one dtype, c [B * T, HV * CHUNK] of `matrix_dtype`, vectors [4 * HV,
     R] float32, where R is CHUNK times the number of chunks. Below, N is the number of sequences that are scanned: of
     segments, B times those of a sequence, or of documents.
     """

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from .configuration_lrnn import LrnnConfig
 
 try:
-    from lrnn.kernels.common.tiles import use_kernels
+    from lrnn.kernels.common.dispatch import use_kernels
     from lrnn.kernels.gated_rms_norm import gated_rms_norm
     from lrnn.kernels.reference.diagonal import signed_decay
     from lrnn.kernels.short_conv import short_conv

@@ -9,8 +9,9 @@ import pytest
 import torch
 from delta_rule_truth import evaluate, relative_error
 
-from lrnn.kernels.common.launch_config import SAFE_PTXAS, ptxas_version
-from lrnn.kernels.common.tiles import CHUNK, matrix_dtype
+from lrnn.kernels.common.assembler import SAFE_PTXAS, ptxas_version
+from lrnn.kernels.common.constants import CHUNK
+from lrnn.kernels.common.dtypes import matrix_dtype
 from lrnn.kernels.delta_rule import scans
 from lrnn.kernels.delta_rule.api import gated_delta_rule
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from triton.compiler import CompiledKernel
 
+from lrnn.kernels.common import assembler as assembler_module
 from lrnn.kernels.common import launch as module
-from lrnn.kernels.common import launch_config
 from lrnn.kernels.common.launch import launch
 from lrnn.kernels.common.tiles import Tiles
 from lrnn.kernels.delta_rule.hopper import chunk_forward as chunk_forward_hopper
@@ -116,16 +116,16 @@ def assembler(monkeypatch):
 
     def warned(capability, ptxas, device="cuda", calls=1):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(launch_config, "ptxas_version", lambda: ptxas)
-        launch_config.check_assembler.cache_clear()
+        monkeypatch.setattr(assembler_module, "ptxas_version", lambda: ptxas)
+        assembler_module.check_assembler.cache_clear()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(calls):
-                launch_config.check_assembler(torch.device(device))
+                assembler_module.check_assembler(torch.device(device))
         return [str(w.message) for w in caught]
 
     yield warned
-    launch_config.check_assembler.cache_clear()
+    assembler_module.check_assembler.cache_clear()
 
 
 def test_an_assembler_that_may_miscompile_is_named_once(assembler):

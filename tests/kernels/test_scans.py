@@ -4,7 +4,8 @@ Triton: every argument of the kernel, under its name."""
 import pytest
 import torch
 
-from lrnn.kernels.common.tiles import CHUNK, Tiles
+from lrnn.kernels.common.constants import CHUNK
+from lrnn.kernels.common.tiles import Tiles
 from lrnn.kernels.delta_rule import scans
 
 B, T, H, HV, D = 2, 128, 1, 2, 128

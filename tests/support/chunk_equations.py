@@ -6,7 +6,7 @@ Heads have 128 keys and values. The scans are compared with the recurrence, toke
 import torch
 from delta_rule_truth import relative_error
 
-from lrnn.kernels.common.tiles import CHUNK, LEAST_KEPT, LEAST_KEPT_FP16
+from lrnn.kernels.common.constants import CHUNK, LEAST_KEPT, LEAST_KEPT_FP16
 from lrnn.kernels.delta_rule.scans import Scan
 
 D = 128

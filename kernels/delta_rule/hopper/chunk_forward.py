@@ -24,8 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lrnn.kernels.common.launch_config import SAFE_PTXAS, ptxas_version
-from lrnn.kernels.common.tiles import INTERPRETED
+from lrnn.kernels.common.assembler import SAFE_PTXAS, ptxas_version
+from lrnn.kernels.common.dispatch import INTERPRETED
 from lrnn.kernels.delta_rule.hopper.parts import (
     FLAT,
     as_vector,

@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
-from lrnn.kernels.common.tiles import LEAST_KEPT, LEAST_KEPT_FP16, SMALL_BETA
+from lrnn.kernels.common.constants import LEAST_KEPT, LEAST_KEPT_FP16, SMALL_BETA
 
 
 def _named(owner: Any, *names: str) -> Any:
@@ -55,7 +55,7 @@ def inverse_step(beta):
 
 @gluon.jit
 def is_kept_small(beta, dtype: gl.constexpr):
-    # as `tiles.is_kept_small`
+    # as `portable.parts.is_kept_small`
     if dtype == gl.float16:
         return beta < LEAST_KEPT_FP16
     else:
@@ -87,8 +87,8 @@ def weigh_keys(q_tile, k_tile, to_query, from_key, rows, columns, tile: gl.const
 
 @gluon.jit
 def step_and_back_prepared(x, beta_s, inverse_s, dtype: gl.constexpr):
-    # `tiles.step_and_back`, with beta and 1 / beta (0 where beta is small) in shared memory: read late, they take no
-    # registers before
+    # As `portable.parts.step_and_back`, with beta and 1 / beta (0 where beta is small) in shared memory: read late,
+    # they take no registers before.
     columns: gl.constexpr = gl.SliceLayout(0, x.type.layout)
     down = gl.full([x.shape[0]], 1.0, gl.float32, gl.SliceLayout(1, x.type.layout))
     if dtype == gl.float16:

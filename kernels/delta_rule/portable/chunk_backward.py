@@ -13,18 +13,26 @@ and `chunk_scan_backward` (Y, dX, S and dS' are read; N = beta Y, dX = beta dW; 
 dg is the gradient of the accumulated log-gate; <S', dS'> = gamma_C <S, dS'> + sum <k^, third bracket>. Where keys and
 queries are normalised, dk = r (dk^ - k^ <k^, dk^>), and dq likewise.
 
-dv is there already, but for tokens with small step sizes (`tiles.is_kept_small`): of these dW was kept in its place.
+dv is there already, but for tokens with small step sizes (`is_kept_small`): of these dW was kept in its place.
 
 The accumulators hold rq dq^ and r dk^, so that both programs round the same numbers, dP' = rq dP r: the token's own
 part of <q^, dq^> and <k^, dk^>, which no gate touches, then cancels in dg, however small the rest is.
 """
 
+import torch
 import triton
 import triton.language as tl
 
-from lrnn.kernels.common.tiles import chunk_position, is_kept_small
+from lrnn.kernels.delta_rule.portable.parts import Launch, chunk_position, is_kept_small
 
 FLOORED = tl.constexpr(0.99e6)  # 1/|x| where |x| is floored at 1e-6: there x^ is linear in x
+
+
+def chunk_launch(K: int, dtype: torch.dtype) -> Launch:
+    """Return the settings of `chunk_backward`."""
+    if dtype == torch.float32:
+        return Launch(BV=32, warps=8, stages=1)
+    return Launch(BV=32, warps=4, stages=3) if K < 256 else Launch(BV=32, warps=8, stages=2)
 
 
 @triton.jit

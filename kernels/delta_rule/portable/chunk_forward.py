@@ -16,10 +16,20 @@ With several keys the rounding of rho r N adds up in the state. SPLIT takes it a
 and low, each with a product of its own: S' = gamma_C S + K^T high + K^T low.
 """
 
+import torch
 import triton
 import triton.language as tl
 
-from lrnn.kernels.common.tiles import decay_between, sequence_position, step_and_back, store_result
+from lrnn.kernels.delta_rule.portable.parts import Launch, decay_between, sequence_position, step_and_back, store_result
+
+
+def scan_launch(K: int, dtype: torch.dtype) -> Launch:
+    """Return the settings of both scans: 64 columns fill one warpgroup's rows."""
+    if dtype == torch.float32:
+        return Launch(BV=64, warps=4, stages=2) if K < 256 else Launch(BV=32, warps=4, stages=1)
+    if K == 256:
+        return Launch(BV=64, warps=8, stages=2)
+    return Launch(BV=64, warps=4, stages=2)
 
 
 @triton.jit(do_not_specialize=["T", "R", "scale"])

@@ -16,7 +16,9 @@ for nearly parallel keys at beta near 2.
 import triton
 import triton.language as tl
 
-from lrnn.kernels.common.tiles import chunk_position
+from lrnn.kernels.delta_rule.portable.parts import chunk_position
+
+INVERSE_LAUNCH = {"num_warps": 1, "num_stages": 3}  # the blocks of 16 x 16 are one warp's work
 
 
 @triton.jit

@@ -12,7 +12,7 @@ fixed. A program takes BH heads of a chunk: raw gates and step sizes lie side by
 import triton
 import triton.language as tl
 
-from lrnn.kernels.common.tiles import chunk_position
+from lrnn.kernels.delta_rule.portable.parts import chunk_position
 
 GATE_BACKWARD = {"BH": 16, "num_warps": 4}
 

@@ -9,7 +9,12 @@ float32, without tensor cores.
 import triton
 import triton.language as tl
 
-from lrnn.kernels.common.tiles import sequence_position
+from lrnn.kernels.delta_rule.portable.parts import sequence_position
+
+
+def recurrent_launch(K: int) -> dict[str, int]:
+    """Return the settings of `recurrent`: a program holds K x BV numbers of the state in registers."""
+    return {"BV": 32 if K <= 128 else 16, "num_warps": 4}
 
 
 @triton.jit(do_not_specialize=["T", "scale", "beta_range"])

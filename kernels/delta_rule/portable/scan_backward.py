@@ -9,14 +9,27 @@ of the state that leaves a chunk in float32 registers. In the notation of `chunk
 
 Only beta dN is rounded, and dN taken back from it, as X is in the forward scan. dS' of each chunk is stored for
 `chunk_backward`, and so is dX = beta dW, the gradient of V, from which dW is had back. Where beta is too small for that
-(`tiles.is_kept_small`) dW stands in its place. With SPLIT gamma r beta dW is a sum of two numbers of 16 bits, as
+(`is_kept_small`) dW stands in its place. With SPLIT gamma r beta dW is a sum of two numbers of 16 bits, as
 rho r N is in the forward scan.
 """
 
+import torch
 import triton
 import triton.language as tl
 
-from lrnn.kernels.common.tiles import decay_between, is_kept_small, sequence_position, step_and_back, store_result
+from lrnn.kernels.delta_rule.portable.chunk_forward import scan_launch
+from lrnn.kernels.delta_rule.portable.parts import (
+    decay_between,
+    is_kept_small,
+    sequence_position,
+    step_and_back,
+    store_result,
+)
+
+
+def scan_backward_stages(K: int, dtype: torch.dtype) -> int:
+    """Return the stages of the loop over chunks; with keys of 256, two would exceed the shared memory."""
+    return 1 if K == 256 else scan_launch(K, dtype).stages
 
 
 @triton.jit(do_not_specialize=["T", "R", "scale"])

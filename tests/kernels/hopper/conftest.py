@@ -4,9 +4,9 @@ import pytest
 import torch
 from gluon_on_cpu import launch_on_cpu
 
-from lrnn.kernels.common.launch_config import scan_launch
 from lrnn.kernels.common.tiles import Tiles
 from lrnn.kernels.delta_rule import scans
+from lrnn.kernels.delta_rule.portable.chunk_forward import scan_launch
 
 
 @pytest.fixture

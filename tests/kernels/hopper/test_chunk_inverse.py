@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from delta_rule_truth import relative_error
 
-from lrnn.kernels.common.tiles import CHUNK, matrix_dtype
+from lrnn.kernels.common.constants import CHUNK
+from lrnn.kernels.common.dtypes import matrix_dtype
 from lrnn.kernels.delta_rule import scans
 
 D = 128

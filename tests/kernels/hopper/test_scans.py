@@ -7,7 +7,7 @@ from chunk_equations import D, check, make_scan, nans, normal, recurrence, recur
 from delta_rule_truth import fused_gated_delta_rule
 from gluon_on_cpu import Deadlock
 
-from lrnn.kernels.common.tiles import CHUNK
+from lrnn.kernels.common.constants import CHUNK
 from lrnn.kernels.delta_rule import scans
 
 BARS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}

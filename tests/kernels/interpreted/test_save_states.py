@@ -6,7 +6,7 @@ import torch
 from delta_rule_truth import evaluate
 from operator_calls import OperatorCalls
 
-from lrnn.kernels.common.tiles import CHUNK
+from lrnn.kernels.common.constants import CHUNK
 from lrnn.kernels.delta_rule import operator as delta_rule_op
 from lrnn.kernels.delta_rule import scans
 from lrnn.kernels.delta_rule.api import fused_gated_delta_rule, gated_delta_product, gated_delta_rule, saving_states

@@ -9,8 +9,8 @@ import torch
 from delta_rule_inputs import BARS
 from delta_rule_truth import check, evaluate, evaluate_truth, floors
 
+from lrnn.kernels.common.constants import CHUNK
 from lrnn.kernels.common.launch import launch
-from lrnn.kernels.common.tiles import CHUNK
 from lrnn.kernels.delta_rule import scans
 from lrnn.kernels.delta_rule.api import fused_gated_delta_rule, gated_delta_rule
 from lrnn.kernels.delta_rule.portable.segment_reach import LEAST, SEGMENT_REACH, segment_reach_kernel

@@ -1,0 +1,11 @@
+"""Decide whether a computation runs in Triton kernels or in PyTorch."""
+
+import triton
+from torch import Tensor
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # with TRITON_INTERPRET=1, kernels run on CPU tensors, for tests
+
+
+def use_kernels(x: Tensor) -> bool:
+    """Return whether Triton kernels compute on x: on a GPU always, on the CPU in Triton's interpreter alone."""
+    return x.is_cuda or INTERPRETED

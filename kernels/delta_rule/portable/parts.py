@@ -1,0 +1,101 @@
+"""Functions that the kernels in plain Triton share: positions of chunks, rounding of step sizes, decays, stores."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from lrnn.kernels.common.constants import LEAST_KEPT, LEAST_KEPT_FP16, SMALL_BETA
+
+
+class Launch(NamedTuple):
+    """Settings of a kernel: columns of values per program, warps, and stages of the loop over chunks.
+
+    There is no autotuning: the same program runs on every rank and in every run, with settings that the tests have
+    checked.
+    """
+
+    BV: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def chunk_position(i_c, cu_seqlens, chunk_table, T, BT: tl.constexpr, IS_VARLEN: tl.constexpr):
+    # (sequence, chunk in it, its first row, its length) of the i_c-th chunk; sequence -1 past the last chunk
+    if IS_VARLEN:
+        i_n = tl.load(chunk_table + 2 * i_c)
+        i_t = tl.load(chunk_table + 2 * i_c + 1)
+        bos = tl.load(cu_seqlens + tl.maximum(i_n, 0)).to(tl.int32)
+        length = tl.load(cu_seqlens + tl.maximum(i_n, 0) + 1).to(tl.int32) - bos
+    else:
+        n_chunks = tl.cdiv(T, BT)
+        i_n = i_c // n_chunks
+        i_t = i_c % n_chunks
+        bos = i_n * T
+        length = T
+    return i_n, i_t, bos, length
+
+
+@triton.jit
+def sequence_position(i_n, cu_seqlens, chunk_starts, T, BT: tl.constexpr, IS_VARLEN: tl.constexpr):
+    # (first row, length, number of its first chunk) of the i_n-th sequence
+    if IS_VARLEN:
+        bos = tl.load(cu_seqlens + i_n).to(tl.int32)
+        length = tl.load(cu_seqlens + i_n + 1).to(tl.int32) - bos
+        first_chunk = tl.load(chunk_starts + i_n).to(tl.int32)
+    else:
+        bos = i_n * T
+        length = T
+        first_chunk = i_n * tl.cdiv(T, BT)
+    return bos, length, first_chunk
+
+
+@triton.jit
+def store_result(to, value, row, column, width, m_t, IS_FULL: tl.constexpr):
+    # value [rows, columns] to a matrix of `width` columns: by the TMA where all rows of a chunk exist (`result_tiles`)
+    if IS_FULL and value.dtype != tl.float32:
+        to.store([row, column], value)
+    else:
+        o_r = tl.arange(0, value.shape[0])[:, None]
+        o_c = tl.arange(0, value.shape[1])[None, :]
+        tl.store(to + (row + o_r).to(tl.int64) * width + column + o_c, value, mask=m_t[:, None])
+
+
+@triton.jit
+def step_and_back(x, beta, dtype: tl.constexpr):
+    # (beta x rounded to a dtype, x as it is recovered from that, what rows of both are to be multiplied by), with x
+    # [BV, BT] and beta [BT]. Rows for float16 are scaled so that their largest |x| lies in [1, 2): it then holds them
+    # to 11 bits, whatever their size. From a small beta nothing could be recovered: its x is kept as it is, and adds
+    # too little for the rounding to matter.
+    down = tl.full([x.shape[0]], 1.0, tl.float32)
+    if dtype == tl.float16:
+        exponent = tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) & 0x7F800000
+        x = x * (0x7F000000 - exponent).to(tl.float32, bitcast=True)[:, None]
+        down = exponent.to(tl.float32, bitcast=True)
+    stepped = (x * beta[None, :]).to(dtype)
+    is_small = beta < SMALL_BETA
+    inverse = tl.where(is_small, 0.0, 1.0 / beta)
+    return stepped, tl.where(is_small[None, :], x, stepped.to(tl.float32) * inverse[None, :]), down
+
+
+@triton.jit
+def is_kept_small(beta, dtype: tl.constexpr):
+    # Whether dW is kept as it is instead of beta dW, the gradient of v: where the dtype would lose too much of the
+    # latter to be rid of beta again. float16 has few exponents.
+    if dtype == tl.float16:
+        return beta < LEAST_KEPT_FP16
+    else:
+        return beta < LEAST_KEPT
+
+
+@triton.jit
+def decay_between(mask, g, log_q, log_k, PRECISION: tl.constexpr):
+    # [BT, BT]: exp2(g_i - g_j + log_q_i + log_k_j) where the mask is true, else 0. The exponent is masked, since above
+    # the diagonal it would overflow. Norms join the gates first, which saves an addition for each element; but then
+    # large gates take away the norms' last bits, of which float32 has use.
+    if PRECISION == "tf32x3":
+        exponent = (g[:, None] - g[None, :]) + (log_q[:, None] + log_k[None, :])
+    else:
+        exponent = (g + log_q)[:, None] - (g - log_k)[None, :]
+    return tl.exp2(tl.where(mask, exponent, float("-inf")))
