@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from lrnn.pretrain.batching import Batching
 from lrnn.settings import Section, load
 
 DAY_SECONDS = 24 * 3600
@@ -118,6 +119,10 @@ class Config(Section):
                 f"{self.schedule.decay_steps} is more than steps {self.steps}"
             )
         return self
+
+    def batching(self, rank: int, world_size: int) -> Batching:
+        """Return the batch sizes with this process's place among `world_size`. Raises UserError; see `Batching`."""
+        return Batching(self.global_batch_size, self.micro_batch_size, rank, world_size)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -11,7 +11,6 @@ from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.errors import UserError
 from lrnn.kernels.delta_rule.api import saving_states
 from lrnn.pretrain.config import Config
-from lrnn.pretrain.data.loader import accumulation_steps
 from lrnn.pretrain.distributed import Ranks
 from lrnn.settings import read_json
 
@@ -74,9 +73,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     if stage not in (1, 2, 3):
         raise UserError(f"{config.deepspeed}: zero_optimization.stage is {stage!r}; 1, 2 and 3 are supported")
     raw["train_micro_batch_size_per_gpu"] = config.micro_batch_size
-    raw["gradient_accumulation_steps"] = accumulation_steps(
-        config.global_batch_size, config.micro_batch_size, world_size
-    )
+    raw["gradient_accumulation_steps"] = config.batching(0, world_size).accumulation_steps
     raw["train_batch_size"] = config.global_batch_size
     raw.setdefault("steps_per_print", 10**9)
     return raw

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lrnn.errors import UserError
+from lrnn.pretrain.batching import Batching
 from lrnn.pretrain.corpus.block_reader import CorruptData
 from lrnn.pretrain.corpus.reader import TokenCorpus
 from lrnn.pretrain.data.order import MixedOrder
@@ -177,17 +178,7 @@ def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size
     Raises:
         UserError: there are fewer samples than processes could take, or the numbers do not divide.
     """
-    if world_size * micro_batch_size > global_batch_size:
-        raise UserError(
-            f"global_batch_size={global_batch_size} has too few samples for {world_size} processes with "
-            f"micro_batch_size={micro_batch_size}: at least {world_size * micro_batch_size}, or fewer processes"
-        )
-    if global_batch_size % (micro_batch_size * world_size):
-        raise UserError(
-            f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size={micro_batch_size} times "
-            f"{world_size} processes"
-        )
-    return global_batch_size // (micro_batch_size * world_size)
+    return Batching(global_batch_size, micro_batch_size, 0, world_size).accumulation_steps
 
 
 def check_enough_samples(data: CorpusData, world_size: int) -> None:
