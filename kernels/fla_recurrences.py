@@ -17,7 +17,7 @@ from fla.utils import IS_NVIDIA_HOPPER, TRITON_ABOVE_3_4_0, TRITON_ABOVE_3_7_1
 from torch import Tensor
 
 from lrnn.kernels.reference.diagonal import check
-from lrnn.kernels.reference.steps import document_starts
+from lrnn.kernels.reference.documents import document_starts
 
 FORGET = -100.0  # a log-decay that nothing outlasts: e^-100 is below float32
 COLUMNS = 16  # head sizes are padded to multiples of it: fla refuses odd ones, such as the V + 1 of the mLSTM

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrnn.kernels.reference.steps import document_starts
+from lrnn.kernels.reference.documents import document_starts
 
 SEGMENT = 32  # tokens between stored states
 CHANNELS = 32  # of a program: with 16 states a channel, 16 numbers for each thread of a warp

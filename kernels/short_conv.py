@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lrnn.kernels.common.dispatch import use_kernels
-from lrnn.kernels.reference.delta_rule import document_ids
+from lrnn.kernels.reference.documents import document_ids
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TAPS = (2, 3, 4)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lrnn.environment import PACKAGE
 from lrnn.errors import UserError
 from lrnn.files import new_folder
 
@@ -26,22 +27,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_lrnn.LrnnModel",
     "AutoModelForCausalLM": "modeling_lrnn.LrnnForCausalLM",
 }
-CODE = (  # inside the package; all of it, whatever the mixer: the model's file imports every mixer
-    "model/configuration_lrnn.py",
-    "model/modeling_lrnn.py",
-    "model/layers.py",
-    "model/mixer_attention.py",
-    "model/mixer_deltanet.py",
-    "model/mixer_gla.py",
-    "model/mixer_mamba.py",
-    "model/mixer_mamba2.py",
-    "model/mixer_mlstm.py",
-    "model/mixer_rwkv7.py",
-    "model/mixer_slstm.py",
-    "kernels/reference/delta_rule.py",
-    "kernels/reference/diagonal.py",
-    "kernels/reference/steps.py",
-)
+CODE = ("model", "kernels/reference")  # folders of the package whose files an exported folder holds, side by side
 EXAMPLES = """examples:
   lrnn export runs/340m exports/340m                       # the newest intact checkpoint of a run
   lrnn export runs/340m/checkpoints/step-00010000 exports/340m-10k --dtype bfloat16
@@ -229,6 +215,12 @@ def write_weights(model: "LrnnForCausalLM", folder: Path) -> None:
     save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
 
 
+def code_files() -> list[Path]:
+    """Return the files of code that an exported folder holds: all of them, whatever the model's mixer."""
+    files = [file for folder in CODE for file in sorted((PACKAGE / folder).glob("*.py"))]
+    return [file for file in files if file.name != "__init__.py"]
+
+
 def say(line: str) -> None:
     print(line, flush=True)
 
@@ -239,7 +231,6 @@ def _write_texts(
     """Everything but weights and tokenizer: configurations, code, card."""
     import transformers
 
-    import lrnn
     from lrnn.eval.export.fla_format import to_fla_config
     from lrnn.eval.export.model_card import model_card
 
@@ -254,9 +245,8 @@ def _write_texts(
         # A field that equals transformers' default is left out by to_diff_dict, but may differ from LrnnConfig's.
         explicit = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
         content = config.to_diff_dict() | {name: getattr(config, name) for name in explicit} | {"auto_map": AUTO_MAP}
-        package = Path(lrnn.__file__).parent
-        for file in CODE:
-            shutil.copyfile(package / file, folder / Path(file).name)
+        for file in code_files():
+            shutil.copyfile(file, folder / file.name)
     content |= {"dtype": dtype, "transformers_version": transformers.__version__}
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
     tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": pad_token_id}

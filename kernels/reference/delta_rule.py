@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .documents import document_ids
+
 PRECISIONS = ("standard", "split")
 
 
@@ -177,14 +179,6 @@ def check_precision(precision: str):
     """Raise ValueError where `precision` is not one that the kernels know."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}; got {precision!r}")
-
-
-def document_ids(cu_seqlens: Tensor, batch_size: int, seq_len: int) -> Tensor:
-    """Number of the document that each token belongs to: int64 [B, T], non-decreasing along the flattened tokens."""
-    first = torch.zeros(batch_size * seq_len + 1, dtype=torch.int64, device=cu_seqlens.device)
-    # Empty documents share a boundary, so their marks add up; the last boundary falls behind the tokens.
-    first.index_add_(0, cu_seqlens.long(), torch.ones_like(cu_seqlens, dtype=torch.int64))
-    return first[:-1].cumsum(0).view(batch_size, seq_len)
 
 
 def check_shapes(q, k, v, g, beta, initial_state, cu_seqlens, scale, names=("g", "beta")):

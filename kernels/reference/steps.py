@@ -12,13 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .documents import document_starts
+
 SEGMENT = 32  # tokens whose states exist at a time
-
-
-def document_starts(document: Tensor) -> Tensor:
-    """Bool [B, T], True at the first token of each document; int64 [B, T], which document a token belongs to."""
-    first = torch.ones_like(document[:, :1], dtype=torch.bool)
-    return torch.cat([first, document[:, 1:] != document[:, :-1]], 1)
 
 
 def selective_scan(

@@ -10,17 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from .configuration_lrnn import LrnnConfig
-
-try:
-    from lrnn.kernels.common.dispatch import use_kernels
-    from lrnn.kernels.gated_rms_norm import gated_rms_norm
-    from lrnn.kernels.reference.diagonal import signed_decay
-    from lrnn.kernels.short_conv import short_conv
-except ImportError:  # an exported folder, loaded where lrnn is not installed
-    from .diagonal import signed_decay  # type: ignore[import-not-found, no-redef]
-
-    def use_kernels(x: Tensor) -> bool:
-        return False
+from .ops import gated_rms_norm, plain_short_conv, short_conv, signed_decay, use_kernels
 
 
 class LrnnCache(Cache):
@@ -165,12 +155,7 @@ class GatedRMSNorm(RMSNorm):
     """norm(x) * silu(gate), or without a gate norm(x) alone, in float32; the result has the given dtype."""
 
     def forward(self, x: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
-        if use_kernels(x):
-            return gated_rms_norm(x, gate, self.weight, self.eps).to(dtype)
-        y = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
-        if gate is not None:
-            y = y * F.silu(gate.float())
-        return y.to(dtype)
+        return gated_rms_norm(x, gate, self.weight, self.eps).to(dtype)
 
 
 class ShortConvolution(nn.Module):
@@ -185,27 +170,6 @@ class ShortConvolution(nn.Module):
         bound = self.weight.shape[-1] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
 
-    def forward(self, x: Tensor, before: Tensor | None, document: Tensor | None) -> Tensor:
-        """x [B, T, D]; before [B, taps - 1, D], the inputs ahead of x, None for zeros.
-
-        `document` int64 [B, T] or None says which document a token belongs to: no tap reaches into another one.
-        Returns [B, T, D] in float32, on CUDA in the dtype of x. This is PyTorch everywhere; where there are kernels,
-        `convolve` leaves it one tap alone, which is a product and needs none.
-        """
-        taps = self.weight.shape[-1]
-        weight = self.weight[:, 0].float()
-        y = weight[:, -1] * x
-        T = x.shape[1]
-        padded = F.pad(x, (0, 0, taps - 1, 0)) if before is None else torch.cat([before.to(x.dtype), x], 1)
-        for back in range(1, taps):
-            shifted = padded[:, taps - 1 - back : taps - 1 - back + T]
-            if document is not None:
-                same = document == F.pad(document, (back, 0), value=-1)[:, :T]
-                shifted = shifted * same[..., None]
-            y = y + weight[:, taps - 1 - back] * shifted
-        y = F.silu(y)
-        return y.to(x.dtype) if use_kernels(x) else y
-
 
 def convolve(
     convolutions: Sequence[ShortConvolution],
@@ -213,25 +177,32 @@ def convolve(
     cache: LrnnCache | None,
     layer_idx: int,
     cu_seqlens: Tensor | None,
-    document: Tensor | None,
 ) -> list[Tensor]:
-    """Each convolution on its input; the inputs ahead come from the cache, the last ones go into it.
+    """Apply each convolution to its input. The inputs ahead come from the cache, and the last ones go into it.
 
-    One to three inputs [B, T, D_i] of one dtype, as many convolutions with the same number of taps. `document`
-    int64 [B, T] or None is `document_ids(cu_seqlens, B, T)`: no tap reaches into another document. Returns tensors
-    [B, T, D_i] as `ShortConvolution` does; on CUDA one kernel makes all of them.
+    Args:
+        convolutions: as many as inputs, with the same number of taps.
+        inputs: one to three tensors [B, T, D_i] of one dtype.
+        cache: the cache of the model, or None for zeros ahead.
+        layer_idx: the layer's place in the cache.
+        cu_seqlens: int32 [N + 1], boundaries of documents; no tap reaches into another document.
+
+    Returns:
+        Tensors [B, T, D_i], on CPU in float32, on CUDA in the dtype of the inputs, where one kernel computes them all.
     """
     before: Sequence[Tensor] | None = None
-    taps = convolutions[0].weight.shape[-1]
+    weights = [convolution.weight for convolution in convolutions]
+    taps = weights[0].shape[-1]
     if cache is not None:
         window = cache.conv[layer_idx]
         if window is not None:
             before = window.split([x.shape[-1] for x in inputs], -1)
         cache.conv[layer_idx] = last_inputs(torch.cat(list(inputs), -1), window, taps - 1)
     if use_kernels(inputs[0]) and taps > 1:
-        return short_conv(inputs, [conv.weight for conv in convolutions], before=before, cu_seqlens=cu_seqlens)
-    ahead = [None] * len(inputs) if before is None else before
-    return [conv(x, b, document) for conv, x, b in zip(convolutions, inputs, ahead, strict=True)]
+        return short_conv(inputs, weights, before=before, cu_seqlens=cu_seqlens)
+    outputs = plain_short_conv(inputs, weights, before=before, cu_seqlens=cu_seqlens)
+    # A single tap is a product, which needs no kernel.
+    return [y.to(x.dtype) for x, y in zip(inputs, outputs, strict=True)] if use_kernels(inputs[0]) else outputs
 
 
 def last_inputs(x: Tensor, before: Tensor | None, count: int) -> Tensor:

@@ -8,14 +8,7 @@ from torch import Tensor, nn
 
 from .configuration_lrnn import LrnnConfig
 from .layers import GatedRMSNorm, Mixer, ShortConvolution, convolve, zero_at_padding
-
-try:
-    from lrnn.kernels.delta_rule.api import fused_gated_delta_rule, gated_delta_product
-except ImportError:  # an exported folder, loaded where lrnn is not installed
-    from .delta_rule import (  # type: ignore[import-not-found, no-redef]
-        fused_gated_delta_rule,
-        gated_delta_product,
-    )
+from .ops import fused_gated_delta_rule, gated_delta_product
 
 
 class DeltaNet(Mixer):
@@ -69,7 +62,6 @@ class DeltaNet(Mixer):
             cache,
             self.layer_idx,
             cu_seqlens,
-            document,
         )
         b = self.b_proj(x)
         a = self.a_proj(x) if self.gated else None

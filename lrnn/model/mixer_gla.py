@@ -5,11 +5,7 @@ from torch import Tensor, nn
 
 from .configuration_lrnn import LrnnConfig
 from .layers import GatedRMSNorm, Mixer, zero_at_padding
-
-try:
-    from lrnn.kernels.recurrences import diagonal_recurrence
-except ImportError:  # an exported folder, loaded where lrnn is not installed
-    from .diagonal import diagonal_recurrence  # type: ignore[import-not-found, no-redef]
+from .ops import diagonal_recurrence
 
 LOW_RANK = 16  # of the decay's projection
 TEMPERATURE = 16  # decays near 1: sigmoid^(1/16)

@@ -6,11 +6,7 @@ from torch import Tensor, nn
 
 from .configuration_lrnn import LrnnConfig
 from .layers import GatedRMSNorm, Mixer, ShortConvolution, convolve, zero_at_padding
-
-try:
-    from lrnn.kernels.recurrences import diagonal_recurrence
-except ImportError:  # an exported folder, loaded where lrnn is not installed
-    from .diagonal import diagonal_recurrence  # type: ignore[import-not-found, no-redef]
+from .ops import diagonal_recurrence
 
 
 class Mamba2(Mixer):
@@ -57,7 +53,6 @@ class Mamba2(Mixer):
             cache,
             self.layer_idx,
             cu_seqlens,
-            document,
         )
         q, k = (y[:, :, None].expand(-1, -1, self.heads[0], -1) for y in (q, k))
         v = v.unflatten(-1, self.heads)

@@ -6,11 +6,7 @@ from torch import Tensor, nn
 
 from .configuration_lrnn import LrnnConfig
 from .layers import GatedRMSNorm, Mixer, ShortConvolution, convolve, zero_at_padding
-
-try:
-    from lrnn.kernels.recurrences import diagonal_recurrence
-except ImportError:  # an exported folder, loaded where lrnn is not installed
-    from .diagonal import diagonal_recurrence  # type: ignore[import-not-found, no-redef]
+from .ops import diagonal_recurrence, document_starts
 
 FAR = 1e4  # a log-decay that nothing outlasts
 
@@ -56,7 +52,6 @@ class MLSTM(Mixer):
             cache,
             self.layer_idx,
             cu_seqlens,
-            document,
         )
         q, k, v, gate = (y.unflatten(-1, self.heads) for y in (q, k, self.v_proj(x), self.g_proj(x)))
         log_i, f = (self.if_proj(x).float().unflatten(-1, (2, -1)) + self.gate_bias.float()).unbind(-2)
@@ -93,11 +88,8 @@ def stabilizer(log_i: Tensor, g: Tensor, before: Tensor | None, document: Tensor
     With G the running sum of g, m_t = G_t + max_{j <= t} (log_i_j - G_j).
     """
     g, log_i = g.double(), log_i.double()
-    start = torch.zeros(g.shape[:2], dtype=torch.bool, device=g.device)
-    start[:, 0] = True
-    if document is not None:
-        start[:, 1:] |= document[:, 1:] != document[:, :-1]
-    start = start[..., None]
+    one = torch.zeros(g.shape[:2], dtype=torch.int64, device=g.device)
+    start = document_starts(one if document is None else document)[..., None]
     first = torch.zeros_like(g)
     if before is not None:
         first[:, 0] = before.double()

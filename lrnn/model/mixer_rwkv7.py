@@ -8,11 +8,7 @@ from torch import Tensor, nn
 
 from .configuration_lrnn import LrnnConfig
 from .layers import GatedRMSNorm, Mixer, last_inputs, zero_at_padding
-
-try:
-    from lrnn.kernels.recurrences import rwkv7_recurrence
-except ImportError:  # an exported folder, loaded where lrnn is not installed
-    from .steps import rwkv7_recurrence  # type: ignore[import-not-found, no-redef]
+from .ops import rwkv7_recurrence
 
 INPUTS = "rwkvag"  # what has a token shift of its own: receptance, decay, key, value, in-context rate, gate
 LOW_RANK = 32  # of the projections of decay, rate and gate

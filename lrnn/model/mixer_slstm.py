@@ -6,11 +6,7 @@ from torch import Tensor, nn
 
 from .configuration_lrnn import LrnnConfig
 from .layers import GatedRMSNorm, Mixer
-
-try:
-    from lrnn.kernels.reference.steps import document_starts
-except ImportError:  # an exported folder, loaded where lrnn is not installed
-    from .steps import document_starts  # type: ignore[import-not-found, no-redef]
+from .ops import document_starts
 
 
 class SLSTM(Mixer):

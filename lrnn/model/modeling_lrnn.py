@@ -31,11 +31,7 @@ from .mixer_mamba2 import Mamba2
 from .mixer_mlstm import MLSTM
 from .mixer_rwkv7 import RWKV7
 from .mixer_slstm import SLSTM
-
-try:
-    from lrnn.kernels.reference.delta_rule import document_ids
-except ImportError:  # an exported folder, loaded where lrnn is not installed
-    from .delta_rule import document_ids  # type: ignore[import-not-found, no-redef]
+from .ops import document_ids
 
 MIXERS: dict[str, Any] = {  # classes of mixers, made from (config, layer index)
     "gated_deltanet": DeltaNet,

@@ -10,7 +10,8 @@ from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 from lrnn.kernels.delta_rule.api import gated_delta_product
 from lrnn.kernels.reference import delta_rule as reference
-from lrnn.kernels.reference.delta_rule import document_ids, gated_delta_rule
+from lrnn.kernels.reference.delta_rule import gated_delta_rule
+from lrnn.kernels.reference.documents import document_ids
 
 
 def numpy_recurrence(q, k, v, g, beta, state=None):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrnn.kernels.reference import diagonal
-from lrnn.kernels.reference.steps import document_starts
+from lrnn.kernels.reference.documents import document_starts
 
 Inputs = dict[str, Tensor]
 

@@ -19,7 +19,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.kernels import fla_recurrences, recurrences
 from lrnn.kernels.reference import steps as step_recurrences
-from lrnn.kernels.reference.delta_rule import document_ids
+from lrnn.kernels.reference.documents import document_ids
 from lrnn.model.layers import LrnnCache
 
 FP16, FP32 = torch.float16, torch.float32

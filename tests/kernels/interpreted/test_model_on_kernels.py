@@ -6,9 +6,9 @@ import torch
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.kernels.delta_rule import scans
 from lrnn.kernels.reference import delta_rule as delta_rule_reference
+from lrnn.kernels.reference import gated_rms_norm as gated_rms_norm_reference
 from lrnn.kernels.short_conv import short_conv
-from lrnn.model import layers as layers_lrnn
-from lrnn.model import mixer_deltanet
+from lrnn.model import layers, mixer_deltanet
 from lrnn.pretrain.engine import build_model
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 64}
@@ -19,7 +19,8 @@ def in_pytorch(monkeypatch):
     """A function after which models run in plain PyTorch."""
 
     def switch():
-        monkeypatch.setattr(layers_lrnn, "use_kernels", lambda x: False)
+        monkeypatch.setattr(layers, "use_kernels", lambda x: False)
+        monkeypatch.setattr(layers, "gated_rms_norm", gated_rms_norm_reference.gated_rms_norm)
         monkeypatch.setattr(mixer_deltanet, "fused_gated_delta_rule", delta_rule_reference.fused_gated_delta_rule)
         monkeypatch.setattr(mixer_deltanet, "gated_delta_product", delta_rule_reference.gated_delta_product)
 
@@ -109,7 +110,7 @@ def launches(monkeypatch):
         counts.append(len(xs))
         return short_conv(xs, weights, **options)
 
-    monkeypatch.setattr(layers_lrnn, "short_conv", counted)
+    monkeypatch.setattr(layers, "short_conv", counted)
     return counts
 
 
@@ -122,7 +123,7 @@ def test_a_layer_convolves_in_one_launch(mixer, launches):
 
 def make_convolutions():
     torch.manual_seed(3)
-    convolutions = [layers_lrnn.ShortConvolution(size, 4) for size in (8, 8, 12)]
+    convolutions = [layers.ShortConvolution(size, 4) for size in (8, 8, 12)]
     for convolution in convolutions:
         convolution.reset_parameters()
     return convolutions
@@ -136,16 +137,15 @@ def make_inputs(T):
 def test_one_launch_gives_what_three_give(kind, launches):
     convolutions, inputs = make_convolutions(), [x.requires_grad_() for x in make_inputs(9)]
     weights = [c.weight for c in convolutions]
-    cu_seqlens, document, cache, before = None, None, None, [None] * 3
+    cu_seqlens, cache, before = None, None, [None] * 3
     if kind == "documents":
         cu_seqlens = torch.tensor([0, 4, 4, 11, 18])
-        document = delta_rule_reference.document_ids(cu_seqlens, 2, 9)
     if kind == "continued":
-        cache, earlier = layers_lrnn.LrnnCache(1), make_inputs(5)
-        layers_lrnn.convolve(convolutions, earlier, cache, 0, None, None)
+        cache, earlier = layers.LrnnCache(1), make_inputs(5)
+        layers.convolve(convolutions, earlier, cache, 0, None)
         before = [[x[:, 2:]] for x in earlier]
     launches.clear()
-    found = layers_lrnn.convolve(convolutions, inputs, cache, 0, cu_seqlens, document)
+    found = layers.convolve(convolutions, inputs, cache, 0, cu_seqlens)
     assert launches == [3]
     expected = [
         short_conv([x], [w], before=b, cu_seqlens=cu_seqlens)[0]
@@ -162,7 +162,6 @@ def test_one_launch_gives_what_three_give(kind, launches):
 def test_convolutions_compile_to_one_graph(documents):
     convolutions, inputs = make_convolutions(), make_inputs(9)
     cu_seqlens = torch.tensor([0, 4, 18]) if documents else None
-    document = delta_rule_reference.document_ids(cu_seqlens, 2, 9) if documents else None
-    compiled = torch.compile(layers_lrnn.convolve, fullgraph=True, backend="aot_eager")
-    pairs = [f(convolutions, inputs, None, 0, cu_seqlens, document) for f in (compiled, layers_lrnn.convolve)]
+    compiled = torch.compile(layers.convolve, fullgraph=True, backend="aot_eager")
+    pairs = [f(convolutions, inputs, None, 0, cu_seqlens) for f in (compiled, layers.convolve)]
     assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
