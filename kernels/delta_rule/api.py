@@ -99,10 +99,20 @@ def gated_delta_rule(
     reference.check_precision(precision)
     if not use_kernels(q):
         return reference.gated_delta_rule(
-            q, k, v, g, beta, scale, initial_state, cu_seqlens, normalize_qk, output_final_state
+            q,
+            k,
+            v,
+            g,
+            beta,
+            scale=scale,
+            normalize_qk=normalize_qk,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+            precision=precision,
         )
     options = (initial_state, output_final_state, cu_seqlens, precision, save_states)
-    return _run(q, k, v, g, beta, None, None, scale, 0.0, normalize_qk, *options)
+    return _run(q, k, v, g, beta, None, None, None, scale, normalize_qk, *options)
 
 
 def fused_gated_delta_rule(
@@ -114,7 +124,7 @@ def fused_gated_delta_rule(
     A_log: Tensor | None,
     dt_bias: Tensor | None,
     *,
-    allow_neg_eigval: bool = True,
+    beta_range: float | None = 2.0,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
@@ -124,27 +134,40 @@ def fused_gated_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """The gated delta rule from raw projections: norms, gates and step sizes are computed inside the kernels.
 
-        k^ = k/|k|, q^ = q/|q|        beta = range sigmoid(b)        g = -exp(A_log) softplus(a + dt_bias)
+        k^ = k/|k|, q^ = q/|q|        beta = beta_range sigmoid(b)        g = -exp(A_log) softplus(a + dt_bias)
 
     Args:
         q, k, v: as in `gated_delta_rule`, before normalisation.
         a: raw gates [B, T, HV], any float dtype; None, with A_log and dt_bias, for no gate (DeltaNet).
         b: logits of the step sizes [B, T, HV], any float dtype. -inf, and a of -inf, leave the state as it is.
         A_log, dt_bias: [HV], any float dtype, contiguous.
-        allow_neg_eigval: range 2, eigenvalues in [-1, 1] (arXiv 2411.12537), rather than 1, [0, 1].
+        beta_range: 2 for eigenvalues in [-1, 1] (arXiv 2411.12537), 1 for [0, 1]; None if b are the step sizes
+            themselves.
 
     The other arguments, the results and the errors are those of `gated_delta_rule`.
     """
     reference.check_shapes(q, k, v, a, b, initial_state, cu_seqlens, scale, names=("a", "b"))
     reference.check_gate(a, A_log, dt_bias, v)
+    reference.check_beta_range(beta_range)
     reference.check_precision(precision)
     if not use_kernels(q):
         return reference.fused_gated_delta_rule(
-            q, k, v, a, b, A_log, dt_bias, allow_neg_eigval, scale, initial_state, output_final_state, cu_seqlens
+            q,
+            k,
+            v,
+            a,
+            b,
+            A_log,
+            dt_bias,
+            beta_range=beta_range,
+            scale=scale,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+            precision=precision,
         )
-    beta_range = 2.0 if allow_neg_eigval else 1.0
     options = (initial_state, output_final_state, cu_seqlens, precision, save_states)
-    return _run(q, k, v, a, b, A_log, dt_bias, scale, beta_range, True, *options)
+    return _run(q, k, v, a, b, A_log, dt_bias, beta_range, scale, True, *options)
 
 
 def gated_delta_product(
@@ -194,7 +217,7 @@ def gated_delta_product(
 
 
 def _run(
-    q, k, v, gate, beta, A_log, dt_bias, scale, beta_range, normalize, initial_state, output_final_state, cu_seqlens,
+    q, k, v, gate, beta, A_log, dt_bias, beta_range, scale, normalize_qk, initial_state, output_final_state, cu_seqlens,
     precision, save_states,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     K, V = q.shape[3], v.shape[3]
@@ -214,14 +237,16 @@ def _run(
         v = F.pad(v, (0, more_v))
     if initial_state is not None and (more_k or more_v):
         initial_state = F.pad(initial_state, (0, more_v, 0, more_k))
-    inputs = (q, k, v, gate, beta, A_log, dt_bias, initial_state)
-    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    tensors, options = (q, k, v, gate, beta, A_log, dt_bias), (beta_range, scale, normalize_qk)
+    needs_gradient = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (*tensors, initial_state)
+    )
     if v.shape[1] <= SHORT and not needs_gradient:
-        o, final = gated_delta_rule_recurrent(*inputs, cu_seqlens, scale, beta_range, normalize)
+        o, final = gated_delta_rule_recurrent(*tensors, *options, initial_state, cu_seqlens)
     else:
         saves = needs_gradient and (_saving if save_states is None else save_states)
-        flags = (normalize, output_final_state, precision == "split", saves)
-        o, final, *_ = gated_delta_rule_forward(*inputs, cu_seqlens, scale, beta_range, *flags)
+        flags = (initial_state, output_final_state, cu_seqlens, precision, saves)
+        o, final, *_ = gated_delta_rule_forward(*tensors, *options, *flags)
     return o[..., :V], final[..., :K, :V] if output_final_state else None
 
 

@@ -52,7 +52,7 @@ def _gate_kind(gate: Tensor | None, A_log: Tensor | None) -> str:
 
 
 def _forward_results(
-    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalize: bool, output_final_state: bool, save_states: bool
+    q: Tensor, v: Tensor, normalize_qk: bool, output_final_state: bool, cu_seqlens: Tensor | None, save_states: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Room for what the forward operator returns."""
     B, T, _, K = q.shape
@@ -65,7 +65,7 @@ def _forward_results(
     return (
         torch.empty((B, T, HV, V), dtype=v.dtype, device=v.device),
         floats((sequences, HV, K, V) if output_final_state else 0),
-        torch.empty((B * T, HV * CHUNK), dtype=matrix_dtype(v.dtype, normalize), device=v.device),
+        torch.empty((B * T, HV * CHUNK), dtype=matrix_dtype(v.dtype, normalize_qk), device=v.device),
         floats((4 * HV, chunks * CHUNK)),
         floats((B * segments, HV, K, V) if segments > 1 else 0),
         floats((B * segments, HV, K, V + K) if segments > 1 else 0),
@@ -83,13 +83,13 @@ def gated_delta_rule_forward(
     beta: Tensor,
     A_log: Tensor | None,
     dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    beta_range: float | None,
     scale: float,
-    beta_range: float,
-    normalize: bool,
+    normalize_qk: bool,
+    initial_state: Tensor | None,
     output_final_state: bool,
-    split: bool,
+    cu_seqlens: Tensor | None,
+    precision: str,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, final state, and what the backward pass needs: C, four numbers a token and head, states of the segments, and
@@ -98,17 +98,17 @@ def gated_delta_rule_forward(
     The numbers stand in rows: accumulated log-gates (base 2), step sizes, log2 of 1/|k| and of 1/|q|.
 
     `gate` is the log-gate, or the raw gate where `A_log` and `dt_bias` are given; `beta` the step size, or its logit
-    where `beta_range` is not 0. `split` takes what enters the states, and in the backward pass their gradients, as a
-    sum of two numbers of 16 bits. Checked by `lrnn.kernels.delta_rule.api`, the public function.
+    unless `beta_range` is None. With `precision` "split" what enters the states, and in the backward pass their
+    gradients, is a sum of two numbers of 16 bits. Checked by `lrnn.kernels.delta_rule.api`, the public function.
     """
-    results = _forward_results(q, v, cu_seqlens, normalize, output_final_state, save_states)
+    results = _forward_results(q, v, normalize_qk, output_final_state, cu_seqlens, save_states)
     o, final, c, vectors, starts, segment_ends, y, states = results
-    s = Scan(q, k, v, c, vectors, cu_seqlens, scale, normalize, split)
-    s.run_inverse(gate, beta, A_log, dt_bias, beta_range, _gate_kind(gate, A_log))
+    s = Scan(q, k, v, c, vectors, cu_seqlens, scale, normalize_qk, precision == "split")
+    s.run_inverse(gate, beta, A_log, dt_bias, beta_range or 0.0, _gate_kind(gate, A_log))
     initial = None if initial_state is None else initial_state.contiguous()
     last: Tensor | None = final if output_final_state else None
     if s.segments > 1:
-        reach = s.find_reach(normalize and beta_range != 0, initial is not None, output_final_state)
+        reach = s.find_reach(normalize_qk and beta_range is not None, initial is not None, output_final_state)
         s.run_forward(None, segment_ends, reach=reach)
         s.join_segments(starts, segment_ends, segment_ends, initial, None, backward=False)
         initial = starts
@@ -122,10 +122,10 @@ def gated_delta_rule_forward(
 
 @torch.library.register_fake("lrnn::gated_delta_rule_forward", lib=_library)
 def _(
-    q, k, v, gate, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, beta_range, normalize, output_final_state,
-    split, save_states,
+    q, k, v, gate, beta, A_log, dt_bias, beta_range, scale, normalize_qk, initial_state, output_final_state, cu_seqlens,
+    precision, save_states,
 ):  # fmt: skip
-    return _forward_results(q, v, cu_seqlens, normalize, output_final_state, save_states)
+    return _forward_results(q, v, normalize_qk, output_final_state, cu_seqlens, save_states)
 
 
 @_operator
@@ -139,18 +139,18 @@ def gated_delta_rule_backward(
     beta: Tensor,
     A_log: Tensor | None,
     dt_bias: Tensor | None,
+    beta_range: float | None,
+    scale: float,
+    normalize_qk: bool,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    precision: str,
     c: Tensor,
     vectors: Tensor,
     starts: Tensor,
     segment_ends: Tensor,
     y: Tensor,
     states: Tensor,
-    scale: float,
-    beta_range: float,
-    normalize: bool,
-    split: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, gate, beta, A_log and dt_bias [2, HV], and the initial state; empty where there is no such
     input.
@@ -160,7 +160,7 @@ def gated_delta_rule_backward(
     given. The gradients are contiguous, of the shapes of their inputs; those of A_log, dt_bias and the initial state
     are float32, the others have the dtypes of their inputs.
     """
-    s = Scan(q, k, v, c, vectors, cu_seqlens, scale, normalize, split)
+    s = Scan(q, k, v, c, vectors, cu_seqlens, scale, normalize_qk, precision == "split")
     do = with_rows(do)
     dlast = None if dfinal is None else dfinal.contiguous()
     by_token, by_chunk = (s.B * s.T, s.HV * s.V), (s.chunks.count * s.HV * s.V, s.K)
@@ -174,7 +174,7 @@ def gated_delta_rule_backward(
         s.run_forward(initial, None, y=y, states=states)
     if s.segments > 1:
         dstarts, dends = (s.empty(s.chunks.sequences, s.HV, s.K, s.V) for _ in range(2))
-        reach = s.find_reach(normalize and beta_range != 0, initial_state is not None, dlast is not None)
+        reach = s.find_reach(normalize_qk and beta_range is not None, initial_state is not None, dlast is not None)
         s.run_backward_scan(do, None, dstarts, reach=reach)
         s.join_segments(dends, dstarts, segment_ends, dlast, dinitial, backward=True)
         s.run_backward_scan(do, dends, None, dv, dstates)
@@ -206,11 +206,11 @@ def gated_delta_rule_backward(
         s.chunks.count,
         s.chunks.seq_len,
         s.R,
-        beta_range,
+        beta_range or 0.0,
         HV=s.HV,
         BT=CHUNK,
         GATE=kind,
-        RAW_BETA=beta_range != 0,
+        RAW_BETA=beta_range is not None,
         IS_VARLEN=cu_seqlens is not None,
         **GATE_BACKWARD,
     )
@@ -221,7 +221,7 @@ def gated_delta_rule_backward(
 
 
 @torch.library.register_fake("lrnn::gated_delta_rule_backward", lib=_library)
-def _(do, dfinal, q, k, v, gate, beta, A_log, dt_bias, initial_state, *rest):
+def _(do, dfinal, q, k, v, gate, beta, A_log, dt_bias, beta_range, scale, normalize_qk, initial_state, *rest):
     def like(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
         if x is None:
             return v.new_empty([0], dtype=torch.float32)
@@ -236,26 +236,27 @@ class _GatedDeltaRule(torch.autograd.Function):
     def forward(ctx, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
             output = gated_delta_rule_forward(*inputs)
-        *tensors, ctx.scale, ctx.beta_range, ctx.normalize, _, ctx.split, _ = inputs
-        ctx.save_for_backward(*tensors, *output[2:])
+        *tensors, beta_range, scale, normalize_qk, initial_state, _, cu_seqlens, precision, _ = inputs
+        ctx.save_for_backward(*tensors, initial_state, cu_seqlens, *output[2:])
+        ctx.options, ctx.precision = (beta_range, scale, normalize_qk), precision
         ctx.set_materialize_grads(False)
         return output
 
     @staticmethod
     def backward(ctx, do, dfinal, *unused):
-        q, k, v, gate, beta, A_log, dt_bias, initial_state, *rest = ctx.saved_tensors
+        q, k, v, *numbers, initial_state, cu_seqlens, c, vectors, starts, segment_ends, y, states = ctx.saved_tensors
         if do is None:
             do = torch.zeros_like(v)
         if dfinal is not None and dfinal.numel() == 0:
             dfinal = None
-        inputs = (gate, beta, A_log, dt_bias, initial_state)
         with contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd():
-            dq, dk, dv, dgate, dbeta, numbers, dinitial = gated_delta_rule_backward(
-                do, dfinal, q, k, v, *inputs, *rest, ctx.scale, ctx.beta_range, ctx.normalize, ctx.split
-            )
-        found = (dgate, dbeta, *numbers.unbind(), dinitial)
-        d = [None if x is None else dx.to(x.dtype) for x, dx in zip(inputs, found, strict=True)]
-        return dq, dk, dv, *d, None, None, None, None, None, None, None
+            dq, dk, dv, dgate, dbeta, dparameters, dinitial = gated_delta_rule_backward(
+                do, dfinal, q, k, v, *numbers, *ctx.options, initial_state, cu_seqlens, ctx.precision, c, vectors,
+                starts, segment_ends, y, states,
+            )  # fmt: skip
+        found = zip((*numbers, initial_state), (dgate, dbeta, *dparameters.unbind(), dinitial), strict=True)
+        *d, dinitial = (None if x is None else dx.to(x.dtype) for x, dx in found)
+        return dq, dk, dv, *d, None, None, None, dinitial, None, None, None, None
 
 
 def _forward_with_gradients(*inputs):
@@ -284,11 +285,11 @@ def gated_delta_rule_recurrent(
     beta: Tensor,
     A_log: Tensor | None,
     dt_bias: Tensor | None,
+    beta_range: float | None,
+    scale: float,
+    normalize_qk: bool,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    scale: float,
-    beta_range: float,
-    normalize: bool,
 ) -> tuple[Tensor, Tensor]:
     """o and the final state, token by token, without gradients. Arguments as in the forward operator."""
     B, T, H, K = q.shape
@@ -313,14 +314,14 @@ def gated_delta_rule_recurrent(
         cu_seqlens,
         T,
         scale,
-        beta_range,
+        beta_range or 0.0,
         H=H,
         HV=HV,
         K=K,
         V=V,
-        NORMALIZE=normalize,
+        NORMALIZE=normalize_qk,
         GATE=_gate_kind(gate, A_log),
-        RAW_BETA=beta_range != 0,
+        RAW_BETA=beta_range is not None,
         HAS_INITIAL=initial_state is not None,
         IS_VARLEN=cu_seqlens is not None,
         **settings,
@@ -329,7 +330,7 @@ def gated_delta_rule_recurrent(
 
 
 @torch.library.register_fake("lrnn::gated_delta_rule_recurrent", lib=_library)
-def _(q, k, v, gate, beta, A_log, dt_bias, initial_state, cu_seqlens, *rest):
+def _(q, k, v, gate, beta, A_log, dt_bias, beta_range, scale, normalize_qk, initial_state, cu_seqlens):
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = v.new_empty([sequences, v.shape[2], q.shape[3], v.shape[3]], dtype=torch.float32)
     return v.new_empty(v.shape), final

@@ -27,15 +27,16 @@ def gated_delta_rule(
     v: Tensor,
     g: Tensor | None,
     beta: Tensor,
+    *,
     scale: float | None = None,
-    initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
     normalize_qk: bool = False,
-    output_final_state: bool = True,
-    chunk_size: int = 64,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
     precision: str = "standard",
+    chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gated delta rule over whole sequences, by chunks; one token at a time where T is 1.
+    """Apply the gated delta rule to whole sequences, by chunks; to one token at a time if T is 1.
 
     Args:
         q, k: queries and keys [B, T, H, K], any float dtype.
@@ -43,15 +44,15 @@ def gated_delta_rule(
         g: log-gates [B, T, HV], at most 0, any float dtype; None for no gate.
         beta: step sizes [B, T, HV], in [0, 2], any float dtype.
         scale: factor on the output, above 0; default K ** -0.5.
+        normalize_qk: use q/|q| and k/|k|, with |x| at least 1e-6; otherwise q and k are used as given.
         initial_state: [N, HV, K, V], any float dtype, or None for zeros; N is B, or the number of documents with
             `cu_seqlens`.
+        output_final_state: whether the final state is returned.
         cu_seqlens: int32 or int64 [N + 1], boundaries of documents in the flattened B * T tokens, all of them covered.
             Each document starts from its initial state. Documents may be empty.
-        normalize_qk: use q/|q| and k/|k|, with |x| at least 1e-6; otherwise q and k are used as given.
-        output_final_state: whether the final state is returned.
-        chunk_size: tokens a chunk.
-        precision: "standard" or "split", as the kernels take it. Here nothing is rounded to 16 bits, so it changes
-            nothing: it is there for models that ask for it.
+        precision: "standard" or "split", as the kernels take it. Nothing is rounded to 16 bits here, so it changes
+            nothing; models may ask for either.
+        chunk_size: tokens per chunk.
 
     Returns:
         o [B, T, HV, V] in the dtype of v, and the final state [N, HV, K, V] in float32 (float64 for float64 inputs), or
@@ -90,35 +91,47 @@ def fused_gated_delta_rule(
     b: Tensor,
     A_log: Tensor | None,
     dt_bias: Tensor | None,
-    allow_neg_eigval: bool = True,
+    *,
+    beta_range: float | None = 2.0,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     precision: str = "standard",
 ) -> tuple[Tensor, Tensor | None]:
-    """The same from raw projections: q and k are normalised, gates and step sizes computed from a and b.
+    """Apply the gated delta rule to raw projections: normalise q and k, and compute gates and step sizes from a and b.
 
-        beta = range sigmoid(b), range 2 for eigenvalues in [-1, 1], 1 for [0, 1]
-        g = -exp(A_log) softplus(a + dt_bias)
+        beta = beta_range sigmoid(b)        g = -exp(A_log) softplus(a + dt_bias)
 
     Args:
         a, b: [B, T, HV], any float dtype; a is None (with A_log and dt_bias) for no gate.
         A_log, dt_bias: [HV], any float dtype, contiguous.
-        allow_neg_eigval: eigenvalues in [-1, 1] rather than [0, 1] (arXiv 2411.12537).
+        beta_range: 2 for eigenvalues in [-1, 1] (arXiv 2411.12537), 1 for [0, 1]; None if b are the step sizes
+            themselves.
 
     The other arguments, the results and the errors are those of `gated_delta_rule`.
     """
     check_shapes(q, k, v, a, b, initial_state, cu_seqlens, scale, names=("a", "b"))
     check_gate(a, A_log, dt_bias, v)
+    check_beta_range(beta_range)
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     with torch.autocast(q.device.type, enabled=False):
-        beta = (2.0 if allow_neg_eigval else 1.0) * b.to(dtype).sigmoid()
+        beta = b if beta_range is None else beta_range * b.to(dtype).sigmoid()
         g = None
         if a is not None and A_log is not None and dt_bias is not None:
             g = -A_log.to(dtype).exp() * F.softplus(a.to(dtype) + dt_bias.to(dtype))
     return gated_delta_rule(
-        q, k, v, g, beta, scale, initial_state, cu_seqlens, True, output_final_state, precision=precision
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale=scale,
+        normalize_qk=True,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        precision=precision,
     )
 
 
@@ -128,19 +141,25 @@ def gated_delta_product(
     v: Tensor,
     g: Tensor | None,
     beta: Tensor,
+    *,
     scale: float | None = None,
-    initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
     normalize_qk: bool = False,
-    output_final_state: bool = True,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
     precision: str = "standard",
 ) -> tuple[Tensor, Tensor | None]:
-    """Gated DeltaProduct (arXiv 2502.10297, equation 5) on the rule above; arguments as in `factors_as_steps`."""
-    steps = factors_as_steps(q, k, v, g, beta, cu_seqlens)
+    """Apply gated DeltaProduct (arXiv 2502.10297, equation 5) by the rule above; arguments as in `factors_as_steps`."""
+    *steps, bounds = factors_as_steps(q, k, v, g, beta, cu_seqlens)
     n_h = k.shape[2]
-    q, k, v, g, beta, cu_seqlens = steps
     o, state = gated_delta_rule(
-        q, k, v, g, beta, scale, initial_state, cu_seqlens, normalize_qk, output_final_state, precision=precision
+        *steps,
+        scale=scale,
+        normalize_qk=normalize_qk,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=bounds,
+        precision=precision,
     )
     return o[:, n_h - 1 :: n_h], state
 
@@ -219,6 +238,12 @@ def check_gate(a, A_log, dt_bias, v):
                 f"{name} must be [HV] = [{v.shape[2]}] and contiguous; got {list(x.shape)}, strides {list(x.stride())}"
             )
     _check_numbers({"A_log": A_log, "dt_bias": dt_bias}, v.device)
+
+
+def check_beta_range(beta_range):
+    """Raise ValueError unless the range is None or in (0, 2]: with larger step sizes a transition could grow."""
+    if beta_range is not None and not 0 < beta_range <= 2:
+        raise ValueError(f"beta_range must be in (0, 2], or None for step sizes as they are; got {beta_range}")
 
 
 def check_documents(cu_seqlens, device, tokens):

@@ -91,7 +91,7 @@ class DeltaNet(Mixer):
     def _one_factor(self, q, k, v, a, b, **options) -> tuple[Tensor, Tensor | None]:
         q, k, v = (y.unflatten(-1, self.heads) for y in (q, k, v))
         A_log, dt_bias = (self.A_log, self.dt_bias) if self.gated else (None, None)
-        return fused_gated_delta_rule(q, k, v, a, b, A_log, dt_bias, allow_neg_eigval=self.beta_range == 2.0, **options)
+        return fused_gated_delta_rule(q, k, v, a, b, A_log, dt_bias, beta_range=self.beta_range, **options)
 
     def _several_factors(self, q, k, v, a, b, **options) -> tuple[Tensor, Tensor | None]:
         q = q.unflatten(-1, self.heads)

@@ -51,14 +51,14 @@ def error(x, truth):
 @pytest.mark.parametrize("gate", [0.0, 0.3, 20.0])
 def test_matches_the_float64_recurrence(T, gate):
     args = inputs(T, gate=gate)
-    o, final = gated_delta_rule(*args)
+    o, final = gated_delta_rule(*args, output_final_state=True)
     o_true, final_true = numpy_recurrence(*args)
     assert error(o, o_true) < 2e-6 and error(final, final_true) < 2e-6
 
 
 def test_no_gate_is_a_gate_of_one():
     q, k, v, g, beta = inputs(130)
-    o, final = gated_delta_rule(q, k, v, None, beta)
+    o, final = gated_delta_rule(q, k, v, None, beta, output_final_state=True)
     o_true, final_true = numpy_recurrence(q, k, v, 0 * g, beta)
     assert error(o, o_true) < 2e-6 and error(final, final_true) < 2e-6
 
@@ -67,8 +67,8 @@ def test_initial_state_and_continuation():
     args = inputs(150)
     start = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(1))
     o_true, final_true = numpy_recurrence(*args, state=start)
-    o1, state = gated_delta_rule(*(x[:, :70] for x in args), initial_state=start)
-    o2, final = gated_delta_rule(*(x[:, 70:] for x in args), initial_state=state)
+    o1, state = gated_delta_rule(*(x[:, :70] for x in args), initial_state=start, output_final_state=True)
+    o2, final = gated_delta_rule(*(x[:, 70:] for x in args), initial_state=state, output_final_state=True)
     assert error(torch.cat([o1, o2], 1), o_true) < 2e-6 and error(final, final_true) < 2e-6
 
 
@@ -76,7 +76,7 @@ def test_one_token_at_a_time():
     args = inputs(20)
     state, outputs = None, []
     for t in range(20):
-        o, state = gated_delta_rule(*(x[:, t : t + 1] for x in args), initial_state=state)
+        o, state = gated_delta_rule(*(x[:, t : t + 1] for x in args), initial_state=state, output_final_state=True)
         outputs.append(o)
     o_true, final_true = numpy_recurrence(*args)
     assert error(torch.cat(outputs, 1), o_true) < 2e-6 and error(state, final_true) < 2e-6
@@ -140,7 +140,7 @@ def test_matches_transformers(function):
     theirs = getattr(qwen3_next, function)
     theirs = getattr(theirs, "__wrapped__", theirs)  # with fla installed, transformers swaps in fla's GPU kernels
     o_true, final_true = theirs(q, k, v, g=g, beta=beta, initial_state=None, output_final_state=True)
-    o, final = gated_delta_rule(q, k, v, g, beta)
+    o, final = gated_delta_rule(q, k, v, g, beta, output_final_state=True)
     assert error(o, o_true.double()) < 1e-5 and error(final, final_true.double()) < 1e-5
 
 
@@ -149,7 +149,8 @@ def test_a_reflection_is_carried_far():
     T = 4096
     k = F.normalize(torch.randn(1, 1, 1, 32, generator=torch.Generator().manual_seed(0)), dim=-1).expand(1, T, 1, 32)
     start = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(1))
-    _, final = gated_delta_rule(k, k, torch.zeros(1, T, 1, 32), None, torch.full((1, T, 1), 2.0), initial_state=start)
+    v, beta = torch.zeros(1, T, 1, 32), torch.full((1, T, 1), 2.0)
+    _, final = gated_delta_rule(k, k, v, None, beta, initial_state=start, output_final_state=True)
     assert error(final, start.double()) < 1e-3
 
 
@@ -157,7 +158,7 @@ def test_strong_gates_and_extreme_betas_stay_exact():
     q, k, v, g, beta = inputs(130)
     g[:, ::3], g[:, 1::3] = -80.0, 0.0
     beta[:, ::2], beta[:, 1::4] = 2.0, 0.0
-    o, final = gated_delta_rule(q, k, v, g, beta)
+    o, final = gated_delta_rule(q, k, v, g, beta, output_final_state=True)
     o_true, final_true = numpy_recurrence(q, k, v, g, beta)
     assert error(o, o_true) < 2e-6 and error(final, final_true) < 2e-6
 

@@ -87,9 +87,9 @@ def gated_delta_rule(q, k, v, g, beta, **options) -> tuple[Tensor, Tensor | None
     return gated_delta_product(q, k[:, :, None], v[:, :, None], g, beta[:, :, None], **options)
 
 
-def fused_gated_delta_rule(q, k, v, a, b, A_log, dt_bias, *, allow_neg_eigval=True, **options):
-    """From raw projections: q / |q|, k / |k|, beta = (2 or 1) sigmoid(b), g = -exp(A_log) softplus(a + dt_bias)."""
-    beta = (2 if allow_neg_eigval else 1) * b.double().sigmoid()
+def fused_gated_delta_rule(q, k, v, a, b, A_log, dt_bias, *, beta_range=2.0, **options):
+    """From raw projections: q / |q|, k / |k|, beta = beta_range sigmoid(b), g = -exp(A_log) softplus(a + dt_bias)."""
+    beta = b if beta_range is None else beta_range * b.double().sigmoid()
     g = None if a is None else -A_log.double().exp() * F.softplus(a.double() + dt_bias.double())
     return gated_delta_rule(q, k, v, g, beta, normalize_qk=True, **options)
 

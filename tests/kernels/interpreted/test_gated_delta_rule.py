@@ -201,7 +201,7 @@ def test_raw_projections(gated, negative, dtype):
     if not gated:
         x |= {"a": None, "A_log": None, "dt_bias": None}
     functions = fused_gated_delta_rule, truth.fused_gated_delta_rule
-    compare(x, BARS[dtype], f"raw, gated {gated}, negative {negative}", *functions, allow_neg_eigval=negative)
+    compare(x, BARS[dtype], f"raw, gated {gated}, negative {negative}", *functions, beta_range=2.0 if negative else 1.0)
 
 
 def test_raw_projections_at_their_limits():

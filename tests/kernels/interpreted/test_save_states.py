@@ -102,10 +102,10 @@ def test_nothing_is_kept_without_gradients(mode, forward_scans):
 
 def test_what_the_operator_returns():
     x = inputs.random(2, 70, H=1, HV=2, K=64, V=128, dtype=FP16)
-    arguments = (x["q"], x["k"], x["v"], x["g"], x["beta"], None, None, None, None, 1.0, 0.0, True, False, False)
+    arguments = (x["q"], x["k"], x["v"], x["g"], x["beta"], None, None, None, 1.0, True, None, False, None, "standard")
     for run in (
         lambda saves: delta_rule_op.gated_delta_rule_forward(*arguments, saves)[-2:],
-        lambda saves: delta_rule_op._forward_results(x["q"], x["v"], None, True, False, saves)[-2:],
+        lambda saves: delta_rule_op._forward_results(x["q"], x["v"], True, False, None, saves)[-2:],
     ):
         y, states = run(True)
         assert y.shape == (140, 2 * 128) and states.shape == (2 * 2 * 2 * 128, 64)

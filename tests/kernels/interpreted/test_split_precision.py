@@ -98,7 +98,7 @@ def test_product_passes_it_on():
     x |= factors | {n: x[n][:, ::2].contiguous() for n in ("q", "g")}
     with torch.no_grad(), OperatorCalls() as calls:
         gated_delta_product(**x, normalize_qk=True, precision="split")
-    assert calls.made["lrnn::gated_delta_rule_forward"][1][-2] is True
+    assert calls.made["lrnn::gated_delta_rule_forward"][1][-2] == "split"
 
 
 def test_float32_and_short_sequences_are_as_before():
@@ -117,8 +117,8 @@ def test_operators_keep_the_rules():
     x = inputs.random(1, 2, H=1, dtype=FP16, raw=True)
     with OperatorCalls() as calls:
         evaluate(fused_gated_delta_rule, x, *inputs.arriving(x), precision="split")
-    for name, place in (("forward", -2), ("backward", -1)):
-        assert calls.made[f"lrnn::gated_delta_rule_{name}"][1][place] is True
+    for name, place in (("forward", -2), ("backward", -7)):
+        assert calls.made[f"lrnn::gated_delta_rule_{name}"][1][place] == "split"
     calls.opcheck()
 
 
