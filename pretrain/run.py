@@ -1,10 +1,12 @@
-"""What a run consists of: model, data and checkpoint, found and checked; its engine; how far it is."""
+"""A run: what it owns, how it starts and ends, and everything around the training step."""
 
-import json
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
@@ -12,132 +14,320 @@ from lrnn.files import write_atomically
 from lrnn.model_config import load_model_config
 from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.checkpoint import zero_state
+from lrnn.pretrain.checkpoint.writer import CheckpointWriter, Outcome
 from lrnn.pretrain.config import Config
-from lrnn.pretrain.data.sources import Data, HeldOut, open_data
-from lrnn.pretrain.distributed import Ranks
+from lrnn.pretrain.data.heldout import HeldOut
+from lrnn.pretrain.data.micro_batch import MicroBatch
+from lrnn.pretrain.data.training_data import TrainingData, open_data
+from lrnn.pretrain.distributed import STOPPED, Ranks, StopRequest
 from lrnn.pretrain.engine import build_engine, build_model, deepspeed_config
-from lrnn.pretrain.metrics.log import EigenvalueProbe
+from lrnn.pretrain.guard import Guard, Verdict
+from lrnn.pretrain.metrics.eigenvalues import EigenvalueProbe
+from lrnn.pretrain.metrics.log import MetricsLog
+from lrnn.pretrain.metrics.speed import Speed
+from lrnn.pretrain.progress import Progress, check_same_run
+from lrnn.pretrain.schedule import learning_rate
+from lrnn.pretrain.step import Step, warm_up
+from lrnn.pretrain.watchdog.watchdog import Watchdog
 from lrnn.run_lock import RunLock
 from lrnn.settings import dump
 
-
-@dataclass
-class Progress:
-    """How far a run is; stored in every checkpoint."""
-
-    step: int = 0  # steps done, skipped ones included
-    samples: int = 0  # samples consumed: the position in the data; after a rollback more than `step` would need
-    tokens: int = 0  # labels that the loss was taken over
-    skipped_steps: int = 0
-    optimizer_step: int = 0  # updates applied
-    stream: dict[str, Any] | None = None  # position in a streamed source
-    rollbacks: int = 0
-    losses: list[float] = field(default_factory=list)  # of the last steps, by which a spike is known
+T = TypeVar("T")
 
 
-@dataclass
 class Run:
-    """What a run needs before there is an engine; all of it is checked."""
+    """A pretraining run on one rank. All ranks call the same methods in the same order.
 
-    model_config: LrnnConfig
-    data: Data
-    heldout: HeldOut
-    saved: Path | None  # the checkpoint to go on from
-    progress: Progress
-
-
-def open_run(config: Config, ranks: Ranks, exits: ExitStack) -> Run:
-    """Find and check model, data and checkpoint, and hold the run's folder until `exits` is closed.
-
-    Raises UserError on all ranks for whatever is wrong with them.
+    Attributes:
+        config: the run's configuration.
+        ranks: this process among all.
+        progress: how far the run is.
+        engine: the DeepSpeed engine around the model.
+        guard: decides whether a step may reach the weights.
+        log: the run's log on the main process, None on others.
     """
-    run_dir = Path(config.run_dir)
 
-    def open_parts() -> Run:
-        model_config = load_model_config(config.model)
-        deepspeed_config(config, ranks.world_size)
-        data = open_data(config, model_config, ranks)
-        return Run(model_config, data, HeldOut(data, config, ranks), None, Progress())
+    @classmethod
+    @contextmanager
+    def open(cls, config: Config, ranks: Ranks, stop: StopRequest) -> Iterator["Run"]:
+        """Start a run, or resume it from its newest checkpoint, and hold its folder within the `with` block.
 
-    def open_folder() -> Path | None:
-        exits.enter_context(RunLock(run_dir))
-        return checkpoint.find_newest(run_dir)  # it reads all checksums
+        Args:
+            config: the run's configuration.
+            ranks: this process among all.
+            stop: tells whether this process was asked to stop.
 
-    run = ranks.together(open_parts)
-    run.saved = ranks.gather(ranks.together(open_folder if ranks.is_main else lambda: None))[0]
-    if run.saved is not None:
-        check_same_run(run.saved, run.model_config, run.data.description)
-        run.progress = Progress(**checkpoint.read_progress(run.saved)["progress"])
+        Raises:
+            UserError: on all ranks, whatever is wrong with model, data, checkpoint or folder.
+        """
+        with ExitStack() as exits:
+            yield cls(config, ranks, stop, exits)
 
-    def write_config() -> None:
+    def __init__(self, config: Config, ranks: Ranks, stop: StopRequest, exits: ExitStack):
+        self.config, self.ranks, self._stop = config, ranks, stop
+        self.progress = Progress()
+        self._data_error: str | None = None
+        self._stopped = False
+        self._watchdog = exits.enter_context(Watchdog(ranks, config.watchdog))
+        with self.phase("checking data and checkpoints", step=0):
+            self._model_config, self._data, self._heldout = ranks.together(self._check_parts)
+            self._saved = self._open_folder(exits)
+            if self._saved is not None:
+                check_same_run(self._saved, self._model_config, self._data.description)
+                self.progress = Progress.read(self._saved)
+            self._first_step = self.progress.step
+            self._write_config()
+        with self.phase("starting the engine" if self._saved is None else "loading the checkpoint", step=0):
+            self.engine, self._probe = self._start_engine()
+        self.log: MetricsLog | None = None
+        if ranks.is_main:
+            log = MetricsLog(config, self._first_step, self._saved is not None, ranks)
+            self.log = self._watchdog.log = exits.enter_context(closing(log))
+        self._say(self._describe())
+        self._speed = Speed(config, self._model_config, ranks)
+        self.guard = Guard(config, ranks, self.progress.losses, self.log)
+        run_dir, save_tokenizer = Path(config.run_dir), self._data.save_tokenizer
+        self._writer = exits.enter_context(
+            CheckpointWriter(run_dir, ranks, config.checkpoint, save_tokenizer, self._report_checkpoint)
+        )
+        loader = self._data.loader(self.progress.samples, self.progress.stream, ranks.device.type == "cuda")
+        exits.enter_context(loader)
+        self._loader = loader
+        if not self.finished:
+            with self.phase("trying a first pass", step=0):
+                warm_up(self.engine, self._data.throwaway_batch())
+                ranks.barrier()
+        self._speed.skip()
+
+    @contextmanager
+    def phase(self, name: str, step: int | None = None) -> Iterator[None]:
+        """Tell the watchdog what the main thread does from here on.
+
+        All ranks enter the same phases in the same order. A phase lasts until the next one begins, so that there is no
+        time without one.
+
+        Args:
+            name: completes the sentence "the rank is ...".
+            step: the step that the phase belongs to, 0 before the first; default the next step.
+        """
+        self._watchdog.enter(name, self.progress.step + 1 if step is None else step)
+        yield
+
+    @property
+    def finished(self) -> bool:
+        """Return whether all steps are done."""
+        return self.progress.step >= self.config.steps
+
+    def next_batches(self) -> list[MicroBatch] | None:
+        """Return this rank's micro-batches of the next step.
+
+        Returns:
+            None, on all ranks, if the run ends early: a rank was asked to stop, or has no data.
+        """
+        batches: list[MicroBatch] = []
         try:
-            write_atomically(run_dir / "run.yaml", dump(config))
-        except OSError as error:
-            raise UserError(f"run_dir {run_dir} cannot be written ({error.strerror}: {error.filename})") from None
-
-    ranks.together(write_config if ranks.is_main else lambda: None)
-    return run
-
-
-def start_engine(run: Run, config: Config, ranks: Ranks) -> tuple[Any, EigenvalueProbe]:
-    """The model, with the checkpoint's weights and moments where there is one, in a DeepSpeed engine."""
-    model = build_model(run.model_config, config.seed, config.activation_checkpointing)
-    state = checkpoint.SavedState(run.saved) if run.saved is not None else None
-    if state is not None:
-        state.load_into(model)
-    probe = EigenvalueProbe(model)
-    engine = build_engine(model.to(ranks.device), config, ranks)
-    if state is not None:
-        zero_state.restore(engine, state.read, run.progress.optimizer_step)
-    return engine, probe
-
-
-def roll_back(run: Run, engine: Any, config: Config, ranks: Ranks) -> Path | None:
-    """Put weights, moments and step of the newest intact checkpoint into the engine; the position in the data stays.
-
-    Returns the checkpoint's folder, or None where there is none yet, and then nothing is changed.
-    """
-
-    def newest() -> Path | None:
-        return checkpoint.find_newest(Path(config.run_dir)) if ranks.is_main else None
-
-    saved = ranks.gather(ranks.together(newest))[0]
-    if saved is None:
-        return None
-    before = Progress(**checkpoint.read_progress(saved)["progress"])
-    state = checkpoint.SavedState(saved)
-    zero_state.load_module(engine, state.load_into)
-    zero_state.restore(engine, state.read, before.optimizer_step)
-    run.progress.step, run.progress.tokens, run.progress.losses = before.step, before.tokens, before.losses
-    run.progress.rollbacks += 1
-    return saved
-
-
-def contents_of_checkpoint(run: Run, config: Config, engine: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """What a checkpoint says of the run as it stands: its `progress.json`, and its other small files by name."""
-    run.progress.optimizer_step = zero_state.optimizer_step(engine)
-    progress = {"step": run.progress.step, "progress": asdict(run.progress), "data": run.data.description}
-    texts = {"config.json": run.model_config.to_json_string(use_diff=False), "run.yaml": dump(config)}
-    return progress, texts
-
-
-def check_same_run(saved: Path, model_config: LrnnConfig, description: dict[str, Any]) -> None:
-    """Raises UserError where a checkpoint is of another model, or its position is one in other data."""
-    # A checkpoint that is older than a field was trained with what is now the field's default.
-    before = LrnnConfig().to_dict() | json.loads((saved / "config.json").read_text())
-    now = json.loads(model_config.to_json_string(use_diff=False))
-    ignored = {"transformers_version", "dtype"}
-    for key in sorted((set(before) | set(now)) - ignored):
-        if before.get(key) != now.get(key):
-            raise UserError(
-                f"{saved} was trained with {key} = {before.get(key)!r}, the model configuration says {now.get(key)!r}; "
-                "a run resumes with the model it began with: restore the configuration, or choose another run_dir"
+            batches = next(self._loader)
+        except (UserError, OSError) as error:  # a shard that is corrupt, a source that went away
+            self._data_error = str(error)
+        with self.phase("agreeing whether to continue"):
+            # All ranks agree once per step: does any rank want to stop, lack data, or still write a checkpoint?
+            stopped, broken, writing = self.ranks.worst(
+                self._stop.signal is not None, self._data_error is not None, self._writer.vote
             )
-    data_before = checkpoint.read_progress(saved)["data"]
-    for key in sorted(set(data_before) | set(description)):
-        if data_before.get(key) != description.get(key):
-            raise UserError(
-                f"{saved} was trained on data with {key} = {data_before.get(key)!r}, now it is "
-                f"{description.get(key)!r}; the position in the data would mean something else: restore it, or choose "
-                "another run_dir"
-            )
+        self._writer.advance(writing)
+        self._stopped = bool(stopped)
+        return None if stopped or broken else batches
+
+    def learning_rate(self) -> float:
+        """Return the learning rate of the next step."""
+        return learning_rate(self.progress.step, self.config)
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Time the `with` block as the computation of the next step, and note its eigenvalues if it is recorded."""
+        if self._is_recorded(self.progress.step + 1):
+            self._probe.arm()
+        with self._speed.step():
+            yield
+
+    def judge(self, step: Step, batches: list[MicroBatch]) -> Verdict:
+        """Count a step as done, and return whether it was good, skipped, or calls for a rollback.
+
+        Raises:
+            UserError: on all ranks, if too many steps in a row were skipped.
+        """
+        progress = self.progress
+        progress.step += 1
+        progress.samples += self.config.global_batch_size
+        progress.tokens += step.n_tokens
+        progress.stream = self._loader.stream_state
+        verdict = self.guard.judge(progress.step, self.engine.was_step_applied(), step, batches)
+        progress.losses = self.guard.history
+        if verdict is not Verdict.GOOD:
+            progress.skipped_steps += 1
+        return verdict
+
+    def roll_back(self) -> bool:
+        """Return to the newest intact checkpoint; only the position in the data is kept.
+
+        Returns:
+            False if there is no checkpoint yet; then nothing is changed.
+
+        Raises:
+            UserError: on all ranks, if the run returned to that checkpoint too often.
+        """
+        spike_at = self.progress.step
+        with self.phase("going back to a checkpoint", spike_at):
+            self._writer.wait()
+            saved = self._newest_checkpoint()
+            if saved is not None:
+                self._restore(saved)
+            self.guard.rolled_back(spike_at, saved, self.progress.losses)
+        if saved is not None:
+            self._speed.skip()
+        return saved is not None
+
+    def measure(self, step: Step) -> None:
+        """Record the step, and measure the held-out loss, if they are due."""
+        progress = self.progress
+        record: dict[str, Any] = {}
+        if self._is_recorded(progress.step):
+            record = {"step": progress.step, "loss": step.loss, "lr": step.lr}
+            record |= {"grad_norm": float(self.engine.get_global_grad_norm()), "tokens": progress.tokens}
+            record |= {"samples": progress.samples, "skipped_steps": progress.skipped_steps}
+            record |= self._speed.read(self._loader.take_wait_s())
+            record["eigenvalues"] = self._probe.read()
+        if self._heldout.due(progress.step):
+            with self.phase("measuring the held-out loss", progress.step):
+                record |= {"step": progress.step, "heldout_loss": self._heldout.loss(self.engine)}
+                self._speed.skip()
+        with self.phase("writing metrics", progress.step):
+            if self.log is not None and record:
+                self.log.write(record)
+
+    def save_if_due(self) -> None:
+        """Begin a checkpoint, if one is due."""
+        if self._writer.due(self.progress.step):
+            with self.phase("saving a checkpoint", self.progress.step):
+                self._begin_checkpoint()
+                self._speed.skip()
+
+    def close(self) -> int:
+        """Write the checkpoint of the last step.
+
+        Returns:
+            The exit status: `STOPPED` if a signal ended the run early, otherwise 0.
+
+        Raises:
+            UserError: on all ranks, if that checkpoint cannot be written or data failed.
+        """
+        step = self.progress.step
+        with self.phase("saving a checkpoint", step):
+            self._writer.wait()
+            if step not in (self._first_step, self._writer.saved_step):
+                self._begin_checkpoint()
+                self._writer.wait()
+                if self._writer.saved_step != step:
+                    raise UserError(
+                        f"the checkpoint of step {step} could not be written: {self._writer.error}; fix the storage "
+                        "and run the same command: it resumes the run from its newest checkpoint"
+                    )
+        reasons = [reason for reason in self.ranks.gather(self._data_error) if reason is not None]
+        if reasons:
+            raise UserError(f"{reasons[0]} (the run stopped at step {step}, and its checkpoint is written)")
+        with self.phase("closing the logs", step):
+            self._say("stopped by a signal: run the same command to resume" if self._stopped else "done")
+        return STOPPED if self._stopped else 0
+
+    def _check_parts(self) -> tuple[LrnnConfig, TrainingData, HeldOut]:
+        """Open and check the model's configuration, the training data and the held-out data."""
+        model_config = load_model_config(self.config.model)
+        deepspeed_config(self.config, self.ranks.world_size)
+        data = open_data(self.config, model_config, self.ranks)
+        return model_config, data, HeldOut(self.config, self.ranks)
+
+    def _open_folder(self, exits: ExitStack) -> Path | None:
+        """Hold the run's folder, and return its newest checkpoint."""
+
+        def lock() -> None:
+            exits.enter_context(RunLock(Path(self.config.run_dir)))
+
+        self._on_main(lock)
+        return self._newest_checkpoint()
+
+    def _write_config(self) -> None:
+        run_dir = Path(self.config.run_dir)
+
+        def write() -> None:
+            try:
+                write_atomically(run_dir / "run.yaml", dump(self.config))
+            except OSError as error:
+                raise UserError(f"run_dir {run_dir} cannot be written ({error.strerror}: {error.filename})") from None
+
+        self._on_main(write)
+
+    def _newest_checkpoint(self) -> Path | None:
+        """Return the newest intact checkpoint. The main process reads all checksums."""
+        return self._on_main(lambda: checkpoint.find_newest(Path(self.config.run_dir)))
+
+    def _start_engine(self) -> tuple[Any, EigenvalueProbe]:
+        """Return the model in a DeepSpeed engine, with the checkpoint's weights and moments if the run resumes."""
+        model = build_model(self._model_config, self.config.seed, self.config.activation_checkpointing)
+        state = checkpoint.SavedState(self._saved) if self._saved is not None else None
+        if state is not None:
+            state.load_into(model)
+        probe = EigenvalueProbe(model)
+        engine = build_engine(model.to(self.ranks.device), self.config, self.ranks)
+        if state is not None:
+            zero_state.restore(engine, state.read, self.progress.optimizer_step)
+        return engine, probe
+
+    def _restore(self, saved: Path) -> None:
+        """Put weights, moments and step of a checkpoint into the engine; the position in the data stays."""
+        before, state = Progress.read(saved), checkpoint.SavedState(saved)
+        zero_state.load_module(self.engine, state.load_into)
+        zero_state.restore(self.engine, state.read, before.optimizer_step)
+        progress = self.progress
+        progress.step, progress.tokens, progress.losses = before.step, before.tokens, before.losses
+        progress.rollbacks += 1
+
+    def _begin_checkpoint(self) -> None:
+        self.progress.optimizer_step = zero_state.optimizer_step(self.engine)
+        progress = {"step": self.progress.step, "progress": asdict(self.progress), "data": self._data.description}
+        texts = {"config.json": self._model_config.to_json_string(use_diff=False), "run.yaml": dump(self.config)}
+        self._writer.begin(self.engine, progress, texts)
+
+    def _report_checkpoint(self, outcome: Outcome) -> None:
+        """Record what became of a checkpoint, which may be of an earlier step than the run is at by now."""
+        if self.log is None:
+            return
+        record = {"step": outcome.step, "path": str(outcome.folder), "done_at_step": self.progress.step}
+        record |= {"stall_seconds": round(outcome.stall_s, 4), "write_seconds": round(outcome.write_s, 4)}
+        if outcome.error is None:
+            self.log.write({"event": "checkpoint", **record})
+        else:
+            self.log.write({"event": "checkpoint_failed", "error": outcome.error, **record})
+            self._say(f"checkpoint of step {outcome.step} could not be written, training continues: {outcome.error}")
+        if outcome.warning is not None:
+            self._say(f"{outcome.folder} is written, but: {outcome.warning}")
+
+    def _is_recorded(self, step: int) -> bool:
+        return step % self.config.log.every == 0 or step == self.config.steps
+
+    def _on_main(self, action: Callable[[], T]) -> T | None:
+        """Run `action` on the main process; return its value, or raise its UserError, on all ranks."""
+        return self.ranks.gather(self.ranks.together(action if self.ranks.is_main else lambda: None))[0]
+
+    def _say(self, text: str) -> None:
+        if self.log is not None:
+            self.log.say(text)
+
+    def _describe(self) -> str:
+        config, ranks = self.config, self.ranks
+        start = f"resuming {self._saved}" if self._saved is not None else f"new run {config.run_dir}"
+        device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+        # Under ZeRO-3 a parameter's own numel is that of this rank's part.
+        n = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
+        tokens = config.global_batch_size * config.data.seq_len
+        shape = f"{ranks.world_size} x {device}, {tokens:,} tokens per step, {config.steps} steps"
+        return f"{start}: {n / 1e6:.1f}M parameters, {shape}"

@@ -108,13 +108,15 @@ def measure_loader(
     repeats: int = 5,
 ) -> list[float]:
     """Tokens per second that one process takes from a `Loader`, of each repeat; one lasts `seconds / repeats`."""
+    from lrnn.pretrain.batching import Batching
     from lrnn.pretrain.corpus.reader import TokenCorpus
-    from lrnn.pretrain.data.loader import CorpusData, Loader
+    from lrnn.pretrain.data.loader import Loader
+    from lrnn.pretrain.data.samples import CorpusData
 
     corpus = TokenCorpus(corpus_path)
     data = CorpusData([corpus], [1.0], seq_len, seed=0, reset_at_document_boundaries=reset_at_document_boundaries)
     rates = []
-    with Loader(data, global_batch_size, micro_batch_size) as loader:
+    with Loader(data, Batching(global_batch_size, micro_batch_size)) as loader:
         for _ in range(4):  # the steps that were prepared before the clock started, and the first ones after
             next(loader)
         for _ in range(repeats):

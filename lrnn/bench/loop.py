@@ -11,11 +11,12 @@ import torch.distributed as dist
 
 from lrnn.model_config import load_model_config
 from lrnn.pretrain.config import Config, load_config
-from lrnn.pretrain.data.loader import model_inputs
-from lrnn.pretrain.data.sources import make_loader, open_data
+from lrnn.pretrain.data.micro_batch import model_inputs
+from lrnn.pretrain.data.training_data import open_data
 from lrnn.pretrain.distributed import Ranks, StopRequest, init_ranks
 from lrnn.pretrain.engine import build_engine, build_model
-from lrnn.pretrain.train import train, warm_up
+from lrnn.pretrain.step import warm_up
+from lrnn.pretrain.train import train
 from lrnn.records import read_metrics
 
 SETTLING = 5  # first steps, not counted
@@ -28,11 +29,11 @@ def bare_steps(config: Config, ranks: Ranks, steps: int) -> list[float]:
     engine = build_engine(
         build_model(model_config, config.seed, config.activation_checkpointing).to(ranks.device), config, ranks
     )
-    with make_loader(data, config, ranks, 0, None) as loader:
+    with data.loader(0, None, pin_memory=ranks.device.type == "cuda") as loader:
         batches = next(loader)
     inputs = [model_inputs(batch, ranks.device) for batch in batches]
-    share = torch.tensor(sum(int((b.labels != -100).sum()) for b in batches), device=ranks.device)
-    warm_up(engine, data.throwaway_batch(), ranks)
+    share = torch.tensor(sum(batch.num_labels for batch in batches), device=ranks.device)
+    warm_up(engine, data.throwaway_batch())
     seconds = []
     for _ in range(steps):
         start = _now(ranks)

@@ -12,7 +12,7 @@ import torch
 from lrnn.environment import describe_environment
 from lrnn.errors import UserError
 from lrnn.files import write_atomically
-from lrnn.pretrain.metrics.log import EigenvalueProbe
+from lrnn.pretrain.metrics.eigenvalues import EigenvalueProbe
 from lrnn.records import DurableLines
 from lrnn.track.grid import Cell
 from lrnn.track.interleave import Work, finished
@@ -84,9 +84,8 @@ def _train(
             if is_recorded:
                 training.run(count - 1)
                 # Ahead of the step, whose parameters it looks at, and apart from it: every step is the same.
-                probe.enabled = True
+                probe.arm()
                 training.look()
-                probe.enabled = False
                 training.run(1)
                 # Copied in turn, ahead of later steps that overwrite them; there once the piece is finished.
                 found = (training.loss, training.grad_norm, probe.counts())

@@ -1,7 +1,7 @@
-"""Which window of which corpus a sample is: pure functions of the seed and the sample's number, no state.
+"""The order of the samples: pure functions of the seed and a sample's number give its corpus and window, without state.
 
-A run's samples are numbered 0, 1, 2, ... over its whole life. So the position in the data is one number, and it means
-the same on any number of processes.
+A run's samples are numbered 0, 1, 2, ... over its whole life. The position in the data is therefore one number, which
+means the same on any number of processes.
 """
 
 from collections.abc import Sequence
@@ -16,27 +16,27 @@ _U64 = np.uint64
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64: a bijection of uint64 in which every input bit moves every output bit."""
-    # Arithmetic modulo 2**64 is meant; numpy warns of it for scalars only.
+    """Apply the finaliser of splitmix64, a bijection of uint64 in which every input bit affects every output bit."""
+    # The arithmetic is modulo 2**64; numpy warns about it for scalars only.
     x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
     return x ^ (x >> _U64(31))
 
 
 def _key(*parts: int | np.ndarray) -> np.ndarray:
-    """A hash of integers or 1-d arrays of them that broadcast: 1-d uint64."""
+    """Hash integers, or 1-d arrays of them that broadcast, to a 1-d uint64 array."""
     key = np.zeros(1, dtype=_U64)
     for part in parts:
-        # Without the constant, zeros would give zero.
+        # Without the constant, zeros would hash to zero.
         key = _mix((key ^ np.atleast_1d(part).astype(_U64)) + _U64(0x9E3779B97F4A7C15))
     return key
 
 
 def window_index(seed: int, epoch: int | np.ndarray, i: int | np.ndarray, n: int) -> np.ndarray:
-    """The i-th element of a pseudo-random permutation of `range(n)`, one for each (seed, epoch), in O(1) memory.
+    """Return the i-th element of a pseudo-random permutation of `range(n)`, one per (seed, epoch), in O(1) memory.
 
-    A Feistel network permutes the numbers below a power of four; a result of n or more is put through it again until
-    it is below n ("cycle walking"), 4 times at most on average.
+    A Feistel network permutes the numbers below a power of four. A result of n or more passes through it again until it
+    is below n ("cycle walking"), which takes at most 4 passes on average.
 
     Args:
         seed: at least 0.
@@ -67,13 +67,13 @@ def window_index(seed: int, epoch: int | np.ndarray, i: int | np.ndarray, n: int
 class MixedOrder:
     """The order of the samples of several corpora, mixed by weight.
 
-    After any whole block of `BLOCK` samples, each corpus has given within one sample of its exact share of all
-    samples so far; the order inside of a block is random. The k-th sample of a corpus of n windows is window `k % n`
-    of the permutation of its epoch `k // n`: every window once before any comes again.
+    After any whole number of blocks of `BLOCK` samples, each corpus has given its exact share of all samples so far to
+    within one sample; the order inside a block is random. The k-th sample of a corpus of n windows is window `k % n`
+    of the permutation of its epoch `k // n`: every window comes once before any comes again.
 
     Args:
-        num_windows: windows of each corpus, at least 1.
-        weights: share of the samples each corpus gives, relative to the others.
+        num_windows: number of windows of each corpus, at least 1.
+        weights: share of the samples that each corpus gives, relative to the others.
         seed: at least 0.
 
     Raises:
@@ -85,7 +85,7 @@ class MixedOrder:
         if not (np.isfinite(weights).all() and min(weights) > 0):
             raise UserError(f"corpus weights {list(weights)}: every one has to be a positive number")
         shares = np.asarray(weights, dtype=np.float64) / np.sum(weights, dtype=np.float64)
-        if shares.min() < 2 / BLOCK:  # 1 / BLOCK would do, were it not for rounding
+        if shares.min() < 2 / BLOCK:  # 1 / BLOCK would be enough without rounding.
             raise UserError(
                 f"corpus weights {list(weights)}: the smallest is {shares.min():.2g} of the whole, "
                 f"below 1/{BLOCK // 2}; give it more, or leave that corpus out"
@@ -95,14 +95,14 @@ class MixedOrder:
         self._seed = seed
 
     def _before(self, block: np.ndarray) -> np.ndarray:
-        """Samples that each corpus gives before a block: [..., corpora]."""
-        # Rounding the cumulative shares, not the shares, makes the counts of all corpora add up. A corpus's count never
+        """Return the number of samples that each corpus gives before a block: [..., corpora]."""
+        # Cumulative shares are rounded, not shares, so that the counts of all corpora add up. A corpus's count never
         # falls from one block to the next, because its share of a block is at least one sample.
         edges = np.floor(block[..., None] * (BLOCK * self._edges) + 0.5).astype(np.int64)
         return np.diff(edges, axis=-1)
 
     def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(corpus, epoch, window) of each sample: int64 arrays of the shape of `samples`, a 1-d int64 array."""
+        """Return (corpus, epoch, window) of `samples` (1-d int64): three int64 arrays of the same shape."""
         samples = np.asarray(samples, dtype=np.int64)
         if len(self._num_windows) == 1:
             corpus, number = np.zeros_like(samples), samples
@@ -124,5 +124,5 @@ class MixedOrder:
 
 
 def _seed_of_mix(seed: int) -> int:
-    """A seed of its own for the order inside of a block."""
+    """Return a separate seed for the order inside a block."""
     return int(_key(seed, 1 << 32)[0])

@@ -1,7 +1,7 @@
 """A streamed data set, tokenised while training: for a first try on data that is not on disk.
 
-Every process reads and tokenises the whole stream and keeps its own micro-batches. So the samples are the same on any
-number of processes, at the price of that work on each of them; for a long run, build a corpus.
+Every process reads and tokenises the whole stream and keeps its own micro-batches. The samples are therefore the same
+on any number of processes, but each process does all of the work; build a corpus for a long run.
 """
 
 import hashlib
@@ -16,39 +16,41 @@ import numpy as np
 import torch
 
 from lrnn.errors import UserError
-from lrnn.pretrain.data.order import window_index
-from lrnn.pretrain.data.loader import MicroBatch, Prefetcher, accumulation_steps, build_micro_batch, set_thread_device
+from lrnn.pretrain.batching import Batching
 from lrnn.pretrain.corpus.sources import DatasetArguments, load_rows, text_of
+from lrnn.pretrain.data.micro_batch import MicroBatch, build_micro_batch
+from lrnn.pretrain.data.order import window_index
+from lrnn.pretrain.data.prefetch import Prefetcher, set_thread_device
 from lrnn.tokenizer import Tokenizer
 
-BLOCK_DOCUMENTS = 256  # read, and tokenised, at once
+BLOCK_DOCUMENTS = 256  # documents that are read and tokenised at once
 
 
 class _Block(NamedTuple):
-    """Some documents of the stream, and how to read them again."""
+    """Some documents of the stream, and the position to read them again from."""
 
     epoch: int
-    number: int  # of the block in its epoch
+    number: int  # number of the block in its epoch
     source: dict | None  # the data set's state before the block; None at the start of an epoch
     tokens: np.ndarray  # [n] int64
-    starts: np.ndarray  # where its documents start, int64
+    starts: np.ndarray  # positions at which its documents start, int64
 
 
 class StreamData:
     """A streamed data set as an endless sequence of samples.
 
-    The documents of the stream stand one after the other, epoch after epoch; sample i is tokens
-    `[i * seq_len, (i + 1) * seq_len]` of that. With `shuffle_buffer`, runs of that many documents are put in random
-    order (seeded, not a sliding buffer, so that a position in them can be stored exactly). From the second epoch on,
-    `datasets` also puts the files of the stream in another order.
+    The documents of the stream are joined one after the other, epoch after epoch; sample i is tokens
+    `[i * seq_len, (i + 1) * seq_len]` of the result. With `shuffle_buffer`, each run of that many documents is put in
+    random order (a seeded order of whole runs, not a sliding buffer, so that a position can be stored exactly). From
+    the second epoch on, `datasets` also reads the files of the stream in another order.
 
     Args:
-        arguments: what to load.
+        arguments: the data set to load.
         tokenizer: encodes the documents.
-        seq_len: tokens of a sample.
-        seed: of the shuffling.
-        shuffle_buffer: documents held to be shuffled; 0 keeps the order of the stream.
-        reset_at_document_boundaries: give `cu_seqlens`.
+        seq_len: tokens per sample.
+        seed: seed of the shuffling.
+        shuffle_buffer: number of documents that are shuffled together; 0 keeps the order of the stream.
+        reset_at_document_boundaries: whether to set `cu_seqlens`.
 
     Raises:
         UserError: the data set cannot be loaded, is empty, or its position cannot be stored in a checkpoint.
@@ -71,11 +73,11 @@ class StreamData:
         self.reset_at_document_boundaries = reset_at_document_boundaries
         self._rows = load_rows(arguments, streaming=True)
         next(iter(self._rows))
-        self._source_state()  # that a stream cannot resume should be known before training
+        self._source_state()  # A stream that cannot resume is refused before training.
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over what decides the samples, the data behind the stream excepted: that cannot be checked."""
+        """Return a sha256 of what decides the samples, except for the streamed data itself, which cannot be checked."""
         facts = [asdict(self.arguments), self.tokenizer.fingerprint, self.seq_len, self.seed, self.shuffle_buffer]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -97,7 +99,7 @@ class StreamData:
         return stored
 
     def _blocks(self, epoch: int, number: int, source: dict | None) -> Iterator[_Block]:
-        """The blocks of the stream from block `number` of `epoch` on, which stands at `source`."""
+        """Yield the blocks of the stream from block `number` of `epoch` on, whose position is `source`."""
         prefix, suffix = self.tokenizer.document_prefix, self.tokenizer.document_suffix
         tokens_in_epoch = -1 if source else 0  # unknown when the epoch began before this run
         while True:
@@ -122,31 +124,29 @@ class StreamData:
                 raise UserError(f"empty corpus: data set {self.arguments.path!r} gives no tokens")
             epoch, number, source, tokens_in_epoch = epoch + 1, 0, None, 0
 
-    def steps(
-        self, state: dict | None, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
-    ) -> Iterator[tuple[list[MicroBatch], dict]]:
-        """Endless steps from `state` on: (micro-batches of the rank, the state after the step)."""
+    def steps(self, state: dict | None, batching: Batching) -> Iterator[tuple[list[MicroBatch], dict]]:
+        """Yield the steps from `state` on without end: (micro-batches of the rank, the state after the step)."""
         state = state or {"samples": 0, "epoch": 0, "block": 0, "source": None, "offset": 0}
         blocks = self._blocks(state["epoch"], state["block"], state["source"])
         pending: deque[_Block] = deque()
-        offset = state["offset"]  # of the next sample in pending[0]
+        offset = state["offset"]  # start of the next sample in pending[0]
         sample = state["samples"]
         while True:
             batches = []
-            for micro in range(global_batch_size // micro_batch_size):
+            for micro in range(batching.micro_batches):
                 rows = []
-                for _ in range(micro_batch_size):
+                for _ in range(batching.micro_batch_size):
                     while sum(len(block.tokens) for block in pending) - offset < self.seq_len + 1:
                         pending.append(next(blocks))
-                    if micro % world_size == rank:
+                    if batching.is_own(micro):
                         rows.append(_cut(pending, offset, offset + self.seq_len + 1))
                     offset += self.seq_len
                     while offset >= len(pending[0].tokens):
                         offset -= len(pending.popleft().tokens)
                 if rows:
-                    indices = np.arange(sample, sample + micro_batch_size)
+                    indices = np.arange(sample, sample + batching.micro_batch_size)
                     batches.append(build_micro_batch(rows, self.seq_len, indices, self.reset_at_document_boundaries))
-                sample += micro_batch_size
+                sample += batching.micro_batch_size
             first = pending[0]
             yield (
                 batches,
@@ -161,7 +161,7 @@ class StreamData:
 
 
 def _cut(blocks: deque[_Block], start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens `start` to `stop` of the blocks in a row, and where documents start in them."""
+    """Return tokens `start` to `stop` of the joined blocks, and the positions in them at which documents start."""
     tokens, starts = [], []
     base = 0
     for block in blocks:
@@ -175,40 +175,34 @@ def _cut(blocks: deque[_Block], start: int, stop: int) -> tuple[np.ndarray, np.n
 
 
 class StreamLoader(Prefetcher):
-    """The steps of one process, as `loader.Loader` gives them, from a stream.
+    """Iterate over the steps of one process from a stream, as `Loader` does from corpora.
 
     Args:
-        data: the stream. It has one position, so one loader at a time may read it.
-        global_batch_size, micro_batch_size, rank, world_size, pin_memory, prefetch: as in `Loader`.
-        state: a former loader's `stream_state`, to go on from there, on any number of processes.
+        data: the stream. It has one position, so only one loader at a time may read it.
+        batching: batch sizes, and the place of this process among all.
+        state: `stream_state` of an earlier loader, to continue from there, on any number of processes.
+        pin_memory: return tensors in page-locked memory.
+        prefetch: number of steps that are prepared ahead.
 
     Attributes:
-        stream_state: the position after the last step taken from the loader (not the last one prepared), fit for
-            JSON; None at the very start.
-
-    Raises:
-        UserError: the sizes do not divide, or there are more processes than samples.
+        stream_state: the position after the last step taken from the loader (not the last one prepared), which JSON
+            can store; None before the first step.
     """
 
     def __init__(
         self,
         data: StreamData,
-        global_batch_size: int,
-        micro_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
+        batching: Batching,
         state: dict | None = None,
         pin_memory: bool = False,
         prefetch: int = 2,
     ):
-        accumulation_steps(global_batch_size, micro_batch_size, world_size)
-        assert 0 <= rank < world_size
         self.stream_state = state
         device = torch.cuda.current_device() if pin_memory else None
 
         def items() -> Iterator[tuple[list[MicroBatch], dict]]:
             set_thread_device(device)
-            for batches, after in data.steps(state, global_batch_size, micro_batch_size, rank, world_size):
+            for batches, after in data.steps(state, batching):
                 yield [batch.pin_memory() for batch in batches] if pin_memory else batches, after
 
         super().__init__(items(), prefetch)

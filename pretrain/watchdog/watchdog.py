@@ -16,8 +16,8 @@ from typing import Any
 from lrnn.pretrain.config import WatchdogConfig
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.metrics.log import MetricsLog
-from lrnn.pretrain.watchdog.beats import Channel, Hub, Message, connect
-from lrnn.pretrain.watchdog.hangs import Place, Seen, Verdict, describe_wait, find_lost, find_stalled
+from lrnn.pretrain.watchdog.hang_rules import Place, Seen, Verdict, describe_wait, find_lost, find_stalled
+from lrnn.pretrain.watchdog.heartbeats import Channel, Hub, Message, connect
 
 HUNG = 1  # exit status
 LONGEST_INTERVAL_S = 2.0  # between two beats

@@ -10,7 +10,7 @@ from mixer_models import SIZE, VARIANTS, WITHOUT_RANGE, every_case, every_varian
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.model import mixer_deltanet
 from lrnn.pretrain.engine import parameter_groups
-from lrnn.pretrain.metrics.log import EigenvalueProbe
+from lrnn.pretrain.metrics.eigenvalues import EigenvalueProbe
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -229,8 +229,8 @@ def test_the_probe_reads_every_mixer_with_a_range(variant):
     ids = tokens(2, 30)
     with torch.no_grad():
         model(ids)
-        assert probe.read() == {}  # not enabled: nothing computed
-        probe.enabled = True
+        assert probe.read() == {}  # not armed: nothing computed
+        probe.arm()
         model(ids)
     found = probe.read()
     if model.config.mixer in WITHOUT_RANGE:

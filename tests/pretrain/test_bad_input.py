@@ -15,9 +15,9 @@ from lrnn.cli import main
 from lrnn.errors import UserError
 from lrnn.model_config import load_model_config
 from lrnn.pretrain.config import Config
-from lrnn.pretrain.data.sources import open_data
+from lrnn.pretrain.data.training_data import open_data
 from lrnn.pretrain.distributed import Ranks
-from lrnn.pretrain.run import check_same_run
+from lrnn.pretrain.progress import check_same_run
 from lrnn.records import read_metrics
 from lrnn.settings import validate
 

@@ -14,7 +14,7 @@ from training_group import losses, run_group
 from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.config import SpikeConfig
 from lrnn.pretrain.distributed import STOPPED
-from lrnn.pretrain.loss_spikes import LossSpikes
+from lrnn.pretrain.spike_rule import SpikeRule
 from lrnn.records import read_metrics
 
 SPIKES = {"window": 8, "threshold": 5.0}
@@ -28,14 +28,14 @@ G = 8  # samples a step
 
 def test_limit_is_median_and_deviation():
     rng = np.random.default_rng(0)
-    found = LossSpikes(SpikeConfig(window=1000, threshold=6.0), rng.normal(3.0, 0.1, 1000).tolist())
+    found = SpikeRule(SpikeConfig(window=1000, threshold=6.0), rng.normal(3.0, 0.1, 1000).tolist())
     assert found.limit == pytest.approx(3.0 + 6 * 0.1, rel=0.02)
     # The factor that makes a deviation of a median absolute one, from the normal distribution itself.
     assert 1 / NormalDist().inv_cdf(0.75) == pytest.approx(1.4826, abs=1e-4)
 
 
 def test_no_limit_before_half_of_the_window():
-    spikes = LossSpikes(SpikeConfig(window=10), [])
+    spikes = SpikeRule(SpikeConfig(window=10), [])
     for i in range(5):
         assert spikes.limit == math.inf
         spikes.accept(3.0 + 0.1 * i)
@@ -45,16 +45,16 @@ def test_no_limit_before_half_of_the_window():
 def test_outliers_do_not_move_the_limit():
     rng = random.Random(0)
     calm = [rng.gauss(3.0, 0.05) for _ in range(64)]
-    limit = LossSpikes(SpikeConfig(window=64), calm).limit
+    limit = SpikeRule(SpikeConfig(window=64), calm).limit
     for i in range(0, 64, 8):
         calm[i] = 100.0
-    assert LossSpikes(SpikeConfig(window=64), calm).limit < limit + 0.2
+    assert SpikeRule(SpikeConfig(window=64), calm).limit < limit + 0.2
 
 
 def test_a_plateau_and_a_fall_are_no_spikes():
-    spikes = LossSpikes(SpikeConfig(window=16), [2.5] * 16)
+    spikes = SpikeRule(SpikeConfig(window=16), [2.5] * 16)
     assert 2.5 < 2.52 < spikes.limit < 2.6
-    falling = LossSpikes(SpikeConfig(window=16), [])
+    falling = SpikeRule(SpikeConfig(window=16), [])
     for step in range(500):
         loss = 2 + 6 * math.exp(-step / 30) + 0.02 * math.sin(step * 1.7)
         assert loss <= falling.limit, step
@@ -62,7 +62,7 @@ def test_a_plateau_and_a_fall_are_no_spikes():
 
 
 def test_limit_is_a_float32_and_the_window_moves():
-    spikes = LossSpikes(SpikeConfig(window=4), [9.0, 9.0, 1.0, 1.1, 1.3, 1.2])
+    spikes = SpikeRule(SpikeConfig(window=4), [9.0, 9.0, 1.0, 1.1, 1.3, 1.2])
     assert spikes.history == [1.0, 1.1, 1.3, 1.2] and spikes.limit == float(np.float32(spikes.limit))
     spikes.accept(1.5)
     assert spikes.history == [1.1, 1.3, 1.2, 1.5]

@@ -14,10 +14,14 @@ from PIL import Image
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.cli import main
 from lrnn.errors import UserError
+from lrnn.pretrain.config import Config
 from lrnn.pretrain.distributed import Ranks
-from lrnn.pretrain.metrics import log as metrics
-from lrnn.pretrain.metrics.log import EIGENVALUE_BINS, EigenvalueProbe, MetricsLog, Speed
+from lrnn.pretrain.metrics import speed as speed_module
+from lrnn.pretrain.metrics.eigenvalues import EIGENVALUE_BINS, EigenvalueProbe
+from lrnn.pretrain.metrics.flops import train_flops_per_token
+from lrnn.pretrain.metrics.log import MetricsLog
 from lrnn.pretrain.metrics.plot import split_records
+from lrnn.pretrain.metrics.speed import Speed
 from lrnn.records import read_metrics
 from lrnn.settings import validate
 
@@ -35,6 +39,7 @@ def config(tmp_path):
             "micro_batch_size": 1, "data": {"seq_len": 50, "corpora": [{"path": "x"}]}, "optim": {"lr": 1.0},
         },
         "test",
+        Config,
     )  # fmt: skip
 
 
@@ -176,7 +181,7 @@ def test_later_records_of_a_step_count():
 def test_speed(config, monkeypatch):
     """Two steps of 2 s and 4 s inside, 1 s and 2 s between them, and a pause that does not count."""
     clock = [100.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(speed_module.time, "perf_counter", lambda: clock[0])
     speed = Speed(config, MODEL, RANKS)
 
     def step(before: float, inside: float) -> None:
@@ -200,12 +205,12 @@ def test_speed(config, monkeypatch):
 
 def test_mfu(config, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(speed_module.time, "perf_counter", lambda: clock[0])
     speed = Speed(config, MODEL, RANKS)
     monkeypatch.setattr(speed, "_peak", 1e9)
     with speed.step():
         clock[0] += 0.1
-    flops = metrics.train_flops_per_token(MODEL) * 12 * 50 / 2 / 0.1
+    flops = train_flops_per_token(MODEL) * 12 * 50 / 2 / 0.1
     assert flops / 1e9 > 0.01  # not lost in the rounding
     assert speed.read(0.0)["mfu"] == pytest.approx(flops / 1e9, abs=1e-4)
 
@@ -234,8 +239,8 @@ def probed(allow_neg_eigval: bool, logits: dict[int, list[float]], tokens: int =
     ids = torch.zeros(2, tokens, dtype=torch.int64)
     assert probe.read() == {}
     model(ids)
-    assert probe.read() == {}  # not enabled: nothing noted
-    probe.enabled = True
+    assert probe.read() == {}  # not armed: nothing noted
+    probe.arm()
     model(ids)
     return probe, model, ids
 
@@ -269,11 +274,14 @@ def test_the_ends_of_the_range_are_counted():
     assert found["histogram"][0][0] == 0.75 and found["histogram"][0][-1] == 0.25
 
 
-def test_the_last_pass_counts():
+def test_the_first_pass_after_arming_counts():
     probe, model, ids = probed(True, {0: [1.0] * 4, 1: [1.0] * 4})
     assert probe.read()["negative_fraction"] == {"0": 1.0, "1": 1.0}
     with torch.no_grad():
         model.model.layers[1].attn.b_proj.weight.neg_()
+    model(ids)
+    assert probe.read()["negative_fraction"] == {"0": 1.0, "1": 1.0}  # not armed again
+    probe.arm()
     model(ids)
     assert probe.read()["negative_fraction"] == {"0": 1.0, "1": 0.0}
 

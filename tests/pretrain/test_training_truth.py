@@ -11,9 +11,11 @@ from training_group import run_group
 
 from lrnn.cli import main
 from lrnn.model_config import load_model_config
+from lrnn.pretrain.batching import Batching
 from lrnn.pretrain.checkpoint import format as checkpoint
+from lrnn.pretrain.config import Config
 from lrnn.pretrain.data.loader import Loader
-from lrnn.pretrain.data.sources import open_data
+from lrnn.pretrain.data.training_data import open_data
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.engine import build_model
 from lrnn.records import read_metrics
@@ -37,12 +39,12 @@ def short_documents(corpora, tmp_path):
 
 def plain_training(raw):
     """Losses, gradient norms and final weights of AdamW (arXiv 1711.05101, algorithm 2) on whole batches."""
-    config = validate(raw, "test")
+    config = validate(raw, "test", Config)
     data = open_data(config, load_model_config(config.model), Ranks(0, 1, torch.device("cpu"), None))
     model = build_model(load_model_config(config.model), config.seed, activation_checkpointing=False)
     m, v = ({n: torch.zeros_like(p) for n, p in model.named_parameters()} for _ in range(2))
     losses, norms, labels = [], [], []
-    with Loader(data.source, config.global_batch_size, config.global_batch_size) as loader:
+    with Loader(data.source, Batching(config.global_batch_size, config.global_batch_size)) as loader:
         for step in range(1, STEPS + 1):
             (batch,) = next(loader)
             logits = model(batch.input_ids, cu_seqlens=batch.cu_seqlens, use_cache=False).logits

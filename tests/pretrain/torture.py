@@ -25,19 +25,19 @@ import pandas  # noqa: F401 (for the forks, too)
 import torch
 
 from lrnn import cli
-from lrnn.pretrain import run
 from lrnn.pretrain import train as train_module
 from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.checkpoint import writer as checkpoint_writer
 from lrnn.pretrain.checkpoint.writer import CheckpointWriter
 from lrnn.pretrain.distributed import _free_port, _local_environment
+from lrnn.pretrain.run import Run
 
 RANKS = 2
 # What a rank is at, as the parent sees it: one byte for the main thread, one for the thread that writes.
 PHASES = ["starting", "step", "between steps", "snapshot", "writing", "manifest", "rename", "latest", "deleting"]
 # Where a rank kills itself, or all: before or after the call.
 TRAPS = {
-    "engine": (run, "start_engine"),
+    "engine": (Run, "_start_engine"),
     "step": (train_module, "train_step"),
     "snapshot": (CheckpointWriter, "_snapshot"),
     "state file": (checkpoint_writer.safetensors.torch, "save_file"),

@@ -1,12 +1,12 @@
-"""One process of a group, which runs trainings one after the other (training_group.py).
+"""One process of a group that runs trainings one after the other (training_group.py).
 
-SPEC is a list of {"config": {...}} with, where wanted,
+SPEC is a list of {"config": {...}} with these optional keys:
     "stop_at": at this step the last rank gets the signal that announces a pre-emption; 0: while the engine starts;
     "poison_at": at this step one gradient of the last rank becomes NaN;
     "strange_at": at this step the labels of the last rank's last micro-batch are all the same token;
-    "fill_at": before this step the disk of the run folder is filled up, "free_at": and before this one freed;
+    "fill_at": before this step the disk of the run folder is filled up, "free_at": and freed before this one;
     "remove": [step, path]: before this step the file is removed;
-    "no_warm_up": true leaves the throw-away pass before the first step out.
+    "no_warm_up": true leaves out the throw-away pass before the first step.
 """
 
 import json
@@ -18,14 +18,16 @@ from pathlib import Path
 import torch
 
 from lrnn.errors import UserError
+from lrnn.pretrain import run as run_module
 from lrnn.pretrain import train as train_module
 from lrnn.pretrain.config import Config
 from lrnn.pretrain.distributed import StopRequest, init_ranks
+from lrnn.pretrain.run import Run
 from lrnn.settings import validate
 
 original_step = train_module.train_step
-original_start = train_module.start_engine
-original_warm_up = train_module.warm_up
+original_start = Run._start_engine
+original_warm_up = run_module.warm_up
 
 
 def fill(path: Path) -> None:
@@ -36,20 +38,20 @@ def fill(path: Path) -> None:
 
 
 def main(file: Path, environment: dict[str, str]) -> None:
-    """Run the trainings of SPEC, which stands in `file`, as the process that `environment` (RANK, ...) describes."""
+    """Run the trainings of SPEC, which `file` holds, as the process that `environment` (RANK, ...) describes."""
     torch.set_num_threads(1)
     os.environ.update(environment)
     ranks = init_ranks()
     for i, spec in enumerate(json.loads(file.read_text())):
         config = validate(spec["config"], "test", Config)
 
-        def step(engine, micro_batches, ranks, probe, limit, spec=spec, config=config):
-            number = int(micro_batches[0].sample_indices.min()) // config.global_batch_size + 1
+        def step(engine, batches, *, lr, limit, spec=spec, config=config):
+            number = int(batches[0].sample_indices.min()) // config.global_batch_size + 1
             last = ranks.rank == ranks.world_size - 1
             if last and number == spec.get("stop_at"):
                 os.kill(os.getpid(), signal.SIGUSR1)
             if last and number == spec.get("strange_at"):
-                micro_batches[-1].labels.fill_(1)
+                batches[-1].labels.fill_(1)
             filler = Path(config.run_dir) / "filler"
             if ranks.is_main and number == spec.get("fill_at"):
                 fill(filler)
@@ -61,19 +63,19 @@ def main(file: Path, environment: dict[str, str]) -> None:
             if last and number == spec.get("poison_at"):
                 parameter = engine.module.model.layers[0].mlp.up_proj.weight
                 handle = parameter.register_hook(lambda grad: grad * float("nan"))
-            result = original_step(engine, micro_batches, ranks, probe, limit)
+            result = original_step(engine, batches, lr=lr, limit=limit)
             if handle is not None:
                 handle.remove()
             return result
 
-        def start(run, config, ranks, spec=spec):
+        def start(run, spec=spec):
             if spec.get("stop_at") == 0 and ranks.rank == ranks.world_size - 1:
                 os.kill(os.getpid(), signal.SIGUSR1)
-            return original_start(run, config, ranks)
+            return original_start(run)
 
         train_module.train_step = step
-        train_module.start_engine = start
-        train_module.warm_up = (lambda *args: None) if spec.get("no_warm_up") else original_warm_up
+        Run._start_engine = start
+        run_module.warm_up = (lambda *args: None) if spec.get("no_warm_up") else original_warm_up
         try:
             with StopRequest() as stop:
                 status = train_module.train(config, ranks, stop)

@@ -21,7 +21,7 @@ from lrnn.errors import UserError
 from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.corpus.block_reader import CorruptData
 from lrnn.pretrain.corpus.reader import TokenCorpus
-from lrnn.pretrain.data.loader import CorpusData
+from lrnn.pretrain.data.samples import CorpusData
 from lrnn.records import read_metrics
 from lrnn.run_lock import RunLock
 
@@ -63,7 +63,7 @@ def test_a_disk_that_stays_full(base, tmp_path):
         first, second = run_group(tmp_path, [{"config": straight}, {"config": filled, "fill_at": 6}])
         assert first == 0
         assert second.startswith("UserError: the checkpoint of step 6 could not be written: "), second
-        assert "No space left on device" in second and "goes on from its newest checkpoint" in second
+        assert "No space left on device" in second and "resumes the run from its newest checkpoint" in second
         assert checkpoint.find_newest(disk / "run").name == "step-00000004"
         (disk / "run/filler").unlink()
         assert run_group(tmp_path, [{"config": filled}]) == [0]
@@ -137,7 +137,7 @@ def test_a_shard_that_is_corrupt(base, long_corpus, tmp_path, rank):
     samples = re.search(r"while reading samples (\d+)\.\.(\d+)\)", status)
     assert status.startswith(f"UserError: corpus {corpus}: shard train/{shard.name} is corrupt in bytes"), status
     assert 8 * step <= int(samples[1]) < int(samples[2]) < 8 * step + 8 and int(samples[1]) // 2 % 2 == rank
-    assert f"the run stands at step {step}, and its checkpoint is written" in status
+    assert f"the run stopped at step {step}, and its checkpoint is written" in status
     assert checkpoint.find_newest(tmp_path / "broken").name == f"step-{step:08d}"
     if rank == 1:  # and from the command line: one line, from the main process, and status 2
         (tmp_path / "run.yaml").write_text(json.dumps(broken))

@@ -19,11 +19,13 @@ import pytest
 import xxhash
 
 from lrnn.errors import UserError
+from lrnn.pretrain.batching import Batching
 from lrnn.pretrain.corpus import block_reader, shard_table
 from lrnn.pretrain.corpus.block_reader import BLOCK_BYTES, CorruptData
 from lrnn.pretrain.corpus.reader import FORMAT, FORMAT_VERSION, TokenCorpus
 from lrnn.pretrain.corpus.shard_writer import ShardWriter
-from lrnn.pretrain.data.loader import CorpusData, Loader
+from lrnn.pretrain.data.loader import Loader
+from lrnn.pretrain.data.samples import CorpusData
 
 SHARD = "train/data-1.arrow"
 
@@ -362,7 +364,7 @@ def test_loader_names_the_samples(path):
     bad = next(sample for sample in range(source.num_windows) if not readable(sample))
     assert bad >= 16  # or the test would show little
     first = bad // 4 * 4
-    with Loader(source, global_batch_size=8, micro_batch_size=4) as loader:
+    with Loader(source, Batching(8, 4)) as loader:
         for step in range(bad // 8):
             assert [b.sample_indices.tolist() for b in next(loader)] == [
                 list(range(8 * step + m, 8 * step + m + 4)) for m in (0, 4)

@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from lrnn.errors import UserError
-from lrnn.pretrain.data import loader as loader_module
-from lrnn.pretrain.corpus import shard_writer
-from lrnn.pretrain.corpus import sources
+from lrnn.pretrain.batching import Batching
+from lrnn.pretrain.corpus import shard_writer, sources
 from lrnn.pretrain.corpus.reader import TokenCorpus
+from lrnn.pretrain.data import loader as loader_module
+from lrnn.pretrain.data.heldout import heldout_batches
+from lrnn.pretrain.data.loader import Loader
 from lrnn.pretrain.data.order import MixedOrder
-from lrnn.pretrain.data.loader import CorpusData, Loader, Prefetcher, accumulation_steps, heldout_batches
+from lrnn.pretrain.data.prefetch import Prefetcher
+from lrnn.pretrain.data.samples import CorpusData
 
 SEQ_LEN = 64
 
@@ -63,7 +66,6 @@ def test_batches(corpora, reset):
     assert (batch.labels == -100).any()
     assert batch.input_ids.dtype == batch.labels.dtype == batch.sample_indices.dtype == torch.int64
     assert batch.sample_indices.tolist() == indices.tolist()
-    assert np.array_equal(data.sample_tokens(indices)[:, :-1], batch.input_ids)
     if reset:
         assert batch.cu_seqlens.dtype == torch.int32
         assert batch.cu_seqlens.tolist() == [*starts, len(indices) * SEQ_LEN]
@@ -103,7 +105,7 @@ def test_a_document_that_starts_where_the_next_window_does(corpora):
 
 def steps_of(data, ranks, start=0, count=3, g=24, micro=2):
     """Per step, the micro-batches of all ranks, in the order of their samples."""
-    loaders = [Loader(data, g, micro, rank, ranks, start_sample=start) for rank in range(ranks)]
+    loaders = [Loader(data, Batching(g, micro, rank, ranks), start_sample=start) for rank in range(ranks)]
     try:
         steps = []
         for parts in islice(zip(*loaders, strict=True), count):
@@ -135,7 +137,7 @@ def test_ranks_share_the_same_micro_batches(corpora):
 
 def test_micro_batches_go_round_the_ranks(corpora):
     data = CorpusData(corpora, [1, 1], SEQ_LEN, seed=1)
-    with Loader(data, 12, 2, rank=1, world_size=3) as loader:
+    with Loader(data, Batching(12, 2, rank=1, world_size=3)) as loader:
         assert [b.sample_indices.tolist() for b in next(loader)] == [[2, 3], [8, 9]]
         assert [b.sample_indices.tolist() for b in next(loader)] == [[14, 15], [20, 21]]
 
@@ -149,16 +151,6 @@ def test_resume_is_a_number(corpora, monkeypatch):
             assert all(map(same, a, b))
 
 
-def test_batch_sizes():
-    assert accumulation_steps(512, 8, 16) == 4
-    for sizes in [(10, 4, 2), (24, 5, 2)]:
-        with pytest.raises(UserError, match="not a multiple") as error:
-            accumulation_steps(*sizes)
-        assert all(str(n) in str(error.value) for n in sizes)
-    with pytest.raises(UserError, match=r"global_batch_size=8 has too few samples for 3 processes.*at least 12"):
-        accumulation_steps(8, 4, 3)
-
-
 def test_too_little_text(build_corpus, tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a").write_text("0123456789")
@@ -168,9 +160,9 @@ def test_too_little_text(build_corpus, tmp_path):
     with pytest.raises(UserError, match=f"has {n} tokens, too few for one sample of seq_len={n} .which takes {n + 1}"):
         CorpusData([corpus], [1.0], n, seed=0)
     with pytest.raises(UserError, match="too few for one sample"):
-        heldout_batches([corpus], n, 1, 1)
+        heldout_batches([corpus], n, Batching(1, 1), 1)
     with pytest.raises(UserError, match="2 processes, but the corpora have only 1 samples"):
-        Loader(CorpusData([corpus], [1.0], n - 1, seed=0), 2, 1, 0, 2)
+        Loader(CorpusData([corpus], [1.0], n - 1, seed=0), Batching(2, 1, 0, 2))
 
 
 def test_fingerprint_is_of_what_decides_the_samples(corpora):
@@ -191,9 +183,10 @@ def test_fingerprint_is_of_what_decides_the_samples(corpora):
 
 
 def held(corpora, ranks, max_batches, micro=2):
+    batchings = [Batching(micro * ranks, micro, rank, ranks) for rank in range(ranks)]
     return [
-        list(heldout_batches(corpora, SEQ_LEN, micro, max_batches, rank, ranks, reset_at_document_boundaries=True))
-        for rank in range(ranks)
+        list(heldout_batches(corpora, SEQ_LEN, batching, max_batches, reset_at_document_boundaries=True))
+        for batching in batchings
     ]
 
 

@@ -11,6 +11,7 @@ import sentencepiece
 import torch
 
 from lrnn.errors import UserError
+from lrnn.pretrain.batching import Batching
 from lrnn.pretrain.corpus.sources import DatasetArguments
 from lrnn.pretrain.data.stream import StreamData, StreamLoader
 from lrnn.tokenizer import load_tokenizer
@@ -44,7 +45,7 @@ def stream(jsonl, sentencepiece_model):
 
 def take(data, steps, rank=0, ranks=1, state=None):
     """Steps of a rank, and the state after each, as a checkpoint would store it."""
-    with StreamLoader(data, G, MICRO, rank, ranks, state=state) as loader:
+    with StreamLoader(data, Batching(G, MICRO, rank, ranks), state=state) as loader:
         taken = []
         for batches in islice(loader, steps):
             taken.append((batches, json.loads(json.dumps(loader.stream_state))))
@@ -106,7 +107,7 @@ def test_ranks_share_the_same_micro_batches(stream):
 
 
 def test_state_is_that_of_the_step_taken(stream):
-    with StreamLoader(stream(), G, MICRO) as loader:
+    with StreamLoader(stream(), Batching(G, MICRO)) as loader:
         assert loader.stream_state is None
         next(loader)
         assert loader.stream_state["samples"] == G  # though more steps are prepared
@@ -151,6 +152,4 @@ def test_bad_streams(stream, tmp_path, sentencepiece_model):
     empty.write_text('{"text": ""}\n{"text": ""}')
     data = StreamData(DatasetArguments("json", data_files=[str(empty)]), tokenizer, SEQ_LEN)
     with pytest.raises(UserError, match="gives no tokens"):
-        next(StreamLoader(data, G, MICRO))  # the thread's error comes out here
-    with pytest.raises(UserError, match="too few samples for 8 processes"):
-        StreamLoader(stream(), G, MICRO, 0, 8)
+        next(StreamLoader(data, Batching(G, MICRO)))  # the thread's error comes out here

@@ -15,8 +15,8 @@ import pytest
 from lrnn.pretrain.config import WatchdogConfig
 from lrnn.pretrain.distributed import COLLECTIVE_TIMEOUT
 from lrnn.pretrain.watchdog import watchdog
-from lrnn.pretrain.watchdog.beats import Hub, connect
-from lrnn.pretrain.watchdog.hangs import BROKEN_SECONDS, Place, Seen, describe_wait, find_lost, find_stalled
+from lrnn.pretrain.watchdog.hang_rules import BROKEN_SECONDS, Place, Seen, describe_wait, find_lost, find_stalled
+from lrnn.pretrain.watchdog.heartbeats import Hub, connect
 from lrnn.pretrain.watchdog.watchdog import HUNG, AwakeClock, Watchdog
 from lrnn.records import read_metrics
 
@@ -351,7 +351,7 @@ def test_a_stopped_rank_is_named(outcomes):
     assert run.status == [HUNG, None] and LOST_S - 1 < run.seconds < LOST_S + MARGIN_S
     assert "lrnn: error: rank 1 (" in run.err[0] and "is lost: no sign of life for" in run.err[0]
     assert "it was last waiting for data (step 3)" in run.err[0]
-    assert "the others: rank 0 agreeing whether to go on (step 3) for" in run.err[0]
+    assert "the others: rank 0 agreeing whether to continue (step 3) for" in run.err[0]
     assert run.events[0]["ranks"] == [1] and run.events[0]["message"] in run.err[0]
 
 
@@ -360,7 +360,7 @@ def test_a_stopped_main_rank_is_named_by_the_others(outcomes):
     assert run.status == [None, HUNG] and LOST_S - 1 < run.seconds < LOST_S + MARGIN_S
     assert "lrnn: error: rank 0 (" in run.err[1] and "is lost" in run.err[1]
     assert "it was last waiting for data (step 3)" in run.err[1]
-    assert "the others: rank 1 agreeing whether to go on (step 3)" in run.err[1]
+    assert "the others: rank 1 agreeing whether to continue (step 3)" in run.err[1]
 
 
 def test_a_rank_that_never_returns_is_named_with_its_stack(outcomes):
@@ -371,7 +371,7 @@ def test_a_rank_that_never_returns_is_named_with_its_stack(outcomes):
     assert "stacks of rank 1 (" in run.err[1] and "in forget_the_time" in run.err[1]
     assert "stacks of rank 0 (" in run.err[0] and "in worst" in run.err[0]
     assert run.events[0]["ranks"] == [1]
-    assert "still agreeing whether to go on (step 3): 1 s; rank 1 waiting for data (step 3)" in run.out[0]
+    assert "still agreeing whether to continue (step 3): 1 s; rank 1 waiting for data (step 3)" in run.out[0]
 
 
 def test_a_crashed_rank_leaves_its_stack_and_is_named_where_no_launcher_does(outcomes):

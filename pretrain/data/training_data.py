@@ -1,0 +1,114 @@
+"""The data of a run, from its configuration: corpora or a stream, with the loader of each rank."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrnn import LrnnConfig
+from lrnn.errors import UserError
+from lrnn.pretrain.batching import Batching
+from lrnn.pretrain.config import Config, StreamSource
+from lrnn.pretrain.corpus.reader import TokenCorpus, check_model_matches_corpora
+from lrnn.pretrain.corpus.sources import DatasetArguments
+from lrnn.pretrain.data.loader import Loader
+from lrnn.pretrain.data.micro_batch import MicroBatch
+from lrnn.pretrain.data.samples import CorpusData, check_enough_samples
+from lrnn.pretrain.data.stream import StreamData, StreamLoader
+from lrnn.pretrain.distributed import Ranks
+from lrnn.tokenizer import load_tokenizer
+
+
+@dataclass
+class TrainingData:
+    """What a run trains on.
+
+    Attributes:
+        source: the samples.
+        description: the facts that must not change when the run resumes.
+        save_tokenizer: writes the tokenizer's files into a folder, which it makes.
+        batching: batch sizes, and the place of this process among all.
+    """
+
+    source: CorpusData | StreamData
+    description: dict[str, Any]
+    save_tokenizer: Callable[[Path], object]
+    batching: Batching
+
+    def loader(self, samples: int, stream: dict | None, pin_memory: bool) -> Loader | StreamLoader:
+        """Return the loader of this rank, from the position of the run on.
+
+        Args:
+            samples: number of samples consumed so far.
+            stream: position in a stream; None at its start, and for corpora.
+            pin_memory: return tensors in page-locked memory.
+        """
+        if isinstance(self.source, StreamData):
+            return StreamLoader(self.source, self.batching, state=stream, pin_memory=pin_memory)
+        return Loader(self.source, self.batching, start_sample=samples, pin_memory=pin_memory)
+
+    def throwaway_batch(self) -> MicroBatch:
+        """Return a micro-batch of full shape with one document per row, for the pass before step 1."""
+        rows, seq_len = self.batching.micro_batch_size, self.source.seq_len
+        ids = torch.zeros(rows, seq_len, dtype=torch.int64)
+        cu_seqlens = None
+        if self.source.reset_at_document_boundaries:
+            cu_seqlens = torch.arange(rows + 1, dtype=torch.int32) * seq_len
+        return MicroBatch(ids, ids.clone(), cu_seqlens, torch.full((rows,), -1))
+
+
+def open_data(config: Config, model_config: LrnnConfig, ranks: Ranks) -> TrainingData:
+    """Open and check what `config.data` names.
+
+    Raises:
+        UserError: see `Batching`, `TokenCorpus`, `StreamData`, `check_model_matches_corpora` and
+            `check_enough_samples`.
+    """
+    batching = config.batching(ranks.rank, ranks.world_size)
+    d = config.data
+    description: dict[str, Any] = {
+        "seq_len": d.seq_len,
+        "seed": config.seed,
+        "reset_at_document_boundaries": d.reset_at_document_boundaries,
+    }
+    if d.stream is not None:
+        return _open_stream(config, d.stream, model_config, description, batching)
+    corpora = [TokenCorpus(c.path) for c in d.corpora]
+    check_model_matches_corpora(model_config.vocab_size, model_config.tokenizer_fingerprint, corpora)
+    weights = [c.weight for c in d.corpora]
+    source = CorpusData(corpora, weights, d.seq_len, config.seed, d.reset_at_document_boundaries)
+    check_enough_samples(source, ranks.world_size)
+    description |= {
+        "tokenizer": corpora[0].tokenizer_fingerprint,
+        "corpora": [c.fingerprint for c in corpora],
+        "weights": weights,
+    }
+    tokenizer = Path(d.corpora[0].path) / "tokenizer"
+    return TrainingData(source, description, lambda folder: shutil.copytree(tokenizer, folder), batching)
+
+
+def _open_stream(
+    config: Config, stream: StreamSource, model_config: LrnnConfig, description: dict[str, Any], batching: Batching
+) -> TrainingData:
+    tokenizer = load_tokenizer(stream.tokenizer)
+    if tokenizer.vocab_size > model_config.vocab_size:
+        raise UserError(
+            f"tokenizer {stream.tokenizer} has a vocabulary of {tokenizer.vocab_size}, the model's embedding only "
+            f"vocab_size={model_config.vocab_size}; set vocab_size to at least {tokenizer.vocab_size}"
+        )
+    expected = model_config.tokenizer_fingerprint
+    if expected not in (None, tokenizer.fingerprint):
+        raise UserError(
+            f"tokenizer {stream.tokenizer} (fingerprint {tokenizer.fingerprint[:12]}...) is not the model's "
+            f"({expected[:12]}...); give the model's tokenizer"
+        )
+    arguments = DatasetArguments(stream.path, stream.name, stream.data_files, stream.split, stream.text_column)
+    d = config.data
+    source = StreamData(
+        arguments, tokenizer, d.seq_len, config.seed, stream.shuffle_buffer, d.reset_at_document_boundaries
+    )
+    description |= {"tokenizer": tokenizer.fingerprint, "stream": source.fingerprint}
+    return TrainingData(source, description, tokenizer.save, batching)

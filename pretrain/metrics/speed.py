@@ -1,0 +1,62 @@
+"""How fast a run is: tokens per second, model FLOPs utilisation, memory, and where the time of a step goes."""
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from lrnn import LrnnConfig
+from lrnn.pretrain.config import Config
+from lrnn.pretrain.distributed import Ranks
+from lrnn.pretrain.metrics.flops import peak_flops, train_flops_per_token
+
+
+class Speed:
+    """Time whole steps, and the part of each that is forward pass, backward pass and update."""
+
+    def __init__(self, config: Config, model_config: LrnnConfig, ranks: Ranks):
+        self._tokens = config.global_batch_size * config.data.seq_len / ranks.world_size  # tokens per step and process
+        self._flops = train_flops_per_token(model_config)
+        self._device = ranks.device
+        self._peak = peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
+        self._steps, self._inside_s, self._whole_s = 0, 0.0, 0.0
+        self.skip()
+
+    def skip(self) -> None:
+        """Leave out the time since the last step, which went into a held-out loss or a checkpoint."""
+        self._mark = time.perf_counter()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Time the `with` block as the computation of a step. Time between two blocks counts towards the later step."""
+        start = time.perf_counter()
+        yield
+        now = time.perf_counter()
+        self._inside_s += now - start
+        self._whole_s += now - self._mark
+        self._mark = now
+        self._steps += 1
+
+    def read(self, wait_s: float) -> dict[str, Any]:
+        """Return averages over the steps since the last call; `wait_s` seconds of them were spent waiting for data."""
+        step_s, inside_s = self._whole_s / self._steps, self._inside_s / self._steps
+        record = {
+            "step_seconds": round(step_s, 5),
+            "loop_seconds": round(step_s - inside_s, 5),  # outside of forward pass, backward pass and update
+            "data_wait_seconds": round(wait_s / self._steps, 5),
+            "tokens_per_second_per_gpu": round(self._tokens / step_s, 1),
+            "mfu": round(self._tokens / step_s * self._flops / self._peak, 4) if self._peak else None,
+            "memory_gb": round(_peak_memory(self._device) / 1e9, 3),
+        }
+        self._steps, self._inside_s, self._whole_s = 0, 0.0, 0.0
+        return record
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Return the peak of bytes allocated on the GPU, or resident in this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

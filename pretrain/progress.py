@@ -1,0 +1,57 @@
+"""How far a run is, and which checkpoint it may continue from."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lrnn import LrnnConfig
+from lrnn.errors import UserError
+from lrnn.pretrain.checkpoint import format as checkpoint
+
+
+@dataclass
+class Progress:
+    """How far a run is. Every checkpoint stores it."""
+
+    step: int = 0  # steps done, skipped ones included
+    samples: int = 0  # samples consumed: the position in the data; after a rollback more than `step` would need
+    tokens: int = 0  # labels that the loss was taken over
+    skipped_steps: int = 0
+    optimizer_step: int = 0  # updates applied
+    stream: dict[str, Any] | None = None  # position in a streamed source
+    rollbacks: int = 0
+    losses: list[float] = field(default_factory=list)  # losses of the last steps, by which the guard finds a spike
+
+    @classmethod
+    def read(cls, saved: Path) -> "Progress":
+        """Return the progress that the checkpoint in `saved` stores."""
+        return cls(**checkpoint.read_progress(saved)["progress"])
+
+
+def check_same_run(saved: Path, model_config: LrnnConfig, description: dict[str, Any]) -> None:
+    """Raise UserError if a checkpoint is of another model, or its position refers to other data.
+
+    Args:
+        saved: folder of the checkpoint.
+        model_config: the model of the run.
+        description: facts of the run's data, see `TrainingData`.
+    """
+    # In a checkpoint that is older than a field, the model had what is now the field's default.
+    before = LrnnConfig().to_dict() | json.loads((saved / "config.json").read_text())
+    now = json.loads(model_config.to_json_string(use_diff=False))
+    ignored = {"transformers_version", "dtype"}
+    for key in sorted((set(before) | set(now)) - ignored):
+        if before.get(key) != now.get(key):
+            raise UserError(
+                f"{saved} was trained with {key} = {before.get(key)!r}, the model configuration says {now.get(key)!r}; "
+                "a run resumes with the model it began with: restore the configuration, or choose another run_dir"
+            )
+    data_before = checkpoint.read_progress(saved)["data"]
+    for key in sorted(set(data_before) | set(description)):
+        if data_before.get(key) != description.get(key):
+            raise UserError(
+                f"{saved} was trained on data with {key} = {data_before.get(key)!r}, now it is "
+                f"{description.get(key)!r}; the position in the data would mean something else: restore it, or choose "
+                "another run_dir"
+            )

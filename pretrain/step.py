@@ -1,0 +1,72 @@
+"""One training step: forward passes, backward passes and update, with the loss as a mean over all labels."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lrnn.pretrain.data.micro_batch import MicroBatch, model_inputs
+
+
+@dataclass
+class Step:
+    """The result of a training step.
+
+    Attributes:
+        loss: mean over all labels of the step, on all ranks, in nats per token.
+        micro_batch_losses: [micro-batches of this rank], means over their own labels.
+        n_tokens: number of labels of the step, on all ranks.
+        lr: learning rate of the update.
+    """
+
+    loss: float
+    micro_batch_losses: Tensor
+    n_tokens: int
+    lr: float
+
+
+def train_step(engine: Any, batches: list[MicroBatch], *, lr: float, limit: float) -> Step:
+    """Compute a step and update the weights. The loss is the mean over all labels of the step, however they are spread.
+
+    All ranks refuse the update if the loss is not finite or above `limit`, or a gradient is not finite;
+    `engine.was_step_applied()` then returns False.
+
+    Args:
+        engine: the DeepSpeed engine.
+        batches: micro-batches of this rank.
+        lr: learning rate of the update.
+        limit: largest loss with which the weights are updated, in nats per token.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    device, world_size = engine.device, dist.get_world_size()
+    labels = torch.tensor([batch.num_labels for batch in batches], device=device)
+    n_tokens = labels.sum()
+    dist.all_reduce(n_tokens)
+    # DeepSpeed averages gradients over ranks, so a rank's share is its sum of losses x ranks / tokens.
+    share = n_tokens.clamp(min=1) / world_size
+    loss, parts = torch.zeros((), device=device), []
+    for i, batch in enumerate(batches):
+        last = i == len(batches) - 1
+        engine.set_gradient_accumulation_boundary(last)
+        part = engine(**model_inputs(batch, device), num_items_in_batch=share).loss
+        parts.append(part.detach())
+        if last:
+            loss = torch.stack(parts).sum() / world_size
+            dist.all_reduce(loss)
+            # The loss is compared on the device before the last backward pass, so that nothing waits. A factor of NaN
+            # makes every gradient NaN, and DeepSpeed skips an update with a gradient that is not finite on all ranks.
+            part = part * torch.where(loss.isfinite() & (loss <= limit), 1.0, torch.nan)
+        engine.backward(part, scale_wrt_gas=False)
+    engine.step()
+    micro_batch_losses = torch.stack(parts) * share / labels.clamp(min=1)
+    return Step(float(loss), micro_batch_losses, int(n_tokens), lr)  # On a GPU, float() waits for the end of the step.
+
+
+def warm_up(engine: Any, batch: MicroBatch) -> None:
+    """Run a forward and backward pass of full shape with zero gradients: what is too large fails before step 1."""
+    engine.set_gradient_accumulation_boundary(False)
+    engine.backward(engine(**model_inputs(batch, engine.device)).loss * 0.0, scale_wrt_gas=False)
+    engine.optimizer.zero_grad()
