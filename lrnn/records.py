@@ -1,4 +1,4 @@
-"""Records of a run as JSON lines: appended so that a full disk loses none, read so that a cut line is passed over."""
+"""Records of a run as JSON lines: a full disk loses none when they are written, a cut line is skipped when read."""
 
 import json
 import os
@@ -9,20 +9,24 @@ from lrnn.errors import UserError
 
 
 class DurableLines:
-    """Appends lines to a file. What the storage refuses is kept, and tried again with the next line."""
+    """Append lines to a file. Lines that the storage refuses are kept in memory and written with the next line."""
 
     def __init__(self, path: Path):
         self.path = path
         self._descriptor: int | None = None
+        # After a crash the last line may be cut; the next one must not become part of it.
         cut = path.exists() and not path.read_bytes().endswith(b"\n")
-        # By a crash: what follows must not become part of that line.
         self._pending = bytearray(b"\n" if cut else b"")
 
     def write(self, line: str) -> OSError | None:
-        """Append a line; returns why it is not on its way to the disk."""
+        """Append a line.
+
+        Returns:
+            The error that kept it from the file, or None.
+        """
         self._pending += line.encode() + b"\n"
         try:
-            if self._descriptor is None:  # anew after a failure: storage that came back has new handles
+            if self._descriptor is None:  # Opened again after a failure, because returning storage has new handles.
                 self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             while self._pending:
                 del self._pending[: os.write(self._descriptor, self._pending)]
@@ -32,7 +36,7 @@ class DurableLines:
         return None
 
     def close(self) -> int:
-        """Close the file; returns how many bytes never reached it."""
+        """Close the file, and return the number of bytes that never reached it."""
         self._release()
         return len(self._pending)
 
@@ -43,10 +47,10 @@ class DurableLines:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All records of a run in the order they were written; a line cut short by a crash is left out.
+    """Return all records of a run in the order they were written, without lines that a crash cut short.
 
     Raises:
-        UserError: the folder holds no metrics.
+        UserError: the folder has no `metrics.jsonl`.
     """
     path = run_dir / "metrics.jsonl"
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Plot the metrics of one or several runs: loss (resumes and bad steps marked), learning rate, speed, eigenvalues."""
+"""Plot the metrics of runs: loss (with marks at resumes and bad steps), learning rate, speed and eigenvalues."""
 
 import argparse
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 from lrnn.errors import UserError
 from lrnn.records import read_metrics
 
-MARKS = {"resumed": ":", "loss_spike": "--", "skipped_step": "-", "rollback": "-."}  # what is marked, with which line
+MARKS = {"resumed": ":", "loss_spike": "--", "skipped_step": "-", "rollback": "-."}  # line style of each mark
 
 
 def split_records(records: list[dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], dict[str, list[int]]]:
-    """Records by step (where a run repeated steps, the later one), and the steps of what `MARKS` names."""
+    """Return the records by step (of a repeated step the later one), and the steps of each event in `MARKS`."""
     by_step: dict[int, dict[str, Any]] = {}
     marked: dict[str, list[int]] = {name: [] for name in MARKS}
     for record in records:
@@ -27,10 +27,10 @@ def split_records(records: list[dict[str, Any]]) -> tuple[dict[int, dict[str, An
 
 
 def plot_runs(run_dirs: list[Path], out: Path) -> None:
-    """Write a picture of the runs (PNG, PDF or SVG by the ending of `out`).
+    """Write a picture of the runs, as PNG, PDF or SVG by the extension of `out`.
 
     Raises:
-        UserError: a folder without metrics, a run without a single step, or an ending that matplotlib cannot write.
+        UserError: a folder has no metrics, a run has no step yet, or matplotlib cannot write the extension.
     """
     import matplotlib
 
@@ -44,14 +44,14 @@ def plot_runs(run_dirs: list[Path], out: Path) -> None:
             raise UserError(f"{run_dir}/metrics.jsonl holds no step yet")
         runs[str(run_dir)] = (by_step, marked)
     figure, axes = plt.subplots(2, 2, figsize=(13, 8), layout="constrained")
-    for color, (name, (by_step, marked)) in zip(_colors(), runs.items(), strict=False):
-        _lines(axes, name, by_step, marked, color)
+    for i, (name, (by_step, marked)) in enumerate(runs.items()):
+        _lines(axes, name, by_step, marked, f"C{i % 10}")
     first, (by_step, _) = next(iter(runs.items()))
     _eigenvalues(figure, axes[1, 1], by_step, first if len(runs) > 1 else "")
-    axes[0, 0].set(title="loss", xlabel="step", ylabel="nats a token")
+    axes[0, 0].set(title="loss", xlabel="step", ylabel="nats per token")
     axes[0, 0].legend(fontsize=8)
     axes[0, 1].set(title="learning rate", xlabel="step")
-    axes[1, 0].set(title="speed", xlabel="step", ylabel="tokens/s a process")
+    axes[1, 0].set(title="speed", xlabel="step", ylabel="tokens/s per process")
     axes[1, 0].set_ylim(bottom=0)
     for axis in axes.flat[:3]:
         axis.grid(alpha=0.3)
@@ -62,12 +62,6 @@ def plot_runs(run_dirs: list[Path], out: Path) -> None:
         raise UserError(f"--out {out}: {error}") from None
     finally:
         plt.close(figure)
-
-
-def _colors():
-    import itertools
-
-    return itertools.cycle(f"C{i}" for i in range(10))
 
 
 def _lines(axes: Any, name: str, by_step: dict[int, dict[str, Any]], marked: dict[str, list[int]], color: str) -> None:
@@ -88,7 +82,7 @@ def _lines(axes: Any, name: str, by_step: dict[int, dict[str, Any]], marked: dic
 
 
 def _eigenvalues(figure: Any, axis: Any, by_step: dict[int, dict[str, Any]], name: str) -> None:
-    """Share of negative eigenvalues by layer over training."""
+    """Draw the share of negative eigenvalues by layer over training."""
     import numpy as np
 
     points = [(s, r["eigenvalues"]["negative_fraction"]) for s, r in by_step.items() if r.get("eigenvalues")]

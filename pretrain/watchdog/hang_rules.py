@@ -1,4 +1,4 @@
-"""Whether a run hangs, and on whom: what is known of each rank, and the judgement that follows from it."""
+"""Decide whether a run hangs, and on which rank, from what is known of each rank."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -7,18 +7,18 @@ from typing import NamedTuple
 
 from lrnn.pretrain.config import WatchdogConfig
 
-# Seconds that a rank whose connection broke has for a new one, or its launcher for ending the job by itself.
+# Seconds within which a rank whose connection broke can connect again, or its launcher can end the job by itself.
 BROKEN_SECONDS = 5.0
-SHOWN = 8  # ranks that a message describes one by one
+SHOWN = 8  # largest number of ranks that a message describes one by one
 
 
 class Place(NamedTuple):
     """Where a rank's main thread is. All ranks pass the same places in the same order."""
 
-    phase: str  # what it does, such as "waiting for data"
-    step: int  # that it works on; 0 before the first
-    changes: int  # of phase so far: the rank with the fewest is the furthest behind
-    starting: bool  # until this process has done a step: it loads and compiles, which takes longer
+    phase: str  # what the thread is doing, such as "waiting for data"
+    step: int  # the step it works on; 0 before the first
+    changes: int  # number of changes of phase so far; the rank with the fewest is the furthest behind
+    starting: bool  # true until this process has done a step: loading and compiling take longer
 
     def __str__(self) -> str:
         return f"{self.phase} (step {self.step})" if self.step else self.phase
@@ -26,26 +26,26 @@ class Place(NamedTuple):
 
 @dataclass
 class Seen:
-    """What the watching rank knows of a rank. Times are seconds on the watching rank's clock."""
+    """What the watching rank knows about a rank. Times are seconds on the watching rank's clock."""
 
     rank: int
     host: str
     process: int
     place: Place
-    heard: float  # when it last gave a sign of life
-    moved: float  # when its place last changed
-    broken: float | None = None  # since when there is no connection to it
-    left: float | None = None  # when it said goodbye
-    error: str = ""  # with which it left
+    heard: float  # time of its last sign of life
+    moved: float  # time of its last change of place
+    broken: float | None = None  # time since which it has not been connected
+    left: float | None = None  # time of its goodbye
+    error: str = ""  # the error that it left with
 
     def hear(self, now: float, place: Place | None = None) -> None:
-        """Note a sign of life, and with it the rank's place where it told that."""
+        """Note a sign of life, and the rank's place if it came with one."""
         self.heard, self.broken = now, None
         if place is not None and place != self.place:
             self.place, self.moved = place, now
 
     def leave(self, now: float, error: str) -> None:
-        """Note a goodbye: nothing is expected of the rank any more."""
+        """Note a goodbye. Nothing more is expected of the rank."""
         self.left, self.error = now, error
 
     def __str__(self) -> str:
@@ -53,15 +53,15 @@ class Seen:
 
 
 class Verdict(NamedTuple):
-    """A hang, in words, and the ranks that it is blamed on."""
+    """A hang in words, and the ranks that it is blamed on."""
 
     message: str
     ranks: list[int]
-    stalled: bool  # all are alive: the stacks of their threads tell more
+    stalled: bool  # whether all ranks are alive; then the stacks of their threads help
 
 
 def find_lost(now: float, seen: Sequence[Seen], settings: WatchdogConfig) -> Verdict | None:
-    """The ranks that died, or that left the others waiting by an error. None where there is no such rank."""
+    """Find the ranks that died, or left the others waiting by an error. Return None if there are none."""
     reasons = {s.rank: reason for s in seen if (reason := _loss(now, s, settings)) is not None}
     if not reasons:
         return None
@@ -71,7 +71,7 @@ def find_lost(now: float, seen: Sequence[Seen], settings: WatchdogConfig) -> Ver
 
 
 def find_stalled(now: float, seen: Sequence[Seen], settings: WatchdogConfig) -> Verdict | None:
-    """The ranks furthest behind, where no rank has gone on for too long. None where one has."""
+    """Find the ranks furthest behind, if no rank has made progress for too long. Return None if one has."""
     present = [s for s in seen if s.left is None]
     limit = settings.startup_seconds if any(s.place.starting for s in present) else settings.stall_seconds
     still = now - max((s.moved for s in present), default=now)
@@ -81,12 +81,14 @@ def find_stalled(now: float, seen: Sequence[Seen], settings: WatchdogConfig) -> 
     last = [s for s in present if s.place.changes == fewest]
     which = "furthest behind" if len(last) < len(present) else "equally far"
     words = [f"{s}: {s.place} for {now - s.moved:.0f} s" for s in last[:SHOWN]]
-    message = f"the run is stalled: no rank has gone on for {still:.0f} s; {which}: {'; '.join(words)}{_more(last)}"
+    message = (
+        f"the run is stalled: no rank has made progress for {still:.0f} s; {which}: {'; '.join(words)}{_more(last)}"
+    )
     return Verdict(message + _others(now, seen, last), [s.rank for s in last], stalled=True)
 
 
 def describe_wait(now: float, seen: Sequence[Seen]) -> str:
-    """What the first of `seen` has been doing for how long, and whom it may be waiting for."""
+    """Describe what the first of `seen` is doing and for how long, and which ranks it may be waiting for."""
     own = seen[0]
     text = f"still {own.place}: {now - own.moved:.0f} s"
     behind = [s for s in seen if s.left is None and s.place.changes < own.place.changes]
@@ -110,7 +112,7 @@ def _others(now: float, seen: Iterable[Seen], blamed: Iterable[Seen]) -> str:
 
 
 def _groups(now: float, seen: Iterable[Seen]) -> str:
-    """Ranks with their places, those of one place together."""
+    """Describe ranks with their places, grouped by place."""
 
     def place(s: Seen) -> Place:
         return s.place
@@ -124,7 +126,7 @@ def _groups(now: float, seen: Iterable[Seen]) -> str:
 
 
 def _numbers(ranks: list[int]) -> str:
-    """ "rank 3", "ranks 0, 2-7"."""
+    """Format ranks as in "rank 3" or "ranks 0, 2-7"."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][-1] + 1:

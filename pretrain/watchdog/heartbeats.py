@@ -1,7 +1,7 @@
-"""Signs of life between ranks: JSON lines over TCP that no peer, whatever it does, can make wait.
+"""Signs of life between ranks: JSON lines over TCP, sent and received without ever waiting for a peer.
 
-`torch.distributed.TCPStore` would not do: its calls block while the process that serves it is stopped, whatever their
-timeout, and it prints stacks when that process ends.
+`torch.distributed.TCPStore` is no alternative: its calls block while the process that serves it is stopped, whatever
+their timeout, and it prints stacks when that process ends.
 """
 
 import json
@@ -10,7 +10,7 @@ import socket
 from typing import Any
 
 CONNECT_TIMEOUT_S = 10
-LONGEST = 65536  # bytes of an unfinished line: more is no peer of ours
+LONGEST = 65536  # bytes of an unfinished line; only a foreign peer sends more
 
 Message = dict[str, Any]
 
@@ -19,7 +19,7 @@ class Channel:
     """A connection that never blocks.
 
     Attributes:
-        closed: the other side is gone, or what it sent was no message.
+        closed: whether the other side is gone, or has sent something that is no message.
     """
 
     def __init__(self, connection: socket.socket):
@@ -29,10 +29,10 @@ class Channel:
         self.closed = False
 
     def send(self, message: Message) -> None:
-        """Send, unless the other side has not read for so long that nothing more fits; then it is dropped."""
+        """Send a message. Drop it if the other side has not read for so long that nothing more fits."""
         line = json.dumps(message).encode() + b"\n"
         try:
-            # A part of a line would spoil the next one.
+            # After part of a line, the next line could not be read.
             self.closed |= self._socket.send(line) < len(line)
         except BlockingIOError:
             pass
@@ -40,7 +40,7 @@ class Channel:
             self.closed = True
 
     def receive(self) -> list[Message]:
-        """What has come since the last call."""
+        """Return the messages that arrived since the last call."""
         try:
             while not self.closed:
                 data = self._socket.recv(LONGEST)
@@ -61,16 +61,17 @@ class Channel:
         return messages
 
     def close(self) -> None:
-        self.receive()  # closing on data that nobody read would take the last message from the other side
+        # If a socket is closed with unread data, the other side loses the last message that was sent to it.
+        self.receive()
         self._socket.close()
 
 
 class Hub:
-    """Rank 0's side: the connections of the others.
+    """Rank 0's side: the connections of all other ranks.
 
     Attributes:
-        port: where it listens.
-        token: what a peer has to show with its first message; the port is open to all who reach this host.
+        port: port on which it listens.
+        token: secret that the first message of a peer must contain, because anyone who reaches this host can connect.
     """
 
     def __init__(self) -> None:
@@ -80,24 +81,24 @@ class Hub:
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
         self.token = secrets.token_hex(16)
-        self._strangers: list[Channel] = []
+        self._unknown: list[Channel] = []
         self._peers: dict[int, Channel] = {}
 
     def receive(self) -> list[tuple[int, Message]]:
-        """What has come since the last call, with the ranks that sent it."""
+        """Return the messages that arrived since the last call, each with the rank that sent it."""
         early = self._accept()
         return early + [(rank, message) for rank, channel in self._peers.items() for message in channel.receive()]
 
     def _accept(self) -> list[tuple[int, Message]]:
-        """Let in those who show the token; returns what they said next."""
+        """Accept connections that show the token; return the messages that followed it."""
         while True:
             try:
-                self._strangers.append(Channel(self._listener.accept()[0]))
-            except OSError:  # nobody waits
+                self._unknown.append(Channel(self._listener.accept()[0]))
+            except OSError:  # Nobody is waiting.
                 break
         waiting: list[Channel] = []
         early: list[tuple[int, Message]] = []
-        for channel in self._strangers:
+        for channel in self._unknown:
             messages = channel.receive()
             if messages and messages[0].get("token") == self.token:
                 rank = messages[0]["rank"]
@@ -109,26 +110,26 @@ class Hub:
                 channel.close()
             else:
                 waiting.append(channel)
-        self._strangers = waiting
+        self._unknown = waiting
         return early
 
     def send(self, message: Message) -> None:
-        """Send to all."""
+        """Send a message to all ranks."""
         for channel in self._peers.values():
             channel.send(message)
 
     def connected(self) -> set[int]:
-        """Ranks that there is a connection to."""
+        """Return the ranks that are connected."""
         return {rank for rank, channel in self._peers.items() if not channel.closed}
 
     def close(self) -> None:
-        for channel in [*self._peers.values(), *self._strangers]:
+        for channel in [*self._peers.values(), *self._unknown]:
             channel.close()
         self._listener.close()
 
 
 def connect(address: tuple[str, int], token: str, rank: int, timeout_s: float = CONNECT_TIMEOUT_S) -> Channel | None:
-    """A connection of `rank` to the hub at (host, port), or None where it cannot be reached."""
+    """Connect `rank` to the hub at (host, port). Return None if it cannot be reached."""
     try:
         channel = Channel(socket.create_connection(address, timeout=timeout_s))
     except OSError:

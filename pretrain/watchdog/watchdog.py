@@ -1,7 +1,7 @@
-"""Ends a run that hangs, on all ranks and with a message that names who it hangs on; shows that a long phase is alive.
+"""End a run that hangs on all ranks, with a message that names the rank it hangs on; show that a long phase is alive.
 
-A thread on each rank tells rank 0 every few seconds where the rank's main thread is. Rank 0 judges (`hangs`), and the
-others judge rank 0.
+A thread on each rank tells rank 0 every few seconds where the rank's main thread is. Rank 0 judges the others by
+`hang_rules`, and the others judge rank 0.
 """
 
 import faulthandler
@@ -20,15 +20,15 @@ from lrnn.pretrain.watchdog.hang_rules import Place, Seen, Verdict, describe_wai
 from lrnn.pretrain.watchdog.heartbeats import Channel, Hub, Message, connect
 
 HUNG = 1  # exit status
-LONGEST_INTERVAL_S = 2.0  # between two beats
-REPORT_S = 5.0  # for the last words of a rank, and for rank 0 until the others have gone
+LONGEST_INTERVAL_S = 2.0  # largest interval between two heartbeats
+REPORT_S = 5.0  # largest time for a rank's last message, and for rank 0 to wait until the others have ended
 
 
 class AwakeClock:
-    """Seconds in which this process could run.
+    """Count the seconds in which this process could run.
 
-    Where a job is suspended and continued, or a laptop sleeps, all ranks are silent and none hangs: a tick that comes
-    late counts as `longest` seconds at most.
+    While a job is suspended or a laptop sleeps, all ranks are silent although none hangs. A late tick therefore counts
+    as at most `longest` seconds.
     """
 
     def __init__(self, longest: float, read: Callable[[], float] = time.monotonic):
@@ -36,7 +36,7 @@ class AwakeClock:
         self.now = 0.0
 
     def tick(self) -> float:
-        """Advance, and return the time."""
+        """Advance the clock and return its time."""
         read = self._read()
         self.now += min(read - self._last, self._longest)
         self._last = read
@@ -44,12 +44,16 @@ class AwakeClock:
 
 
 class Watchdog:
-    """Watches over the `with` block, which all ranks enter together; leaving it says goodbye to the others.
+    """Watch over the `with` block, which all ranks enter together. Leaving it says goodbye to the other ranks.
 
     A hang ends the process with status `HUNG`, whatever its main thread is doing.
 
+    Args:
+        ranks: the processes of the run.
+        settings: limits in seconds.
+
     Attributes:
-        log: once set, where rank 0 says that a phase is long, and records a hang.
+        log: if set, rank 0 says there that a phase takes long, and records a hang.
     """
 
     def __init__(self, ranks: Ranks, settings: WatchdogConfig):
@@ -64,14 +68,14 @@ class Watchdog:
         self._error = ""
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
-        self._said = 0  # lines about the present phase
+        self._said = 0  # number of lines about the present phase
 
     def enter(self, phase: str, step: int) -> None:
-        """Note what the main thread does from now on: the same phases in the same order on all ranks.
+        """Note what the main thread does from now on. All ranks enter the same phases in the same order.
 
         Args:
-            phase: as in "the rank is waiting for data".
-            step: that it works on; 0 before the first.
+            phase: completes the sentence "the rank is ...", as in "waiting for data".
+            step: the step it works on; 0 before the first.
         """
         self._first_step = self._first_step or step
         self._place = Place(phase, step, self._place.changes + 1, step in (0, self._first_step))
@@ -85,17 +89,17 @@ class Watchdog:
         peers = ranks.gather((socket.gethostname(), os.getpid(), address))
         self._seen = [Seen(r, host, pid, self._place, 0.0, 0.0) for r, (host, pid, _) in enumerate(peers)]
         if not alone:
-            # The others have reached rank 0 at this address before, when their group was made.
+            # The others have already reached rank 0 at this address, when their group was made.
             port, self._token = peers[0][2]
             self._address = (os.environ["MASTER_ADDR"], port)
             if not ranks.is_main:
                 self._channel = connect(self._address, self._token, ranks.rank)
             reached = ranks.gather(ranks.is_main or self._channel is not None)
-            if not all(reached):  # a run that is not watched is better than none
+            if not all(reached):  # An unwatched run is better than none.
                 self._stop_talking()
                 if ranks.is_main:
                     where = f"{self._address[0]}:{self._address[1]}"
-                    self._say(f"rank {reached.index(False)} does not reach {where}: ranks that are lost go unnoticed")
+                    self._say(f"rank {reached.index(False)} does not reach {where}: lost ranks go unnoticed")
         self._thread.start()
         return self
 
@@ -109,15 +113,15 @@ class Watchdog:
         try:
             while not self._leaving.wait(self._interval_s):
                 tick(self._clock.tick())
-        except Exception as error:  # a defect of the watchdog must not end the run, nor be overlooked
+        except Exception as error:  # A bug of the watchdog must not end the run, nor be overlooked.
             self._say(f"the watchdog of rank {self._ranks.rank} failed, hangs go unnoticed: {error!r}")
         finally:
             self._stop_talking()
 
     def _stop_talking(self) -> None:
-        """Say goodbye, so that the others do not miss this rank."""
+        """Say goodbye, so that the others do not expect this rank any more."""
         if self._hub is not None:
-            self._hub.receive()  # lets in who connected since; they are to hear it too
+            self._hub.receive()  # Accept ranks that connected in the meantime, so that they hear it too.
         for side in (self._hub, self._channel):
             if side is not None:
                 side.send({"goodbye": self._error})
@@ -125,7 +129,7 @@ class Watchdog:
         self._hub = self._channel = None
 
     def _watch_all(self, now: float) -> None:
-        """Rank 0: hear the others, judge, and say what takes long."""
+        """On rank 0: hear the other ranks, judge them, and say what takes long."""
         seen, own = self._seen, self._seen[0]
         own.hear(now, self._place)
         if self._hub is not None:
@@ -147,7 +151,7 @@ class Watchdog:
         self._said = lines
 
     def _watch_main(self, now: float) -> None:
-        """Another rank: say where it is, and judge rank 0."""
+        """On another rank: say where it is, and judge rank 0."""
         if self._channel is None:
             return
         main, own = self._seen[0], self._seen[self._ranks.rank]
@@ -155,7 +159,7 @@ class Watchdog:
         self._channel.send({"place": self._place})
         for message in self._channel.receive():
             if "abort" in message:
-                self._report("", message["abort"])  # rank 0 says why
+                self._report("", message["abort"])  # Rank 0 says why.
                 os._exit(HUNG)
             _note(main, message, now)
         if self._channel.closed and main.left is None:
@@ -170,7 +174,7 @@ class Watchdog:
             os._exit(HUNG)
 
     def _end_all(self, verdict: Verdict) -> None:
-        """Rank 0: end the run everywhere."""
+        """On rank 0: end the run on all ranks."""
         if self._hub is not None:
             self._hub.send({"abort": verdict.stalled})
         self._report(verdict.message, verdict.stalled, verdict)
@@ -182,7 +186,7 @@ class Watchdog:
         os._exit(HUNG)
 
     def _report(self, message: str, stacks: bool, verdict: Verdict | None = None) -> None:
-        """Say why the run ends, in a thread of its own: whatever hangs may hold the outputs or the disk too."""
+        """Say why the run ends. A thread does it, because whatever hangs may block the outputs or the disk too."""
 
         def report() -> None:
             if message:
@@ -208,7 +212,7 @@ def _note(peer: Seen, message: Message, now: float) -> None:
 
 
 def _write(text: str) -> None:
-    """To stderr in one piece: other ranks write there too."""
+    """Write to stderr in one piece, because other ranks write there too."""
     os.write(2, text.encode())
 
 

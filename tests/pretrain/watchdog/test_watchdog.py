@@ -72,7 +72,7 @@ def test_the_stalled_rank_is_the_one_furthest_behind():
     verdict = find_stalled(1000, ranks, SETTINGS)
     assert verdict is not None and verdict.ranks == [1] and verdict.stalled
     assert verdict.message == (
-        "the run is stalled: no rank has gone on for 100 s; furthest behind: rank 1 (node1, process 4001): "
+        "the run is stalled: no rank has made progress for 100 s; furthest behind: rank 1 (node1, process 4001): "
         "waiting for data (step 5) for 101 s; the others: ranks 0, 2 computing the step (step 5) for 100 s"
     )
 
@@ -265,7 +265,7 @@ def test_a_run_of_one_process_is_watched(monkeypatch, capfd):
     eventually(lambda: group.exits == [HUNG])
     out, err = capfd.readouterr()
     assert "still waiting for data (step 8): 0 s" in out
-    assert "lrnn: error: the run is stalled: no rank has gone on for 1 s; " in err
+    assert "lrnn: error: the run is stalled: no rank has made progress for 1 s; " in err
     assert "equally far: rank 0 (" in err and "test_a_run_of_one_process_is_watched" in err
 
 
