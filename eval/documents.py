@@ -1,6 +1,6 @@
-"""Long documents of a jsonl file: which there are, found in one pass, and their tokens, read again when needed.
+"""Find long documents in a jsonl file in one pass, and read their tokens again when needed.
 
-So what stays in memory is a few numbers a document, not its tokens.
+Only a few numbers per document stay in memory, not its tokens.
 """
 
 import json
@@ -16,9 +16,11 @@ from lrnn.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Document:
-    """`offsets`: the bytes at which its lines of the file start, more than one where documents were joined.
+    """Where a document is in its file.
 
-    `length`: tokens that a model predicts in it, that is without the first, which has nothing before it.
+    Attributes:
+        offsets: the bytes at which its lines start; more than one if documents were joined.
+        length: the number of tokens that a model predicts in it: all but the first, which has no context.
     """
 
     offsets: tuple[int, ...]
@@ -26,7 +28,7 @@ class Document:
 
 
 def read_texts(path: Path) -> Iterator[tuple[int, str]]:
-    """(byte at which the line starts, "text") of every line; raises UserError, with its number, for a bad line."""
+    """Yield (byte at which the line starts, "text") of every line. Raise UserError, with its number, for a bad line."""
     with path.open("rb") as file:
         offset = 0
         for number, line in enumerate(file, start=1):
@@ -45,14 +47,14 @@ def _text(line: bytes, where: str) -> str:
 
 
 def document_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of a document as a corpus stores it, from bos to eos."""
+    """Return the ids of a document as a corpus stores it, from bos to eos."""
     return [*tokenizer.document_prefix, *tokenizer.encode_batch([text])[0], *tokenizer.document_suffix]
 
 
 def find_documents(
     path: Path, tokenizer: Tokenizer, min_length: int, max_length: int, limit: int | None = None
 ) -> list[Document]:
-    """The documents of at least `min_length` tokens, in the file's order, cut at `max_length`; `limit`: the first ones.
+    """Return the first `limit` documents of at least `min_length` tokens, in the file's order, cut at `max_length`.
 
     Raises:
         UserError: the file is missing or has a bad line, or fewer than two documents are long enough.
@@ -70,17 +72,17 @@ def find_documents(
         longest = ", ".join(f"{n:,}" for n in sorted(lengths, reverse=True)[:3])
         raise UserError(
             f"{path}: {len(found)} of {len(lengths):,} documents have at least {min_length:,} tokens, and a band over "
-            f"documents takes two or more; the longest have {longest}. Give a smaller --max-length or --min-tokens, "
+            f"documents needs two or more; the longest have {longest}. Give a smaller --max-length or --min-tokens, "
             "longer documents, or --join to join them"
         )
     return found
 
 
 def join_documents(path: Path, tokenizer: Tokenizer, max_length: int, limit: int | None = None) -> list[Document]:
-    """Documents joined in the file's order until they have `max_length` tokens; each joined one begins with a document.
+    """Join documents in the file's order until they have `max_length` tokens; every joined one begins with a document.
 
     Raises:
-        UserError: the file is missing or has a bad line, or the text does not give two.
+        UserError: the file is missing or has a bad line, or the text is too short for two.
     """
     found = []
     offsets: list[int] = []
@@ -97,15 +99,15 @@ def join_documents(path: Path, tokenizer: Tokenizer, max_length: int, limit: int
     if len(found) < 2:
         raise UserError(
             f"{path}: its documents, {total:,} tokens in all, do not join into two of {max_length:,} tokens, and a "
-            "band over documents takes two or more; give a smaller --max-length or more text"
+            "band over documents needs two or more; give a smaller --max-length or more text"
         )
     return found
 
 
 def load_ids(path: Path, document: Document, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Ids int32 [length + 1] of a document, and bool [length]: whether the id that follows is to be predicted.
+    """Return the ids int32 [length + 1] of a document, and bool [length]: whether the following id is to be predicted.
 
-    It is not at the seams of joined documents: in training too no label crosses a document boundary.
+    At the seams of joined documents it is not: in training, too, no label crosses a document boundary.
     """
     parts = []
     with path.open("rb") as file:

@@ -1,23 +1,36 @@
-"""What a result was computed with: software, device, the commit and a checksum of the code."""
+"""Describe what a result was computed with: software, device, the commit and a checksum of the code."""
 
 import functools
 import hashlib
 import os
+import platform
 import subprocess
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import triton
 
+import lrnn
+
 PACKAGE = Path(__file__).parent  # not resolved: the folder in which the rooms are links
 
 
-def describe_environment(device: torch.device) -> dict[str, str]:
-    """Versions, the device's name, the checksum of the code and, where that lies in a git repository which tracks it,
-    the commit, with `-dirty` where files differ from it."""
-    facts = {"device": "cpu", "torch": torch.__version__, "triton": triton.__version__, "source": source_checksum()}
-    if device.type == "cuda":
-        facts["device"] = torch.cuda.get_device_name(device)
+def describe_environment(device: torch.device, packages: Sequence[str] = ()) -> dict[str, str]:
+    """Return the device's name, the versions of Python, lrnn, torch and triton, and the checksum of the code.
+
+    The commit is added if the code is tracked by a git repository, with `-dirty` if files differ from it.
+
+    Args:
+        device: the device that computed the result.
+        packages: distributions whose versions are added.
+    """
+    facts = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
+    facts |= {"python": platform.python_version(), "lrnn": lrnn.__version__}
+    facts |= {"torch": torch.__version__, "triton": triton.__version__}
+    facts |= {name: version(name) for name in packages}
+    facts["source"] = source_checksum()
     if commit := _commit():
         facts["commit"] = commit
     return facts
@@ -25,14 +38,14 @@ def describe_environment(device: torch.device) -> dict[str, str]:
 
 @functools.cache
 def source_checksum(package: Path = PACKAGE) -> str:
-    """The first 12 hex digits of a SHA-256 over the .py files of a package, in the order of their paths.
+    """Return the first 12 hex digits of a SHA-256 over the .py files of a package, in the order of their paths.
 
-    It says which code it was also where there is no commit, or one that files differ from, and is the same for a
-    checkout, a copy of it without history, and an installed package. In a checkout this prints it:
+    It identifies the code even if there is no commit or files differ from the commit. It is the same for a checkout,
+    a copy of it without history, and an installed package. In a checkout this prints it:
 
         python -c "from lrnn.environment import source_checksum as f; print(f())"
     """
-    # The rooms are links in a checkout, which Path.rglob does not follow.
+    # In a checkout the rooms are links, which Path.rglob does not follow.
     folders = os.walk(package, followlinks=True)
     files = [Path(folder, name) for folder, _, names in folders for name in names if name.endswith(".py")]
     by_path = {file.relative_to(package).as_posix(): file for file in files}
@@ -46,7 +59,7 @@ def source_checksum(package: Path = PACKAGE) -> str:
 @functools.cache
 def _commit() -> str | None:
     here = Path(__file__).resolve()
-    # A package installed into somebody's repository lies there untracked, and that repository's commit says nothing.
+    # The commit of a repository into which lrnn was merely installed (untracked) says nothing about lrnn.
     commands = (
         ["git", "ls-files", "--error-unmatch", here.name],
         ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],

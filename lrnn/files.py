@@ -55,3 +55,23 @@ def new_folder(out: Path) -> Iterator[Path]:
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def replace_folder(out: Path) -> Iterator[Path]:
+    """Fill a hidden folder beside `out` that takes its name, and its place, when the block succeeds.
+
+    If the block fails, the hidden folder is deleted and an existing `out` stays as it was.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (out.with_name(f".{out.name}.{kind}.{os.getpid()}") for kind in ("new", "old"))
+    new.mkdir()
+    try:
+        yield new
+    except BaseException:
+        shutil.rmtree(new)
+        raise
+    if out.exists():
+        out.rename(old)
+    new.rename(out)
+    shutil.rmtree(old, ignore_errors=True)

@@ -84,10 +84,15 @@ def read_json(path: str | Path, what: str) -> dict:
     return value
 
 
-def name_hint(name: str, valid: Sequence[str]) -> str:
-    """What an unknown name should have been."""
+def name_hint(name: str, valid: Sequence[str], *, list_all: bool = False) -> str:
+    """Return a hint for a message about an unknown name.
+
+    It names the nearest valid name, and lists all of them if none is near or `list_all` is true.
+    """
     near = difflib.get_close_matches(name, valid, n=1)
-    return f"did you mean {near[0]}?" if near else f"valid: {', '.join(valid)}"
+    guess = [f"did you mean {near[0]}?"] if near else []
+    listing = [f"valid: {', '.join(valid) or 'none'}"] if list_all or not near else []
+    return " ".join(guess + listing)
 
 
 def _parse_yaml(text: str, origin: str) -> Any:

@@ -1,4 +1,4 @@
-"""Negative log-likelihoods of long documents, read piece by piece with the state passed on."""
+"""Compute negative log-likelihoods of long documents, read piece by piece with the state passed on."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,22 +18,24 @@ ROWS = 1024  # tokens whose logits exist in float32 at a time
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log p of labels int64 [B, T] under logits [B, T, vocab], in nats: float32 [B, T]."""
+    """Return -log p, in nats, of labels int64 [B, T] under logits [B, T, vocab]: float32 [B, T]."""
     pieces = zip(logits.flatten(0, 1).split(ROWS), labels.flatten().split(ROWS), strict=True)
     return torch.cat([F.cross_entropy(x.float(), y, reduction="none") for x, y in pieces]).view(labels.shape)
 
 
 @torch.no_grad()
 def piecewise_nll(model: nn.Module, ids: Tensor, piece: int) -> Iterator[Tensor]:
-    """-log p of every id but the first, given all before it, in pieces float32 [B, <= piece] on the model's device.
+    """Yield -log p of every id but the first, given all before it: pieces float32 [B, <= piece] on the model's device.
 
-    The model sees `piece` tokens at a time and what it passes on in `past_key_values`.
+    The model reads `piece` tokens at a time, and passes its state on in `past_key_values`.
 
     Args:
+        model: a causal language model of transformers.
         ids: int64 [B, T], on any device.
+        piece: tokens per call.
 
     Raises:
-        UserError: the model passes nothing on.
+        UserError: the model passes no state on.
     """
     device = next(model.parameters()).device
     carried = None
@@ -57,21 +59,29 @@ def sum_by_bin(
     batch_size: int,
     progress: Callable[[int], Any],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of the negative log-likelihood, float64 [D, K] in nats, and of tokens, int64 [D, K], by document and bin.
+    """Sum negative log-likelihoods per document and bin.
 
     Args:
+        model: a causal language model of transformers.
         path: the file that holds the documents.
-        edges: int64 [K + 1], as of `log_edges`; the last is the length of the longest document, or more.
-        progress: called with the number of tokens that were read.
+        documents: D documents of that file.
+        tokenizer: the model's tokenizer.
+        edges: int64 [K + 1], from `log_edges`; the last is at least the length of the longest document.
+        piece: tokens read at a time.
+        batch_size: documents per batch.
+        progress: called with the number of tokens read since the last call.
+
+    Returns:
+        The sums in nats, float64 [D, K], and the numbers of tokens, int64 [D, K].
     """
     bins = len(edges) - 1
     sums, counts = np.zeros((len(documents), bins)), np.zeros((len(documents), bins), dtype=np.int64)
-    order = sorted(range(len(documents)), key=lambda i: -documents[i].length)  # little padding in a batch
+    order = sorted(range(len(documents)), key=lambda i: -documents[i].length)  # keeps the padding in a batch small
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
         loaded = [load_ids(path, documents[i], tokenizer) for i in batch]
         width = max(len(ids) for ids, _ in loaded)
-        # Padding stands on the right, where no token that counts can see it.
+        # Padding is on the right, where no token that counts can see it.
         ids = torch.tensor(np.stack([np.pad(ids, (0, width - len(ids))) for ids, _ in loaded]), dtype=torch.int64)
         read = 0
         for nll in piecewise_nll(model, ids, piece):

@@ -1,4 +1,4 @@
-"""Perplexity by position on disk: results.json, position.csv, table.md and a picture."""
+"""Report perplexity by position: curves with bands, and their files results.json, position.csv, table.md and a plot."""
 
 import csv
 import json
@@ -9,16 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from lrnn.eval.position.bins import interval, resampled_means
-from lrnn.eval.suites import report
+from lrnn.eval.statistics import RESAMPLES, SEED, interval, resampled_means
+from lrnn.files import replace_folder
 
-RESAMPLES = 1000
 MARK_STYLE = {"ls": "--", "lw": 1, "alpha": 0.7}
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Mean negative log-likelihood by bin, or a difference of two, in nats a token: float64 [K], NaN where unknown.
+    """Mean negative log-likelihood by bin, or a difference of two, in nats per token: float64 [K], NaN where unknown.
 
     `low` and `high` are the 95% band of a bootstrap over documents.
     """
@@ -30,14 +29,18 @@ class Curve:
 
 
 def curves(
-    names: list[str], sums: np.ndarray, counts: np.ndarray, resamples: int = RESAMPLES, seed: int = report.SEED
+    names: list[str], sums: np.ndarray, counts: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED
 ) -> tuple[list[Curve], list[Curve]]:
-    """A curve for each model, and one for each but the first of its difference from the first, paired by document.
+    """Return a curve per model, and per model but the first the curve of its difference from the first.
+
+    Differences are paired by document.
 
     Args:
-        names: of the M models.
-        sums: float64 [M, D, K], as of `sum_by_bin`.
-        counts: int64 [D, K], likewise; the same for all models.
+        names: names of the M models.
+        sums: float64 [M, D, K], from `sum_by_bin`.
+        counts: int64 [D, K], from `sum_by_bin`; the same for all models.
+        resamples: number of bootstrap draws.
+        seed: seed of the draws.
     """
     draws = resampled_means(sums, counts, resamples, seed)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -53,13 +56,13 @@ def curves(
 
 
 def perplexity(nll: np.ndarray) -> np.ndarray:
-    """exp of nats a token; infinite where float64 ends."""
+    """Return exp of nats per token, infinite where that exceeds float64."""
     with np.errstate(over="ignore"):
         return np.exp(nll)
 
 
 def rows(curve: Curve, edges: np.ndarray, counts: np.ndarray, *, ppl: bool) -> list[dict[str, Any]]:
-    """The curve as a row for each bin that a token falls into, None for what is unknown or infinite."""
+    """Return a row per bin with tokens, with None for values that are unknown or infinite."""
     columns = {"nll" if ppl else "difference": curve.mean, "low": curve.low, "high": curve.high}
     if ppl:
         both = {"ppl": curve.mean, "ppl_low": curve.low, "ppl_high": curve.high}
@@ -78,14 +81,14 @@ def _finite(value: float) -> float | None:
 
 
 def markdown_table(results: dict[str, Any]) -> str:
-    """The results as Markdown: a line for each bin, perplexities and differences with their 95% bands."""
+    """Return the results as Markdown: a line per bin, perplexities and differences with their 95% bands."""
     data, settings = results["data"], results["settings"]
     lines = [
         f"# perplexity by position: {data['documents']}",
         "",
         f"{data['taken']:,} {'joined documents' if settings['join'] else 'documents'}, each read from its beginning, "
         f"up to {settings['max_length']:,} tokens; in brackets the 95% interval of a bootstrap over documents. "
-        "Differences are in nats a token, paired by document.",
+        "Differences are in nats per token, paired by document.",
         *(f"\nNote: {note}." for note in results["notes"]),
         "",
     ]
@@ -104,8 +107,9 @@ def markdown_table(results: dict[str, Any]) -> str:
 
 
 def write(out: Path, results: dict[str, Any]) -> None:
-    """Write the folder `out`, whole or not at all."""
-    report.replace_folder(out, lambda new: _fill(new, results))
+    """Write the folder `out`, whole or not at all. Earlier results in it are replaced."""
+    with replace_folder(out) as new:
+        _fill(new, results)
 
 
 def _fill(new: Path, results: dict[str, Any]) -> None:
@@ -122,7 +126,7 @@ def _fill(new: Path, results: dict[str, Any]) -> None:
 
 
 def plot(path: Path, results: dict[str, Any]) -> None:
-    """Perplexity over position, one line and band a model, and below it the paired differences where there are any."""
+    """Plot perplexity over position, a line and a band per model, and below it the paired differences, if any."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -133,7 +137,7 @@ def plot(path: Path, results: dict[str, Any]) -> None:
     figure, axes = plt.subplots(n, 1, figsize=(9, 5 * n), sharex=True, squeeze=False, layout="constrained")
     for i, block in enumerate(results["curves"]):
         _line(axes[0, 0], block, ("ppl", "ppl_low", "ppl_high"), f"C{i % 10}")
-    if any(row["ppl"] is not None for block in results["curves"] for row in block):  # nothing has no logarithm
+    if any(row["ppl"] is not None for block in results["curves"] for row in block):  # an empty axis has no logarithm
         axes[0, 0].set_yscale("log")
         axes[0, 0].yaxis.set_major_formatter("{x:g}")
         axes[0, 0].yaxis.set_minor_formatter("{x:g}")
@@ -142,7 +146,7 @@ def plot(path: Path, results: dict[str, Any]) -> None:
         for i, block in enumerate(differences, start=1):
             _line(axes[1, 0], block, ("difference", "low", "high"), f"C{i % 10}")
         axes[1, 0].axhline(0, color="black", lw=0.8)
-        axes[1, 0].set(ylabel="difference, nats a token", title="paired by document")
+        axes[1, 0].set(ylabel="difference, nats per token", title="paired by document")
     for axis in axes[:, 0]:
         for length in sorted({m["training_length"] for m in results["models"]} - {None}):
             axis.axvline(length, color="black", label=f"training length {length:,}", **MARK_STYLE)

@@ -1,4 +1,4 @@
-"""One table of many results: a row for each model, a column for each metric."""
+"""Collect many results in one table, with a row for each model and a column for each metric."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,10 @@ from lrnn.errors import UserError
 
 
 def collect(folders: list[Path]) -> str:
-    """Markdown table of every results.json of `lrnn eval` below `folders`, by training step where that is known.
+    """Return a Markdown table of every results.json of `lrnn eval` below `folders`, ordered by training step if known.
 
-    Raises UserError if a folder holds no results, or if two results of a model give different values for one metric.
+    Raises:
+        UserError: a folder holds no results, or two results of a model give different values for one metric.
     """
     rows: dict[tuple[str, int, str], dict[str, str]] = {}
     columns: list[str] = []
@@ -30,17 +31,17 @@ def collect(folders: list[Path]) -> str:
 
 
 def _results_below(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    # A name that begins with a dot is a result that is being written or replaced.
+    # A name that begins with a dot belongs to a result that is being written or replaced.
     paths = [p for p in folder.rglob("results.json") if not any(part.startswith(".") for part in p.parts[-2:])]
     found = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(paths)]
     suites = [(path, results) for path, results in found if "metrics" in results]  # `lrnn position` writes curves
     if not suites:
-        raise UserError(f"{folder} holds no results.json, neither itself nor below; give folders that lrnn eval wrote")
+        raise UserError(f"{folder} holds no results.json at any depth; give folders written by `lrnn eval`")
     return suites
 
 
 def _model(model: dict[str, Any]) -> tuple[str, int, str]:
-    """What a row is of: the name, the step (-1: unknown), and the weights, whatever the folder was called."""
+    """Return what identifies a row: the folder's name, the step (-1 if unknown), and checksums of the weights."""
     step = (model.get("training") or {}).get("step", -1)
     return Path(model["path"]).name, step, json.dumps(model["weights_sha256"], sort_keys=True)
 

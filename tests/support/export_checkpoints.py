@@ -52,7 +52,7 @@ def write_manifest(folder: Path):
     (folder / "manifest.json").write_text(manifest_text(10, files))
 
 
-def write_checkpoint(run: Path, model: LrnnForCausalLM, tokenizer: Path | None, step: int = 10) -> Path:
+def write_checkpoint(run: Path, model: LrnnForCausalLM, tokenizer: Path, step: int = 10) -> Path:
     """A checkpoint in the format that lrnn.pretrain.checkpoint.format documents, as two processes would leave it."""
     folder = run / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
@@ -67,11 +67,8 @@ def write_checkpoint(run: Path, model: LrnnForCausalLM, tokenizer: Path | None, 
     for i, part in enumerate(parts):
         save_file(part, folder / f"state-{i:05d}-of-00002.safetensors")
     data = {"corpora": ["c0ffee"], "weights": [1.0], "seq_len": 64, "seed": 7}
-    if tokenizer is None:
-        data = {"stream": {"path": "json", "tokenizer": "my.model"}, "seq_len": 64, "seed": 7}
-    else:
-        (folder / "tokenizer").mkdir()
-        shutil.copy(tokenizer, folder / "tokenizer" / "tokenizer.model")
+    (folder / "tokenizer").mkdir()
+    shutil.copy(tokenizer, folder / "tokenizer" / "tokenizer.model")
     progress = {"step": step, "progress": {"step": step, "samples": 80, "tokens": 5000}, "data": data}
     (folder / "progress.json").write_text(json.dumps(progress))
     (folder / "config.json").write_text(json.dumps(model.config.to_dict()))

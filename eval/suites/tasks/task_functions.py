@@ -1,7 +1,7 @@
 """Functions that the task files of this folder name with `!function`: data, prompts, scoring.
 
-lm-eval finds this file beside the task files, so the tasks work from `lrnn eval` and from plain
-`lm_eval --include_path` alike, in any current directory.
+lm-eval finds this file beside the task files, so the tasks work with `lrnn eval` and with plain
+`lm_eval --include_path`, from any current directory.
 """
 
 import ast
@@ -21,12 +21,12 @@ Doc = dict[str, Any]
 
 
 def fetched(file: str, **_: Any) -> dict[str, Dataset]:
-    """Data set of a fetched file; lm-eval passes a task's `dataset_kwargs` and `metadata` as keywords."""
+    """Return the data set of a fetched file. lm-eval passes a task's `dataset_kwargs` and `metadata` as keywords."""
     return {"test": Dataset.from_list(load_rows(file))}
 
 
 def heldout(**_: Any) -> dict[str, Dataset]:
-    """Data set of the jsonl file `$LRNN_EVAL_HELDOUT`, rows {"text": str, ...}; empty texts are left out."""
+    """Return the data set of the jsonl file `$LRNN_EVAL_HELDOUT`, rows {"text": str, ...}, without empty texts."""
     name = os.environ.get("LRNN_EVAL_HELDOUT")
     if not name:
         raise UserError("the task lrnn_heldout_bpb needs a file: `lrnn eval DIR --heldout FILE`, or $LRNN_EVAL_HELDOUT")
@@ -34,7 +34,7 @@ def heldout(**_: Any) -> dict[str, Dataset]:
 
 
 def read_heldout(path: Path) -> list[Doc]:
-    """Documents {"text": str} of a jsonl file; raises UserError for a missing file, a bad row or no text at all."""
+    """Return documents {"text": str} of a jsonl file. Raise UserError for a missing file, a bad row or no text."""
     if not path.is_file():
         raise UserError(f"held-out file not found: {path}")
     docs = [{"text": text} for _, text in read_texts(path) if text]
@@ -43,7 +43,7 @@ def read_heldout(path: Path) -> list[Doc]:
     return docs
 
 
-# Callables, not templates: lm-eval turns a rendered template such as "[1, 2]" into a list.
+# These are callables, not templates: lm-eval turns a rendered template such as "[1, 2]" into a list.
 def few_shot_context(doc: Doc) -> str:
     return doc["context"]
 
@@ -61,9 +61,9 @@ def text(doc: Doc) -> str:
 
 
 def gold_bits_per_byte(doc: Doc, results: list[tuple[float, bool]]) -> dict[str, tuple[float, int]]:
-    """(log-likelihood in nats, bytes of UTF-8) of the gold answer; lm-eval's aggregation sums both over documents.
+    """Return (log-likelihood in nats, bytes of UTF-8) of the gold answer; lm-eval sums both over documents.
 
-    lm-eval scores the blank space that ends a prompt together with the answer, so its bytes count too.
+    lm-eval scores the white space at the end of a prompt together with the answer, so its bytes count too.
     """
     ((loglikelihood, _),) = results
     blank = doc["context"][len(doc["context"].rstrip()) :]
@@ -83,7 +83,7 @@ def pass_at_1(references: list[str], predictions: list[str]) -> float:
 
 
 def mbpp_fewshot_samples() -> list[Doc]:
-    """lm-eval's own three examples. Read from its source: importing that file reaches for the hub."""
+    """Return lm-eval's own three examples, read from its source because importing that file accesses the hub."""
     tree = ast.parse(_lm_eval_file("mbpp/utils.py").read_text(encoding="utf-8"))
     (function,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "list_fewshot_samples")
     (statement,) = function.body
@@ -92,7 +92,7 @@ def mbpp_fewshot_samples() -> list[Doc]:
 
 
 def gsm8k_cot_fewshot_samples() -> list[Doc]:
-    """lm-eval's own eight examples, from its task file."""
+    """Return lm-eval's own eight examples, read from its task file."""
     import yaml
 
     config = yaml.safe_load(_lm_eval_file("gsm8k/gsm8k-cot.yaml").read_text(encoding="utf-8"))

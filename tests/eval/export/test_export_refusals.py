@@ -1,5 +1,6 @@
 """What an export checks and says, and what must stop it."""
 
+import shutil
 import sysconfig
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from export_checkpoints import OTHER_MIXERS, random_model, write_checkpoint, wri
 from safetensors.torch import load_file, save_file
 
 from lrnn import cli
-from lrnn.eval.export import export as export_module
-from lrnn.eval.export.export import export, read_checkpoint
+from lrnn.eval.export import write
+from lrnn.eval.export.read import read_checkpoint
+from lrnn.eval.export.write import export
 from lrnn.tokenizer import train_sentencepiece
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -92,19 +94,18 @@ class TestRefused:
         assert str(tmp_path / "out") in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
         assert (tmp_path / "out" / "thesis.tex").read_text() == "dear to somebody"
 
-    def test_streamed_run_without_a_tokenizer(self, tmp_path, capsys, sentencepiece_model):
-        checkpoint = write_checkpoint(tmp_path / "run", random_model("gated"), None)
-        assert "--tokenizer my.model" in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
-        assert read_checkpoint(checkpoint, str(sentencepiece_model)).training["tokens"] == 5000
+    def test_no_tokenizer(self, checkpoint, tmp_path, capsys):
+        shutil.rmtree(checkpoint / "tokenizer")
+        write_manifest(checkpoint)
+        assert "it has no folder tokenizer" in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
 
     def test_tokenizer_given_twice_or_too_large(self, checkpoint, tmp_path, capsys, sentencepiece_model):
         arguments = [checkpoint, tmp_path / "out", "--tokenizer", sentencepiece_model]
         assert "leave it out" in refused(capsys, tmp_path, *arguments)
         large = tmp_path / "large.model"
         train_sentencepiece([(STDLIB / "argparse.py").read_text()], 700, large)
-        streamed = write_checkpoint(tmp_path / "streamed", random_model("gated"), None)
-        arguments = [streamed, tmp_path / "out", "--tokenizer", large]
-        assert "700 exceeds" in refused(capsys, tmp_path, *arguments)
+        too_large = write_checkpoint(tmp_path / "too_large", random_model("gated"), large)
+        assert "700 exceeds" in refused(capsys, tmp_path, too_large, tmp_path / "out")
 
 
 def test_the_newest_intact_checkpoint_of_a_run(tmp_path, sentencepiece_model, capsys):
@@ -122,10 +123,10 @@ def test_the_newest_intact_checkpoint_of_a_run(tmp_path, sentencepiece_model, ca
     [("drop", "missing"), ("change", "with lrnn, its logits differ"), ("shape", "mismatched|size|shape")],
 )
 def test_a_wrong_export_is_found_and_removed(harm, message, checkpoint, tmp_path, monkeypatch):
-    write = export_module.write_weights
+    write_weights = write.write_weights
 
     def write_and_harm(model, folder):
-        write(model, folder)
+        write_weights(model, folder)
         file = folder / "model.safetensors"
         state = load_file(file)
         name = "model.layers.1.attn.b_proj.weight"
@@ -137,7 +138,7 @@ def test_a_wrong_export_is_found_and_removed(harm, message, checkpoint, tmp_path
             state[name] = state[name][:1].clone()
         save_file(state, file, metadata={"format": "pt"})
 
-    monkeypatch.setattr(export_module, "write_weights", write_and_harm)
+    monkeypatch.setattr(write, "write_weights", write_and_harm)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(RuntimeError, match=message):
         export(read_checkpoint(checkpoint), tmp_path / "out")
@@ -145,15 +146,15 @@ def test_a_wrong_export_is_found_and_removed(harm, message, checkpoint, tmp_path
 
 
 def test_code_that_computes_something_else_is_found(checkpoint, tmp_path, monkeypatch):
-    write = export_module._write_texts
+    write_texts = write._write_texts
 
     def write_and_harm(trained, folder, *rest):
-        write(trained, folder, *rest)
+        write_texts(trained, folder, *rest)
         code = (folder / "mixer_deltanet.py").read_text()
         assert code.count("2.0 if config.allow_neg_eigval") == 1
         (folder / "mixer_deltanet.py").write_text(code.replace("2.0 if", "1.9 if"))
 
-    monkeypatch.setattr(export_module, "_write_texts", write_and_harm)
+    monkeypatch.setattr(write, "_write_texts", write_and_harm)
     with pytest.raises(RuntimeError, match="without lrnn, its logits differ"):
         export(read_checkpoint(checkpoint), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -161,8 +162,8 @@ def test_code_that_computes_something_else_is_found(checkpoint, tmp_path, monkey
 
 def test_code_that_needs_lrnn_is_found(checkpoint, tmp_path, monkeypatch):
     """Without its kernels' files the code runs only where lrnn is installed."""
-    code = tuple(file for file in export_module.CODE if not file.startswith("kernels/"))
-    monkeypatch.setattr(export_module, "CODE", code)
+    code = tuple(file for file in write.CODE if not file.startswith("kernels/"))
+    monkeypatch.setattr(write, "CODE", code)
     with pytest.raises(RuntimeError, match="does not load without lrnn"):
         export(read_checkpoint(checkpoint), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -17,7 +17,7 @@ import lrnn
 from lrnn import LrnnForCausalLM, cli
 from lrnn.errors import UserError
 from lrnn.eval.export import check as export_check
-from lrnn.eval.export import export as export_module
+from lrnn.eval.export import write
 from lrnn.eval.export.fla_format import from_fla, to_fla_config
 
 EXPORTED = {
@@ -161,7 +161,7 @@ class TestWithoutLrnn:
     def test_logits(self, stranger, variant):
         found = stranger[variant]
         model = random_model(variant)
-        export_module.round_weights(model, getattr(torch, DTYPES[variant]))
+        write.round_weights(model, getattr(torch, DTYPES[variant]))
         with torch.no_grad():
             ours = model.float()(torch.tensor(found["ids"])).logits[0, -1]
         assert (torch.tensor(found["logits"]) - ours).abs().max() < 1e-4

@@ -7,8 +7,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
-from lrnn.eval.suites import fetch_data, sandbox
-from lrnn.eval.suites import run as run_suite
+from lrnn.eval.suites import fetch_data, harness, sandbox
 from lrnn.eval.suites.suites import HELDOUT_TASK, SUITES, TASK_FOLDER
 
 pytestmark = pytest.mark.usefixtures("eval_data")
@@ -53,7 +52,7 @@ class Ignorant(Oracle):
 
 
 def score(model, task, limit):
-    raw = run_suite.run_tasks(model, run_suite.load_tasks([task]), limit)
+    raw = harness.run_tasks(model, harness.load_tasks([task]), limit)
     return {key: value for key, value in raw["results"][task].items() if "," in key and "stderr" not in key}
 
 

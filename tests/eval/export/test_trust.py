@@ -25,8 +25,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 import lrnn
 from lrnn import LrnnConfig, LrnnForCausalLM, LrnnModel, cli
-from lrnn.eval.export.export import AUTO_MAP, CODE
-from lrnn.eval.suites import run as run_suite
+from lrnn.eval.export.write import AUTO_MAP, CODE
+from lrnn.eval.suites import harness
 from lrnn.pretrain.checkpoint.format import manifest_text
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -100,8 +100,8 @@ def test_the_folder_would_run_code_if_it_were_trusted(exported, marks, tmp_path)
 
 def test_lrnn_eval_loads_a_folder_with_its_own_classes(exported, marks, eval_data, monkeypatch):
     loaded = []
-    original = run_suite.run_tasks
-    monkeypatch.setattr(run_suite, "run_tasks", lambda lm, *rest: loaded.append(lm) or original(lm, *rest))
+    original = harness.run_tasks
+    monkeypatch.setattr(harness, "run_tasks", lambda lm, *rest: loaded.append(lm) or original(lm, *rest))
     assert evaluate(exported) == 0
     assert type(loaded[0].model) is LrnnForCausalLM
     assert found(marks) == set()

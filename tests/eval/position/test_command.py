@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 from lrnn import cli
 from lrnn.errors import UserError
 from lrnn.eval import documents
+from lrnn.eval.model_folder import describe_model
+from lrnn.eval.position import evaluate as position_evaluate
 from lrnn.eval.position import nll as position_nll
-from lrnn.eval.position import position
-from lrnn.eval.suites import report
 from lrnn.eval.suites.collect import collect
 from lrnn.eval.suites.compare import compare
+from lrnn.files import sha256
 from lrnn.tokenizer import load_tokenizer
 
 
@@ -64,9 +65,9 @@ def test_two_models(folder, other, texts, tokenizer, tmp_path, capsys):
     assert (out / "position.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "table.md").read_text() in capsys.readouterr().out
     assert results["settings"]["max_length"] == 16 * TRAINED and results["settings"]["dtype"] == "float32"
-    assert results["data"]["taken"] == 3 and results["data"]["documents_sha256"] == report.sha256(texts)
+    assert results["data"]["taken"] == 3 and results["data"]["documents_sha256"] == sha256(texts)
     assert [m["training_length"] for m in results["models"]] == [TRAINED] * 2
-    assert results["models"][1]["weights_sha256"] == report.describe_model(other)["weights_sha256"]
+    assert results["models"][1]["weights_sha256"] == describe_model(other)["weights_sha256"]
     assert results["environment"]["torch"] == torch.__version__
     assert len(results["notes"]) == 1 and "with 3 documents the bands are too narrow" in results["notes"][0]
     with (out / "position.csv").open() as file:
@@ -148,7 +149,7 @@ def test_no_code_of_the_folder_is_run(folder, texts, tmp_path):
 @pytest.fixture
 def error_of(folder, texts, tmp_path, capsys, monkeypatch):
     """The one line that a bad request ends with, before any model is loaded."""
-    monkeypatch.setattr(position, "load_model", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(position_evaluate, "load_model", lambda *args: pytest.fail("the model was loaded"))
 
     def call(*arguments, models=(folder,), path=texts):
         capsys.readouterr()
@@ -247,4 +248,4 @@ def test_missing_weights_are_not_filled_in(folder, tmp_path):
     del weights["model.layers.1.attn.o_proj.weight"]
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"holds no weights for model\.layers\.1\.attn\.o_proj\.weight"):
-        position.load_model(copy, torch.device("cpu"), torch.float32)
+        position_evaluate.load_model(copy, torch.device("cpu"), torch.float32)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from lrnn.errors import UserError
-from lrnn.eval import documents
+from lrnn.eval import documents, statistics
 from lrnn.eval.position import bins as position_bins
 from lrnn.eval.position import nll as position_nll
 from lrnn.eval.position import report as position_report
@@ -219,10 +219,10 @@ def test_bootstrap_against_a_loop_over_documents(monkeypatch):
     np.testing.assert_allclose(curve.mean, sums.sum(0) / counts.sum(0))
     np.testing.assert_allclose([curve.low, curve.high], [low, high], atol=0.01)
     assert (curve.high - curve.low).min() > 0.1
-    again = position_bins.resampled_means(sums[None], counts, 100, 0)
-    monkeypatch.setattr(position_bins, "BLOCK", 60 * 7)  # blocks of 7 draws
-    np.testing.assert_array_equal(position_bins.resampled_means(sums[None], counts, 100, 0), again)
-    assert not np.array_equal(position_bins.resampled_means(sums[None], counts, 100, 1), again)
+    again = statistics.resampled_means(sums[None], counts, 100, 0)
+    monkeypatch.setattr(statistics, "BLOCK", 60 * 7)  # blocks of 7 draws
+    np.testing.assert_array_equal(statistics.resampled_means(sums[None], counts, 100, 0), again)
+    assert not np.array_equal(statistics.resampled_means(sums[None], counts, 100, 1), again)
 
 
 def test_bands_cover_the_truth():

@@ -9,9 +9,10 @@ import torch
 from text_solvers import SOLVERS, solve
 
 from lrnn.errors import UserError
-from lrnn.eval.state_tracking import text_documents, text_report
-from lrnn.eval.state_tracking.text_documents import DOCUMENTS_PER_LENGTH, LENGTHS, documents, shots
-from lrnn.eval.state_tracking.text_tasks import TEXT_TASKS
+from lrnn.eval.state_tracking import documents as text_documents
+from lrnn.eval.state_tracking import report as text_report
+from lrnn.eval.state_tracking.documents import DOCUMENTS_PER_LENGTH, LENGTHS, documents, shots
+from lrnn.eval.state_tracking.tasks import TEXT_TASKS
 from lrnn.track.tasks.counter_rng import split_seed
 
 DIGEST = "50825e09f6296b883417bbd4589cd584d43757fe30aeb4b15ac7681a8d7c2bf9"

@@ -13,9 +13,10 @@ import torch
 
 from lrnn import cli
 from lrnn.errors import UserError
-from lrnn.eval.suites import fetch_data, report
-from lrnn.eval.suites import run as run_suite
-from lrnn.eval.suites.suites import TASK_FOLDER
+from lrnn.eval import result_folder
+from lrnn.eval.suites import fetch_data, harness, report
+from lrnn.eval.suites.evaluate import choose_tasks
+from lrnn.eval.suites.suites import SUITES, TASK_FOLDER
 
 LIMIT = 3
 
@@ -123,7 +124,7 @@ def test_code_and_maths_end_to_end(eval_data, tiny_model, tmp_path, monkeypatch)
     assert cli.main(["eval", str(tiny_model), *map(str, options), "--allow-code-execution"]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     named = {(row["task"], row["metric"], row["filter"]): row["value"] for row in results["metrics"]}
-    assert {task for task, _, _ in named} == set(run_suite.SUITES["code_math"].tasks)
+    assert {task for task, _, _ in named} == set(SUITES["code_math"].tasks)
     for key in (("lrnn_humaneval", "pass@1", "create_test"), ("lrnn_mbpp", "pass_at_1", "none")):
         assert named[key] == 0.0
     assert ("lrnn_gsm8k_cot", "exact_match", "flexible-extract") in named
@@ -131,9 +132,9 @@ def test_code_and_maths_end_to_end(eval_data, tiny_model, tmp_path, monkeypatch)
 
 
 def test_code_tasks_can_be_left_out():
-    tasks, left_out = run_suite.choose_tasks("code_math", heldout=False, allow_code=False, skip_code=True)
+    tasks, left_out = choose_tasks("code_math", heldout=False, allow_code=False, skip_code=True)
     assert left_out == ["lrnn_humaneval", "lrnn_mbpp"]
-    assert tasks == [task for task in run_suite.SUITES["code_math"].tasks if task not in left_out]
+    assert tasks == [task for task in SUITES["code_math"].tasks if task not in left_out]
     results = {
         "suite": "s",
         "model": {"path": "p"},
@@ -161,11 +162,9 @@ def error_of(capsys, *arguments):
 
 
 def test_bad_requests_are_one_clear_error(tiny_model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run_suite, "load_model", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(harness, "load_model", lambda *args: pytest.fail("the model was loaded"))
     unknown = error_of(capsys, tiny_model, "--suite", "qick")
-    assert unknown.endswith(
-        "unknown suite 'qick'. Did you mean 'quick'? The suites are: quick, fast, code_math, state_tracking"
-    )
+    assert unknown.endswith("unknown suite 'qick'; did you mean quick? valid: quick, fast, code_math, state_tracking")
     assert "--allow-code-execution" in error_of(capsys, tiny_model, "--suite", "code_math")
     assert "{quick,fast,code_math,state_tracking}" in error_of(capsys, tiny_model)
     assert "not found: /nowhere" in error_of(capsys, "/nowhere", "--suite", "quick")
@@ -187,7 +186,7 @@ def test_bad_requests_are_one_clear_error(tiny_model, tmp_path, capsys, monkeypa
 
 
 def test_what_does_not_fit_the_context_is_said_before_the_model_loads(eval_data, tiny_model, capsys, monkeypatch):
-    monkeypatch.setattr(run_suite, "load_model", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(harness, "load_model", lambda *args: pytest.fail("the model was loaded"))
     short = error_of(capsys, tiny_model, "--suite", "quick", "--max-length", 64)
     assert "lrnn_gsm8k_bpb_0shot has gold answers of up to" in short and "give --max-length 2048" in short
     options = ["--suite", "code_math", "--allow-code-execution", "--limit", 1, "--max-length", 1024]
@@ -215,6 +214,6 @@ def test_a_failed_write_leaves_the_earlier_results(quick, tmp_path, monkeypatch)
 
 def test_an_unexpected_folder_is_never_replaced(tmp_path):
     with pytest.raises(UserError, match="is a file"):
-        report.check_output(Path(__file__))
-    report.check_output(tmp_path / "new")
-    report.check_output(tmp_path)
+        result_folder.check_output(Path(__file__))
+    result_folder.check_output(tmp_path / "new")
+    result_folder.check_output(tmp_path)

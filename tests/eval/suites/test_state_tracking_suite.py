@@ -15,11 +15,12 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from text_solvers import solve
 
 from lrnn import LrnnConfig, LrnnForCausalLM, cli
-from lrnn.eval.state_tracking import text_report
-from lrnn.eval.state_tracking.text_documents import LENGTHS, SHOT_ANSWERS
-from lrnn.eval.state_tracking.text_tasks import TEXT_TASKS
-from lrnn.eval.suites import report
-from lrnn.eval.suites import run as run_suite
+from lrnn.eval.model_folder import check_export
+from lrnn.eval.offline import go_offline
+from lrnn.eval.state_tracking import report as text_report
+from lrnn.eval.state_tracking.documents import LENGTHS, SHOT_ANSWERS
+from lrnn.eval.state_tracking.tasks import TEXT_TASKS
+from lrnn.eval.suites import harness, report
 from lrnn.eval.suites.collect import collect
 from lrnn.eval.suites.compare import compare
 from lrnn.eval.suites.suites import STATE_TRACKING, TASK_FOLDER
@@ -67,8 +68,9 @@ def run():
     """The rows of all lengths and the metric rows of some tasks, as a model answers their first documents."""
 
     def run_(model, tasks, limit=None):
-        run_suite.prepare_environment()
-        raw = run_suite.run_tasks(model, run_suite.load_tasks(list(tasks)), limit)
+        go_offline()
+        harness.silence_expected_warnings()
+        raw = harness.run_tasks(model, harness.load_tasks(list(tasks)), limit)
         return text_report.length_rows(raw), report.metric_rows(raw), raw
 
     return run_
@@ -204,9 +206,9 @@ def test_plain_lm_eval_gives_the_same_score(results, tiny_model, tmp_path):
 def test_a_prompt_that_does_not_fit_is_refused_with_the_length_that_fits(tiny_model, tmp_path, capsys, monkeypatch):
     from transformers import AutoTokenizer
 
-    from lrnn.eval.state_tracking.text_documents import documents
+    from lrnn.eval.state_tracking.documents import documents
 
-    monkeypatch.setattr(run_suite, "load_model", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(harness, "load_model", lambda *args: pytest.fail("the model was loaded"))
     options = ["--suite", "state_tracking", "--limit", 7, "--out", tmp_path / "out"]
     assert cli.main(["eval", str(tiny_model), *map(str, options)]) == 2  # of 2048 tokens
     (line,) = capsys.readouterr().err.strip().splitlines()
@@ -215,7 +217,7 @@ def test_a_prompt_that_does_not_fit_is_refused_with_the_length_that_fits(tiny_mo
     needed = max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts) + 8 + 1
     assert f"lrnn_s5_gen has prompts with answers of up to {needed} tokens" in line
     assert f"give --max-length {needed}" in line
-    monkeypatch.setattr(run_suite, "load_model", lambda *args: 1 / 0)
+    monkeypatch.setattr(harness, "load_model", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["eval", str(tiny_model), *map(str, options), "--max-length", str(needed)])
     # With one token less in the context lm-eval would cut the prompt.
@@ -229,8 +231,8 @@ def test_a_linear_rnn_reads_the_whole_prompt(tiny_model, tmp_path, run):
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 16, "intermediate_size": 48}
     tokens = json.loads((tiny_model / "config.json").read_text())["vocab_size"]
     LrnnForCausalLM(LrnnConfig(vocab_size=tokens, max_position_embeddings=64, **size)).save_pretrained(folder)
-    run_suite.check_export(folder)
-    lm, _ = run_suite.load_model(folder, "cpu", "float32", 4, 2048)
+    check_export(folder)
+    lm, _ = harness.load_model(folder, "cpu", "float32", 4, 2048)
     by_length, _, raw = run(lm, ["lrnn_even_pairs_mc", "lrnn_even_pairs_gen"], limit=LIMIT)
     assert [row["length"] for row in by_length] == 2 * list(LENGTHS)
     longest = raw["samples"]["lrnn_even_pairs_mc"][-1]

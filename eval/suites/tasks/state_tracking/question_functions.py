@@ -4,17 +4,18 @@ from typing import Any
 
 import datasets
 
-from lrnn.eval.state_tracking import text_documents
-from lrnn.eval.state_tracking.text_documents import Document
+from lrnn.eval.state_tracking import documents as state_tracking_documents
+from lrnn.eval.state_tracking.documents import Document
 from lrnn.track.metrics import scaled_accuracy
 
 
 def documents(name: str, **_: Any) -> dict[str, datasets.Dataset]:
-    """Data set of a text task; lm-eval passes a task's `dataset_kwargs` and `metadata` as keywords."""
-    return {"test": datasets.Dataset.from_list([dict(document) for document in text_documents.documents(name)])}
+    """Return the data set of a text task. lm-eval passes a task's `dataset_kwargs` and `metadata` as keywords."""
+    rows = [dict(document) for document in state_tracking_documents.documents(name)]
+    return {"test": datasets.Dataset.from_list(rows)}
 
 
-# Callables, not templates: lm-eval turns a rendered template such as "3" into a number.
+# These are callables, not templates: lm-eval turns a rendered template such as "3" into a number.
 def context(doc: Document) -> str:
     return doc["context"]
 
@@ -32,23 +33,24 @@ def answer_text(doc: Document) -> str:
 
 
 def choice_scores(doc: Document, results: list[tuple[float, bool]]) -> dict[str, float]:
-    """Whether the right choice has the greatest log-likelihood (nats, `results[i]` for choice i), the first of equals.
+    """Score whether the right choice has the greatest log-likelihood (nats, `results[i]` for choice i).
 
-    The choices are not scaled by their length: most tokenizers make all of a task's equally long.
+    The first of equals counts as chosen. Log-likelihoods are not divided by length: with most tokenizers all choices
+    of a task are equally long.
     """
     best = max(range(len(results)), key=lambda choice: results[choice][0])
     return _scores("acc", doc, best == doc["answer"])
 
 
 def generation_scores(doc: Document, results: list[str]) -> dict[str, float]:
-    """Whether the first generated line is the right choice, blanks around it aside."""
+    """Score whether the first generated line is the right choice, ignoring surrounding white space."""
     return _scores("exact_match", doc, results[0].split("\n")[0].strip() == answer_text(doc))
 
 
 def _scores(metric: str, doc: Document, right: bool) -> dict[str, float]:
-    """The score of one document, scaled so that guessing is 0, and under its length.
+    """Return the score of one document, the score scaled so that guessing gives 0, and the score under its length.
 
-    A metric of another length is left out: lm-eval then takes the mean, and its error, over that length's documents.
+    Metrics of other lengths are left out, so that lm-eval takes their means and errors over their own documents.
     """
     score = float(right)
     scaled = scaled_accuracy(score, len(doc["choices"]))

@@ -1,11 +1,11 @@
-"""The state-tracking tasks as text that a language model can go on with.
+"""The state-tracking tasks as text that a language model can continue.
 
-A task draws samples as ids, and writes a sample as a question that ends where the answer begins. The text alone says
-what is asked, in words or in Python, which pretrained models have read; a few solved examples say it again.
+A task draws samples as ids, and writes a sample as a question that ends where the answer begins. The question is
+stated in words or in Python, which pretrained models have read, and a few solved examples in front of it repeat it.
 
 The permutation tasks ask where one ball is, not for the whole arrangement: S5 has 120 arrangements, far too many
-answers to choose from, and as text an arrangement can be half right. Nothing gets easier by that: the ball is named
-only after the last move, so the model has to have followed all of them.
+answers to choose from, and an arrangement as text can be half right. This does not make the task easier: the ball is
+named only after the last move, so the model must have followed all balls.
 """
 
 from abc import ABC, abstractmethod
@@ -30,7 +30,9 @@ OPERATORS = ("+", "-", "*")
 class TextTask(ABC):
     """Questions with one right answer out of `choices`.
 
-    `unit` is what a length counts. A choice stands behind the question after one space.
+    Attributes:
+        unit: what a length counts.
+        choices: the possible answers. An answer follows the question after one space.
     """
 
     unit: str
@@ -38,21 +40,29 @@ class TextTask(ABC):
 
     @abstractmethod
     def draw(self, seed: int, indices: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """The samples `indices` (`[B]` int64) of a seed (see `counter_rng.split_seed`), all of one length.
+        """Draw the samples `indices` (`[B]` int64) of a seed (see `counter_rng.split_seed`), all of one length.
 
-        Returns what `question` needs, `[B, N]` int64, and the numbers of the right choices, `[B]` int64.
+        Returns:
+            What `question` needs, `[B, N]` int64, and the numbers of the right choices, `[B]` int64.
         """
 
     @abstractmethod
     def question(self, ids: Sequence[int]) -> str:
-        """The question of one sample, from its row of ids."""
+        """Return the question of one sample, from its row of ids."""
 
 
 class Word(TextTask):
-    """A formal language: every id of the content is a word, and `template` says what is asked of them.
+    """A formal language: every id of the content is a word, and `template` asks a question about the words.
 
-    `words[i]` is the word of id i. `size` turns a length into the generator's size, and `content` into the number of
-    ids that stand before the answer and whatever the generator puts there.
+    Args:
+        generator: draws the samples.
+        unit: what a length counts.
+        words: `words[i]` is the word of id i.
+        template: the question, with `{}` for the words.
+        choices: the possible answers.
+        size: the generator's size for a length.
+        content: the number of ids, for a length, before the answer and what the generator puts around it.
+        join: joins the words of a sample.
     """
 
     def __init__(
@@ -74,7 +84,7 @@ class Word(TextTask):
     def draw(self, seed: int, indices: Tensor, length: int) -> tuple[Tensor, Tensor]:
         size = self.size(length)
         batch = self.generator.batch(seed, indices, size, size)
-        answers = batch.labels.max(1).values - self.generator.first_answer_id  # all other labels are negative
+        answers = batch.labels.max(1).values - self.generator.first_answer_id  # other labels are negative
         return batch.input_ids[:, : self.content(length)], answers
 
     def question(self, ids: Sequence[int]) -> str:
@@ -82,7 +92,7 @@ class Word(TextTask):
 
 
 def join_expression(tokens: list[str]) -> str:
-    """An arithmetic expression as people write it: blanks around an operator that stands between two operands."""
+    """Return an arithmetic expression as people write it: spaces around an operator between two operands."""
     parts = []
     for before, token in zip(["(", *tokens], tokens, strict=False):
         between = token in OPERATORS and (before == ")" or before.isdigit())
@@ -91,9 +101,9 @@ def join_expression(tokens: list[str]) -> str:
 
 
 class Cups(TextTask):
-    """Balls under cups that are moved: word problems over S3 or S5, `variant` as in `GroupWord`.
+    """Balls under cups that are moved: word problems over S3 or S5, with `variant` as in `GroupWord`.
 
-    A permutation p moves the ball of cup i to cup p[i]. The last id of a sample is the ball that is asked for.
+    A permutation p moves the ball of cup i to cup p[i]. The last id of a sample is the ball that the question is about.
     """
 
     def __init__(self, degree: int, variant: str) -> None:
@@ -125,7 +135,7 @@ class Cups(TextTask):
 class Program(TextTask):
     """A Python variable that every line multiplies by one of 1..4 and adds to, modulo 5.
 
-    No line forgets the value before it, since 5 is prime and no factor is 0.
+    No line forgets the previous value, because 5 is prime and no factor is 0.
     """
 
     unit, choices = "lines", DIGITS
@@ -177,7 +187,7 @@ TEXT_TASKS: dict[str, TextTask] = {
         BracketArithmetic(MODULUS),
         "symbols",
         (*DIGITS, *OPERATORS, "(", ")", "="),
-        f"assert {{}} % {MODULUS} ==",  # three symbols or more bring brackets of their own
+        f"assert {{}} % {MODULUS} ==",  # an expression of three or more symbols has brackets of its own
         DIGITS,
         size=lambda length: length + 3,
         join=join_expression,

@@ -1,14 +1,5 @@
-"""Perplexity by position, far past the training length, of one or several exported models on the same documents.
+"""Measure perplexity by position: check the request, find documents, measure each model, write the results."""
 
-Every document is read from its beginning, `--piece` tokens at a time with the state passed on, so memory does not grow
-with length, but for the transformer's, whose cache holds all tokens. A token's position is the number of tokens before
-it. Positions are binned on a logarithmic scale, with the training length as an edge; by default all documents are as
-long as the longest position, so that every bin has the same documents. Bands are the 95% interval of a bootstrap over
-documents, and further models are compared with the first by a paired one. The folder has position.csv, difference.csv,
-position.png, table.md and results.json.
-"""
-
-import argparse
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,79 +7,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lrnn.errors import UserError
+from lrnn.eval import result_folder
 from lrnn.eval.documents import Document, find_documents, join_documents, load_ids
-from lrnn.eval.position import report as position_report
+from lrnn.eval.model_folder import check_export, default_device, describe_model
+from lrnn.eval.offline import go_offline
+from lrnn.eval.position import report
 from lrnn.eval.position.bins import log_edges
-from lrnn.eval.suites import report
-from lrnn.eval.suites.run import check_export, prepare_environment
+from lrnn.eval.statistics import RESAMPLES, SEED
+from lrnn.files import sha256
 
 if TYPE_CHECKING:
     import torch
 
     from lrnn.tokenizer import Tokenizer
 
-TIMES = 16  # how far to go by default, in training lengths
-FEW = 20  # a percentile interval over fewer documents is too narrow
-
-EXAMPLE = """examples:
-  lrnn position runs/1.3b/hf --documents corpora/books/heldout.jsonl
-  lrnn position runs/1.3b/hf runs/1.3b-positive/hf --documents corpora/books/heldout.jsonl --out runs/ranges
-  lrnn position runs/tiny/hf --documents corpora/tiny/heldout.jsonl --max-length 4096 --join
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = EXAMPLE
-    parser.add_argument("models", nargs="+", type=Path, metavar="DIR", help="exported Hugging Face model folders")
-    parser.add_argument(
-        "--documents", type=Path, required=True, metavar="FILE", help='long documents, jsonl rows {"text": ...}'
-    )
-    parser.add_argument("--out", type=Path, help="result folder (default for a single model: DIR/eval/position)")
-    parser.add_argument(
-        "--max-length",
-        type=int,
-        metavar="N",
-        help=f"longest position (default: {TIMES} times the models' largest max_position_embeddings)",
-    )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--min-tokens",
-        type=int,
-        metavar="N",
-        help="take documents of at least N tokens (default: --max-length; with fewer, late bins have fewer documents)",
-    )
-    which.add_argument(
-        "--join",
-        action="store_true",
-        help="join documents, in the file's order, into texts of --max-length tokens: says how a model reads on past "
-        "a document's end, not whether it uses what is far back",
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents that are long enough")
-    parser.add_argument("--bins-per-octave", type=int, default=4, metavar="N", help="default: 4")
-    parser.add_argument("--piece", type=int, default=2048, metavar="N", help="tokens read at a time (default: 2048)")
-    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="documents at a time (default: 4)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    parser.add_argument("--dtype", help="of the weights (default: bfloat16 on cuda, float32 on cpu)")
-
-
-def main(args: argparse.Namespace) -> int:
-    results = evaluate(
-        args.models,
-        args.documents,
-        out=args.out,
-        max_length=args.max_length,
-        min_tokens=args.min_tokens,
-        join=args.join,
-        limit=args.limit,
-        bins_per_octave=args.bins_per_octave,
-        piece=args.piece,
-        batch_size=args.batch_size,
-        device=args.device,
-        dtype=args.dtype,
-    )
-    print("\n" + position_report.markdown_table(results))
-    print(f"results in {results['out']}")
-    return 0
+TIMES = 16  # default longest position, in training lengths
+FEW = 20  # with fewer documents a percentile interval is too narrow
 
 
 def evaluate(
@@ -106,22 +40,19 @@ def evaluate(
     device: str | None = None,
     dtype: str | None = None,
 ) -> dict[str, Any]:
-    """Measure the exported folders `models` on the documents of `path`; returns what results.json holds.
+    """Measure the exported folders `models` on the documents of `path`, and return the content of results.json.
 
-    Everything that can be wrong with the request raises UserError before a model is loaded.
+    Raises:
+        UserError: something is wrong with the request; this is found before a model is loaded.
     """
     sizes = {"--max-length": max_length, "--min-tokens": min_tokens, "--bins-per-octave": bins_per_octave}
-    for name, value in {**sizes, "--piece": piece, "--batch-size": batch_size}.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}")
-    if limit is not None and limit < 2:
-        raise UserError(f"--limit must be at least 2, got {limit}: a band over documents takes two or more")
-    prepare_environment()
+    check_sizes({**sizes, "--piece": piece, "--batch-size": batch_size}, limit)
+    go_offline()
     configs = [check_export(model) for model in models]
     if out is None and len(models) > 1:
         raise UserError("name a folder for the results of several models: --out FOLDER")
     out = out or models[0] / "eval" / "position"
-    report.check_output(out)
+    result_folder.check_output(out)
     on, as_type = choose_device(device, dtype)
     trained = [config.get("max_position_embeddings") for config in configs]
     known = [length for length in trained if length]
@@ -131,10 +62,11 @@ def evaluate(
     min_tokens = min_tokens or max_length
     tokenizers = [load_tokenizer(model, config) for model, config in zip(models, configs, strict=True)]
     print(f"looking for long documents in {path}", flush=True)
-    if join:
-        documents = join_documents(path, tokenizers[0], max_length, limit)
-    else:
-        documents = find_documents(path, tokenizers[0], min_tokens, max_length, limit)
+    documents = (
+        join_documents(path, tokenizers[0], max_length, limit)
+        if join
+        else find_documents(path, tokenizers[0], min_tokens, max_length, limit)
+    )
     for model, tokenizer in zip(models[1:], tokenizers[1:], strict=True):
         check_same_tokens(path, documents, tokenizers[0], tokenizer, f"{models[0]} and {model}")
     edges = log_edges(max(document.length for document in documents), known[0] if known else 1, bins_per_octave)
@@ -144,13 +76,13 @@ def evaluate(
         one, counts = measure(model, path, documents, tokenizers[0], edges, piece, batch_size, on, as_type)
         sums.append(one)
     names = list(map(str, models))
-    means, differences = position_report.curves(names, np.stack(sums), counts)
+    means, differences = report.curves(names, np.stack(sums), counts)
     results = {
-        "schema_version": report.SCHEMA_VERSION,
+        "schema_version": result_folder.SCHEMA_VERSION,
         "suite": "position",
         "out": str(out),
         "models": [
-            {"name": name, "training_length": length, **report.describe_model(model)}
+            {"name": name, "training_length": length, **describe_model(model)}
             for name, length, model in zip(names, trained, models, strict=True)
         ],
         "settings": {
@@ -163,43 +95,51 @@ def evaluate(
             "batch_size": batch_size,
             "device": str(on),
             "dtype": str(as_type).removeprefix("torch."),
-            "resamples": position_report.RESAMPLES,
-            "seed": report.SEED,
+            "resamples": RESAMPLES,
+            "seed": SEED,
         },
         "data": {
             "documents": str(path),
-            "documents_sha256": report.sha256(path),
+            "documents_sha256": sha256(path),
             "taken": len(documents),
             "tokens": int(counts.sum()),
         },
         "notes": notes(documents, join, names, sums),
-        "curves": [position_report.rows(curve, edges, counts, ppl=True) for curve in means],
-        "differences": [position_report.rows(curve, edges, counts, ppl=False) for curve in differences],
+        "curves": [report.rows(curve, edges, counts, ppl=True) for curve in means],
+        "differences": [report.rows(curve, edges, counts, ppl=False) for curve in differences],
         "seconds": round(time.time() - start, 1),
-        "environment": report.describe_environment(),
+        "environment": result_folder.describe_environment(str(on)),
     }
-    position_report.write(out, results)
+    report.write(out, results)
     return results
 
 
+def check_sizes(sizes: dict[str, int | None], limit: int | None) -> None:
+    """Raise UserError for an option of `sizes` below 1, or a `limit` of documents below 2."""
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
+    if limit is not None and limit < 2:
+        raise UserError(f"--limit must be at least 2, got {limit}: a band over documents needs two or more")
+
+
 def choose_device(device: str | None, dtype: str | None) -> tuple["torch.device", "torch.dtype"]:
-    """torch's objects for the names; raises UserError for what there is not."""
+    """Return torch's objects for the names. Raise UserError for an unknown dtype or an unusable device."""
     import torch
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    device, dtype = default_device(device, dtype)
     as_type = getattr(torch, dtype, None)
     if not isinstance(as_type, torch.dtype) or not as_type.is_floating_point:
-        raise UserError(f"--dtype {dtype} is none; give float32, bfloat16 or float16")
+        raise UserError(f"--dtype {dtype} is not a floating-point dtype; give float32, bfloat16 or float16")
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA raises AssertionError
         raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
     return torch.device(device), as_type
 
 
 def load_tokenizer(folder: Path, config: dict[str, Any]) -> "Tokenizer":
-    """The folder's tokenizer as a corpus uses it; raises UserError where it cannot be loaded or fits another model."""
+    """Return the folder's tokenizer as a corpus uses it. Raise UserError if it cannot be loaded or does not fit."""
     from lrnn.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
@@ -214,16 +154,16 @@ def load_tokenizer(folder: Path, config: dict[str, Any]) -> "Tokenizer":
 def check_same_tokens(
     path: Path, documents: list[Document], first: "Tokenizer", second: "Tokenizer", which: str
 ) -> None:
-    """Raises UserError where two tokenizers cut a document differently: then perplexities cannot be compared."""
+    """Raise UserError if two tokenizers tokenise a document differently, so that perplexities cannot be compared."""
     if first.fingerprint == second.fingerprint:
         return
     for document in documents:
         if not np.array_equal(load_ids(path, document, first)[0], load_ids(path, document, second)[0]):
-            raise UserError(f"{which} have other tokenizers: their perplexities a token cannot be compared")
+            raise UserError(f"{which} have different tokenizers: their perplexities per token cannot be compared")
 
 
 def load_model(folder: Path, device: "torch.device", dtype: "torch.dtype") -> Any:
-    """The model, in eval mode. The folder may be a stranger's: none of its code is run, and nothing is unpickled."""
+    """Return the model in eval mode. The folder is untrusted: none of its code is run, and nothing is unpickled."""
     from transformers import AutoModelForCausalLM
 
     print(f"loading {folder} on {device} in {str(dtype).removeprefix('torch.')}", flush=True)
@@ -233,7 +173,7 @@ def load_model(folder: Path, device: "torch.device", dtype: "torch.dtype") -> An
         )
     except OSError as error:
         raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if info["missing_keys"]:  # transformers fills them with random numbers and goes on
+    if info["missing_keys"]:  # transformers fills them with random numbers and continues
         raise UserError(f"{folder} holds no weights for {', '.join(sorted(info['missing_keys'])[:3])}")
     return model.to(device).eval()
 
@@ -249,7 +189,7 @@ def measure(
     device: "torch.device",
     dtype: "torch.dtype",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`sum_by_bin` of a model folder, which is loaded for this alone, with a bar of progress."""
+    """Load a model folder, and return `sum_by_bin` of it. Show a progress bar."""
     import torch
     from tqdm import tqdm
 
@@ -277,7 +217,7 @@ def measure(
 
 
 def notes(documents: list[Document], join: bool, names: list[str], sums: list[np.ndarray]) -> list[str]:
-    """What a reader of the numbers has to know."""
+    """Return what a reader of the numbers must know."""
     found = []
     if join:
         count = sum(len(document.offsets) for document in documents)

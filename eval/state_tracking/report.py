@@ -1,4 +1,4 @@
-"""Scores of the state-tracking tasks as text: one of each kind over all tasks, and accuracy by task and length."""
+"""Report the text tasks: one score per kind over all tasks, and accuracy by task and length."""
 
 import csv
 import math
@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from lrnn.eval.state_tracking.text_tasks import TEXT_TASKS
+from lrnn.eval.state_tracking.tasks import TEXT_TASKS
 from lrnn.track.metrics import scaled_accuracy
 
 Raw = dict[str, Any]
@@ -18,15 +18,15 @@ COLUMNS = ("task", "kind", "unit", "length", "n", "accuracy", "stderr", "floor",
 
 
 def is_by_length(metric: str) -> bool:
-    """Whether a metric of lm-eval's is that of one length, which `length_rows` reports."""
+    """Return whether a metric of lm-eval belongs to a single length, which `length_rows` reports."""
     return re.fullmatch(r"(acc|exact_match)_len\d+", metric) is not None
 
 
 def score_rows(rows: list[Raw]) -> list[Raw]:
-    """For each kind of which every task was run, the mean over tasks of the scaled accuracy, in the form of `rows`.
+    """Return a row with the mean over tasks of the scaled accuracy for each kind of which every task was run.
 
-    `rows` are those of `report.metric_rows`. `tasks` of a row says of which tasks it is the mean, all with the same
-    number of documents.
+    Rows have the form of `rows`, those of `suites.report.metric_rows`, and in addition `tasks`: the tasks averaged,
+    which all have the same number of documents.
     """
     found = []
     for kind, names in TASK_NAMES.items():
@@ -53,9 +53,10 @@ def score_rows(rows: list[Raw]) -> list[Raw]:
 
 
 def length_rows(raw: Raw) -> list[Raw]:
-    """One row (`COLUMNS`) a task and length, from the samples in the result of lm-eval's `simple_evaluate`.
+    """Return a row (`COLUMNS`) per task and length, from the samples in the result of lm-eval's `simple_evaluate`.
 
-    `floor` is the best accuracy of a constant answer on the very documents that were run; errors are None for one.
+    `floor` is the best accuracy of a constant answer on the documents that were run. Errors are None for a single
+    document.
     """
     rows = []
     for kind, names in TASK_NAMES.items():
@@ -76,7 +77,7 @@ def length_rows(raw: Raw) -> list[Raw]:
 
 
 def markdown_table(rows: list[Raw]) -> str:
-    """Task x length, a table for each kind: accuracy, and scaled accuracy in brackets."""
+    """Return a Markdown table, task x length, per kind: accuracy, and scaled accuracy in brackets."""
     parts = []
     titles = {"mc": "choosing among all answers", "gen": "generating the answer"}
     lengths = sorted({row["length"] for row in rows})
@@ -88,8 +89,8 @@ def markdown_table(rows: list[Raw]) -> str:
         parts += [
             f"## Accuracy by length, {title}",
             "",
-            f"Documents a length: {' or '.join(map(str, n))}; +- is one standard error, in brackets the scaled "
-            "accuracy (guessing 0, perfect 1). The floor is what the best constant answer has on these documents.",
+            f"Documents per length: {' or '.join(map(str, n))}. +- is one standard error; the scaled accuracy is in "
+            "brackets (guessing 0, perfect 1). The floor is the accuracy of the best constant answer.",
             "",
             f"| task | length in | floor | {' | '.join(map(str, lengths))} |",
             f"|---|---|---:|{'---:|' * len(lengths)}",
@@ -113,7 +114,7 @@ def _cell(row: Raw | None) -> str:
 
 
 def write(folder: Path, rows: list[Raw]) -> None:
-    """Write `by_length.csv` and the picture `by_length.png` into the folder."""
+    """Write `by_length.csv` and the plot `by_length.png` into the folder."""
     with (folder / "by_length.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=COLUMNS)
         writer.writeheader()
@@ -122,7 +123,7 @@ def write(folder: Path, rows: list[Raw]) -> None:
 
 
 def plot(path: Path, rows: list[Raw]) -> None:
-    """Accuracy by length with one standard error, a panel a task, a line a kind, and the floor."""
+    """Plot accuracy by length with one standard error and the floor: a panel per task, a line per kind."""
     import matplotlib
 
     matplotlib.use("Agg")

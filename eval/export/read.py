@@ -1,0 +1,116 @@
+"""Read a trained model: from a checkpoint, or from a model folder of fla."""
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from lrnn import LrnnConfig, LrnnForCausalLM
+from lrnn.errors import UserError
+from lrnn.eval.export.fla_format import from_fla
+from lrnn.pretrain.checkpoint import format as checkpoint
+from lrnn.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass
+class Trained:
+    """A trained model and what is known about it."""
+
+    model: LrnnForCausalLM  # float32, on the CPU
+    tokenizer: Tokenizer
+    training: dict[str, Any]  # `lrnn_training` of the exported config.json
+    data: dict[str, Any] | None = None  # the checkpoint's description of its data
+    run: dict[str, Any] | None = None  # the run's resolved configuration
+
+
+def read_checkpoint(source: Path) -> Trained:
+    """Read the checkpoint `source`, or the newest intact one if `source` is a run folder.
+
+    Raises:
+        UserError: `source` is neither, or the checkpoint is incomplete or damaged.
+    """
+    if (source / "checkpoints").is_dir():
+        newest = checkpoint.find_newest(source, warn=partial(print, flush=True))
+        if newest is None:
+            raise UserError(f"{source} has no complete checkpoint yet")
+        source = newest
+        print(f"reading {source}", flush=True)
+    elif checkpoint.NAME.match(source.name) or any(source.glob("state-*.safetensors")):
+        print(f"reading {source}", flush=True)
+        checkpoint.verify(source)
+    else:
+        raise UserError(f"{source} is neither a run folder nor a checkpoint (a folder named step-NNNNNNNN)")
+    config = _config_of(source)
+    progress = checkpoint.read_progress(source)
+    tokenizer = _tokenizer_of(source)
+    _check_vocabulary(tokenizer, config)
+    model = empty_model(config)
+    checkpoint.SavedState(source).load_into(model)
+    files = json.loads((source / "manifest.json").read_text())["files"]
+    training = {
+        "step": progress["step"],
+        "tokens": progress["progress"]["tokens"],
+        "seed": progress["data"]["seed"],
+        "run_config_sha256": files["run.yaml"]["sha256"],
+        "tokenizer_sha256": tokenizer.fingerprint,
+    }
+    try:
+        run = yaml.safe_load((source / "run.yaml").read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{source / 'run.yaml'} is not plain YAML: {' '.join(str(error).split())}") from None
+    return Trained(model, tokenizer, training, progress["data"], run)
+
+
+def read_fla_folder(source: Path, tokenizer_path: str | None = None) -> Trained:
+    """Read a model folder of fla.
+
+    Args:
+        source: the folder.
+        tokenizer_path: SentencePiece .model or tokenizer folder to use instead of the folder's own.
+
+    Raises:
+        UserError: the folder or the tokenizer cannot be used; see `from_fla` and `load_tokenizer`.
+    """
+    print(f"reading {source}", flush=True)
+    config, state = from_fla(source)
+    tokenizer = load_tokenizer(source if tokenizer_path is None else tokenizer_path)
+    _check_vocabulary(tokenizer, config)
+    model = empty_model(config)
+    # A tied head is not in the file. from_fla has compared the names.
+    model.load_state_dict(state, strict=not config.tie_word_embeddings)
+    known = getattr(config, "lrnn_training", {})
+    return Trained(model, tokenizer, {**known, "tokenizer_sha256": tokenizer.fingerprint})
+
+
+def empty_model(config: LrnnConfig) -> LrnnForCausalLM:
+    """Return a float32 model on the CPU whose weights are not set yet."""
+    with torch.device("meta"):
+        model = LrnnForCausalLM(config)
+    model.to_empty(device="cpu").tie_weights()
+    return model
+
+
+def _config_of(source: Path) -> LrnnConfig:
+    """Return the model's configuration. Unknown fields are dropped: in an untrusted checkpoint some may name code."""
+    known = LrnnConfig().to_dict()
+    fields = json.loads((source / "config.json").read_text())
+    return LrnnConfig(**{name: value for name, value in fields.items() if name in known})
+
+
+def _tokenizer_of(source: Path) -> Tokenizer:
+    folder = source / "tokenizer"
+    if not folder.is_dir():  # load_tokenizer would look on the hub
+        raise UserError(f"{source} is not a complete checkpoint: it has no folder tokenizer")
+    return load_tokenizer(folder)
+
+
+def _check_vocabulary(tokenizer: Tokenizer, config: LrnnConfig) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer's vocabulary of {tokenizer.vocab_size} exceeds the model's vocab_size {config.vocab_size}; "
+            "give the tokenizer that the model was trained with"
+        )

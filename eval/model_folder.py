@@ -1,0 +1,74 @@
+"""Check and describe an exported model folder, which may come from anywhere: no code in it is run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lrnn.errors import UserError
+from lrnn.files import sha256
+
+
+def check_export(folder: Path) -> dict[str, Any]:
+    """Return the folder's config.json.
+
+    Raises:
+        UserError: the folder is not a complete exported model, its weights are not safetensors (other formats are
+            pickles), or the model needs code of its own.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if not folder.is_dir():
+        raise UserError(f"model folder not found: {folder}")
+    wanted = {"config.json": "config.json", "tokenizer_config.json": "a tokenizer", "model.safetensors*": "weights"}
+    for pattern, what in wanted.items():
+        if not any(folder.glob(pattern)):
+            raise UserError(
+                f"{folder} is not an exported model: it holds no {what} ({pattern}); "
+                "`lrnn export` makes one from a checkpoint"
+            )
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
+    if "model_type" not in config:
+        raise UserError(f"{folder / 'config.json'} names no model_type: not an exported model")
+    if config["model_type"] not in CONFIG_MAPPING:
+        raise UserError(
+            f"{folder / 'config.json'}: neither lrnn nor transformers has the model_type {config['model_type']!r}, and "
+            "code that comes with a model is not run; export the checkpoint with --format hf"
+        )
+    _check_shards(folder / "model.safetensors.index.json")
+    return config
+
+
+def _check_shards(index: Path) -> None:
+    """Raise UserError if the index of sharded weights is damaged or names a file that transformers would unpickle."""
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is not an index of weights: {error!r}") from None
+        for name in names:
+            if not str(name).endswith(".safetensors"):
+                raise UserError(f"{index} names {name!r}; only weights in safetensors are read")
+
+
+def describe_model(folder: Path) -> dict[str, Any]:
+    """Return fingerprints of a model folder: the SHA-256 of its configuration, tokenizer and every weights file."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return {
+        "path": str(folder.resolve()),
+        "model_type": config.get("model_type"),
+        "config_sha256": sha256(folder / "config.json"),
+        "tokenizer_sha256": sha256(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else None,
+        "weights_sha256": {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))},
+        "training": config.get("lrnn_training"),
+    }
+
+
+def default_device(device: str | None, dtype: str | None) -> tuple[str, str]:
+    """Return the names of a device and a dtype: a GPU and bfloat16 if there is one, otherwise the CPU and float32."""
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device, dtype or ("bfloat16" if device.startswith("cuda") else "float32")

@@ -1,0 +1,66 @@
+"""Statistics shared by the suites and by perplexity by position: bits per byte, and a bootstrap over documents.
+
+D documents, K groups of tokens (bins of position), M models, R resamples.
+"""
+
+import math
+
+import numpy as np
+
+RESAMPLES = 1000
+SEED = 0
+INTERVAL = (0.025, 0.975)  # the quantiles of a 95% interval
+BLOCK = 2**22  # size of a block of weights [resamples, D]: 32 MB of float64
+
+
+def bits_per_byte(pairs: np.ndarray) -> np.ndarray:
+    """Return the bits per byte over the axis n of (log-likelihood in nats, bytes) pairs `[..., n, 2]` float64.
+
+    It is the ratio of the two sums, not the mean of the documents' ratios.
+    """
+    nats, n_bytes = pairs[..., 0].sum(-1), pairs[..., 1].sum(-1)
+    return -nats / n_bytes / math.log(2)
+
+
+def bits_per_byte_stderr(pairs: np.ndarray) -> float | None:
+    """Return the standard error of `bits_per_byte` by bootstrap over documents `[n, 2]`, or None for one document."""
+    if len(pairs) < 2:
+        return None
+    rng = np.random.default_rng(SEED)
+    means = [float(bits_per_byte(pairs[rng.integers(len(pairs), size=len(pairs))])) for _ in range(RESAMPLES)]
+    return float(np.std(means, ddof=1))
+
+
+def resampled_means(sums: np.ndarray, counts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Return the means per group of documents drawn with replacement: float64 [M, R, K].
+
+    All models share the draws, so the difference of two rows of the result is that of a paired bootstrap. A value is
+    NaN where fewer than two documents reach the group, where its sums are not finite, and where a draw holds no
+    document that reaches it.
+
+    Args:
+        sums: float64 [M, D, K], the sum of a model's values over the tokens of a document in a group.
+        counts: int64 [D, K], the number of those tokens.
+        resamples: R.
+        seed: seed of the draws.
+    """
+    models, documents, groups = sums.shape
+    rng = np.random.default_rng(seed)
+    means = np.empty((models, resamples, groups))
+    block = max(1, BLOCK // documents)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for start in range(0, resamples, block):
+            rows = min(block, resamples - start)
+            # A document's weight is the number of times that it is drawn.
+            weights = rng.multinomial(documents, np.full(documents, 1 / documents), size=rows).astype(np.float64)
+            means[:, start : start + rows] = (weights @ sums) / (weights @ counts)
+    means[:, :, (counts > 0).sum(0) < 2] = np.nan  # a single document would give a band without width
+    return np.where(np.isfinite(sums).all(1)[:, None], means, np.nan)
+
+
+def interval(draws: np.ndarray) -> np.ndarray:
+    """Return the 95% percentile interval of draws [R, K]: [2, K], low and high; NaN where every draw is NaN."""
+    result = np.full((2, draws.shape[1]), np.nan)
+    some = ~np.isnan(draws).all(0)
+    result[:, some] = np.nanquantile(draws[:, some], INTERVAL, axis=0)
+    return result

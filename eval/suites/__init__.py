@@ -1,0 +1,13 @@
+"""Evaluation suites: lm-eval tasks on an exported model folder, offline.
+
+    command.py      `lrnn eval` (its --compare and --collect are in compare.py and collect.py)
+    evaluate.py     checks the request and the folder, runs the tasks, writes the result folder
+    suites.py       the suites and their tasks
+    harness.py      the calls to lm-eval: tasks, model, run
+    tasks/          the tasks as lm-eval reads them, with the functions that they name
+    fetch_data.py   benchmark data, downloaded once into a cache
+    sandbox.py      runs code written by a model; sandbox_child.py is its inner half
+    report.py       lm-eval's results become results.json, table.md and samples
+
+The model folder is checked by lrnn.eval.model_folder; tasks that run code need the user's permission.
+"""

@@ -1,0 +1,97 @@
+"""Run an evaluation suite of lm-eval on an exported model, offline.
+
+The suites are `quick`, `fast`, `code_math` and `state_tracking`; `--heldout FILE` adds the bits per byte of held-out
+documents. `lrnn eval --fetch` downloads the benchmark data once; `state_tracking` generates its own. Results are
+written to DIR/eval/SUITE: results.json, table.md, lm-eval's own results and its samples. Suites with pass@1 run code
+written by the model, in a sandbox, and only with --allow-code-execution.
+
+The tasks are ordinary lm-eval tasks, so lm-eval's own command line runs them on the same folder:
+
+  HF_HUB_OFFLINE=1 python -m lm_eval run --model hf \\
+    --model_args pretrained=DIR,trust_remote_code=True,dtype=float32,softmax_dtype=float32,max_length=2048 \\
+    --include_path "$(python -c 'from lrnn.eval.suites.suites import TASK_FOLDER; print(TASK_FOLDER)')" \\
+    --tasks lrnn_humaneval_bpb,lrnn_gsm8k_bpb --output_path out --log_samples
+
+`lrnn_heldout_bpb` reads the file named by LRNN_EVAL_HELDOUT, and code tasks need --confirm_run_unsafe_code. The groups
+`state_tracking`, `state_tracking_mc` and `state_tracking_gen` name all tasks of that suite; lm-eval silently truncates
+a prompt longer than max_length, whereas `lrnn eval` refuses it. The line above runs the code in the model folder;
+`lrnn eval` uses the code of the installed lrnn instead.
+"""
+
+import argparse
+from pathlib import Path
+
+from lrnn.errors import UserError
+from lrnn.eval.suites import fetch_data, report
+from lrnn.eval.suites.evaluate import evaluate
+from lrnn.eval.suites.suites import SUITES
+
+EXAMPLES = """examples:
+  lrnn eval --fetch
+  lrnn eval runs/tiny/hf --suite quick --heldout corpora/tiny/heldout.jsonl --limit 50
+  lrnn eval runs/1.3b/hf --suite code_math --allow-code-execution --batch-size 32
+  lrnn eval runs/1.3b/hf --suite state_tracking --max-length 8192
+  lrnn eval --compare runs/a/hf/eval/fast runs/b/hf/eval/fast
+  lrnn eval --collect runs/1.3b/eval
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    suites = "; ".join(f"{suite.name}: {suite.purpose}" for suite in SUITES.values())
+    parser.epilog = EXAMPLES
+    parser.add_argument("model", nargs="?", type=Path, metavar="DIR", help="exported Hugging Face model folder")
+    parser.add_argument("--suite", help=suites)
+    parser.add_argument("--out", type=Path, help="result folder (default: DIR/eval/SUITE)")
+    parser.add_argument("--heldout", type=Path, metavar="FILE", help='held-out documents, jsonl rows {"text": ...}')
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of every task")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    parser.add_argument("--dtype", help="dtype of the weights (default: bfloat16 on cuda, float32 on cpu)")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences per batch (default: 8)")
+    parser.add_argument(
+        "--max-length", type=int, help="maximum tokens of context (default: the model's max_position_embeddings)"
+    )
+    code = parser.add_mutually_exclusive_group()
+    code.add_argument("--allow-code-execution", action="store_true", help="run code written by the model in a sandbox")
+    code.add_argument("--skip-code-execution", action="store_true", help="leave out the tasks that run code")
+    parser.add_argument("--fetch", action="store_true", help="download the benchmark data (86 MB, once)")
+    parser.add_argument(
+        "--collect", nargs="+", type=Path, metavar="FOLDER", help="print one table of all results below the folders"
+    )
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar="RESULTS", help="compare two result folders, paired by document"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.collect:
+        from lrnn.eval.suites.collect import collect
+
+        print(collect(args.collect))
+        return 0
+    if args.compare:
+        from lrnn.eval.suites.compare import compare
+
+        print(compare(*args.compare))
+        return 0
+    if args.fetch:
+        fetch_data.fetch()
+        if args.model is None:
+            return 0
+    if args.model is None or args.suite is None:
+        raise UserError(f"name a model folder and a suite: lrnn eval DIR --suite {{{','.join(SUITES)}}}")
+    results = evaluate(
+        args.model,
+        args.suite,
+        out=args.out,
+        heldout=args.heldout,
+        limit=args.limit,
+        device=args.device,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        allow_code_execution=args.allow_code_execution,
+        skip_code_execution=args.skip_code_execution,
+    )
+    print("\n" + report.markdown_table(results))
+    print(f"results in {results['out']}")
+    return 0
