@@ -116,7 +116,7 @@ def test_one_model_and_joined_documents(folder, texts, tmp_path):
     assert "were joined" not in (out / "table.md").read_text()
     with pytest.raises(UserError, match=r"holds no results\.json"):
         collect([copy])
-    with pytest.raises(UserError, match="`lrnn position` compares"):
+    with pytest.raises(UserError, match="`lrnn position` itself compares"):
         compare(out, out)
 
 
@@ -172,7 +172,7 @@ def test_sizes_are_at_least_one(error_of, option):
         (("--limit", 1), "--limit must be at least 2, got 1"),
         (("--device", "abacus"), "--device abacus cannot be used"),
         (("--device", "cuda:99"), "--device cuda:99 cannot be used"),
-        (("--dtype", "int8"), "--dtype int8 is none; give float32"),
+        (("--dtype", "int8"), "--dtype int8 is not a floating-point dtype; give float32"),
         (("--max-length", 5000), "0 of 7 documents have at least 5,000 tokens"),
         (("--max-length", 9999, "--join"), "do not join into two of 9,999 tokens"),
     ],
@@ -236,7 +236,7 @@ def test_models_of_other_tokenizers_are_not_compared(error_of, folder, tmp_path)
         error_of(models=[folder, copy])
     spec["model"]["merges"] = spec["model"]["merges"][:1]
     (copy / "tokenizer.json").write_text(json.dumps(spec))
-    assert "have other tokenizers" in error_of(models=[folder, copy])
+    assert "have different tokenizers" in error_of(models=[folder, copy])
 
 
 def test_missing_weights_are_not_filled_in(folder, tmp_path):

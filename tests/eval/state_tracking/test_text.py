@@ -105,7 +105,7 @@ def test_no_symbol_alone_tells_the_answer():
 
 
 def test_unknown_names_are_one_clear_error():
-    with pytest.raises(UserError, match=r"unknown text task 'pairty'. The text tasks are: parity, even_pairs"):
+    with pytest.raises(UserError, match=r"unknown text task 'pairty'; did you mean parity\? valid: parity, even_pairs"):
         documents("pairty")
 
 

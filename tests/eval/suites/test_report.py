@@ -60,7 +60,7 @@ def test_paired_comparison_sees_a_difference_smaller_than_either_error(tmp_path)
 def test_only_the_same_documents_can_be_compared(tmp_path):
     write_results(tmp_path / "a", documents(10, 0))
     write_results(tmp_path / "b", documents(10, 0), doc_hash="other")
-    with pytest.raises(UserError, match="other documents"):
+    with pytest.raises(UserError, match="was run on different documents"):
         compare(tmp_path / "a", tmp_path / "b")
     with pytest.raises(UserError, match=r"no results\.json"):
         compare(tmp_path / "a", tmp_path)
