@@ -23,14 +23,14 @@ from hostile import (
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-import lrnn
 from lrnn import LrnnConfig, LrnnForCausalLM, LrnnModel, cli
-from lrnn.eval.export.write import AUTO_MAP, CODE
+from lrnn.eval.export.write import AUTO_MAP, code_files
 from lrnn.eval.suites import harness
 from lrnn.pretrain.checkpoint.format import manifest_text
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-ALL_CODE = {Path(file).stem for file in CODE if "kernels" not in file} | {"tokenizer", "generate"}
+MODEL_CODE = [file for file in code_files() if file.parent.name == "model"]  # not the kernels' reference files
+ALL_CODE = {file.stem for file in MODEL_CODE} | {"tokenizer", "generate"}
 
 
 @pytest.fixture(autouse=True)
@@ -68,10 +68,9 @@ def exported(model, tiny_model, marks, tmp_path) -> Path:
         shutil.copy(tiny_model / name, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": AUTO_MAP}))
-    for file in CODE:
-        source = (Path(lrnn.__file__).parent / file).read_text()
-        mark = marks / Path(file).stem
-        (folder / Path(file).name).write_text(source + "\n" + hostile_python(mark) if "kernels" not in file else source)
+    for file in code_files():
+        mark = "\n" + hostile_python(marks / file.stem) if file in MODEL_CODE else ""
+        (folder / file.name).write_text(file.read_text() + mark)
     add_hostile_code(folder, marks / "tokenizer", known_class=True)
     (folder / "custom_generate").mkdir()
     (folder / "custom_generate/generate.py").write_text(
