@@ -14,9 +14,10 @@ from torch import Tensor
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.errors import UserError
 from lrnn.eval.export.check import check_loading_info
+from lrnn.model.mixers import MIXERS
 
 ARCHITECTURES = {"gated_deltanet": "GatedDeltaNetForCausalLM", "delta_net": "DeltaNetForCausalLM"}
-MIXER_OF = {"gated_deltanet": "gated_deltanet", "delta_net": "deltanet"}
+MIXER_OF = {mixer.fla_model_type: name for name, mixer in MIXERS.items() if mixer.fla_model_type is not None}
 
 SHARED = (  # fields that mean the same in both
     "vocab_size",
@@ -52,7 +53,7 @@ def to_fla_config(config: LrnnConfig) -> dict[str, Any]:
     if config.mixer not in MIXER_OF.values():
         known = " and ".join(MIXER_OF.values())
         raise UserError(f"the fla format is for the mixers {known}; this model's is {config.mixer}: use --format hf")
-    kind = next(k for k, mixer in MIXER_OF.items() if mixer == config.mixer)
+    kind = MIXERS[config.mixer].fla_model_type
     fla = {"model_type": kind, "architectures": [ARCHITECTURES[kind]], **FIXED[kind]}
     fla |= {name: getattr(config, name) for name in SHARED}
     if kind == "gated_deltanet":

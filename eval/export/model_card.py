@@ -6,31 +6,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from lrnn import LrnnConfig
-
-PAPERS = {
-    "gated_deltanet": ("Gated DeltaNet", "2412.06464"),
-    "deltanet": ("DeltaNet", "2406.06484"),
-    "gated_deltaproduct": ("Gated DeltaProduct", "2502.10297"),
-    "deltaproduct": ("DeltaProduct", "2502.10297"),
-    "gla": ("Gated linear attention", "2312.06635"),
-    "mamba2": ("Mamba-2", "2405.21060"),
-    "mamba": ("Mamba", "2312.00752"),
-    "mlstm": ("mLSTM", "2405.04517"),
-    "rwkv7": ("RWKV-7", "2503.14456"),
-    "slstm": ("sLSTM", "2405.04517"),
-    "transformer": ("Softmax attention with rotary positions", "1706.03762"),
-}
-# What an eigenvalue range of [-1, 1] and of [0, 1] mean, in the mixers that have one.
-RANGES = {
-    "gla": ("decay 2 a - 1", "decay a"),
-    "mamba2": ("decay 2 a - 1", "decay a"),
-    "mamba": ("decay 2 exp(dt A) - 1", "decay exp(dt A)"),
-    "mlstm": ("forget gate 2 f - 1", "forget gate f"),
-    "rwkv7": ("in-context rate times 1 + min(w)", "in-context rate a; with decay w down to min(w) - 1"),
-}
-RANGES |= dict.fromkeys(
-    ("gated_deltanet", "deltanet", "gated_deltaproduct", "deltaproduct"), ("beta = 2 sigmoid", "beta = sigmoid")
-)
+from lrnn.model.mixers import MIXERS
 
 
 def model_card(
@@ -60,7 +36,7 @@ def model_card(
         license=license,
         library_name="transformers" if export_format == "hf" else "fla",
         pipeline_tag="text-generation",
-        tags=[_kind(config).replace(" ", "-"), config.mixer, "state-tracking"],
+        tags=[MIXERS[config.mixer].kind.replace(" ", "-"), config.mixer, "state-tracking"],
     )
     # Documents begin with bos or, for a tokenizer that has none, with eos.
     first_id = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
@@ -77,44 +53,32 @@ def model_card(
 
 
 def _architecture(config: LrnnConfig, dtype: str, num_parameters: int) -> str:
-    title, paper = PAPERS[config.mixer]
-    rows = {"token mixer": f"{title} (arXiv:{paper})"}
-    if config.mixer in RANGES:
-        low = -1 if config.allow_neg_eigval else 0
-        how = RANGES[config.mixer][0 if config.allow_neg_eigval else 1]
+    mixer = MIXERS[config.mixer]
+    cost = mixer.cost(config)
+    rows = {"token mixer": f"{mixer.title} (arXiv:{mixer.paper})"}
+    if mixer.ranges is not None:
+        low, how = (-1, mixer.ranges.negative) if config.allow_neg_eigval else (0, mixer.ranges.positive)
         rows["eigenvalues of the state transition"] = f"[{low}, 1]: {how} (arXiv:2411.12537)"
     rows |= {
         "parameters": f"{num_parameters:,} ({num_parameters / 1e6:.1f}M), {dtype}",
         "layers, hidden size": f"{config.num_hidden_layers}, {config.hidden_size}",
         "heads, head dimension": f"{config.num_heads}, {config.head_dim}",
     }
-    if config.mixer.endswith("deltaproduct"):
-        rows["Householder factors a token"] = str(config.num_householder)
-    if config.mixer != "transformer":
-        rows["recurrent state"] = f"{config.num_hidden_layers * _state_size(config):,} numbers a sequence"
-    if config.mixer not in ("gla", "rwkv7", "slstm", "transformer"):
+    rows |= mixer.details(config)
+    if cost.state is not None:
+        rows["recurrent state"] = f"{config.num_hidden_layers * cost.state:,} numbers per sequence"
+    if cost.channels:
         rows["short convolution"] = f"{config.conv_size} taps"
     rows |= {
         "SwiGLU size": str(config.intermediate_size),
         "vocabulary": f"{config.vocab_size:,}{', tied embeddings' if config.tie_word_embeddings else ''}",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    if config.mixer == "transformer":
-        first = "A transformer, trained for comparison with linear RNNs: its cache grows with the text."
+    if cost.state is None:
+        first = f"A {mixer.kind}, trained for comparison with linear RNNs: its cache grows with the text."
     else:
-        first = f"A {_kind(config).replace('rnn', 'RNN')}: it keeps a state of fixed size and has no attention."
+        first = f"A {mixer.kind.replace('rnn', 'RNN')}: it keeps a state of fixed size and has no attention."
     return f"{first}\n\n| | |\n|---|---|\n{table}"
-
-
-def _kind(config: LrnnConfig) -> str:
-    return {"transformer": "transformer", "slstm": "non-linear rnn"}.get(config.mixer, "linear rnn")
-
-
-def _state_size(config: LrnnConfig) -> int:
-    """Numbers in the recurrent state of a layer."""
-    H, D = config.num_heads, config.head_dim
-    special = {"mamba": H * D * config.state_size, "mlstm": H * D * (D + 1) + H, "slstm": 4 * H * D}
-    return special.get(config.mixer, H * D**2)
 
 
 def _training(training: dict[str, Any], data: dict[str, Any] | None, run: dict[str, Any] | None) -> str:

@@ -1,7 +1,6 @@
 """Write the exported folder: weights, configuration, code, tokenizer and model card; and read it back."""
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from lrnn.eval.export.model_card import model_card
 from lrnn.eval.export.read import Trained
 from lrnn.eval.export.tokenizer import export_tokenizer
 from lrnn.files import new_folder
+from lrnn.model.mixers import MIXERS
 
 AUTO_MAP = {
     "AutoConfig": "configuration_lrnn.LrnnConfig",
@@ -94,10 +94,24 @@ def write_weights(model: LrnnForCausalLM, folder: Path) -> None:
     save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
 
 
-def code_files() -> list[Path]:
-    """Return the files of code that an exported folder holds: all of them, whatever the model's mixer."""
+def code_files() -> dict[str, str]:
+    """Return the code that an exported folder holds, text by file name: the whole model, whatever its mixer."""
     files = [file for folder in CODE for file in sorted((PACKAGE / folder).glob("*.py"))]
-    return [file for file in files if file.name != "__init__.py"]
+    code = {file.name: file.read_text() for file in files if file.name != "__init__.py"}
+    return code | {"mixers.py": _mixers_file()}
+
+
+def _mixers_file() -> str:
+    """Return a `mixers.py` that imports every mixer by its name.
+
+    transformers copies only the files that such lines name; it does not see what the package's `mixers.py` imports.
+    """
+    classes: dict[str, set[str]] = {}
+    for mixer in MIXERS.values():
+        classes.setdefault(mixer.__module__.rpartition(".")[2], set()).add(mixer.__name__)
+    lines = [f"from .{module} import {', '.join(sorted(names))}" for module, names in sorted(classes.items())]
+    title = "Every mixer of this folder, imported so that it registers itself. Written by `lrnn export`."
+    return "\n".join([f'"""{title}"""', "", *lines, "from .registry import MIXERS", ""])
 
 
 def _write_texts(
@@ -115,8 +129,8 @@ def _write_texts(
         # to_diff_dict leaves out fields that equal transformers' default, which may differ from LrnnConfig's.
         explicit = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
         content = config.to_diff_dict() | {name: getattr(config, name) for name in explicit} | {"auto_map": AUTO_MAP}
-        for file in code_files():
-            shutil.copyfile(file, folder / file.name)
+        for file, text in code_files().items():
+            (folder / file).write_text(text)
     content |= {"dtype": dtype, "transformers_version": transformers.__version__}
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
     tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": pad_token_id}

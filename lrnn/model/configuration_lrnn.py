@@ -2,20 +2,6 @@
 
 from transformers.configuration_utils import PretrainedConfig
 
-MIXERS = (
-    "gated_deltanet",
-    "deltanet",
-    "gated_deltaproduct",
-    "deltaproduct",
-    "gla",
-    "mamba2",
-    "mamba",
-    "mlstm",
-    "rwkv7",
-    "slstm",
-    "transformer",
-)
-
 DELTA_RULE_PRECISIONS = ("standard", "split")
 
 
@@ -79,6 +65,8 @@ class LrnnConfig(PretrainedConfig):
         tie_word_embeddings: bool = False,
         **kwargs,
     ):
+        from .mixers import MIXERS  # here, because the mixers import this file
+
         if mixer not in MIXERS:
             raise ValueError(f"mixer {mixer!r} is not one of {', '.join(MIXERS)}")
         if delta_rule_precision not in DELTA_RULE_PRECISIONS:
@@ -102,8 +90,6 @@ class LrnnConfig(PretrainedConfig):
             setattr(self, name, value)
         if num_householder > 4:
             raise ValueError(f"num_householder must be 1, 2, 3 or 4; got {num_householder}")
-        if mixer == "transformer" and head_dim % 2:
-            raise ValueError(f"head_dim of a transformer must be even, for rotary positions; got {head_dim}")
         self.mixer = mixer
         self.allow_neg_eigval = allow_neg_eigval
         self.delta_rule_precision = delta_rule_precision
@@ -119,3 +105,4 @@ class LrnnConfig(PretrainedConfig):
             tie_word_embeddings=tie_word_embeddings,
             **kwargs,
         )
+        MIXERS[mixer].check(self)

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from .configuration_lrnn import LrnnConfig
 from .ops import gated_rms_norm, plain_short_conv, short_conv, signed_decay, use_kernels
+from .registry import Cost, Ranges
 
 
 class LrnnCache(Cache):
@@ -78,10 +79,25 @@ class Mixer(nn.Module):
     after x goes into `cache`, which is never given together with documents.
     """
 
-    has_eigenvalue_range = True  # whether `allow_neg_eigval` means anything to it
-    begins_with_zeros = False  # whether its state is one tensor, of zeros ahead of the first token
+    title: str  # as people write it
+    paper: str  # arXiv number
+    kind = "linear rnn"  # or "non-linear rnn", or "transformer"
+    ranges: Ranges | None = None  # what `allow_neg_eigval` chooses; None if it has no eigenvalue range
+    begins_with_zeros = False  # whether its state is one tensor, which is zero ahead of the first token
+    fla_model_type: str | None = None  # the model of `fla` that has the same parameters and computes the same
+    noted_eigenvalue = "eigenvalue of the state transition"  # what `note_eigenvalues` is given, for axes of plots
+    cost: Callable[[LrnnConfig], Cost]  # a static or class method
     # Where set, called in every forward pass with a function that returns the eigenvalues of the state transitions.
     on_eigenvalues: Callable[[Callable[[], Tensor]], None] | None = None
+
+    @classmethod
+    def check(cls, config: LrnnConfig) -> None:
+        """Raise ValueError if the mixer cannot have this configuration."""
+
+    @classmethod
+    def details(cls, config: LrnnConfig) -> dict[str, str]:
+        """Return settings of this mixer alone that a model card shows, by what they are."""
+        return {}
 
     def __init__(self, config: LrnnConfig, layer_idx: int):
         super().__init__()

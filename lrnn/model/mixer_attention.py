@@ -6,17 +6,32 @@ from torch import Tensor, nn
 
 from .configuration_lrnn import LrnnConfig
 from .layers import Mixer
+from .registry import Cost, register
 
 ROTARY_BASE = 10_000.0
 
 
+@register("transformer")
 class Attention(Mixer):
     """Causal multi-head attention (arXiv 1706.03762) with rotary positions (2104.09864). It has no eigenvalue range.
 
     Its state in the cache is (keys [B, H, S, D], values [B, H, S, D], bool [B, S] of what is no padding).
     """
 
-    has_eigenvalue_range = False
+    title, paper = "Softmax attention with rotary positions", "1706.03762"
+    kind = "transformer"
+
+    @staticmethod
+    def cost(config: LrnnConfig) -> Cost:
+        inner = config.num_heads * config.head_dim
+        # Scores and sums over the tokens before: half the sequence on average.
+        recurrence = (config.max_position_embeddings + 1) * inner
+        return Cost(weights=4 * config.hidden_size * inner, recurrence=recurrence, state=None)
+
+    @staticmethod
+    def check(config: LrnnConfig) -> None:
+        if config.head_dim % 2:
+            raise ValueError(f"head_dim of a transformer must be even, for rotary positions; got {config.head_dim}")
 
     def __init__(self, config: LrnnConfig, layer_idx: int):
         super().__init__(config, layer_idx)

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from .configuration_lrnn import LrnnConfig
 from .layers import GatedRMSNorm, Mixer, ShortConvolution, convolve, zero_at_padding
 from .ops import fused_gated_delta_rule, gated_delta_product
+from .registry import Cost, Ranges, register
 
 
+@register("deltanet")
 class DeltaNet(Mixer):
-    """DeltaNet (arXiv 2406.06484), gated DeltaNet (2412.06464, equation 10) or, with n_h = `num_householder` factors a
-    token, (gated) DeltaProduct (2502.10297), as `config.mixer` says:
+    """DeltaNet (arXiv 2406.06484), and the base of gated DeltaNet (2412.06464, equation 10) and, with
+    n_h = `num_householder` factors per token, of (gated) DeltaProduct (2502.10297):
 
         S_t = prod_j (I - beta_tj k_tj k_tj^T) alpha_t S_{t-1} + what the factors write        o_t = K^-0.5 S_t^T q_t
 
@@ -22,13 +24,36 @@ class DeltaNet(Mixer):
     the query reads after the last. Rows of the projections of k, v and b go by factor, then head, as in `fla`.
     """
 
+    title, paper = "DeltaNet", "2406.06484"
+    ranges = Ranges(negative="beta = 2 sigmoid", positive="beta = sigmoid")
     begins_with_zeros = True
+    noted_eigenvalue = "eigenvalue 1 - beta"  # one for each factor
+    fla_model_type: str | None = "delta_net"
+    gated = False  # a gate alpha on the state, and one on the output
+    several_factors = False  # `num_householder` factors per token instead of one
+
+    @classmethod
+    def factors(cls, config: LrnnConfig) -> int:
+        """Return the number of factors per token."""
+        return config.num_householder if cls.several_factors else 1
+
+    @classmethod
+    def cost(cls, config: LrnnConfig) -> Cost:
+        hidden, heads, inner = config.hidden_size, config.num_heads, config.num_heads * config.head_dim
+        factors, state = cls.factors(config), inner * config.head_dim
+        large = 2 + 2 * factors + cls.gated  # q and o, k and v of each factor, the output gate
+        small = factors + cls.gated  # b of each factor, a
+        weights = large * hidden * inner + small * hidden * heads
+        return Cost(weights, recurrence=(2 * factors + 1) * state, state=state, channels=(1 + 2 * factors) * inner)
+
+    @classmethod
+    def details(cls, config: LrnnConfig) -> dict[str, str]:
+        return {"Householder factors per token": str(cls.factors(config))} if cls.several_factors else {}
 
     def __init__(self, config: LrnnConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.beta_range = 2.0 if config.allow_neg_eigval else 1.0
-        self.gated = config.mixer.startswith("gated_")
-        self.num_householder = config.num_householder if config.mixer.endswith("deltaproduct") else 1
+        self.num_householder = self.factors(config)
         self.precision = config.delta_rule_precision
         inner = config.num_heads * config.head_dim
         factors = self.num_householder
@@ -101,3 +126,31 @@ class DeltaNet(Mixer):
             g = None if a is None else -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())
         o, state = gated_delta_product(q, k, v, g, beta, normalize_qk=True, **options)
         return o.contiguous(), state
+
+
+@register("gated_deltanet")
+class GatedDeltaNet(DeltaNet):
+    """Gated DeltaNet: `DeltaNet` with a gate on the state and one on the output."""
+
+    title, paper = "Gated DeltaNet", "2412.06464"
+    fla_model_type = "gated_deltanet"
+    gated = True
+
+
+@register("deltaproduct")
+class DeltaProduct(DeltaNet):
+    """DeltaProduct: `DeltaNet` with several factors per token."""
+
+    title, paper = "DeltaProduct", "2502.10297"
+    fla_model_type = None
+    several_factors = True
+
+
+@register("gated_deltaproduct")
+class GatedDeltaProduct(DeltaNet):
+    """Gated DeltaProduct: `DeltaNet` with several factors per token, and both gates."""
+
+    title, paper = "Gated DeltaProduct", "2502.10297"
+    fla_model_type = None
+    gated = True
+    several_factors = True

@@ -6,11 +6,13 @@ from torch import Tensor, nn
 from .configuration_lrnn import LrnnConfig
 from .layers import GatedRMSNorm, Mixer, zero_at_padding
 from .ops import diagonal_recurrence
+from .registry import Cost, Ranges, register
 
 LOW_RANK = 16  # of the decay's projection
 TEMPERATURE = 16  # decays near 1: sigmoid^(1/16)
 
 
+@register("gla")
 class GatedLinearAttention(Mixer):
     """GLA (arXiv 2312.06635, section 4):
 
@@ -20,7 +22,15 @@ class GatedLinearAttention(Mixer):
     eigenvalues in [-1, 1] the decay is 2 a_t - 1, which is new here.
     """
 
+    title, paper = "Gated linear attention", "2312.06635"
+    ranges = Ranges(negative="decay 2 a - 1", positive="decay a")
     begins_with_zeros = True
+
+    @staticmethod
+    def cost(config: LrnnConfig) -> Cost:
+        hidden, inner = config.hidden_size, config.num_heads * config.head_dim
+        state = inner * config.head_dim
+        return Cost(weights=5 * hidden * inner + LOW_RANK * (hidden + inner), recurrence=2 * state, state=state)
 
     def __init__(self, config: LrnnConfig, layer_idx: int):
         super().__init__(config, layer_idx)

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from .configuration_lrnn import LrnnConfig
 from .layers import Mixer, ShortConvolution, convolve, zero_at_padding
 from .ops import selective_scan
+from .registry import Cost, Ranges, register
 
 
+@register("mamba")
 class Mamba(Mixer):
     """Mamba (arXiv 2312.00752, algorithm 2), with num_heads * head_dim channels of N = `state_size` numbers each:
 
@@ -21,7 +23,16 @@ class Mamba(Mixer):
     it is (2411.12537).
     """
 
+    title, paper = "Mamba", "2312.00752"
+    ranges = Ranges(negative="decay 2 exp(dt A) - 1", positive="decay exp(dt A)")
     begins_with_zeros = True
+
+    @staticmethod
+    def cost(config: LrnnConfig) -> Cost:
+        hidden, inner = config.hidden_size, config.num_heads * config.head_dim
+        state = inner * config.state_size
+        weights = 3 * hidden * inner + inner * (2 * math.ceil(hidden / 16) + 2 * config.state_size)
+        return Cost(weights, recurrence=2 * state, state=state, channels=inner)
 
     def __init__(self, config: LrnnConfig, layer_idx: int):
         super().__init__(config, layer_idx)

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from .configuration_lrnn import LrnnConfig
 from .layers import GatedRMSNorm, Mixer, ShortConvolution, convolve, zero_at_padding
 from .ops import diagonal_recurrence
+from .registry import Cost, Ranges, register
 
 
+@register("mamba2")
 class Mamba2(Mixer):
     """Mamba-2 (arXiv 2405.21060, section 7), with q, k, v for its C, B, x:
 
@@ -20,7 +22,16 @@ class Mamba2(Mixer):
     for Mamba-1 in arXiv 2411.12537, for Mamba-2 it is new here.
     """
 
+    title, paper = "Mamba-2", "2405.21060"
+    ranges = Ranges(negative="decay 2 a - 1", positive="decay a")
     begins_with_zeros = True
+
+    @staticmethod
+    def cost(config: LrnnConfig) -> Cost:
+        hidden, heads, dim = config.hidden_size, config.num_heads, config.head_dim
+        inner, state = heads * dim, heads * dim * dim
+        weights = 3 * hidden * inner + 2 * hidden * dim + hidden * heads
+        return Cost(weights, recurrence=2 * state, state=state, channels=inner + 2 * dim)
 
     def __init__(self, config: LrnnConfig, layer_idx: int):
         super().__init__(config, layer_idx)

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 from .configuration_lrnn import LrnnConfig
 from .layers import GatedRMSNorm, Mixer, ShortConvolution, convolve, zero_at_padding
 from .ops import diagonal_recurrence, document_starts
+from .registry import Cost, Ranges, register
 
 FAR = 1e4  # a log-decay that nothing outlasts
 
 
+@register("mlstm")
 class MLSTM(Mixer):
     """The mLSTM (arXiv 2405.04517), with C_t transposed to [K, V]:
 
@@ -24,6 +26,16 @@ class MLSTM(Mixer):
     the result does not depend on m. The state in the cache is (C and, as its last column, n: [B, H, K, V + 1]; m
     [B, H]).
     """
+
+    title, paper = "mLSTM", "2405.04517"
+    ranges = Ranges(negative="forget gate 2 f - 1", positive="forget gate f")
+
+    @staticmethod
+    def cost(config: LrnnConfig) -> Cost:
+        hidden, heads, inner = config.hidden_size, config.num_heads, config.num_heads * config.head_dim
+        numbers = inner * (config.head_dim + 1)  # the normaliser is one more column of C
+        weights = 5 * hidden * inner + 2 * hidden * heads
+        return Cost(weights, recurrence=2 * numbers, state=numbers + heads, channels=2 * inner)
 
     def __init__(self, config: LrnnConfig, layer_idx: int):
         super().__init__(config, layer_idx)

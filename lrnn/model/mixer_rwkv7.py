@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from .configuration_lrnn import LrnnConfig
 from .layers import GatedRMSNorm, Mixer, last_inputs, zero_at_padding
 from .ops import rwkv7_recurrence
+from .registry import Cost, Ranges, register
 
 INPUTS = "rwkvag"  # what has a token shift of its own: receptance, decay, key, value, in-context rate, gate
 LOW_RANK = 32  # of the projections of decay, rate and gate
 
 
+@register("rwkv7")
 class RWKV7(Mixer):
     """The time mixing of RWKV-7 (arXiv 2503.14456), with the state transposed to [K, V]:
 
@@ -31,6 +33,19 @@ class RWKV7(Mixer):
     min(w) - 1 > -0.46: the [0, 1] of the name is exact only where nothing decays.
     Unlike the paper's, the norm over a head is an RMS norm, and no value is carried from the first layer to others.
     """
+
+    title, paper = "RWKV-7", "2503.14456"
+    ranges = Ranges(
+        negative="in-context rate times 1 + min(w)",
+        positive="in-context rate a; with decay w down to min(w) - 1",
+    )
+
+    @staticmethod
+    def cost(config: LrnnConfig) -> Cost:
+        hidden, inner = config.hidden_size, config.num_heads * config.head_dim
+        state = inner * config.head_dim
+        weights = 4 * hidden * inner + 3 * LOW_RANK * (hidden + inner)
+        return Cost(weights, recurrence=4 * state, state=state)  # reads with kappa and r, writes with c a kappa and k'
 
     def __init__(self, config: LrnnConfig, layer_idx: int):
         super().__init__(config, layer_idx)

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from .configuration_lrnn import LrnnConfig
 from .layers import GatedRMSNorm, Mixer
 from .ops import document_starts
+from .registry import Cost, register
 
 
+@register("slstm")
 class SLSTM(Mixer):
     """The sLSTM (arXiv 2405.04517), where each head has a recurrent matrix R of its own:
 
@@ -21,7 +23,14 @@ class SLSTM(Mixer):
     each [B, H, D] in float32.
     """
 
-    has_eigenvalue_range = False
+    title, paper = "sLSTM", "2405.04517"
+    kind = "non-linear rnn"
+
+    @staticmethod
+    def cost(config: LrnnConfig) -> Cost:
+        inner = config.num_heads * config.head_dim
+        # h times the four recurrent matrices of each head.
+        return Cost(5 * config.hidden_size * inner, recurrence=4 * inner * config.head_dim, state=4 * inner)
 
     def __init__(self, config: LrnnConfig, layer_idx: int):
         super().__init__(config, layer_idx)

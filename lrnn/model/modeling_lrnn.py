@@ -9,7 +9,6 @@ Parameter names and shapes of the DeltaNet mixers are those of `fla`'s `gated_de
 """
 
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,29 +22,9 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_lrnn import LrnnConfig
 from .layers import LrnnCache, Mixer, RMSNorm, ShortConvolution
-from .mixer_attention import Attention
-from .mixer_deltanet import DeltaNet
-from .mixer_gla import GatedLinearAttention
-from .mixer_mamba import Mamba
-from .mixer_mamba2 import Mamba2
-from .mixer_mlstm import MLSTM
-from .mixer_rwkv7 import RWKV7
-from .mixer_slstm import SLSTM
+from .mixers import MIXERS
 from .ops import document_ids
 
-MIXERS: dict[str, Any] = {  # classes of mixers, made from (config, layer index)
-    "gated_deltanet": DeltaNet,
-    "deltanet": DeltaNet,
-    "gated_deltaproduct": DeltaNet,
-    "deltaproduct": DeltaNet,
-    "gla": GatedLinearAttention,
-    "mamba2": Mamba2,
-    "mamba": Mamba,
-    "mlstm": MLSTM,
-    "rwkv7": RWKV7,
-    "slstm": SLSTM,
-    "transformer": Attention,
-}
 LOSS_CHUNK = 4096  # tokens whose logits exist at a time in training: [4096, 32000] in float32 is 0.5 GB
 SMALL_LOGITS = 2**24  # logits up to which all of them are kept for the backward pass: 64 MB in float32
 

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
-from lrnn.model.modeling_lrnn import MIXERS
+from lrnn.model.mixers import MIXERS
 from lrnn.model_config import model_config_from
 from lrnn.settings import Section, load, validate
 from lrnn.track.tasks.base import Task
@@ -152,7 +152,7 @@ def _cells(grid: GridConfig, origin: str) -> Iterator[Cell]:
             train = _train_settings(grid, fields.pop("train", {}), f"{origin}: models.{model_name}.train")
             curriculum = tuple(_curriculum(task, parameters, train, origin))
             mixer = MIXERS.get(fields.get("mixer", LrnnConfig().mixer))  # an unknown one is refused below
-            has_range = mixer is None or mixer.has_eigenvalue_range
+            has_range = mixer is None or mixer.ranges is not None
             for range_ in grid.ranges if has_range else [NO_RANGE]:
                 # No id of a task is special to the model: every one may be an input or an answer.
                 fixed: dict[str, Any] = {"vocab_size": task.vocab_size, "allow_neg_eigval": range_ == "negative"}

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lrnn.model.mixer_deltanet import DeltaNet
-from lrnn.model.modeling_lrnn import MIXERS
+from lrnn.model.mixers import MIXERS
 from lrnn.records import read_metrics
 from lrnn.track.grid import RANGE_NAMES, Cell
 
@@ -79,9 +78,7 @@ def draw_eigenvalues(of_task: Results) -> "Figure | None":
         shares = np.array([np.mean(by_step[step]["histogram"], axis=0) for step in steps]).T  # [bins, steps]
         centers = np.linspace(-1, 1, shares.shape[0] * 2 + 1)[1::2]
         image = axis.pcolormesh(steps, centers, shares, vmin=0, cmap="viridis", shading="nearest")
-        # Of the delta rule it is one of each factor; of the others, those that the mixer notes.
-        is_delta_rule = issubclass(MIXERS[cell.model_config.mixer], DeltaNet)
-        name = "eigenvalue 1 - beta" if is_delta_rule else "eigenvalue of the state transition"
+        name = MIXERS[cell.model_config.mixer].noted_eigenvalue
         axis.set(title=f"{cell.model_name} {RANGE_NAMES[cell.range]}, seed {cell.seed}", xlabel="step", ylabel=name)
         figure.colorbar(image, ax=axis, label="share")
     return figure

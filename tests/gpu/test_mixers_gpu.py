@@ -5,12 +5,12 @@ import copy
 
 import pytest
 import torch
+from mixer_models import VARIANTS, WITHOUT_RANGE
 from mixer_recurrences import by_logit, compare, diagonal_inputs, rwkv7_inputs, scan_inputs, true_diagonal
 
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.kernels import recurrences
 from lrnn.kernels.reference import steps as step_recurrences
-from lrnn.model.configuration_lrnn import MIXERS
 
 DEVICE = "cuda"
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -99,11 +99,9 @@ SIZE = {
     "intermediate_size": 48,
     "state_size": 5,
 }
-VARIANTS = {f"{mixer}{n}": {"mixer": mixer, "num_householder": n} for mixer in MIXERS[2:4] for n in (1, 2, 3, 4)}
-VARIANTS |= {mixer: {"mixer": mixer} for mixer in MIXERS if not mixer.endswith("product")}
 every_case = pytest.mark.parametrize(
     ("variant", "negative"),
-    [(v, r) for v in VARIANTS for r in (True, False) if r or v not in ("slstm", "transformer")],
+    [(v, r) for v in VARIANTS for r in (True, False) if r or v not in WITHOUT_RANGE],
 )
 
 

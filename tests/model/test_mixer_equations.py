@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from mixer_models import WITHOUT_RANGE, every_case, largest, make_model, tokens
 
 from lrnn import LrnnForCausalLM
-from lrnn.model.configuration_lrnn import MIXERS
 from lrnn.model.mixer_deltanet import DeltaNet
 from lrnn.model.mixer_mlstm import stabilizer
+from lrnn.model.mixers import MIXERS
 
 RANGES = {True: (-1, 1), False: (0, 1)}
 
@@ -188,7 +188,7 @@ def transformer(x, p, c):
     return torch.stack(out) @ p["o_proj.weight"].T, None
 
 
-TRUTH = dict.fromkeys(MIXERS[:4], delta)
+TRUTH = dict.fromkeys((name for name, mixer in MIXERS.items() if issubclass(mixer, DeltaNet)), delta)
 TRUTH |= {"gla": gla, "mamba2": mamba2, "mamba": mamba, "mlstm": mlstm, "rwkv7": rwkv7}
 TRUTH |= {"slstm": slstm, "transformer": transformer}
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from lrnn import LrnnConfig, LrnnForCausalLM
-from lrnn.model.configuration_lrnn import MIXERS as ALL_MIXERS
+from lrnn.model.mixers import MIXERS as ALL_MIXERS
 from lrnn.model.modeling_lrnn import LrnnCache
 
 SIZE = {

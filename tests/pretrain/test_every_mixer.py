@@ -6,7 +6,7 @@ import json
 import pytest
 from training_group import losses, run_group
 
-from lrnn.model.configuration_lrnn import MIXERS
+from lrnn.model.mixers import MIXERS
 from lrnn.pretrain.distributed import STOPPED
 
 

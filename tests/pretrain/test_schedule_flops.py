@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lrnn import LrnnConfig, LrnnForCausalLM
-from lrnn.model.configuration_lrnn import MIXERS
 from lrnn.model.layers import Mixer, ShortConvolution
+from lrnn.model.mixers import MIXERS
 from lrnn.model_config import load_model_config
 from lrnn.pretrain.config import Config
 from lrnn.pretrain.metrics.flops import peak_flops, train_flops_per_token

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from lrnn import LrnnConfig, LrnnForCausalLM
+from lrnn.model.mixers import MIXERS
 from lrnn.pretrain.checkpoint.format import manifest_text
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 16, "intermediate_size": 48}
@@ -21,7 +22,10 @@ VARIANTS = {
 OTHER_MIXERS = {
     "gated_deltaproduct": {"mixer": "gated_deltaproduct", "num_householder": 3, "delta_rule_precision": "split"},
     "deltaproduct": {"mixer": "deltaproduct", "num_householder": 4},
-    **{mixer: {"mixer": mixer} for mixer in ("gla", "mamba", "mamba2", "mlstm", "rwkv7", "slstm", "transformer")},
+}
+# Every other mixer that fla does not have, as it is.
+OTHER_MIXERS |= {
+    name: {"mixer": name} for name, mixer in MIXERS.items() if mixer.fla_model_type is None and name not in OTHER_MIXERS
 }
 
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from lrnn import LrnnConfig, LrnnForCausalLM
-from lrnn.model.configuration_lrnn import MIXERS
+from lrnn.model.mixers import MIXERS
 
 SIZE = {"vocab_size": 97, "hidden_size": 32, "num_heads": 2, "head_dim": 16, "intermediate_size": 48, "state_size": 5}
-VARIANTS = {f"{mixer}{n}": {"mixer": mixer, "num_householder": n} for mixer in MIXERS[2:4] for n in (1, 2, 3, 4)}
-VARIANTS |= {mixer: {"mixer": mixer} for mixer in MIXERS if not mixer.endswith("product")}
-WITHOUT_RANGE = ("slstm", "transformer")
+PRODUCTS = [name for name, mixer in MIXERS.items() if getattr(mixer, "several_factors", False)]
+VARIANTS = {f"{mixer}{n}": {"mixer": mixer, "num_householder": n} for mixer in PRODUCTS for n in (1, 2, 3, 4)}
+VARIANTS |= {mixer: {"mixer": mixer} for mixer in MIXERS if mixer not in PRODUCTS}
+WITHOUT_RANGE = [variant for variant, fields in VARIANTS.items() if MIXERS[fields["mixer"]].ranges is None]
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 every_case = pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def test_contents_of_the_folder(exported, sentencepiece_model):
     assert "[-1, 1]" in card and "5,000 tokens" in card and "c0ffee" in card and sha256(sentencepiece_model) in card
     assert "[0, 1]" in (exported / "deltanet" / "README.md").read_text()
     product = (exported / "gated_deltaproduct" / "README.md").read_text()
-    assert "2502.10297" in product and "factors a token | 3 |" in product
+    assert "2502.10297" in product and "factors per token | 3 |" in product
     assert "forget gate 2 f - 1" in (exported / "mlstm" / "README.md").read_text()
     transformer = (exported / "transformer" / "README.md").read_text()
     assert "eigenvalues" not in transformer and "no attention" not in transformer

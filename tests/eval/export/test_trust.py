@@ -24,13 +24,14 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from lrnn import LrnnConfig, LrnnForCausalLM, LrnnModel, cli
+from lrnn.environment import PACKAGE
 from lrnn.eval.export.write import AUTO_MAP, code_files
 from lrnn.eval.suites import harness
 from lrnn.pretrain.checkpoint.format import manifest_text
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-MODEL_CODE = [file for file in code_files() if file.parent.name == "model"]  # not the kernels' reference files
-ALL_CODE = {file.stem for file in MODEL_CODE} | {"tokenizer", "generate"}
+MODEL_CODE = {file.name for file in (PACKAGE / "model").glob("*.py")}  # not the kernels' reference files
+ALL_CODE = {file.removesuffix(".py") for file in MODEL_CODE} | {"tokenizer", "generate"}
 
 
 @pytest.fixture(autouse=True)
@@ -68,9 +69,9 @@ def exported(model, tiny_model, marks, tmp_path) -> Path:
         shutil.copy(tiny_model / name, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": AUTO_MAP}))
-    for file in code_files():
-        mark = "\n" + hostile_python(marks / file.stem) if file in MODEL_CODE else ""
-        (folder / file.name).write_text(file.read_text() + mark)
+    for file, text in code_files().items():
+        mark = "\n" + hostile_python(marks / Path(file).stem) if file in MODEL_CODE else ""
+        (folder / file).write_text(text + mark)
     add_hostile_code(folder, marks / "tokenizer", known_class=True)
     (folder / "custom_generate").mkdir()
     (folder / "custom_generate/generate.py").write_text(

@@ -1,0 +1,15 @@
+"""Every mixer beside this file, imported so that it registers itself.
+
+In an exported folder a generated file stands in its place, with one import for each mixer: transformers copies only the
+files that such lines name.
+"""
+
+import importlib
+from pathlib import Path
+
+from .registry import MIXERS
+
+__all__ = ["MIXERS"]
+
+for _file in sorted(Path(__file__).parent.glob("mixer_*.py")):
+    importlib.import_module(f".{_file.stem}", __package__)

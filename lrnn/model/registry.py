@@ -1,0 +1,60 @@
+"""The registry of token mixers: what a mixer declares of itself, and where it is found by its name.
+
+A mixer is one file `mixer_*.py` with a class that `register` adds under the name which configurations give it. The
+configuration, the model, the FLOPs of MFU, model cards, exports, tests and documentation read these declarations.
+Depends on Python alone: copied as it is into exported folders.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+DECLARED = ("title", "paper", "cost")  # what every mixer has to declare
+
+MIXERS: dict[str, Any] = {}  # classes of mixers by name; `lrnn.model.mixers` fills it
+
+M = TypeVar("M", bound=type)
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What the two ranges of eigenvalues of the state transition mean in a mixer, in a few words each."""
+
+    negative: str  # of [-1, 1], `allow_neg_eigval` true
+    positive: str  # of [0, 1]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a mixer costs, per token and layer.
+
+    The recurrence of K V numbers per head takes K V multiply-adds for each read (with k, with q) and for each write of
+    a product k v^T: DeltaNet reads with k, writes, and reads with q. The elementwise decay of the state does not count.
+    """
+
+    weights: int  # of linear maps: a multiply-add each
+    recurrence: int  # multiply-adds with the state or with the other tokens
+    state: int | None  # numbers that a sequence carries in the state; None if they grow with its length
+    channels: int = 0  # of short convolutions: `conv_size` multiply-adds each
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Return a class decorator that registers a mixer under `name`.
+
+    Raises:
+        TypeError: the class does not declare its title, paper or cost.
+        ValueError: another class has the name.
+    """
+
+    def add(mixer: M) -> M:
+        missing = [fact for fact in DECLARED if getattr(mixer, fact, None) is None]
+        if missing:
+            raise TypeError(f"mixer {name!r}, class {mixer.__qualname__}, does not declare {', '.join(missing)}")
+        known = MIXERS.get(name)
+        # A module that is executed again, as transformers does with changed code, replaces its own class.
+        if known is not None and (known.__module__, known.__qualname__) != (mixer.__module__, mixer.__qualname__):
+            raise ValueError(f"mixer {name!r} is already {known.__qualname__} of {known.__module__}")
+        MIXERS[name] = mixer
+        return mixer
+
+    return add
