@@ -1,13 +1,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test torture lint format clean
+.PHONY: setup quickstart test torture lint docs format clean
 
 setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,eval]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,docs,eval]'
 	touch $@
 
 quickstart: setup
@@ -17,7 +17,7 @@ quickstart: setup
 # Two processes for what bears a busy machine. The folder with the longest files comes first: pytest keeps the order of
 # folders, though not that of a file before its own folder, and pytest-xdist would begin with the files of most tests.
 # What takes times, and SLURM, which mostly waits, come after that, one test at a time.
-test: lint
+test: lint docs
 	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not alone' \
 		tests/kernels tests/eval tests/gpu tests/lrnn tests/pretrain tests/slurm
 	$(BIN)/pytest -q -m alone
@@ -31,6 +31,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A warning, such as a link that leads nowhere, is an error.
+docs: setup
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
 
 format: setup
 	$(BIN)/ruff check --fix .
