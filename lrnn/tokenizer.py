@@ -1,4 +1,4 @@
-"""Tokenizers of a corpus: SentencePiece and Hugging Face behind one small interface, and the training of a new one."""
+"""Load SentencePiece and Hugging Face tokenizers behind one small interface, and train new ones."""
 
 import hashlib
 import io
@@ -11,15 +11,15 @@ from pathlib import Path
 
 from lrnn.errors import UserError
 
-TRAIN_CHUNK_CHARS = 4000  # SentencePiece trains on "sentences"; ours are runs of whole lines of about this length
+TRAIN_CHUNK_CHARS = 4000  # SentencePiece trains on "sentences": here, runs of whole lines of about this length
 
 
 class Tokenizer(ABC):
-    """What the corpus needs from a tokenizer.
+    """The interface of a tokenizer.
 
     Attributes:
         kind: "sentencepiece" or "huggingface".
-        fingerprint: sha256 (hex) of the model file (`tokenizer.model`, `tokenizer.json`).
+        fingerprint: SHA-256 (hex) of the model file (`tokenizer.model`, `tokenizer.json`).
         vocab_size: one more than the largest id.
         bos_token_id: id that starts a document, or None.
         eos_token_id: id that ends a document.
@@ -33,19 +33,19 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without special tokens; a special token spelled out in the text is encoded as text."""
+        """Return the ids of each text. Special tokens are not added, and are encoded as text if spelled out."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`."""
+        """Return the text of `ids`."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Copy the tokenizer's files, byte for byte, into `folder` (made if missing)."""
+        """Copy the tokenizer's files, byte for byte, into `folder`, which is created if missing."""
 
     @property
     def document_prefix(self) -> list[int]:
-        """Ids written before a document. Without a bos the eos stands in: the first token needs a context."""
+        """Ids written before a document: bos, or eos if there is no bos, because the first token needs a context."""
         return [self.eos_token_id if self.bos_token_id is None else self.bos_token_id]
 
     @property
@@ -54,7 +54,7 @@ class Tokenizer(ABC):
         return [self.eos_token_id]
 
     def description(self) -> dict:
-        """The tokenizer as the manifest of a corpus records it."""
+        """Return the tokenizer's entry in the manifest of a corpus."""
         return {
             "kind": self.kind,
             "fingerprint": self.fingerprint,
@@ -80,7 +80,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f"tokenizer {path}: not a SentencePiece model ({error})") from error
         if self._processor.eos_id() < 0:
             raise UserError(
-                f"tokenizer {path}: it has no end-of-sentence id (eos_id=-1), which has to end every document"
+                f"tokenizer {path}: it has no end-of-sentence id (eos_id=-1), which must end every document"
             )
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self.vocab_size = self._processor.vocab_size()
@@ -89,7 +89,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.eos_token_id = self._processor.eos_id()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        # One thread: the corpus is built by one process a core.
+        # One thread, because the corpus is built by one process per core.
         return self._processor.encode(list(texts), out_type=int, num_threads=1)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -109,23 +109,23 @@ class HuggingFaceTokenizer(Tokenizer):
         from transformers import AutoTokenizer
         from transformers.utils import cached_file
 
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the corpus is built by one process a core
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the corpus is built by one process per core
         try:
             found = {
                 file: cached_file(name, file, _raise_exceptions_for_missing_entries=False)
                 for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
             }
             self._files = {file: Path(path) for file, path in found.items() if path is not None}
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # else it asks on a terminal
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # otherwise it asks on a terminal
         except (OSError, ValueError) as error:
             raise UserError(
-                f"tokenizer {name!r}: neither here nor a tokenizer on the hub that can be reached, or one that needs "
-                f"code of its own, which is not run ({str(error).splitlines()[0]})"
+                f"tokenizer {name!r}: neither a local folder nor a tokenizer that can be reached on the hub, or it "
+                f"needs code of its own, which is not run ({str(error).splitlines()[0]})"
             ) from error
         if "tokenizer.json" not in self._files or not tokenizer.is_fast:
             raise UserError(f"tokenizer {name!r}: it has no tokenizer.json; give its SentencePiece .model file instead")
         if tokenizer.eos_token_id is None:
-            raise UserError(f"tokenizer {name!r}: it has no eos_token, which has to end every document")
+            raise UserError(f"tokenizer {name!r}: it has no eos_token, which must end every document")
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
@@ -160,7 +160,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     SentencePiece. The folder `tokenizer/` of a corpus is such a folder.
 
     Raises:
-        UserError: nothing usable is there, or the tokenizer cannot end a document.
+        UserError: the path holds no usable tokenizer, or the tokenizer has no id that ends a document.
     """
     local = Path(path)
     if local.is_file() and local.suffix == ".model":
@@ -169,7 +169,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return HuggingFaceTokenizer(str(path))
     if local.is_dir() and (local / "tokenizer.model").exists():
         return SentencePieceTokenizer(local / "tokenizer.model")
-    # The hub is asked only for what can be a name there: offline, the answer takes minutes.
+    # The hub is asked only for possible names, because offline its answer takes minutes.
     if local.exists() or local.suffix in (".model", ".json") or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
         raise UserError(
             f"tokenizer {path}: neither a SentencePiece .model file nor a folder with tokenizer.model or tokenizer.json"
@@ -178,7 +178,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _training_chunks(texts: Iterable[str]) -> Iterator[str]:
-    """Cut texts at line ends into runs of about `TRAIN_CHUNK_CHARS` characters, newlines kept."""
+    """Cut texts at line ends into runs of about `TRAIN_CHUNK_CHARS` characters, keeping newlines."""
     for text in texts:
         chunk: list[str] = []
         length = 0
@@ -193,7 +193,7 @@ def _training_chunks(texts: Iterable[str]) -> Iterator[str]:
 
 
 def check_trained_size(vocab_size: int) -> None:
-    """Raise UserError for a vocabulary that `train_sentencepiece` makes of no text at all."""
+    """Raise UserError if `train_sentencepiece` cannot make a vocabulary of this size from any text."""
     if vocab_size < 300:
         raise UserError(
             f"--train-tokenizer {vocab_size}: the 256 bytes and 3 special tokens alone need 259; give at least 300"
@@ -201,11 +201,10 @@ def check_trained_size(vocab_size: int) -> None:
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> None:
-    """Train a SentencePiece BPE model that keeps text as it is (indentation, newlines, any byte), and write it to
-    `path`.
+    """Train a SentencePiece BPE model and write it to `path`.
 
-    The same texts give the same file. The one character that does not come back from `decode` is U+2581,
-    SentencePiece's own mark of a space.
+    The model preserves text (indentation, newlines, any byte), except the character U+2581, SentencePiece's own mark of
+    a space, which `decode` does not return. The same texts give the same file.
 
     Raises:
         UserError: `vocab_size` is too small for the 256 bytes, or too large for the texts.
@@ -230,7 +229,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> No
             bos_id=1,
             eos_id=2,
             pad_id=-1,
-            num_threads=4,  # the number is stored in the model: a fixed one gives the same bytes on every machine
+            num_threads=4,  # stored in the model, so a fixed number gives the same bytes on every machine
             minloglevel=2,
         )
     except RuntimeError as error:

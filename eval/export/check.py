@@ -1,4 +1,4 @@
-"""Reading an exported folder back: does it load whole, and does it compute what the trained model computes?"""
+"""Read an exported folder back, and check that it is complete and computes what the trained model computes."""
 
 import json
 import os
@@ -17,12 +17,12 @@ from lrnn import LrnnForCausalLM
 from lrnn.eval.export.tokenizer import real_texts
 from lrnn.tokenizer import Tokenizer
 
-TOLERANCE = 1e-4  # largest difference of logits between two float32 computations with the same weights
+TOLERANCE = 1e-4  # largest difference between logits computed twice in float32 with the same weights
 BATCH, SEQ_LEN = 2, 150  # more than two chunks of the recurrence, the last one partial
 
 
 def sample_batch(tokenizer: Tokenizer) -> Tensor:
-    """Documents of real text: int64 [2, 150] (fewer columns where there is less text)."""
+    """Return documents of real text: int64 [2, 150], with fewer columns if there is less text."""
     ids = list(chain.from_iterable(tokenizer.encode_batch(real_texts())))
     prefix = tokenizer.document_prefix
     length = min(SEQ_LEN, len(ids) // BATCH + len(prefix)) - len(prefix)
@@ -32,27 +32,28 @@ def sample_batch(tokenizer: Tokenizer) -> Tensor:
 
 @torch.no_grad()
 def logits(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Logits float32 [B, T, vocab], computed in the model's own dtype."""
+    """Return logits float32 [B, T, vocab], computed in the model's own dtype."""
     return model(input_ids).logits.float()
 
 
 def check_hf_folder(
     folder: Path, model: LrnnForCausalLM, tokenizer: Tokenizer, trained: Tensor, batch: Tensor
 ) -> float:
-    """Load a folder with lrnn, and in a process without it, and compare.
+    """Load a folder with lrnn, and in a process without lrnn, and compare it with the model.
 
     Args:
         folder: the exported folder.
-        model: what was written, with rounded weights; cast to float32 here.
-        tokenizer: the one that the model was trained with.
+        model: the model as written, with rounded weights; it is cast to float32 here.
+        tokenizer: the tokenizer that the model was trained with.
         trained: logits of the trained float32 model, [B, T, vocab].
-        batch: the token ids that they belong to, [B, T].
+        batch: the token ids of those logits, [B, T].
 
     Returns:
         The largest difference between the logits of the folder, in its own dtype, and `trained`.
 
     Raises:
-        RuntimeError: a weight is missing or unknown, or the logits in float32 are not those of the written weights.
+        RuntimeError: a weight is missing or unknown, the tokenizer gives other ids, or the logits in float32 are not
+            those of the written weights.
     """
     truth = logits(model.float(), batch)
     print("reloading with lrnn", flush=True)
@@ -69,8 +70,11 @@ def check_hf_folder(
 
 
 def check_loading_info(info: dict[str, Any], who: str) -> None:
-    """Raises RuntimeError where `from_pretrained(..., output_loading_info=True)` reports a weight that is missing,
-    unexpected or of another shape: transformers itself fills it with random numbers and goes on."""
+    """Raise RuntimeError if `from_pretrained(..., output_loading_info=True)` reports a bad weight.
+
+    That is one that is missing, unexpected or of another shape. transformers itself fills it with random numbers and
+    continues.
+    """
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info[problem]:
             found = sorted(str(x) for x in info[problem])
@@ -88,7 +92,7 @@ def _load_with_lrnn(folder: Path, batch: Tensor) -> dict[str, Tensor]:
 
 
 def _load_without_lrnn(folder: Path, batch: Tensor, texts: list[str]) -> tuple[dict[str, Tensor], list[list[int]]]:
-    """Logits as of `_load_with_lrnn`, and the ids of the texts, from reload_child.py."""
+    """Return logits as `_load_with_lrnn` does, and the ids of the texts, from reload_child.py."""
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         save_file({"input_ids": batch, "threads": torch.tensor(torch.get_num_threads())}, work / "in.safetensors")
@@ -109,7 +113,7 @@ def _load_without_lrnn(folder: Path, batch: Tensor, texts: list[str]) -> tuple[d
 
 def _check_logits(got: Tensor, truth: Tensor, who: str) -> None:
     error = _largest(got - truth)
-    if not error < TOLERANCE:  # a NaN is no success
+    if not error < TOLERANCE:  # true for NaN too
         raise RuntimeError(f"the export is wrong: loaded {who}, its logits differ by {error:.3g} in float32")
 
 

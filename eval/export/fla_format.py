@@ -1,6 +1,6 @@
-"""Models in the format of flash-linear-attention (`fla`), both ways.
+"""Convert models to and from the format of flash-linear-attention (`fla`).
 
-Names and shapes of the parameters are the same; only the configurations differ.
+Names and shapes of the parameters are the same. Only the configurations differ.
 """
 
 import json
@@ -19,7 +19,7 @@ from lrnn.model.mixers import MIXERS
 ARCHITECTURES = {"gated_deltanet": "GatedDeltaNetForCausalLM", "delta_net": "DeltaNetForCausalLM"}
 MIXER_OF = {mixer.fla_model_type: name for name, mixer in MIXERS.items() if mixer.fla_model_type is not None}
 
-SHARED = (  # fields that mean the same in both
+SHARED = (  # fields with the same meaning in both
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
@@ -36,7 +36,7 @@ SHARED = (  # fields that mean the same in both
     "tie_word_embeddings",
 )
 
-# Settings of fla that change the function computed, and the one value of each that lrnn has.
+# Settings of fla that change the computed function, each with the only value that lrnn supports.
 _COMMON = {"use_short_conv": True, "attn": None, "attnres_block_size": None, "hidden_act": "swish"}
 FIXED: dict[str, dict[str, Any]] = {
     "gated_deltanet": {**_COMMON, "expand_v": 1.0, "use_gate": True},
@@ -45,10 +45,10 @@ FIXED: dict[str, dict[str, Any]] = {
 
 
 def to_fla_config(config: LrnnConfig) -> dict[str, Any]:
-    """The `config.json` of fla's model that computes the same function with the same parameters.
+    """Return the `config.json` of fla's model that computes the same function with the same parameters.
 
     Raises:
-        UserError: a mixer that this conversion does not know.
+        UserError: this conversion does not know the mixer.
     """
     if config.mixer not in MIXER_OF.values():
         known = " and ".join(MIXER_OF.values())
@@ -70,8 +70,8 @@ def from_fla(folder: Path) -> tuple[LrnnConfig, dict[str, Tensor]]:
         The configuration, and the parameters by name, in the dtypes of the file.
 
     Raises:
-        UserError: no folder of a `gated_deltanet` or `delta_net` model with safetensors; a setting that lrnn does not
-            have; parameters that do not fit the configuration.
+        UserError: the folder holds no `gated_deltanet` or `delta_net` model with safetensors, lrnn does not support a
+            setting, or the parameters do not fit the configuration.
     """
     config = _read_config(folder)
     state = _read_weights(folder)
@@ -90,10 +90,10 @@ def from_fla(folder: Path) -> tuple[LrnnConfig, dict[str, Tensor]]:
 
 
 def check_fla_folder(folder: Path, model: torch.nn.Module) -> None:
-    """Load a folder with fla, and compare names, shapes and values with `model` (its forward needs a GPU).
+    """Load a folder with fla, and compare names, shapes and values with `model`. (fla's forward pass needs a GPU.)
 
     Raises:
-        RuntimeError: a parameter is missing, unknown, or has another shape or value.
+        RuntimeError: a parameter is missing or unknown, or has another shape or value.
     """
     import fla  # noqa: F401  registers its models
     from transformers import AutoModelForCausalLM
@@ -111,32 +111,34 @@ def check_fla_folder(folder: Path, model: torch.nn.Module) -> None:
 def _read_config(folder: Path) -> LrnnConfig:
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder} is no model folder of fla: it has no config.json")
+        raise UserError(f"{folder} is not a model folder of fla: it has no config.json")
     try:
         kind = json.loads(path.read_text())["model_type"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no model configuration: {error!r}") from None
+        raise UserError(f"{path} is not a model configuration: {error!r}") from None
     if kind not in ARCHITECTURES:
         raise UserError(f"{path}: model_type {kind!r} cannot be read; lrnn has {' and '.join(ARCHITECTURES)}")
     from fla.models import DeltaNetConfig, GatedDeltaNetConfig
 
-    # fla's classes, because a config.json leaves out what is fla's default.
+    # fla's classes are needed, because a config.json leaves out values that are fla's defaults.
     fla = (GatedDeltaNetConfig if kind == "gated_deltanet" else DeltaNetConfig).from_pretrained(folder)
     for field, value in FIXED[kind].items():
         if getattr(fla, field) != value:
-            raise UserError(f"{path}: {field} is {getattr(fla, field)!r}; lrnn has {field} {value!r} alone")
+            raise UserError(f"{path}: {field} is {getattr(fla, field)!r}; lrnn supports only {value!r}")
     fields = {name: getattr(fla, name) for name in SHARED}
     if kind == "gated_deltanet":
         if fla.num_v_heads not in (None, fla.num_heads):
-            raise UserError(f"{path}: num_v_heads is {fla.num_v_heads}; lrnn has as many as num_heads, {fla.num_heads}")
+            raise UserError(f"{path}: num_v_heads is {fla.num_v_heads}; it must equal num_heads, {fla.num_heads}")
         if fla.output_gate_activation not in ("swish", "silu"):
-            raise UserError(f"{path}: output_gate_activation is {fla.output_gate_activation!r}; lrnn has 'swish' alone")
+            raise UserError(
+                f"{path}: output_gate_activation is {fla.output_gate_activation!r}; lrnn supports only 'swish'"
+            )
         head_dim = fla.head_dim
     else:
         if fla.expand_k != fla.expand_v:
-            raise UserError(f"{path}: expand_v is {fla.expand_v}; lrnn has it equal to expand_k, {fla.expand_k}")
+            raise UserError(f"{path}: expand_v is {fla.expand_v}; it must equal expand_k, {fla.expand_k}")
         head_dim = round(fla.hidden_size * fla.expand_k) // fla.num_heads
-    if fla.intermediate_size is None:  # fla's rule: 2/3 hidden_ratio hidden_size, up to a multiple of 256
+    if fla.intermediate_size is None:  # fla's rule: 2/3 hidden_ratio hidden_size, rounded up to a multiple of 256
         ratio = 4 if fla.hidden_ratio is None else fla.hidden_ratio
         fields["intermediate_size"] = 256 * -(-int(fla.hidden_size * ratio * 2 / 3) // 256)
     kept = getattr(fla, "lrnn_training", None)

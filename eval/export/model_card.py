@@ -1,4 +1,4 @@
-"""The README.md of an exported folder, in the form that the Hugging Face hub reads."""
+"""Write the README.md of an exported folder, in the form that the Hugging Face hub reads."""
 
 from typing import Any
 
@@ -21,14 +21,16 @@ def model_card(
     run: dict[str, Any] | None,
     license: str | None,
 ) -> str:
-    """The card as text.
+    """Return the text of the card.
 
     Args:
-        name: title, the folder's name.
+        name: name of the folder, used as the title.
+        config: the exported configuration.
         export_format: "hf" or "fla".
-        dtype: of the weights, "float32" or "bfloat16".
+        dtype: dtype of the weights, "float32" or "bfloat16".
+        num_parameters: number of parameters of the model.
         training: `lrnn_training` of the exported config.json.
-        data: what the checkpoint says of its data, or None.
+        data: the checkpoint's description of its data, or None.
         run: the run's resolved configuration, or None.
         license: SPDX identifier, or None.
     """
@@ -38,7 +40,7 @@ def model_card(
         pipeline_tag="text-generation",
         tags=[MIXERS[config.mixer].kind.replace(" ", "-"), config.mixer, "state-tracking"],
     )
-    # Documents begin with bos or, for a tokenizer that has none, with eos.
+    # Documents begin with bos, or with eos if the tokenizer has no bos.
     first_id = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
     sections = [
         f"---\n{front.to_yaml()}\n---",
@@ -75,9 +77,9 @@ def _architecture(config: LrnnConfig, dtype: str, num_parameters: int) -> str:
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     if cost.state is None:
-        first = f"A {mixer.kind}, trained for comparison with linear RNNs: its cache grows with the text."
+        first = f"This is a {mixer.kind}, trained for comparison with linear RNNs. Its cache grows with the text."
     else:
-        first = f"A {mixer.kind.replace('rnn', 'RNN')}: it keeps a state of fixed size and has no attention."
+        first = f"This is a {mixer.kind.replace('rnn', 'RNN')}: it keeps a state of fixed size and has no attention."
     return f"{first}\n\n| | |\n|---|---|\n{table}"
 
 
@@ -86,7 +88,7 @@ def _training(training: dict[str, Any], data: dict[str, Any] | None, run: dict[s
     if "tokens" in training:
         lines.append(f"Pretrained with `lrnn` for {training['step']:,} steps on {training['tokens']:,} tokens.")
     else:
-        lines.append("Converted from a model folder of `fla`; nothing is known here of its training.")
+        lines.append("Converted from a model folder of `fla`, which does not record how the model was trained.")
     for title, content in (("Data", data), ("Configuration of the run", run)):
         if content is not None:
             text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True).strip()
@@ -96,9 +98,9 @@ def _training(training: dict[str, Any], data: dict[str, Any] | None, run: dict[s
 
 def _tokens(config: LrnnConfig, first_id: int, training: dict[str, Any]) -> str:
     text = (
-        f"## Tokens\n\nIn training a document was the ids `{first_id} text {config.eos_token_id}`. The tokenizer adds "
-        f"neither: put id {first_id} in front of a text that begins a document. A special token spelled out in "
-        "a text is encoded as text."
+        f"## Tokens\n\nIn training, a document was encoded as the ids `{first_id} text {config.eos_token_id}`. The "
+        f"tokenizer adds neither id: prepend {first_id} to a text that begins a document. A special token spelled out "
+        "in a text is encoded as plain text."
     )
     if "tokenizer_sha256" in training:
         text += f"\n\nSHA-256 of the tokenizer's original file: `{training['tokenizer_sha256']}`."
@@ -135,12 +137,12 @@ print(tokenizer.batch_decode(model.generate(ids, max_new_tokens=64)))
 
 def _limits(export_format: str) -> str:
     lines = [
-        "A base model: it continues text, and follows no instructions.",
-        "Pad on the left, and pass the attention mask (the tokenizer does both).",
-        "No assisted or speculative decoding: the cache cannot be rolled back.",
+        "This is a base model: it continues text and does not follow instructions.",
+        "Pad on the left and pass the attention mask. The tokenizer does both.",
+        "Assisted and speculative decoding do not work, because the cache cannot be rolled back.",
     ]
     if export_format == "hf":
         lines.append(
-            "The code beside the weights is plain PyTorch: it runs anywhere, and is slower on a GPU than fused kernels."
+            "The code in this folder is plain PyTorch: it runs anywhere, but on a GPU more slowly than fused kernels."
         )
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)

@@ -1,7 +1,7 @@
-"""Load an exported folder as somebody does who has transformers alone, and write down what comes out.
+"""Load an exported folder with transformers alone, and write down its logits and token ids.
 
-Run by the exporter in a fresh process: python -I reload_child.py FOLDER INPUT.safetensors OUTPUT.safetensors TEXTS.json
-The code that it trusts is the model's, which the exporter has just copied out of lrnn; the tokenizer has none.
+The exporter runs it as `python -I reload_child.py FOLDER INPUT.safetensors OUTPUT.safetensors TEXTS.json`.
+It trusts only the model's code, which the exporter has just copied from lrnn. The tokenizer has no code.
 """
 
 import json
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def main(folder: str, input_file: str, output_file: str, texts_file: str) -> None:
     """Write `native` and `float32` logits [B, T, vocab] of `input_ids` [B, T]; replace the texts by their ids."""
     given = load_file(input_file)
-    torch.set_num_threads(int(given["threads"]))  # another split of a sum is another rounding
+    torch.set_num_threads(int(given["threads"]))  # a sum that is split differently is rounded differently
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     logits = {}
     with torch.no_grad():
@@ -30,5 +30,5 @@ def main(folder: str, input_file: str, output_file: str, texts_file: str) -> Non
 
 
 if __name__ == "__main__":
-    sys.modules["lrnn"] = None  # type: ignore[assignment]  # makes `import lrnn` fail, also where it is installed
+    sys.modules["lrnn"] = None  # type: ignore[assignment]  # makes `import lrnn` fail even if it is installed
     main(*sys.argv[1:])

@@ -1,7 +1,7 @@
-"""The tokenizer of an exported folder: a Hugging Face tokenizer that gives the ids which the model was trained on.
+"""Convert a tokenizer to a Hugging Face tokenizer that gives the ids that the model was trained on.
 
-transformers' own conversion of SentencePiece merges by vocabulary order rather than by score, and so tokenises runs of
-spaces (indentation) differently; and a fast tokenizer has to be told not to match control symbols in text.
+transformers' own conversion of SentencePiece merges by vocabulary order rather than by score, and therefore tokenises
+runs of spaces (indentation) differently. In addition, a fast tokenizer matches control symbols in text by default.
 """
 
 import json
@@ -19,7 +19,7 @@ from lrnn.errors import UserError
 from lrnn.tokenizer import Tokenizer
 
 SPACE = "\u2581"  # SentencePiece writes a space as this character
-NO_LIMIT = int(1e30)  # transformers' value for "none": a recurrent model reads texts of any length
+NO_LIMIT = int(1e30)  # transformers' value for no limit: a recurrent model reads texts of any length
 SETTINGS = {
     "clean_up_tokenization_spaces": False,
     "padding_side": "left",
@@ -45,16 +45,16 @@ ODD_TEXTS = (
 
 
 def convert_sentencepiece(model_file: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a SentencePiece BPE `.model`. It adds no bos and no eos by itself.
+    """Return the tokenizer of a SentencePiece BPE `.model`. It adds neither bos nor eos.
 
-    Every way to cut a piece into two pieces is a merge; merges are ranked by the score of the piece that they make, as
-    SentencePiece does.
+    Every way to cut a piece into two pieces is a merge. As in SentencePiece, merges are ranked by the score of the
+    piece that they make.
 
     Args:
         model_file: the `.model` file.
 
     Raises:
-        UserError: not a BPE model with byte fallback, or one that treats white space otherwise than as it stands.
+        UserError: the file is not a BPE model with byte fallback, or the model changes white space.
     """
     spec = sentencepiece_model_pb2.ModelProto.FromString(model_file.read_bytes())
     if spec.trainer_spec.model_type != spec.trainer_spec.BPE or not spec.trainer_spec.byte_fallback:
@@ -82,7 +82,7 @@ def convert_sentencepiece(model_file: Path) -> PreTrainedTokenizerFast:
         bos_token=sp.id_to_piece(sp.bos_id()) if sp.bos_id() >= 0 else None,
         eos_token=eos,
         unk_token=unk,
-        pad_token=eos,  # padding is masked; a token of its own would need a row of the embedding
+        pad_token=eos,  # padding is masked, and a separate token would need a row of the embedding
         **SETTINGS,
     )
 
@@ -90,18 +90,18 @@ def convert_sentencepiece(model_file: Path) -> PreTrainedTokenizerFast:
 def export_tokenizer(trained: Tokenizer, folder: Path) -> PreTrainedTokenizerFast:
     """Write the tokenizer that a model was trained with into its exported folder, and compare the two on real text.
 
-    As in training, the written tokenizer adds neither bos nor eos, and a special token spelled out in a text is text.
-    It pads on the left. A SentencePiece `tokenizer.model` is kept beside it.
+    As in training, the written tokenizer adds neither bos nor eos, and encodes a special token spelled out in a text
+    as text. It pads on the left. A SentencePiece `tokenizer.model` is copied beside it.
 
     Args:
-        trained: the tokenizer, as `load_tokenizer` of the corpus gives it.
-        folder: where to write; made if missing.
+        trained: the tokenizer, from `load_tokenizer`.
+        folder: where to write; created if missing.
 
     Returns:
         The tokenizer, read back from the folder.
 
     Raises:
-        UserError: it cannot be converted, or a text gets other ids or reads differently when decoded.
+        UserError: the tokenizer cannot be converted, or a text gets other ids or is decoded differently.
     """
     trained.save(folder)
     if trained.kind == "sentencepiece":
@@ -120,19 +120,19 @@ def export_tokenizer(trained: Tokenizer, folder: Path) -> PreTrainedTokenizerFas
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the tokenizer so that transformers 4 and 5 read it alike."""
+    """Write the tokenizer so that transformers 4 and 5 read it in the same way."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
     config["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 5 writes a name that 4 does not know
-    # auto_map names code, of the tokenizer's author; whoever trusts lrnn's model code would run it too.
+    # auto_map names code of the tokenizer's author, which would run wherever lrnn's model code is trusted.
     for key in ("backend", "add_bos_token", "add_eos_token", "is_local", "local_files_only", "auto_map"):
         config.pop(key, None)
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def compare_tokenizers(tokenizer: PreTrainedTokenizerFast, trained: Tokenizer, texts: Sequence[str]) -> None:
-    """Encode and decode texts with both.
+    """Encode and decode texts with both tokenizers, and compare.
 
     Raises:
         UserError: a text gets different ids, or its ids are decoded differently.
@@ -152,7 +152,7 @@ def compare_tokenizers(tokenizer: PreTrainedTokenizerFast, trained: Tokenizer, t
 
 
 def real_texts() -> list[str]:
-    """Text that every machine has: source files of the running Python in pieces, and odd strings."""
+    """Return text that every machine has: pieces of the running Python's source files, and odd strings."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     texts = list(ODD_TEXTS)
     for name in ("argparse.py", "textwrap.py", "json/decoder.py", "LICENSE.txt", "pydoc_data/topics.py"):

@@ -76,7 +76,9 @@ def test_special_tokens_in_text_are_text(huggingface_folder, sentencepiece_model
 
 
 def test_unusable_tokenizers(tmp_path, huggingface_folder):
-    with pytest.raises(UserError, match="'nobody/nothing': neither here nor a tokenizer on the hub"):
+    with pytest.raises(
+        UserError, match="'nobody/nothing': neither a local folder nor a tokenizer that can be reached on the hub"
+    ):
         load_tokenizer("nobody/nothing")
     for path in [tmp_path, tmp_path / "none", "none.model", "./none", "a/b/c"]:
         with pytest.raises(UserError, match="neither a SentencePiece"):
