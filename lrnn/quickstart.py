@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from lrnn.errors import UserError
-from lrnn.pretrain.distributed import STOPPED
+from lrnn.pretrain.launch import STOPPED
 from lrnn.records import read_metrics
 
 CONFIG = "configs/tiny.yaml"

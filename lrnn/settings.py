@@ -6,7 +6,8 @@ Unknown keys and wrong types are refused with the key's full path.
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,14 +18,23 @@ from lrnn.errors import UserError
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    """A mapping of settings. The string below a field is its entry in the configuration reference."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The unit of a setting in the configuration reference: `every: Annotated[int, Unit("steps")]`."""
+
+    name: str
 
 
 S = TypeVar("S", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: PyYAML reads 3e-4, without a dot, as a string."""
+    """A safe loader that reads floats as YAML 1.2 does. PyYAML alone reads 3e-4, without a dot, as a string."""
 
 
 _Loader.add_implicit_resolver(
@@ -32,11 +42,19 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load(schema: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
+def load(
+    schema: type[S],
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    convert: Callable[[dict, str], dict] = lambda raw, origin: raw,
+) -> S:
     """Read a YAML file of a schema and apply `key.sub=value` overrides (values are YAML).
 
+    Args:
+        convert: turns what older versions wrote, given with the file's path, into what the schema describes.
+
     Raises:
-        UserError: the file is missing or no YAML mapping, an override has no `=`, a key is unknown, a value has the
+        UserError: the file is missing or not a YAML mapping, an override has no `=`, a key is unknown, a value has the
             wrong type.
     """
     path = Path(path)
@@ -53,11 +71,11 @@ def load(schema: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
         if not (key and sep):
             raise UserError(f"override {override!r} should look like key.sub=value")
         _assign(raw, key, _parse_yaml(value, f"override {override}: the value"))
-    return validate(raw, str(path), schema)
+    return validate(convert(raw, str(path)), str(path), schema)
 
 
 def validate(raw: dict, origin: str, schema: type[S]) -> S:
-    """Check a parsed configuration against its schema. Raises UserError naming each bad key."""
+    """Check a parsed configuration against its schema. Raises UserError that names each bad key."""
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
@@ -65,12 +83,12 @@ def validate(raw: dict, origin: str, schema: type[S]) -> S:
 
 
 def dump(config: Section) -> str:
-    """The resolved configuration as YAML."""
+    """Return the resolved configuration as YAML."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
 def read_json(path: str | Path, what: str) -> dict:
-    """A JSON object from a file. Raises UserError naming `what` where that fails."""
+    """Read a JSON object from a file. Raises UserError that names `what` if that fails."""
     try:
         value = json.loads(Path(path).read_text())
     except FileNotFoundError:

@@ -1,118 +1,208 @@
-"""The configuration of a pretraining run: its schema, the YAML file and `key.sub=value` overrides.
+"""The configuration of a pretraining run: the schema of its YAML file.
 
-Unknown keys and wrong types stop the program with the key's full path. Model and engine are described by files that
-people already know: a Hugging Face `config.json` and a DeepSpeed JSON.
+Unknown keys and wrong types stop the program with the key's full path. The text below a field is its entry in the
+configuration reference (`docs/make_configuration.py`). The model is described by a file of its own, a Hugging Face
+`config.json`.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from lrnn import LrnnConfig
+from lrnn.model_config import model_config_from
+from lrnn.pretrain import old_config
 from lrnn.pretrain.batching import Batching
-from lrnn.settings import Section, load
+from lrnn.settings import Section, Unit, load, read_json, validate
 
 DAY_SECONDS = 24 * 3600
 
+Steps = Annotated[int, Unit("steps")]
+Samples = Annotated[int, Unit("samples")]
+Seconds = Annotated[float, Unit("seconds")]
+
 
 class CorpusSource(Section):
-    path: str  # folder written by `lrnn corpus`
-    weight: float = Field(1.0, gt=0)  # share of the samples, relative to the other corpora
+    """A corpus that the run trains on."""
+
+    path: str
+    """Folder written by `lrnn corpus`."""
+    weight: float = Field(1.0, gt=0)
+    """Share of the samples, relative to the other corpora."""
 
 
 class StreamSource(Section):
-    """Arguments of `datasets.load_dataset(..., streaming=True)`, tokenised while training."""
+    """Arguments of `datasets.load_dataset(..., streaming=True)`; the text is tokenised while training."""
 
-    path: str  # hub name, or a builder such as "json" or "parquet" with data_files
-    tokenizer: str  # SentencePiece .model, or a Hugging Face tokenizer
+    path: str
+    """Name on the Hugging Face hub, or a builder such as `json` or `parquet` with `data_files`."""
+    tokenizer: str
+    """SentencePiece `.model`, or a Hugging Face tokenizer."""
     name: str | None = None
+    """Configuration of the data set."""
     split: str = "train"
+    """Split of the data set."""
     data_files: str | list[str] | None = None
+    """Files that the builder reads."""
     text_column: str = "text"
-    shuffle_buffer: int = Field(0, ge=0)  # documents; 0 keeps the order of the source
+    """Column that holds the text."""
+    shuffle_buffer: Annotated[int, Unit("documents")] = Field(0, ge=0)
+    """Number of documents that are shuffled among each other; 0 keeps the order of the source."""
 
 
 class DataConfig(Section):
-    seq_len: int = Field(gt=0)  # tokens a sample
+    """What the run trains on: either `corpora` or `stream`."""
+
+    seq_len: Annotated[int, Unit("tokens")] = Field(gt=0)
+    """Length of a sample. It is also the `max_position_embeddings` of the model, its export and its evaluation."""
     corpora: list[CorpusSource] = Field(default_factory=list)
+    """Corpora written by `lrnn corpus`, mixed by weight."""
     stream: StreamSource | None = None
-    reset_at_document_boundaries: bool = False  # start each document from a zero state
+    """A streamed data set."""
+    reset_at_document_boundaries: bool = False
+    """Start each document from a zero state."""
 
     @model_validator(mode="after")
-    def one_source(self):
+    def one_source(self) -> Self:
         if bool(self.corpora) == (self.stream is not None):
             raise ValueError("give either corpora (written by `lrnn corpus`) or stream, not both and not neither")
         return self
 
 
 class OptimConfig(Section):
-    lr: float = Field(gt=0)  # peak learning rate
+    """AdamW."""
+
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.95], min_length=2, max_length=2)
+    """Decay of the moving averages of the gradient and of its square."""
     eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0)  # on matrices alone
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay, on matrices only."""
+    clip: float = Field(1.0, ge=0)
+    """Largest norm of the gradient over all parameters; a larger one is scaled down to it. 0 turns clipping off."""
 
 
 class ScheduleConfig(Section):
-    name: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, decay
-    warmup_steps: int = Field(0, ge=0)
-    decay_steps: int = Field(0, ge=0)  # wsd: steps of linear decay at the end
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)  # final learning rate / peak
+    """The learning rate over the steps."""
+
+    name: Literal["cosine", "wsd"] = "cosine"
+    """`cosine` decays from the end of the warm-up on; `wsd` (warm-up, stable, decay) stays at the peak before."""
+    warmup_steps: Steps = Field(0, ge=0)
+    """Linear warm-up from zero."""
+    decay_steps: Steps = Field(0, ge=0)
+    """Linear decay at the end of `wsd`; `cosine` does not read it."""
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """Final learning rate divided by the peak."""
 
 
 class CheckpointConfig(Section):
-    every: int = Field(1000, gt=0)  # steps
-    keep_last: int = Field(2, gt=0)
-    keep_every: int = Field(0, ge=0)  # also keep the steps that this divides; 0: none
-    background: bool = True  # write while training goes on; takes host memory for a copy of the state
+    """When checkpoints are written, and which of them are kept."""
+
+    every: Steps = Field(1000, gt=0)
+    """Interval between checkpoints. A killed run repeats at most this many steps, plus those taken while a checkpoint
+    was written in the background."""
+    keep_last: Annotated[int, Unit("checkpoints")] = Field(2, gt=0)
+    """Number of newest checkpoints that are kept."""
+    keep_every: Steps = Field(0, ge=0)
+    """Checkpoints at multiples of this step are kept too; 0 keeps none of them."""
+    background: bool = True
+    """Write while training continues. This takes host memory for a copy of the training state."""
 
 
 class SpikeConfig(Section):
-    """A loss above the median of the last `window` by more than `threshold` standard deviations is a spike."""
+    """A loss above the median of the last `window` losses by more than `threshold` standard deviations is a spike."""
 
-    action: Literal["log", "skip", "rollback"] = "log"  # rollback: to the newest checkpoint, with the data that follows
-    threshold: float = Field(6.0, gt=0)  # standard deviations
-    window: int = Field(128, ge=4)  # steps
-    max_rollbacks: int = Field(3, gt=0)  # to the same checkpoint, after which the run stops
+    action: Literal["log", "skip", "rollback"] = "log"
+    """`log` applies the step and records the spike, `skip` leaves the step out, `rollback` returns to the newest
+    checkpoint and continues with the data that follow the spike."""
+    threshold: Annotated[float, Unit("standard deviations")] = Field(6.0, gt=0)
+    """Distance from the median above which a loss is a spike."""
+    window: Steps = Field(128, ge=4)
+    """Number of losses that the median and the deviation are taken over. No loss is a spike before half of them are
+    known."""
+    max_rollbacks: int = Field(3, gt=0)
+    """Number of rollbacks to the same checkpoint, after which the run stops."""
 
 
 class LogConfig(Section):
-    every: int = Field(10, gt=0)  # steps
-    heldout_every: int = Field(0, ge=0)  # steps between held-out losses; 0: never
-    heldout_batches: int = Field(8, gt=0)  # micro-batches, over all processes
+    """What is recorded, and where."""
+
+    every: Steps = Field(10, gt=0)
+    """Interval between records in `metrics.jsonl`."""
+    heldout_every: Steps = Field(0, ge=0)
+    """Interval between held-out losses; 0 measures none."""
+    heldout_batches: Annotated[int, Unit("micro-batches")] = Field(8, gt=0)
+    """Size of the held-out measurement, over all processes."""
     tensorboard: bool = True
+    """Write TensorBoard files too."""
     wandb_project: str | None = None
+    """Project of Weights & Biases to log to."""
 
 
 class WatchdogConfig(Section):
-    """Seconds after which a run counts as hung and ends. A day at most: then the collectives themselves give up."""
+    """Limits after which a run counts as hung and ends. They are at most a day, after which collectives fail anyway."""
 
-    lost_seconds: float = Field(120, gt=0, le=DAY_SECONDS)  # without a sign of life from a process
-    stall_seconds: float = Field(600, gt=0, le=DAY_SECONDS)  # in which no process enters a new phase of its step
-    startup_seconds: float = Field(3600, gt=0, le=DAY_SECONDS)  # the same up to the end of the first step
-    heartbeat_seconds: float = Field(60, gt=0, le=DAY_SECONDS)  # between lines that say which phase is taking long
+    lost_seconds: Seconds = Field(120, gt=0, le=DAY_SECONDS)
+    """Time without a sign of life from a process."""
+    stall_seconds: Seconds = Field(600, gt=0, le=DAY_SECONDS)
+    """Time in which no process enters a new phase of its step."""
+    startup_seconds: Seconds = Field(3600, gt=0, le=DAY_SECONDS)
+    """Time in which no process enters a new phase, until the end of the first step."""
+    heartbeat_seconds: Seconds = Field(60, gt=0, le=DAY_SECONDS)
+    """Interval between messages that say which phase is taking long."""
 
 
 class Config(Section):
-    run_dir: str  # everything the run writes; a run is resumed from what is there
-    model: str  # Hugging Face config.json of the model
-    deepspeed: str  # DeepSpeed JSON; batch sizes are filled in
-    steps: int = Field(gt=0)
-    global_batch_size: int = Field(gt=0)  # samples an optimizer step, over all processes
-    micro_batch_size: int = Field(gt=0)  # samples a forward pass of one process
+    """A pretraining run."""
+
+    run_dir: str
+    """Folder that everything is written to. A run is resumed from what is in it."""
+    model: str
+    """Hugging Face `config.json` of the model."""
+    zero: Literal[1, 2, 3] | None = None
+    """ZeRO stage of DeepSpeed: 1 shards the optimizer's state over the processes, 2 the gradients too, 3 the parameters
+    too. 2 unless `deepspeed` is given."""
+    deepspeed: str | None = None
+    """DeepSpeed JSON, for settings that `zero` does not cover. Batch sizes and clipping are filled in."""
+    steps: Steps = Field(gt=0)
+    """Length of the run in optimizer steps."""
+    global_batch_size: Samples = Field(gt=0)
+    """Samples per optimizer step, over all processes."""
+    micro_batch_size: Samples = Field(gt=0)
+    """Samples per forward pass of one process."""
     data: DataConfig
+    """What the run trains on."""
     optim: OptimConfig
+    """The optimizer."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate over the steps."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are written."""
     spikes: SpikeConfig = SpikeConfig()
+    """What happens when the loss jumps."""
     log: LogConfig = LogConfig()
+    """What is recorded."""
     watchdog: WatchdogConfig = WatchdogConfig()
+    """When a run counts as hung."""
     seed: int = Field(0, ge=0)
+    """Seed of the weights and of the order of the data."""
     activation_checkpointing: bool = False
-    max_skipped_steps: int = Field(5, gt=0)  # steps in a row that are not applied, after which the run stops
+    """Recompute layers in the backward pass, which saves memory and costs time."""
+    max_skipped_steps: Steps = Field(5, gt=0)
+    """Number of steps in a row that are not applied, after which the run stops."""
 
     @model_validator(mode="after")
-    def schedule_fits(self):
+    def has_zero_stage(self) -> Self:
+        if self.zero is None and self.deepspeed is None:
+            self.zero = 2
+        return self
+
+    @model_validator(mode="after")
+    def schedule_fits(self) -> Self:
         if self.schedule.warmup_steps + self.schedule.decay_steps > self.steps:
             raise ValueError(
                 f"schedule.warmup_steps {self.schedule.warmup_steps} + schedule.decay_steps "
@@ -126,5 +216,23 @@ class Config(Section):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a run's YAML file; see `load`."""
-    return load(Config, path, overrides)
+    """Read the YAML file of a run; see `lrnn.settings.load`. Old ways to say things are converted with a notice."""
+    return load(Config, path, overrides, old_config.convert)
+
+
+def parse_config(raw: dict, origin: str) -> Config:
+    """Return the configuration of a run from parsed YAML, as `load_config` does from a file."""
+    return validate(old_config.convert(raw, origin), origin, Config)
+
+
+def load_model_of(config: Config) -> LrnnConfig:
+    """Read the model that a run trains, with `max_position_embeddings` set from `data.seq_len`.
+
+    Raises:
+        UserError: see `lrnn.model_config.load_model_config`.
+    """
+    raw = read_json(config.model, "model configuration")
+    model = model_config_from(raw, f"model configuration {config.model}")
+    old_config.check_sequence_length(raw, config.data.seq_len, config.model)
+    model.max_position_embeddings = config.data.seq_len
+    return model

@@ -11,17 +11,19 @@ import torch
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
 from lrnn.files import write_atomically
-from lrnn.model_config import load_model_config
 from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.checkpoint import zero_state
+from lrnn.pretrain.checkpoint.reader import SavedState
 from lrnn.pretrain.checkpoint.writer import CheckpointWriter, Outcome
-from lrnn.pretrain.config import Config
+from lrnn.pretrain.config import Config, load_model_of
 from lrnn.pretrain.data.heldout import HeldOut
 from lrnn.pretrain.data.micro_batch import MicroBatch
 from lrnn.pretrain.data.training_data import TrainingData, open_data
-from lrnn.pretrain.distributed import STOPPED, Ranks, StopRequest
-from lrnn.pretrain.engine import build_engine, build_model, deepspeed_config
+from lrnn.pretrain.deepspeed_config import deepspeed_config
+from lrnn.pretrain.distributed import Ranks
+from lrnn.pretrain.engine import Engine, build_engine, build_model
 from lrnn.pretrain.guard import Guard, Verdict
+from lrnn.pretrain.launch import STOPPED, StopRequest
 from lrnn.pretrain.metrics.eigenvalues import EigenvalueProbe
 from lrnn.pretrain.metrics.log import MetricsLog
 from lrnn.pretrain.metrics.speed import Speed
@@ -241,7 +243,7 @@ class Run:
 
     def _check_parts(self) -> tuple[LrnnConfig, TrainingData, HeldOut]:
         """Open and check the model's configuration, the training data and the held-out data."""
-        model_config = load_model_config(self.config.model)
+        model_config = load_model_of(self.config)
         deepspeed_config(self.config, self.ranks.world_size)
         data = open_data(self.config, model_config, self.ranks)
         return model_config, data, HeldOut(self.config, self.ranks)
@@ -270,10 +272,10 @@ class Run:
         """Return the newest intact checkpoint. The main process reads all checksums."""
         return self._on_main(lambda: checkpoint.find_newest(Path(self.config.run_dir)))
 
-    def _start_engine(self) -> tuple[Any, EigenvalueProbe]:
+    def _start_engine(self) -> tuple[Engine, EigenvalueProbe]:
         """Return the model in a DeepSpeed engine, with the checkpoint's weights and moments if the run resumes."""
         model = build_model(self._model_config, self.config.seed, self.config.activation_checkpointing)
-        state = checkpoint.SavedState(self._saved) if self._saved is not None else None
+        state = SavedState(self._saved) if self._saved is not None else None
         if state is not None:
             state.load_into(model)
         probe = EigenvalueProbe(model)
@@ -284,7 +286,7 @@ class Run:
 
     def _restore(self, saved: Path) -> None:
         """Put weights, moments and step of a checkpoint into the engine; the position in the data stays."""
-        before, state = Progress.read(saved), checkpoint.SavedState(saved)
+        before, state = Progress.read(saved), SavedState(saved)
         zero_state.load_module(self.engine, state.load_into)
         zero_state.restore(self.engine, state.read, before.optimizer_step)
         progress = self.progress

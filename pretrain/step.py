@@ -1,13 +1,13 @@
 """One training step: forward passes, backward passes and update, with the loss as a mean over all labels."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lrnn.pretrain.data.micro_batch import MicroBatch, model_inputs
+from lrnn.pretrain.engine import Engine
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Step:
     lr: float
 
 
-def train_step(engine: Any, batches: list[MicroBatch], *, lr: float, limit: float) -> Step:
+def train_step(engine: Engine, batches: list[MicroBatch], *, lr: float, limit: float) -> Step:
     """Compute a step and update the weights. The loss is the mean over all labels of the step, however they are spread.
 
     All ranks refuse the update if the loss is not finite or above `limit`, or a gradient is not finite;
@@ -65,7 +65,7 @@ def train_step(engine: Any, batches: list[MicroBatch], *, lr: float, limit: floa
     return Step(float(loss), micro_batch_losses, int(n_tokens), lr)  # On a GPU, float() waits for the end of the step.
 
 
-def warm_up(engine: Any, batch: MicroBatch) -> None:
+def warm_up(engine: Engine, batch: MicroBatch) -> None:
     """Run a forward and backward pass of full shape with zero gradients: what is too large fails before step 1."""
     engine.set_gradient_accumulation_boundary(False)
     engine.backward(engine(**model_inputs(batch, engine.device)).loss * 0.0, scale_wrt_gas=False)

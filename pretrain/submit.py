@@ -13,16 +13,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 import lrnn
 from lrnn.errors import UserError
 from lrnn.files import write_atomically
-from lrnn.model_config import load_model_config
 from lrnn.pretrain.checkpoint import format as checkpoint
-from lrnn.pretrain.config import Config, load_config
-from lrnn.pretrain.engine import deepspeed_config
+
+if TYPE_CHECKING:
+    from lrnn.pretrain.config import Config
 
 TEMPLATE = Path(lrnn.__file__).resolve().parents[1] / "slurm" / "train.sbatch"
 # States of jobs that squeue still lists for some minutes though they are over. All others may yet write.
@@ -76,10 +77,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    # These load transformers, which `lrnn submit --help` does without.
+    from lrnn.pretrain.config import load_config, load_model_of
+    from lrnn.pretrain.deepspeed_config import deepspeed_config
+
     config = load_config(args.config, args.overrides)
     template = read_template(args.template)
     options = sbatch_options(config, args, dict(DIRECTIVE.findall(template)))
-    load_model_config(config.model)  # what would stop the run is said before it waits in a queue
+    load_model_of(config)  # what would stop the run is said before it waits in a queue
     deepspeed_config(config, int(options["nodes"] or 1) * int(options["ntasks-per-node"] or 1))
     script = fill(template, options, [args.config, *args.overrides])
     run_dir = Path(config.run_dir).resolve()
@@ -111,7 +116,7 @@ def read_template(path: Path) -> str:
     return text
 
 
-def sbatch_options(config: Config, args: argparse.Namespace, template: dict[str, str]) -> dict[str, str | None]:
+def sbatch_options(config: "Config", args: argparse.Namespace, template: dict[str, str]) -> dict[str, str | None]:
     """What to set in the template; None: leave the option out. Raises UserError for options that sbatch cannot take."""
     counts = {"nodes": 1, "gpus-per-node": 0}
     for name, lowest in counts.items():
@@ -212,15 +217,15 @@ def jobs_of(run_dir: Path) -> list[Job]:
     return found
 
 
-def describe(config: Config) -> str:
+def describe(config: "Config") -> str:
     """What a job would do: begin, or go on. Raises UserError where the run is finished."""
     run_dir = Path(config.run_dir)
-    steps = [int(checkpoint.NAME.sub(r"\1", folder.name)) for folder in checkpoint.list_checkpoints(run_dir)]
+    steps = [checkpoint.step_of(folder) for folder in checkpoint.list_checkpoints(run_dir)]
     if not steps:
         return f"new run {run_dir}, {config.steps} steps"
     if steps[-1] >= config.steps:
         intact = checkpoint.find_newest(run_dir)  # it reads the files: only where it matters
-        if intact is not None and int(checkpoint.NAME.sub(r"\1", intact.name)) >= config.steps:
+        if intact is not None and checkpoint.step_of(intact) >= config.steps:
             raise UserError(
                 f"run_dir {run_dir} is finished: {intact} is step {steps[-1]} of {config.steps}; "
                 "raise steps, or choose another run_dir"

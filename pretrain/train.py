@@ -10,20 +10,11 @@ import sys
 import torch.distributed as dist
 
 from lrnn.errors import UserError
-from lrnn.model_config import load_model_config
-from lrnn.pretrain.config import Config, load_config
-from lrnn.pretrain.distributed import (
-    Ranks,
-    StopRequest,
-    check_world,
-    default_processes,
-    end_with_launcher,
-    init_ranks,
-    is_worker,
-    launch,
-)
-from lrnn.pretrain.engine import deepspeed_config
+from lrnn.pretrain.config import Config, load_config, load_model_of
+from lrnn.pretrain.deepspeed_config import deepspeed_config
+from lrnn.pretrain.distributed import Ranks, init_ranks
 from lrnn.pretrain.guard import Verdict
+from lrnn.pretrain.launch import StopRequest, check_world, default_processes, end_with_launcher, is_worker, launch
 from lrnn.pretrain.run import Run
 from lrnn.pretrain.step import train_step
 
@@ -65,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
     if not is_worker():
         processes = default_processes() if args.nproc is None else args.nproc
         check_world(processes)
-        load_model_config(config.model)  # Cheap checks come before processes start.
+        load_model_of(config)  # Cheap checks come before processes start.
         deepspeed_config(config, processes)
         if processes > 1:
             return launch(processes, [sys.executable, "-m", "lrnn.cli", "pretrain", args.config, *args.overrides])

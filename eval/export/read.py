@@ -13,6 +13,7 @@ from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.errors import UserError
 from lrnn.eval.export.fla_format import from_fla
 from lrnn.pretrain.checkpoint import format as checkpoint
+from lrnn.pretrain.checkpoint.reader import SavedState
 from lrnn.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -49,7 +50,7 @@ def read_checkpoint(source: Path) -> Trained:
     tokenizer = _tokenizer_of(source)
     _check_vocabulary(tokenizer, config)
     model = empty_model(config)
-    checkpoint.SavedState(source).load_into(model)
+    SavedState(source).load_into(model)
     files = json.loads((source / "manifest.json").read_text())["files"]
     training = {
         "step": progress["step"],

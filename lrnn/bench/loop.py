@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lrnn.model_config import load_model_config
-from lrnn.pretrain.config import Config, load_config
+from lrnn.pretrain.config import Config, load_config, load_model_of
 from lrnn.pretrain.data.micro_batch import model_inputs
 from lrnn.pretrain.data.training_data import open_data
-from lrnn.pretrain.distributed import Ranks, StopRequest, init_ranks
+from lrnn.pretrain.distributed import Ranks, init_ranks
 from lrnn.pretrain.engine import build_engine, build_model
+from lrnn.pretrain.launch import StopRequest
 from lrnn.pretrain.step import warm_up
 from lrnn.pretrain.train import train
 from lrnn.records import read_metrics
@@ -24,7 +24,7 @@ SETTLING = 5  # first steps, not counted
 
 def bare_steps(config: Config, ranks: Ranks, steps: int) -> list[float]:
     """Seconds of each step that is forward, backward and update alone, on micro-batches already on the device."""
-    model_config = load_model_config(config.model)
+    model_config = load_model_of(config)
     data = open_data(config, model_config, ranks)
     engine = build_engine(
         build_model(model_config, config.seed, config.activation_checkpointing).to(ranks.device), config, ranks

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lrnn import LrnnForCausalLM
 from lrnn.model.layers import LrnnCache
-from lrnn.pretrain.engine import parameter_groups
+from lrnn.pretrain.optim import parameter_groups
 from lrnn.track.grid import Cell, TrainSettings
 from lrnn.track.tasks.base import IGNORE
 from lrnn.track.tasks.counter_rng import Field, happens, sample_keys, split_seed

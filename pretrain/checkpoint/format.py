@@ -20,10 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import torch
-from torch import Tensor
-
 from lrnn.errors import UserError
 from lrnn.files import sha256, sync
 
@@ -101,7 +97,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
 def _check_sizes(folder: Path) -> dict[str, Any]:
     """What of `verify` costs no reading."""
-    manifest = _manifest(folder)
+    manifest = read_manifest(folder)
     for file in folder.glob("state-*"):
         if file.name not in manifest["files"]:
             raise BrokenCheckpoint(f"{folder}/manifest.json is damaged: it lacks {file.name}")
@@ -133,66 +129,9 @@ def retain(newest: Path, keep_last: int, keep_every: int) -> None:
     checkpoints = [p for p in list_checkpoints(newest.parent.parent) if p.name <= newest.name]
     oldest_kept = [p for p in reversed(checkpoints) if _looks_whole(p)][:keep_last][-1]
     for folder in checkpoints[: checkpoints.index(oldest_kept)]:
-        if not (keep_every and _step(folder) % keep_every == 0):
+        if not (keep_every and step_of(folder) % keep_every == 0):
             hidden = folder.rename(folder.with_name(f".{folder.name}"))  # first: a half-deleted one is no checkpoint
             shutil.rmtree(hidden)
-
-
-class SavedState:
-    """Reads parameters and moments out of a checkpoint, whoever wrote it: any slice of any parameter."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._files = {}
-        self._index: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
-        for name in _manifest(folder)["files"]:
-            if not name.startswith("state-"):
-                continue
-            try:
-                self._files[name] = safetensors.safe_open(folder / name, framework="pt")
-            except safetensors.SafetensorError as error:
-                raise BrokenCheckpoint(f"{folder / name} is no safetensors file ({error})") from None
-            for key in self._files[name].keys():  # noqa: SIM118 (no mapping)
-                kind, parameter, start = key.split(":")
-                end = int(start) + self._files[name].get_slice(key).get_shape()[0]
-                self._index.setdefault((kind, parameter), []).append((int(start), end, name, key))
-
-    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of a flattened tensor, float32 on the CPU.
-
-        Raises:
-            BrokenCheckpoint: the checkpoint does not hold all of them.
-        """
-        out = torch.empty(numel)
-        missing = numel
-        for low, high, file, key in self._index.get((kind, name), []):
-            a, b = max(low, start), min(high, start + numel)
-            if a < b:
-                out[a - start : b - start] = self._files[file].get_slice(key)[a - low : b - low]
-                missing -= b - a
-        if missing:
-            raise BrokenCheckpoint(
-                f"{self.folder} lacks {missing} of {numel} elements of {kind} {name} from {start} on"
-            )
-        return out
-
-    def parameters(self) -> set[str]:
-        """Names of the parameters that it holds something of."""
-        return {name for kind, name in self._index if kind == "param"}
-
-    def load_into(self, model: torch.nn.Module) -> None:
-        """Copy the float32 parameters into a model of the same architecture, not yet partitioned.
-
-        Raises:
-            BrokenCheckpoint: a parameter of either is unknown to the other, or incomplete.
-        """
-        parameters = dict(model.named_parameters())
-        unknown = sorted(self.parameters() ^ set(parameters))
-        if unknown:
-            raise BrokenCheckpoint(f"{self.folder} and the model do not share the parameter {unknown[0]}")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(self.read("param", name, 0, parameter.numel()).view_as(parameter))
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
@@ -200,7 +139,7 @@ def read_progress(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "progress.json").read_text())
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / "manifest.json"
     try:
         manifest = json.loads(file.read_text())
@@ -231,7 +170,7 @@ def _manifest_sha256(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
     match = NAME.match(folder.name)
     assert match is not None
     return int(match[1])

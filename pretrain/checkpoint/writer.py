@@ -31,6 +31,7 @@ from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.checkpoint.zero_state import KINDS, local_fragments
 from lrnn.pretrain.config import CheckpointConfig
 from lrnn.pretrain.distributed import Ranks
+from lrnn.pretrain.engine import Engine
 
 READY, BUSY, FAILED = 0, 1, 2  # votes of a rank, the worst of which counts
 STORAGE_ERRORS = (OSError, safetensors.SafetensorError)  # what a disk can do; all else is a bug and ends the run
@@ -108,7 +109,7 @@ class CheckpointWriter:
         every = self._settings.every
         return step % every == 0 or (self.error is not None and step % max(1, every // 10) == 0)
 
-    def begin(self, engine: Any, progress: dict[str, Any], texts: dict[str, str]) -> None:
+    def begin(self, engine: Engine, progress: dict[str, Any], texts: dict[str, str]) -> None:
         """Begin a checkpoint of `progress["step"]`. Waits for the one before, if it is not written yet.
 
         Args:
@@ -183,7 +184,7 @@ class CheckpointWriter:
     def _folder(self, step: int) -> Path:
         return self._root / f"step-{step:08d}"
 
-    def _snapshot(self, engine: Any) -> dict[str, Tensor]:
+    def _snapshot(self, engine: Engine) -> dict[str, Tensor]:
         """The rank's fragments, copied into buffers that are kept from one checkpoint to the next."""
         tensors = {}
         for fragment in local_fragments(engine):

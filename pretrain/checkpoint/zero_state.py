@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lrnn.pretrain.engine import Engine
+
 KINDS = ("param", "exp_avg", "exp_avg_sq")  # float32 parameter and Adam's moments
 
 
@@ -27,7 +29,7 @@ class Fragment:
     tensors: dict[str, Tensor]
 
 
-def local_fragments(engine: Any) -> Iterator[Fragment]:
+def local_fragments(engine: Engine) -> Iterator[Fragment]:
     """The fragments that this rank holds, for ZeRO-1, 2 and 3."""
     names = {id(p): n for n, p in engine.module.named_parameters()}
     zero = engine.optimizer
@@ -41,14 +43,14 @@ def local_fragments(engine: Any) -> Iterator[Fragment]:
             )
 
 
-def optimizer_step(engine: Any) -> int:
+def optimizer_step(engine: Engine) -> int:
     """Number of updates that Adam has applied."""
     steps = {int(s["step"]) for s in engine.optimizer.optimizer.state.values() if "step" in s}
     assert len(steps) <= 1, f"parameter groups disagree about the step: {steps}"
     return steps.pop() if steps else 0
 
 
-def restore(engine: Any, read: Callable[[str, str, int, int], Tensor], step: int) -> None:
+def restore(engine: Engine, read: Callable[[str, str, int, int], Tensor], step: int) -> None:
     """Fill this rank's fragments from `read(kind, name, start, numel)` and set Adam's step.
 
     The module's own weights must hold the same values already: load them before `deepspeed.initialize`.
@@ -60,7 +62,7 @@ def restore(engine: Any, read: Callable[[str, str, int, int], Tensor], step: int
         state["step"].fill_(step)
 
 
-def load_module(engine: Any, load: Callable[[torch.nn.Module], object]) -> None:
+def load_module(engine: Engine, load: Callable[[torch.nn.Module], object]) -> None:
     """Apply `load`, which fills a module's parameters in place, to a module that ZeRO may have partitioned.
 
     The optimizer's own float32 copies are left as they are: `restore` fills those.
@@ -74,7 +76,8 @@ def load_module(engine: Any, load: Callable[[torch.nn.Module], object]) -> None:
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
         if dist.get_rank() == 0:  # it is broadcast and partitioned again on leaving
             load(engine.module)
-    persistent = engine.optimizer.persistent_parameters
+    zero: Any = engine.optimizer
+    persistent = zero.persistent_parameters
     if persistent:  # small ones, which ZeRO-3 expects whole on every rank
         persistent[0].all_gather(persistent)
 

@@ -1,7 +1,6 @@
 """The loss on the held-out splits of the corpora, measured between steps."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from lrnn.pretrain.corpus.reader import TokenCorpus
 from lrnn.pretrain.data.micro_batch import IGNORED, MicroBatch, build_micro_batch, model_inputs
 from lrnn.pretrain.data.samples import num_windows, read_window
 from lrnn.pretrain.distributed import Ranks
+from lrnn.pretrain.engine import Engine
 
 
 class HeldOut:
@@ -45,7 +45,7 @@ class HeldOut:
         return bool(self._batches) and (step % self._every == 0 or step == self._steps)
 
     @torch.no_grad()
-    def loss(self, engine: Any) -> float:
+    def loss(self, engine: Engine) -> float:
         """Return the mean cross-entropy in nats per token, over the batches of all ranks."""
         totals = torch.zeros(2, dtype=torch.float64, device=self._device)
         engine.eval()

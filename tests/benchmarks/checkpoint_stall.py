@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 MODEL = {
     "model_type": "lrnn", "vocab_size": 32000, "hidden_size": 768, "num_hidden_layers": 6, "num_heads": 6,
-    "head_dim": 128, "intermediate_size": 2048, "max_position_embeddings": 64,
+    "head_dim": 128, "intermediate_size": 2048,
 }  # fmt: skip
 SETTINGS = [
     "steps=24", "checkpoint.every=8", "checkpoint.keep_last=1", "data.seq_len=64", "global_batch_size=4",
@@ -26,7 +26,7 @@ SETTINGS = [
 
 def measure(run_dir: Path, corpus: str, model: Path, processes: int, background: bool, more: list[str]) -> dict:
     """Train once; returns the figures of its checkpoints."""
-    overrides = [f"run_dir={run_dir}", f"model={model}", f"deepspeed={ROOT}/configs/deepspeed/zero2.json"]
+    overrides = [f"run_dir={run_dir}", f"model={model}"]
     overrides += [f"data.corpora=[{{path: {corpus}}}]", f"checkpoint.background={str(background).lower()}"]
     command = [sys.executable, "-m", "lrnn.cli", "pretrain", str(ROOT / "configs/tiny.yaml")]
     command += [*SETTINGS, *overrides, *more, "--nproc", str(processes)]

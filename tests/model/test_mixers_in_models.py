@@ -9,8 +9,8 @@ from mixer_models import SIZE, VARIANTS, WITHOUT_RANGE, every_case, every_varian
 
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.model import mixer_deltanet
-from lrnn.pretrain.engine import parameter_groups
 from lrnn.pretrain.metrics.eigenvalues import EigenvalueProbe
+from lrnn.pretrain.optim import parameter_groups
 
 
 @pytest.fixture(scope="module", autouse=True)

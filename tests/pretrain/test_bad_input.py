@@ -14,12 +14,11 @@ import torch
 from lrnn.cli import main
 from lrnn.errors import UserError
 from lrnn.model_config import load_model_config
-from lrnn.pretrain.config import Config
+from lrnn.pretrain.config import parse_config
 from lrnn.pretrain.data.training_data import open_data
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.progress import check_same_run
 from lrnn.records import read_metrics
-from lrnn.settings import validate
 
 SERVER = Path(__file__).with_name("command_server.py")
 
@@ -107,12 +106,12 @@ def test_more_processes_than_sequences(refused, base):
 
 def test_more_processes_than_samples_of_the_corpora(base):
     raw = base()
-    config = validate(raw, "test", Config)
+    config = parse_config(raw, "test")
     model_config = load_model_config(config.model)
     lone = Ranks(0, 1, torch.device("cpu"), None)
     corpus = open_data(config, model_config, lone).source.corpora[0]
     raw["data"] |= {"seq_len": corpus.num_tokens // 2, "corpora": raw["data"]["corpora"][:1]}  # one sample and a half
-    config = validate(raw, "test", Config)
+    config = parse_config(raw, "test")
     open_data(config, model_config, lone)
     with pytest.raises(UserError, match="2 processes, but the corpora have only 1 samples"):
         open_data(config, model_config, Ranks(1, 2, torch.device("cpu"), None))

@@ -13,7 +13,7 @@ from training_group import losses, run_group
 
 from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.config import SpikeConfig
-from lrnn.pretrain.distributed import STOPPED
+from lrnn.pretrain.launch import STOPPED
 from lrnn.pretrain.spike_rule import SpikeRule
 from lrnn.records import read_metrics
 

@@ -10,8 +10,8 @@ import yaml
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
 from lrnn.model_config import load_model_config
-from lrnn.pretrain.config import Config, load_config
-from lrnn.pretrain.engine import deepspeed_config
+from lrnn.pretrain.config import Config, load_config, load_model_of
+from lrnn.pretrain.deepspeed_config import deepspeed_config
 from lrnn.settings import dump
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +23,7 @@ def raw():
     return {
         "run_dir": "runs/x",
         "model": "model.json",
-        "deepspeed": "zero.json",
+        "zero": 2,
         "steps": 100,
         "global_batch_size": 8,
         "micro_batch_size": 2,
@@ -61,9 +61,8 @@ def test_valid(load):
 @pytest.mark.parametrize(("name", "most"), [("tiny", 2), ("340m", 32), ("1.3b", 64)])
 def test_shipped_configurations(name, most):
     config = load_config(ROOT / "configs" / f"{name}.yaml")
-    model = load_model_config(ROOT / config.model)
+    model = load_model_of(config.model_copy(update={"model": str(ROOT / config.model)}))
     assert model.max_position_embeddings == config.data.seq_len
-    config = config.model_copy(update={"deepspeed": str(ROOT / config.deepspeed)})
     for world_size in (2**i for i in range(most.bit_length())):
         settings = deepspeed_config(config, world_size)
         per_step = settings["train_micro_batch_size_per_gpu"] * settings["gradient_accumulation_steps"] * world_size
@@ -77,7 +76,6 @@ def test_the_readmes_job_can_share_its_batch():
     assert jobs
     for nodes, name in jobs:
         config = load_config(ROOT / name)
-        config = config.model_copy(update={"deepspeed": str(ROOT / config.deepspeed)})
         assert deepspeed_config(config, int(nodes) * int(tasks))["gradient_accumulation_steps"] >= 1
 
 
@@ -85,7 +83,7 @@ def test_the_readmes_job_can_share_its_batch():
     ("override", "key", "hint"),
     [
         ("step=3", "step", "did you mean steps?"),
-        ("optim.learning=3", "optim.learning", "valid: lr, betas, eps, weight_decay"),
+        ("optim.learning=3", "optim.learning", "valid: lr, betas, eps, weight_decay, clip"),
         ("optim.weight_decy=0.1", "optim.weight_decy", "did you mean weight_decay?"),
         ("checkpoint.keep_lst=2", "checkpoint.keep_lst", "did you mean keep_last?"),
         ("log.heldout_evry=2", "log.heldout_evry", "did you mean heldout_every?"),
@@ -278,7 +276,7 @@ def deepspeed(load, tmp_path):
 
     def make(changes: dict, world_size: int = 1) -> dict:
         (tmp_path / "zero.json").write_text(json.dumps({**ZERO, **changes}))
-        return deepspeed_config(load(f"deepspeed={tmp_path / 'zero.json'}"), world_size)
+        return deepspeed_config(load("zero=", f"deepspeed={tmp_path / 'zero.json'}"), world_size)
 
     return make
 

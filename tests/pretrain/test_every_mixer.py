@@ -7,7 +7,7 @@ import pytest
 from training_group import losses, run_group
 
 from lrnn.model.mixers import MIXERS
-from lrnn.pretrain.distributed import STOPPED
+from lrnn.pretrain.launch import STOPPED
 
 
 @pytest.fixture

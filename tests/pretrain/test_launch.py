@@ -15,9 +15,10 @@ import torch
 import without_models
 
 from lrnn.errors import UserError
-from lrnn.pretrain import distributed
+from lrnn.pretrain import launch as launch_module
 from lrnn.pretrain import train as train_module
-from lrnn.pretrain.distributed import STOPPED, StopRequest, check_world, is_worker, launch, slurm_environment
+from lrnn.pretrain.distributed import slurm_environment
+from lrnn.pretrain.launch import STOPPED, StopRequest, check_world, is_worker, launch
 
 pytestmark = pytest.mark.alone
 
@@ -90,7 +91,7 @@ def test_a_failed_worker_ends_the_others(command):
 
 
 def test_others_that_ignore_the_signal_are_killed(command, monkeypatch):
-    monkeypatch.setattr(distributed._stop, "__defaults__", (1.0,))  # seconds of grace
+    monkeypatch.setattr(launch_module._stop, "__defaults__", (1.0,))  # seconds of grace
     start = time.monotonic()
     assert (
         launch(2, command("wait_until(lambda: (folder / 'ready-0').exists()); sys.exit(4) if rank else time.sleep(60)"))
@@ -100,7 +101,7 @@ def test_others_that_ignore_the_signal_are_killed(command, monkeypatch):
 
 
 def test_a_killed_worker_is_a_failure_and_named(command, monkeypatch, capfd):
-    monkeypatch.setattr(distributed._stop, "__defaults__", (1.0,))
+    monkeypatch.setattr(launch_module._stop, "__defaults__", (1.0,))
     code = launch(2, command("os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(60)"))
     assert code not in (0, STOPPED)
     assert capfd.readouterr().err == "lrnn: process 1 was killed by SIGKILL\n"  # not what was stopped for it
@@ -121,7 +122,7 @@ def test_who_failed_is_said(command, capfd, code, line):
 
 def test_a_stopped_worker_is_not_left_over(command, tmp_path, monkeypatch):
     """One that got SIGSTOP heeds no other signal than SIGKILL."""
-    monkeypatch.setattr(distributed._stop, "__defaults__", (1.0,))
+    monkeypatch.setattr(launch_module._stop, "__defaults__", (1.0,))
     code = """
     (folder / f"id-{rank}").write_text(str(os.getpid()))
     if rank == 0:
@@ -175,7 +176,7 @@ def test_no_worker_outlives_a_launcher_that_fails(command, monkeypatch):
             super().__init__(*arguments, **options)
             started.append(self)
 
-    monkeypatch.setattr(distributed.subprocess, "Popen", Popen)
+    monkeypatch.setattr(launch_module.subprocess, "Popen", Popen)
     code = "signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(60)"
     with pytest.raises(OSError, match="no more processes"):
         launch(2, command(code))
@@ -190,7 +191,7 @@ def test_workers_end_with_a_launcher_that_is_killed(command, tmp_path, late):
         wait_until((folder / "go").exists)
         from without_models import leave_models_out
         leave_models_out()
-        from lrnn.pretrain.distributed import end_with_launcher
+        from lrnn.pretrain.launch import end_with_launcher
         end_with_launcher()
         (folder / f"asked-{rank}").touch()
         wait_until(lambda: noted(1), 60)
@@ -199,7 +200,7 @@ def test_workers_end_with_a_launcher_that_is_killed(command, tmp_path, late):
         import json, sys
         from without_models import leave_models_out
         leave_models_out()
-        from lrnn.pretrain.distributed import launch
+        from lrnn.pretrain.launch import launch
         launch(2, json.loads(sys.argv[1]))
     """
     launcher = subprocess.Popen(
@@ -225,16 +226,16 @@ def test_workers_end_with_a_launcher_that_is_killed(command, tmp_path, late):
 
 
 def test_handlers_are_put_back(command):
-    before = [signal.getsignal(s) for s in distributed.STOP_SIGNALS]
+    before = [signal.getsignal(s) for s in launch_module.STOP_SIGNALS]
     launch(1, command(""))
-    assert [signal.getsignal(s) for s in distributed.STOP_SIGNALS] == before
+    assert [signal.getsignal(s) for s in launch_module.STOP_SIGNALS] == before
     with StopRequest() as stop:
         assert stop.signal is None
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.signal == "SIGUSR1"
         with pytest.raises(KeyboardInterrupt):  # a second time, by Ctrl-C
             os.kill(os.getpid(), signal.SIGINT)
-    assert [signal.getsignal(s) for s in distributed.STOP_SIGNALS] == before
+    assert [signal.getsignal(s) for s in launch_module.STOP_SIGNALS] == before
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from PIL import Image
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.cli import main
 from lrnn.errors import UserError
-from lrnn.pretrain.config import Config
+from lrnn.pretrain.config import parse_config
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.metrics import speed as speed_module
 from lrnn.pretrain.metrics.eigenvalues import EIGENVALUE_BINS, EigenvalueProbe
@@ -23,7 +23,6 @@ from lrnn.pretrain.metrics.log import MetricsLog
 from lrnn.pretrain.metrics.plot import split_records
 from lrnn.pretrain.metrics.speed import Speed
 from lrnn.records import read_metrics
-from lrnn.settings import validate
 
 RANKS = Ranks(0, 2, torch.device("cpu"), None)  # no group: nothing here talks to others
 MODEL = LrnnConfig(
@@ -33,13 +32,12 @@ MODEL = LrnnConfig(
 
 @pytest.fixture
 def config(tmp_path):
-    return validate(
+    return parse_config(
         {
-            "run_dir": str(tmp_path), "model": "x", "deepspeed": "x", "steps": 100, "global_batch_size": 12,
+            "run_dir": str(tmp_path), "model": "x", "steps": 100, "global_batch_size": 12,
             "micro_batch_size": 1, "data": {"seq_len": 50, "corpora": [{"path": "x"}]}, "optim": {"lr": 1.0},
         },
         "test",
-        Config,
     )  # fmt: skip
 
 

@@ -12,10 +12,9 @@ from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.model.layers import Mixer, ShortConvolution
 from lrnn.model.mixers import MIXERS
 from lrnn.model_config import load_model_config
-from lrnn.pretrain.config import Config
+from lrnn.pretrain.config import parse_config
 from lrnn.pretrain.metrics.flops import peak_flops, train_flops_per_token
 from lrnn.pretrain.schedule import learning_rate
-from lrnn.settings import validate
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,10 +22,10 @@ ROOT = Path(__file__).parents[2]
 def rates(steps: int, lr: float = 0.5, **schedule) -> list[float]:
     """Learning rate of every step of a run."""
     raw = {
-        "run_dir": "x", "model": "x", "deepspeed": "x", "steps": steps, "global_batch_size": 1, "micro_batch_size": 1,
+        "run_dir": "x", "model": "x", "steps": steps, "global_batch_size": 1, "micro_batch_size": 1,
         "data": {"seq_len": 1, "corpora": [{"path": "x"}]}, "optim": {"lr": lr}, "schedule": schedule,
     }  # fmt: skip
-    config = validate(raw, "test", Config)
+    config = parse_config(raw, "test")
     return [learning_rate(step, config) for step in range(steps)]
 
 

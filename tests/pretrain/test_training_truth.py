@@ -10,18 +10,17 @@ import torch.nn.functional as F
 from training_group import run_group
 
 from lrnn.cli import main
-from lrnn.model_config import load_model_config
 from lrnn.pretrain.batching import Batching
 from lrnn.pretrain.checkpoint import format as checkpoint
-from lrnn.pretrain.config import Config
+from lrnn.pretrain.checkpoint.reader import SavedState
+from lrnn.pretrain.config import load_model_of, parse_config
 from lrnn.pretrain.data.loader import Loader
 from lrnn.pretrain.data.training_data import open_data
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.engine import build_model
+from lrnn.pretrain.zero import zero_settings
 from lrnn.records import read_metrics
-from lrnn.settings import validate
 
-ROOT = Path(__file__).parents[2]
 STEPS, LR, DECAY, CLIP = 5, 0.01, 0.5, 0.8
 DECAYED = {"embeddings", "lm_head", *(f"{x}_proj" for x in ("q", "k", "v", "g", "b", "a", "o", "gate", "up", "down"))}
 
@@ -39,9 +38,9 @@ def short_documents(corpora, tmp_path):
 
 def plain_training(raw):
     """Losses, gradient norms and final weights of AdamW (arXiv 1711.05101, algorithm 2) on whole batches."""
-    config = validate(raw, "test", Config)
-    data = open_data(config, load_model_config(config.model), Ranks(0, 1, torch.device("cpu"), None))
-    model = build_model(load_model_config(config.model), config.seed, activation_checkpointing=False)
+    config = parse_config(raw, "test")
+    data = open_data(config, load_model_of(config), Ranks(0, 1, torch.device("cpu"), None))
+    model = build_model(load_model_of(config), config.seed, activation_checkpointing=False)
     m, v = ({n: torch.zeros_like(p) for n, p in model.named_parameters()} for _ in range(2))
     losses, norms, labels = [], [], []
     with Loader(data.source, Batching(config.global_batch_size, config.global_batch_size)) as loader:
@@ -71,16 +70,16 @@ def test_steps_are_those_of_plain_pytorch(base, short_documents, tmp_path):
     """Two processes with two micro-batches each in float32: sharding, accumulation, recomputation change nothing."""
     runs = []
     for stage, recompute in ((2, False), (3, True)):
-        engine = json.loads((ROOT / f"configs/deepspeed/zero{stage}.json").read_text())
+        engine = zero_settings(stage)
         engine["torch_autocast"]["enabled"] = False
-        engine["gradient_clipping"] = CLIP
         (tmp_path / f"zero{stage}.json").write_text(json.dumps(engine))
         changes = {
+            "zero": None,
             "deepspeed": str(tmp_path / f"zero{stage}.json"),
             "steps": STEPS,
             "data": {"seq_len": 64, "reset_at_document_boundaries": True, "corpora": [{"path": str(short_documents)}]},
             "log": {"every": 1, "tensorboard": False},
-            "optim": {"lr": LR, "weight_decay": DECAY},
+            "optim": {"lr": LR, "weight_decay": DECAY, "clip": CLIP},
             "schedule": {"name": "wsd", "warmup_steps": 2},
             "activation_checkpointing": recompute,
         }
@@ -96,7 +95,7 @@ def test_steps_are_those_of_plain_pytorch(base, short_documents, tmp_path):
         assert [r["loss"] for r in records] == pytest.approx(losses, rel=1e-5)
         assert [r["grad_norm"] for r in records] == pytest.approx(norms, rel=1e-4)
         assert records[-1]["tokens"] == sum(map(sum, labels))
-        state = checkpoint.SavedState(checkpoint.find_newest(Path(raw["run_dir"])))
+        state = SavedState(checkpoint.find_newest(Path(raw["run_dir"])))
         for name, p in model.named_parameters():
             found = state.read("param", name, 0, p.numel()).view_as(p)
             assert (found - p).norm() < 1e-3 * p.norm(), name

@@ -91,7 +91,7 @@ def test_resume_executes_nothing_of_a_run(base, tmp_path, mark):
     files = json.loads((newest / "manifest.json").read_text())["files"]
     files[state.name] = checkpoint.seal(state)
     (newest / "manifest.json").write_text(checkpoint.manifest_text(2, files))
-    assert f"BrokenCheckpoint: {state} is no safetensors file" in str(train(base(steps=3, **SHORT), tmp_path))
+    assert f"BrokenCheckpoint: {state} is not a safetensors file" in str(train(base(steps=3, **SHORT), tmp_path))
     assert not mark.exists()
     load_carelessly(pickle_carelessly(state), tmp_path)
     assert mark.exists()

@@ -29,7 +29,7 @@ from lrnn.pretrain import train as train_module
 from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.checkpoint import writer as checkpoint_writer
 from lrnn.pretrain.checkpoint.writer import CheckpointWriter
-from lrnn.pretrain.distributed import _free_port, _local_environment
+from lrnn.pretrain.launch import free_port, local_environment
 from lrnn.pretrain.run import Run
 
 RANKS = 2
@@ -56,7 +56,7 @@ class Life:
 
     def __init__(self, config: Path, overrides: list[str], log: Path, trap: dict[str, Any] | None = None):
         self.board = mmap.mmap(-1, 2 * RANKS)  # shared with the forks
-        port = _free_port()
+        port = free_port()
         self.pids: list[int] = []
         for rank in range(RANKS):
             pid = os.fork()
@@ -73,7 +73,7 @@ class Life:
         os.dup2(output, 1)
         os.dup2(output, 2)
         torch.set_num_threads(1)
-        os.environ.update(_local_environment(rank, RANKS, port))
+        os.environ.update(local_environment(rank, RANKS, port))
         self._watch(rank)
         if trap is not None and trap["rank"] == rank:
             set_trap(**trap)

@@ -51,7 +51,7 @@ class RunningJob:
             # SLURM looks for jobs to signal every 30 s; from 50 s before a limit of a minute there is time for that.
             "--sbatch", "signal=USR1@50", "--sbatch", "cpus-per-task=1",
             f"run_dir={folder}", f"steps={steps}", f"model={ROOT / 'configs/models/tiny.json'}",
-            f"deepspeed={ROOT / 'configs/deepspeed/zero2.json'}", f"data.corpora=[{{path: {corpus}}}]",
+            f"data.corpora=[{{path: {corpus}}}]",
             "data.seq_len=128", "global_batch_size=4", "micro_batch_size=2", "checkpoint.every=100000", "log.every=1",
             "log.heldout_every=0", "log.tensorboard=false", "schedule.warmup_steps=5",
         ]  # fmt: skip

@@ -4,10 +4,11 @@ import json
 import re
 
 import pytest
-from running_job import ROOT, TORTURE, RunningJob
+from running_job import TORTURE, RunningJob
 from training_group import losses, run_group
 
 from lrnn.pretrain.config import load_config
+from lrnn.pretrain.zero import zero_settings
 from lrnn.records import read_metrics
 
 pytestmark = pytest.mark.alone
@@ -20,14 +21,14 @@ def test_four_processes_go_on_as_two(slurm, corpus, tmp_path):
     2 processes that nobody stopped."""
     engines = {}
     for stage in (1, 3):
-        engine = json.loads((ROOT / f"configs/deepspeed/zero{stage}.json").read_text())
+        engine = zero_settings(stage)
         engine["torch_autocast"]["enabled"] = False
         engines[stage] = tmp_path / f"zero{stage}.json"
         engines[stage].write_text(json.dumps(engine))
     run = RunningJob(slurm, tmp_path / "run", corpus, STEPS)
     # Adam's first updates are of the size of the learning rate whatever the gradient: a large one magnifies roundings.
     run.arguments += ["micro_batch_size=1", "optim.lr=1e-4"]
-    script = run.submit("--dry-run", f"deepspeed={engines[1]}").stdout
+    script = run.submit("--dry-run", "zero=", f"deepspeed={engines[1]}").stdout
     assert script.count("#SBATCH --ntasks-per-node=1\n") == 1
     (tmp_path / "four.sbatch").write_text(script.replace("--ntasks-per-node=1\n", "--ntasks-per-node=2\n"))
     run.folder.mkdir()
@@ -38,7 +39,7 @@ def test_four_processes_go_on_as_two(slurm, corpus, tmp_path):
     run.wait_for_checkpoint()
     stopped_at = run.last_step()
 
-    done = run.submit(f"deepspeed={engines[3]}")
+    done = run.submit("zero=", f"deepspeed={engines[3]}")
     assert done.returncode == 0 and f"(step {stopped_at} of {STEPS})" in done.stdout, done.stderr
     assert run.wait_for_end()["JobState"] == "COMPLETED", run.log()
     starts = [(r["step"], r["processes"]) for r in read_metrics(run.folder) if r.get("event") == "start"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import training_worker
 
-from lrnn.pretrain.distributed import _free_port, _local_environment
+from lrnn.pretrain.launch import free_port, local_environment
 from lrnn.records import read_metrics
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -18,9 +18,9 @@ def run_group(tmp_path, specs, processes=2):
     """Run the specs (see training_worker.py) one after the other in one group of processes; returns their statuses."""
     path = tmp_path / f"spec-{len(list(tmp_path.glob('spec-*')))}.json"
     path.write_text(json.dumps(specs))
-    port = _free_port()
+    port = free_port()
     workers = [
-        _CONTEXT.Process(target=training_worker.main, args=(path, _local_environment(rank, processes, port)))
+        _CONTEXT.Process(target=training_worker.main, args=(path, local_environment(rank, processes, port)))
         for rank in range(processes)
     ]
     for worker in workers:

@@ -20,10 +20,10 @@ import torch
 from lrnn.errors import UserError
 from lrnn.pretrain import run as run_module
 from lrnn.pretrain import train as train_module
-from lrnn.pretrain.config import Config
-from lrnn.pretrain.distributed import StopRequest, init_ranks
+from lrnn.pretrain.config import parse_config
+from lrnn.pretrain.distributed import init_ranks
+from lrnn.pretrain.launch import StopRequest
 from lrnn.pretrain.run import Run
-from lrnn.settings import validate
 
 original_step = train_module.train_step
 original_start = Run._start_engine
@@ -43,7 +43,7 @@ def main(file: Path, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     ranks = init_ranks()
     for i, spec in enumerate(json.loads(file.read_text())):
-        config = validate(spec["config"], "test", Config)
+        config = parse_config(spec["config"], "test")
 
         def step(engine, batches, *, lr, limit, spec=spec, config=config):
             number = int(batches[0].sample_indices.min()) // config.global_batch_size + 1

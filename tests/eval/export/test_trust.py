@@ -230,7 +230,7 @@ def test_a_pickle_in_the_place_of_the_state_is_refused(checkpoint, marks, capsys
     state.write_bytes(hostile_pickle(marks / "pickle"))
     seal(checkpoint)
     assert export(checkpoint, tmp_path / "out") == 2
-    assert f"{state} is no safetensors file" in capsys.readouterr().err and found(marks) == set()
+    assert f"{state} is not a safetensors file" in capsys.readouterr().err and found(marks) == set()
     load_carelessly(pickle_carelessly(state), tmp_path)
     assert found(marks) == {"pickle"}
 

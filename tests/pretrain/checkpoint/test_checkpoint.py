@@ -15,7 +15,8 @@ from synthetic_checkpoints import SHAPES, Saver, state_of
 from lrnn.errors import UserError
 from lrnn.files import write_atomically
 from lrnn.pretrain.checkpoint import format as checkpoint
-from lrnn.pretrain.checkpoint.format import BrokenCheckpoint, SavedState, find_newest, manifest_text, retain, verify
+from lrnn.pretrain.checkpoint.format import BrokenCheckpoint, find_newest, manifest_text, retain, verify
+from lrnn.pretrain.checkpoint.reader import SavedState
 
 
 @pytest.fixture
@@ -338,9 +339,9 @@ def test_a_missing_fragment(tmp_path):
     saved = SavedState(tmp_path / "c")
     assert torch.equal(saved.read("param", "a", 0, 4), torch.arange(4.0))
     assert torch.equal(saved.read("param", "a", 6, 4), torch.arange(6.0, 10.0))
-    with pytest.raises(BrokenCheckpoint, match="lacks 2 of 8 elements of param a from 1 on"):
+    with pytest.raises(BrokenCheckpoint, match="lacks 2 of 8 elements of param a from element 1 on"):
         saved.read("param", "a", 1, 8)
-    with pytest.raises(BrokenCheckpoint, match="lacks 1 of 2 elements of param a from 9 on"):
+    with pytest.raises(BrokenCheckpoint, match="lacks 1 of 2 elements of param a from element 9 on"):
         saved.read("param", "a", 9, 2)
     with pytest.raises(BrokenCheckpoint, match="lacks 3 of 3 elements of exp_avg a"):
         saved.read("exp_avg", "a", 0, 3)

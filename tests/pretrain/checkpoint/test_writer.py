@@ -12,7 +12,8 @@ from synthetic_checkpoints import Saver, ThreadRank, state_of
 from lrnn.errors import UserError
 from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.checkpoint import writer as checkpoint_writer
-from lrnn.pretrain.checkpoint.format import SavedState, find_newest, list_checkpoints, verify
+from lrnn.pretrain.checkpoint.format import find_newest, list_checkpoints, verify
+from lrnn.pretrain.checkpoint.reader import SavedState
 from lrnn.pretrain.checkpoint.writer import BUSY, READY
 
 

@@ -22,11 +22,11 @@ import datasets  # noqa: F401
 import deepspeed  # noqa: F401
 import torch
 
-from lrnn.pretrain.config import Config
+from lrnn.pretrain.config import parse_config
 from lrnn.pretrain.data.loader import Loader
-from lrnn.pretrain.distributed import StopRequest, init_ranks
+from lrnn.pretrain.distributed import init_ranks
+from lrnn.pretrain.launch import StopRequest
 from lrnn.pretrain.train import train
-from lrnn.settings import validate
 
 DEADLINE_S = 90
 PAUSE_S = 6
@@ -77,7 +77,7 @@ def be_rank(rank: int, spec: dict, port: int, folder: Path) -> None:
             ranks = init_ranks()
             for group in (torch.distributed.group.WORLD, ranks.host_group, torch.distributed.new_group()):
                 print(f"collectives end after {group._get_backend(ranks.device).options._timeout}")
-            status = train(validate(spec["config"], "test", Config), ranks, stop)
+            status = train(parse_config(spec["config"], "test"), ranks, stop)
         torch.distributed.destroy_process_group()
     except RuntimeError as error:
         print(f"RuntimeError: {error}", file=sys.stderr, flush=True)

@@ -1,0 +1,74 @@
+"""Reads the training state out of a checkpoint, whichever number of processes and ZeRO stage wrote it."""
+
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import Tensor
+
+from lrnn.pretrain.checkpoint.format import BrokenCheckpoint, read_manifest
+
+
+class SavedState:
+    """The float32 parameters and Adam's moments of a checkpoint; any slice of any of them can be read.
+
+    Raises:
+        BrokenCheckpoint: a file of the state is not a safetensors file.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._files = {}
+        self._index: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
+        for name in read_manifest(folder)["files"]:
+            if not name.startswith("state-"):
+                continue
+            try:
+                self._files[name] = safetensors.safe_open(folder / name, framework="pt")
+            except safetensors.SafetensorError as error:
+                raise BrokenCheckpoint(f"{folder / name} is not a safetensors file ({error})") from None
+            for key in self._files[name].keys():  # noqa: SIM118 (not a mapping)
+                kind, parameter, start = key.split(":")
+                end = int(start) + self._files[name].get_slice(key).get_shape()[0]
+                self._index.setdefault((kind, parameter), []).append((int(start), end, name, key))
+
+    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+        """Return elements [start, start + numel) of a flattened tensor, float32 on the CPU.
+
+        Args:
+            kind: "param", "exp_avg" or "exp_avg_sq".
+            name: name of the parameter.
+
+        Raises:
+            BrokenCheckpoint: the checkpoint does not hold all of them.
+        """
+        out = torch.empty(numel)
+        missing = numel
+        for low, high, file, key in self._index.get((kind, name), []):
+            a, b = max(low, start), min(high, start + numel)
+            if a < b:
+                out[a - start : b - start] = self._files[file].get_slice(key)[a - low : b - low]
+                missing -= b - a
+        if missing:
+            raise BrokenCheckpoint(
+                f"{self.folder} lacks {missing} of {numel} elements of {kind} {name} from element {start} on"
+            )
+        return out
+
+    def parameters(self) -> set[str]:
+        """Return the names of the parameters of which the checkpoint holds any element."""
+        return {name for kind, name in self._index if kind == "param"}
+
+    def load_into(self, model: torch.nn.Module) -> None:
+        """Copy the float32 parameters into a model of the same architecture, not yet partitioned.
+
+        Raises:
+            BrokenCheckpoint: a parameter of either is unknown to the other, or incomplete.
+        """
+        parameters = dict(model.named_parameters())
+        unknown = sorted(self.parameters() ^ set(parameters))
+        if unknown:
+            raise BrokenCheckpoint(f"{self.folder} and the model do not share the parameter {unknown[0]}")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(self.read("param", name, 0, parameter.numel()).view_as(parameter))

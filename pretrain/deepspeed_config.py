@@ -1,0 +1,72 @@
+"""The configuration that DeepSpeed gets: made from that of the run, or read from a DeepSpeed JSON and checked."""
+
+from typing import Any
+
+from lrnn.errors import UserError
+from lrnn.pretrain.config import Config
+from lrnn.pretrain.zero import zero_settings
+from lrnn.settings import read_json
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """Return DeepSpeed's configuration: that of `config.zero` or of `config.deepspeed`, with batch sizes and clipping.
+
+    Raises:
+        UserError: the JSON is missing or unfit, or contradicts the run's configuration; the batch sizes do not divide.
+    """
+    if config.deepspeed is None:
+        assert config.zero is not None
+        raw = zero_settings(config.zero)
+    else:
+        raw = _read_deepspeed_json(config.deepspeed, config)
+    raw["gradient_clipping"] = config.optim.clip
+    raw["train_micro_batch_size_per_gpu"] = config.micro_batch_size
+    raw["gradient_accumulation_steps"] = config.batching(0, world_size).accumulation_steps
+    raw["train_batch_size"] = config.global_batch_size
+    raw.setdefault("steps_per_print", 10**9)
+    return raw
+
+
+def _read_deepspeed_json(path: str, config: Config) -> dict[str, Any]:
+    """Read and check a DeepSpeed JSON.
+
+    The bf16 and fp16 modes are refused: they cast every parameter, and `A_log` and `dt_bias` must stay float32.
+    `torch_autocast` computes in bf16 on float32 parameters, gradients and reductions.
+    """
+    raw = read_json(path, "DeepSpeed configuration")
+    for section in ("bf16", "fp16", "torch_autocast", "zero_optimization"):
+        if not isinstance(raw.get(section, {}), dict):
+            raise UserError(f"{path}: {section} is {raw[section]!r}; it should be a JSON object")
+    for mode in ("bf16", "fp16"):
+        if raw.get(mode, {}).get("enabled"):
+            raise UserError(
+                f"{path}: {mode}.enabled casts A_log and dt_bias too; "
+                'use "torch_autocast": {"enabled": true, "dtype": "bfloat16", "lower_precision_safe_modules": []}'
+            )
+    autocast = raw.get("torch_autocast", {})
+    if autocast.get("enabled") and autocast.get("lower_precision_safe_modules") != []:
+        raise UserError(f"{path}: torch_autocast.lower_precision_safe_modules must be [], for float32 reduction")
+    for key in ("optimizer", "scheduler"):
+        if key in raw:
+            raise UserError(f"{path}: {key} is set by the run's configuration (optim, schedule), remove it")
+    _check_agreement(raw, path, config)
+    stage = raw.setdefault("zero_optimization", {}).setdefault("stage", config.zero or 0)
+    if stage not in (1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage is {stage!r}; 1, 2 and 3 are supported")
+    return raw
+
+
+def _check_agreement(raw: dict[str, Any], path: str, config: Config) -> None:
+    """Raise UserError if a DeepSpeed JSON and the run's configuration set the same thing to different values."""
+    stage = raw.get("zero_optimization", {}).get("stage")
+    if config.zero is not None and stage not in (None, config.zero):
+        raise UserError(
+            f"{path}: zero_optimization.stage is {stage!r}, and zero of the run's configuration is {config.zero}; "
+            "keep one (the override zero= removes the latter)"
+        )
+    clip = raw.get("gradient_clipping")
+    if clip not in (None, config.optim.clip):
+        raise UserError(
+            f"{path}: gradient_clipping is {clip!r}, and optim.clip of the run's configuration is {config.optim.clip}; "
+            "remove one of them"
+        )
