@@ -5,62 +5,57 @@
     dn = dy weight silu(gate)        dx = r (dn - n mean(dn n))
     dgate = dy n weight silu'(gate)  dweight = sum over rows of dy n silu(gate)
 
-Both kernels are bound by memory: a pass over x, gate and y forward; over x, gate, dy, dx and dgate backward, where r is
-computed anew.
+Both kernels are bound by memory. The forward pass goes once over x, gate and y. The backward pass goes once over x,
+gate, dy, dx and dgate, and computes r again.
+
+Symbols of the kernels: R rows of D elements lie in pieces of H contiguous rows, which start SX elements apart in x and
+SG elements apart in gate. A tile has BR rows and BD >= D columns.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lrnn.kernels.common.dispatch import use_kernels
+from lrnn.kernels.common.dtypes import DTYPES
+from lrnn.kernels.reference import gated_rms_norm as reference
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_SIZE = 256
 WARPS = 4
-FORWARD_TILE, BACKWARD_TILE = 4096, 2048  # elements of a tile: 32 or 16 a thread
-ROWS = 256  # rows of a program of the backward pass, which gives one part of dweight
+FORWARD_TILE, BACKWARD_TILE = 4096, 2048  # elements per tile: 32 or 16 per thread
+ROWS = 256  # rows per program of the backward pass, each of which computes one part of dweight
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """rms_norm(x) * weight * silu(gate) over the last dimension, in float32 (float64 for float64, on CPU).
+    """Return rms_norm(x) * weight * silu(gate) over the last dimension.
 
-    On CUDA one Triton kernel forward and one backward; on CPU `gated_rms_norm_reference`. Only the inputs are kept for
-    the backward pass. The gradient of the weight is summed in a fixed order.
+    It is computed in float32 (in float64 for float64, on CPU). On CUDA, one Triton kernel computes the output and
+    another one all gradients. Only the inputs are kept for the backward pass. The gradient of the weight is summed in a
+    fixed order.
+
+    Tensors x and gate are read in place if they are contiguous, or if they are [..., H, D] with contiguous heads at
+    even distances, as in a slice of a projection's channels. Other strides are copied.
 
     Args:
-        x: [..., D], bfloat16, float16 or float32 (float64 on CPU). On CUDA D is at most 256, a head's size.
+        x: [..., D], bfloat16, float16 or float32 (float64 on CPU). On CUDA, D is at most 256, the size of a head.
         gate: [..., D], of one of the same dtypes, or None for the plain norm.
         weight: [D], of one of the same dtypes.
         eps: added to the mean square.
 
-    x and gate are read in place where they are contiguous, or [..., H, D] with contiguous heads at even distances, as
-    in a slice of a projection's channels; other strides are copied.
-
     Returns:
-        A contiguous tensor of the shape of x in the dtype of gate, or of x without a gate.
+        A contiguous tensor of the shape of x, in the dtype of gate, or in that of x if there is no gate.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit or are not supported.
+        ValueError: if shapes, dtypes or devices do not fit or are not supported.
     """
     _check(x, gate, weight)
     if use_kernels(x):
         return torch.ops.lrnn.gated_rms_norm_forward(x, gate, weight, eps)
-    return gated_rms_norm_reference(x, gate, weight, eps)
-
-
-def gated_rms_norm_reference(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """`gated_rms_norm` in plain PyTorch, with the same arguments, for any size."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    y = F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps)
-    if gate is None:
-        return y.to(x.dtype)
-    return (y * F.silu(gate.to(dtype))).to(gate.dtype)
+    return reference.gated_rms_norm(x, gate, weight, eps)
 
 
 def _check(x: Tensor, gate: Tensor | None, weight: Tensor) -> None:
@@ -79,7 +74,7 @@ def _check(x: Tensor, gate: Tensor | None, weight: Tensor) -> None:
         if tensor is None:
             continue
         if tensor.dtype not in dtypes:
-            raise ValueError(f"{name} must be of one of {dtypes} on {x.device.type}; got {tensor.dtype}")
+            raise ValueError(f"{name} must have one of the dtypes {dtypes} on {x.device.type}; got {tensor.dtype}")
         if tensor.device != x.device:
             raise ValueError(
                 f"x, gate and weight must be on one device; got {name} on {tensor.device}, x on {x.device}"
@@ -88,7 +83,7 @@ def _check(x: Tensor, gate: Tensor | None, weight: Tensor) -> None:
 
 @triton.jit
 def _load(x, o_r, o_d, mask, S, H: tl.constexpr, D: tl.constexpr):
-    # rows o_r of a tensor with H rows of D elements in a piece and pieces S apart; float32 [BR, BD]
+    # Rows o_r in float32 [BR, BD] of a tensor with pieces of H contiguous rows that start S elements apart.
     return tl.load(x + ((o_r // H) * S + (o_r % H) * D)[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
@@ -144,7 +139,7 @@ def gated_rms_norm_backward_kernel(
 ):
     o_d = tl.arange(0, BD)
     b_w = tl.load(weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-    b_dw = tl.zeros([BR, BD], tl.float32)  # each thread's own sum; added up at the end
+    b_dw = tl.zeros([BR, BD], tl.float32)  # every thread has its own sums, which are added up at the end
     for i in range(0, ROWS, BR):
         o_r = tl.program_id(0).to(tl.int64) * ROWS + i + tl.arange(0, BR)
         mask = (o_r < R)[:, None] & (o_d < D)[None, :]
@@ -152,7 +147,7 @@ def gated_rms_norm_backward_kernel(
         b_x = _load(x, o_r, o_d, mask, SX, H, D)
         b_dy = tl.load(dy + p_out, mask=mask, other=0.0).to(tl.float32)
         b_r = tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)
-        b_n = tl.where(mask, b_x * b_r[:, None], 0.0)  # not 0 * inf past the end, where eps is 0
+        b_n = tl.where(mask, b_x * b_r[:, None], 0.0)  # past the end 0 * inf would be NaN if eps is 0
         if HAS_GATE:
             # dgate = dy n weight silu'(gate), silu' = sigmoid (1 + gate (1 - sigmoid))
             b_g = _load(gate, o_r, o_d, mask, SG, H, D)
@@ -170,12 +165,12 @@ def gated_rms_norm_backward_kernel(
 
 
 def _pieces(x: Tensor) -> tuple[int, int] | None:
-    """(H, step): the rows of x lie in pieces of H contiguous rows, `step` elements apart; None if they do not."""
+    """Return (H, step) if the rows of x lie in pieces of H contiguous rows, `step` elements apart, else None."""
     if x.is_contiguous():
         return 1, x.shape[-1]
     if x.ndim < 3 or x.stride(-1) != 1 or x.stride(-2) != x.shape[-1]:
         return None
-    step, count = 0, 1  # of the pieces seen so far, from the last dimension on
+    step, count = 0, 1  # the distance and number of the pieces in the dimensions seen so far, from the last one on
     for size, stride in zip(reversed(x.shape[:-2]), reversed(x.stride()[:-2]), strict=True):
         if size == 1:
             continue
@@ -186,13 +181,21 @@ def _pieces(x: Tensor) -> tuple[int, int] | None:
 
 
 def _readable(x: Tensor) -> tuple[Tensor, int, int]:
-    """x, copied where it can't be read in place, and its pieces."""
+    """Return x, or a copy if it cannot be read in place, and its pieces (H, step)."""
     pieces = _pieces(x)
     return (x, *pieces) if pieces else (x.contiguous(), 1, x.shape[-1])
 
 
-def _launch(kernel, x, gate, weight, eps, tile: int, rows: int | None = None, **others) -> None:
-    """`kernel` with tiles of about `tile` elements and programs of `rows` rows, default those of a tile."""
+def _launch(kernel, x, gate, weight, eps, tile: int, rows: int | None = None, **own) -> None:
+    """Launch a kernel.
+
+    Args:
+        kernel: `gated_rms_norm_forward_kernel` or `gated_rms_norm_backward_kernel`.
+        x, gate, weight, eps: the arguments of `gated_rms_norm`.
+        tile: elements per tile.
+        rows: rows per program; default those of one tile.
+        own: the arguments that this kernel alone has.
+    """
     D = x.shape[-1]
     R = x.numel() // D
     if R == 0:
@@ -201,7 +204,7 @@ def _launch(kernel, x, gate, weight, eps, tile: int, rows: int | None = None, **
     HG, SG = 1, D
     if gate is not None:
         gate, HG, SG = _readable(gate)
-    H = max(HX, HG)  # where they differ, one is 1: of a contiguous tensor, any number of rows makes a piece
+    H = max(HX, HG)  # if they differ, one is 1: that tensor is contiguous, and any number of its rows makes a piece
     BD = triton.next_power_of_2(max(D, 16))
     BR = tile // BD
     with torch.cuda.device_of(x):  # does nothing for CPU tensors, in Triton's interpreter
@@ -209,7 +212,7 @@ def _launch(kernel, x, gate, weight, eps, tile: int, rows: int | None = None, **
             x=x,
             gate=gate,
             weight=weight.contiguous(),
-            **others,
+            **own,
             R=R,
             eps=eps,
             SX=SX * (H // HX),
@@ -238,14 +241,14 @@ def _(x, gate, weight, eps):
 
 @torch.library.custom_op("lrnn::gated_rms_norm_backward", mutates_args=())
 def _backward(dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> list[Tensor]:
-    """dx, dgate if there is a gate, dweight in float32."""
+    """Return dx, dgate if there is a gate, and dweight in float32."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dgate = None if gate is None else torch.empty(x.shape, dtype=gate.dtype, device=x.device)
-    # A part for each program, added up afterwards: atomic additions would come in any order.
+    # One part per program, which are added up afterwards: atomic additions have no fixed order.
     D = x.shape[-1]
     parts = torch.empty((triton.cdiv(x.numel() // D, ROWS), D), dtype=torch.float32, device=x.device)
-    outputs = {"dy": dy.contiguous(), "dx": dx, "dgate": dgate, "dweight_parts": parts, "ROWS": ROWS}
-    _launch(gated_rms_norm_backward_kernel, x, gate, weight, eps, BACKWARD_TILE, ROWS, **outputs)
+    own = {"dy": dy.contiguous(), "dx": dx, "dgate": dgate, "dweight_parts": parts, "ROWS": ROWS}
+    _launch(gated_rms_norm_backward_kernel, x, gate, weight, eps, BACKWARD_TILE, ROWS, **own)
     dweight = parts.sum(0)
     return [dx, dweight] if dgate is None else [dx, dgate, dweight]
 
@@ -271,7 +274,7 @@ _forward.register_autograd(_gradients, setup_context=_save)
 
 
 def compile_cases(D: int = 128) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
-    """The kernels as they are compiled in training, to be compiled for a GPU that is not there.
+    """Yield the kernels as training compiles them, for a GPU that need not be there.
 
     A case is (name, kernel, types of its arguments, values of its constants, warps, stages).
     """

@@ -2,7 +2,7 @@
 
     z_t = sum_j w_j x_{t-j}       y_t = z_t sigmoid(z_t)        w_j = weight[:, 0, taps - 1 - j]
 
-The kernels of `lrnn/kernels/short_conv.py` are tested against it. The file depends on torch alone: it is copied into
+The kernels of `lrnn/kernels/short_conv/` are tested against it. The file depends on torch alone: it is copied into
 exported model folders.
 """
 

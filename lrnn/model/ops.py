@@ -15,7 +15,7 @@ try:
     from lrnn.kernels.reference.diagonal import signed_decay
     from lrnn.kernels.reference.documents import document_ids, document_starts
     from lrnn.kernels.reference.short_conv import short_conv as plain_short_conv
-    from lrnn.kernels.short_conv import short_conv
+    from lrnn.kernels.short_conv.api import short_conv
 except ImportError:  # an exported folder, loaded where lrnn is not installed
     from .delta_rule import (  # type: ignore[no-redef]
         fused_gated_delta_rule,

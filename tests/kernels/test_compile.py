@@ -75,17 +75,25 @@ def limits() -> dict[str, dict[str, int]]:
     return record[max(older, key=number) if older else min(record, key=number)]
 
 
+def aligned_places(argument_type: str | tuple, place: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Where an argument, or a tuple's elements, would tell the compiler that they are multiples of 16, as pointers and
+    sizes are."""
+    if isinstance(argument_type, tuple):
+        return [p for i, element in enumerate(argument_type) for p in aligned_places(element, (*place, i))]
+    return [place] if argument_type.startswith(("*", "i")) else []
+
+
 def compiled(kernel, types, constants, warps, stages) -> tuple[dict[str, int], str]:
     """Registers a thread, bytes spilled by a thread (stores), bytes of shared memory, and warps, as ptxas reports; and
     the PTX."""
     names = kernel.arg_names
     assert set(types) | set(constants) == set(names), set(names) ^ (set(types) | set(constants))
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
-    # What a call would tell the compiler: pointers and sizes are multiples of 16, unless the kernel asks not to look.
     aligned = [
-        (i,)
+        place
         for i, (n, p) in enumerate(zip(names, kernel.params, strict=True))
-        if n not in constants and types[n].startswith(("*", "i")) and not p.do_not_specialize
+        if n not in constants and not p.do_not_specialize
+        for place in aligned_places(types[n], (i,))
     ]
     source = (GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource)(
         kernel,

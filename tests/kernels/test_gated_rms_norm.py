@@ -38,7 +38,7 @@ REFUSED = {
     "weight of another size": (X, X, W[:4], r"weight be \[D\]"),
     "weight of two dimensions": (X, X, W[None], r"weight be \[D\]"),
     "integers": (X.int(), None, W, "bfloat16"),
-    "a gate of integers": (X, X.int(), W, "gate must be of one of"),
+    "a gate of integers": (X, X.int(), W, "gate must have one of the dtypes"),
     "another device": (X, X.to("meta"), W, "one device"),
 }
 

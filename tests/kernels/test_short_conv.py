@@ -5,7 +5,7 @@ import pytest
 import torch
 from short_conv_truth import boundaries, check, make, outputs_and_gradients, true_outputs_and_gradients
 
-from lrnn.kernels.short_conv import short_conv
+from lrnn.kernels.short_conv.api import short_conv
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 

@@ -161,7 +161,7 @@ def test_first_use_compiles_in_a_minute(tmp_path, plain_buffers):
         import torch
         from lrnn.kernels.delta_rule.api import fused_gated_delta_rule
         from lrnn.kernels.gated_rms_norm import gated_rms_norm
-        from lrnn.kernels.short_conv import short_conv
+        from lrnn.kernels.short_conv.api import short_conv
         from lrnn.bench.kernels import make_inputs
         import time
         def leaf(*shape):

@@ -5,7 +5,8 @@ import torch
 from gated_rms_norm_truth import check, make, output_and_gradients, true_output_and_gradients
 
 from lrnn.kernels import gated_rms_norm as module
-from lrnn.kernels.gated_rms_norm import gated_rms_norm, gated_rms_norm_reference
+from lrnn.kernels.gated_rms_norm import gated_rms_norm
+from lrnn.kernels.reference import gated_rms_norm as reference
 
 FP16, FP32 = torch.float16, torch.float32
 
@@ -152,7 +153,7 @@ def test_compiles_to_one_graph(gated, autocast):
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_reference(gated):
-    compare((2, 3, 64), function=gated_rms_norm_reference, gated=gated)
+    compare((2, 3, 64), function=reference.gated_rms_norm, gated=gated)
 
 
 def test_what_the_kernel_does_not_take():

@@ -7,7 +7,7 @@ from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.kernels.delta_rule import scans
 from lrnn.kernels.reference import delta_rule as delta_rule_reference
 from lrnn.kernels.reference import gated_rms_norm as gated_rms_norm_reference
-from lrnn.kernels.short_conv import short_conv
+from lrnn.kernels.short_conv.api import short_conv
 from lrnn.model import layers, mixer_deltanet
 from lrnn.pretrain.engine import build_model
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from short_conv_truth import boundaries, check, make, outputs_and_gradients, true_outputs_and_gradients
 
-from lrnn.kernels import short_conv as module
-from lrnn.kernels.short_conv import short_conv, short_conv_reference
+from lrnn.kernels.reference import short_conv as reference
+from lrnn.kernels.short_conv import launch
+from lrnn.kernels.short_conv.api import short_conv
 
 FP16, FP32 = torch.float16, torch.float32
 
@@ -22,7 +23,7 @@ def compare(T, *, B=1, widths=(8,), taps=4, dtype=FP32, weight_dtype=FP32, befor
 @pytest.fixture
 def long_blocks(monkeypatch):
     """The blocks that long inputs get: 128 tokens."""
-    monkeypatch.setattr(module, "MANY_TOKENS", 1)
+    monkeypatch.setattr(launch, "MANY_TOKENS", 1)
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 63, 64, 65, 130])
@@ -216,7 +217,7 @@ def test_reference():
         xs, weights, ahead, dys = make(2, 20, [8, 4], before=before)
         options = {"before": ahead, "cu_seqlens": cu_seqlens}
         truth = true_outputs_and_gradients(xs, weights, dys, **options)
-        check(outputs_and_gradients(short_conv_reference, xs, weights, dys, **options), truth, xs, weights)
+        check(outputs_and_gradients(reference.short_conv, xs, weights, dys, **options), truth, xs, weights)
 
 
 def test_float64_is_refused():

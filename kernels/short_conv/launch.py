@@ -1,0 +1,84 @@
+"""Launches of the short convolution's kernels."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from lrnn.kernels.short_conv.kernels import starts
+
+WARPS = 2
+LONG_BLOCK, SHORT_BLOCK = 128, 32  # tokens per program; `_documents` has bits for 128
+MANY_TOKENS = 8192  # from this many tokens on, long blocks fill the GPU
+
+
+def block_tokens(tokens: int) -> int:
+    """Return the number of tokens per program for a batch of so many."""
+    return LONG_BLOCK if tokens >= MANY_TOKENS else SHORT_BLOCK
+
+
+def block_channels(element_size: int) -> int:
+    """Return the number of channels per program: 16 bytes of them for each thread."""
+    return 16 // element_size * 32 * WARPS
+
+
+def launch(
+    kernel: Any,
+    xs: list[Tensor],
+    weights: list[Tensor],
+    before: list[Tensor],
+    cu_seqlens: Tensor | None,
+    **own: Any,
+) -> None:
+    """Launch a kernel of the short convolution.
+
+    Args:
+        kernel: `short_conv_forward_kernel` or `short_conv_backward_kernel`.
+        xs, weights, before, cu_seqlens: the arguments of `short_conv`, with `before` empty if there is none.
+        own: the arguments that this kernel alone has.
+    """
+    B, T, _ = xs[0].shape
+    BT, BD = block_tokens(B * T), block_channels(xs[0].element_size())
+    D = tuple(x.shape[2] for x in xs)
+    programs = B * triton.cdiv(T, BT) * starts(D, BD)[-1]
+    if programs == 0:
+        return
+    x, S = _readable(xs)
+    ahead, SB = _readable([b.to(xs[0].dtype) for b in before])
+    with torch.cuda.device_of(xs[0]):  # does nothing for CPU tensors, in Triton's interpreter
+        kernel[(programs,)](
+            x=x,
+            w=tuple(w.contiguous() for w in weights),
+            before=ahead or None,
+            **own,
+            cu_seqlens=cu_seqlens,
+            T=T,
+            NT=triton.cdiv(T, BT),
+            N=None if cu_seqlens is None else cu_seqlens.numel() - 1,
+            D=D,
+            S=S,
+            SB=SB,
+            W=weights[0].shape[-1],
+            BT=BT,
+            BD=BD,
+            HAS_BEFORE=bool(before),
+            IS_VARLEN=cu_seqlens is not None,
+            num_warps=WARPS,
+            num_stages=1,
+        )
+
+
+def _readable(xs: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Return xs, copied where their rows are not evenly spaced, and the number of elements between the rows of each."""
+    rows = [_rows(x) for x in xs]
+    return tuple(x for x, _ in rows), tuple(step for _, step in rows)
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    B, T, D = x.shape
+    step = x.stride(0) if T == 1 else x.stride(1)
+    even = B == 1 or T == 1 or x.stride(0) == T * step
+    if even and (D == 1 or x.stride(2) == 1):
+        return x, step
+    return x.contiguous(), D
