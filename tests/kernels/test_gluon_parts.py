@@ -57,3 +57,20 @@ def test_an_old_name_that_is_still_there_is_not_used(monkeypatch):
         fake(monkeypatch, owner, old)
         fake(monkeypatch, owner, new)
     assert names_used(imported_anew()) == [new for *_, new in RENAMED]
+
+
+@pytest.mark.parametrize("aggregate", [gluon_parts.aggregate, gluon_parts._aggregate_before_38])
+def test_a_class_takes_its_fields_by_position_or_by_name(aggregate):
+    """In Triton before 3.8 too, which writes no constructor."""
+
+    @aggregate
+    class Pair:
+        first: gl.constexpr
+        second: gl.constexpr
+
+    pair = Pair(1, second=None)
+    assert (pair.first.value, pair.second.value) == (1, None)
+    with pytest.raises((AssertionError, TypeError), match="third"):
+        Pair(1, 2, third=3)
+    with pytest.raises((KeyError, TypeError), match="second"):
+        Pair(1)

@@ -1,7 +1,11 @@
 """What the kernels in Gluon share: its names in several versions of Triton, barriers, vectors in shared memory, P.
 
-Gluon is experimental, and renames: `thread_barrier` became `barrier` in Triton 3.7, the copies of the TMA `async_load`
-and `async_store` in 3.8, and `_reinterpret` `reinterpret` in 3.9. So each name is looked up by itself.
+Gluon is experimental and renames its functions. `thread_barrier` became `barrier` in Triton 3.7, the copies of the TMA
+became `async_load` and `async_store` in 3.8, and `_reinterpret` became `reinterpret` in 3.9. Each name is therefore
+looked up by itself. `aggregate` is in Gluon since 3.8; before, Triton keeps it elsewhere and writes no constructor.
+
+A class under `aggregate` groups values that a kernel passes around: buffers, barriers, tensors and constants. When it
+is compiled its fields are separate values, so it costs nothing. Its methods are functions under `gluon.jit`.
 """
 
 from typing import Any
@@ -14,9 +18,29 @@ from lrnn.kernels.common.constants import LEAST_KEPT, LEAST_KEPT_FP16, SMALL_BET
 
 
 def _named(owner: Any, *names: str) -> Any:
-    # What has the first of these names. The new one comes first: Triton may keep the old one, to raise an error.
+    # Return what has the first of these names. The new one comes first: Triton may keep the old one, to raise an error.
     return next(getattr(owner, name) for name in names if hasattr(owner, name))
 
+
+def _aggregate_before_38(cls: type) -> Any:
+    # `gluon.aggregate` with the constructor that Triton 3.8 and later write: it takes fields by position or by name.
+    from triton.language.core import _aggregate
+
+    names = list(cls.__annotations__)
+
+    def init(self, *args, **fields):
+        fields |= zip(names, args, strict=False)
+        for name in names:
+            value = fields.pop(name)
+            setattr(self, name, value if hasattr(value, "_flatten_ir") else gl.constexpr(value))
+        assert not fields, f"{cls.__name__} has no {', '.join(fields)}"
+
+    init.__triton_builtin__ = True  # type: ignore[attr-defined]
+    cls.__init__ = init  # type: ignore[misc]
+    return _aggregate(cls)
+
+
+aggregate = getattr(gluon, "aggregate", _aggregate_before_38)
 
 part_barrier = _named(gl, "barrier", "thread_barrier")  # of the warps of one part
 tma_load = _named(tma, "async_load", "async_copy_global_to_shared")
@@ -24,17 +48,61 @@ tma_store = _named(tma, "async_store", "async_copy_shared_to_global")
 _HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))  # of a vector in shared memory
 
+# Types of fields. A field that a kernel may not need is None then, which compiled is a constant.
+Buffer = gl.shared_memory_descriptor
+OptionalBuffer = gl.shared_memory_descriptor | gl.constexpr
+OptionalMatrix = tma.tensor_descriptor | gl.constexpr
+OptionalPointer = gl.tensor | gl.constexpr
+
+
+@aggregate
+class Phases:
+    """Barriers of slots that are used in turn: use i is in slot i % slots, and ends with the phase of its barrier."""
+
+    barriers: Buffer  # [slots, 1]
+    slots: gl.constexpr
+
+    @gluon.jit
+    def of(self, i):
+        # the barrier of use i
+        return self.barriers.index(i % self.slots)
+
+    @gluon.jit
+    def wait(self, i):
+        # until the phase of use i is over
+        mbarrier.wait(self.of(i), (i // self.slots) & 1)
+
+    @gluon.jit
+    def wait_for_previous(self, i):
+        # until the phase of the use before i of the same slot is over: at once where there is none
+        mbarrier.wait(self.of(i), ((i // self.slots) & 1) ^ 1)
+
+    @gluon.jit
+    def arrive(self, i, count: gl.constexpr = 1):
+        mbarrier.arrive(self.of(i), count=count)
+
 
 @gluon.jit
-def make_barriers(STAGES: gl.constexpr, HALVES: gl.constexpr):
-    # of the tiles of a chunk (`ready` for all; those of which nothing is needed by the chunk's end are free again at
-    # `early`, the others at `free`, when each half and who prepares is done with them) and of what is prepared from
-    # them, in two slots (`p_ready`, and `p_free` when each half is done)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    early = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    p_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    p_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+def allocate_barriers(count: gl.constexpr):
+    return gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
+
+
+@aggregate
+class ScanBarriers:
+    """Barriers of a scan over chunks. Its parts are one that loads, one that prepares, and the state's, of which each
+    carries a half of the values or all of them."""
+
+    ready: Phases  # all tiles of a chunk are loaded
+    early: Phases  # the state's parts and who prepares are done with the tiles that nobody needs to the chunk's end
+    free: Phases  # they are done with the others too
+    p_ready: Phases  # what is prepared for a chunk is there, in one of two slots
+    p_free: Phases  # the state's parts are done with it
+
+
+@gluon.jit
+def make_scan_barriers(STAGES: gl.constexpr, HALVES: gl.constexpr):
+    ready, early, free = allocate_barriers(STAGES), allocate_barriers(STAGES), allocate_barriers(STAGES)
+    p_ready, p_free = allocate_barriers(2), allocate_barriers(2)
     for s in gl.static_range(STAGES):
         mbarrier.init(ready.index(s), count=1)
         mbarrier.init(early.index(s), count=HALVES + 1)
@@ -44,7 +112,9 @@ def make_barriers(STAGES: gl.constexpr, HALVES: gl.constexpr):
         mbarrier.init(p_free.index(s), count=HALVES)
     fence_async_shared()
     part_barrier()
-    return ready, early, free, p_ready, p_free
+    return ScanBarriers(
+        Phases(ready, STAGES), Phases(early, STAGES), Phases(free, STAGES), Phases(p_ready, 2), Phases(p_free, 2)
+    )
 
 
 @gluon.jit

@@ -43,20 +43,20 @@ def test_chunk_backward_in_16_bits(dtype, bar, run_on_cpu):
 
 
 WRONG = {
-    "no release": ("        _release(loaded, i, DO, RING, 2)\n", "", Deadlock, "waits for the end of a phase"),
+    "no release": ("        ring.release(i, DO, 2)\n", "", Deadlock, "waits for the end of a phase"),
     "no release before the keys": (
-        "        _release(loaded, i, Y, RING)\n        b_k = k_tile.load(wide)", "        b_k = k_tile.load(wide)",
+        "        ring.release(i, Y)\n        b_k = k_tile.load(wide)", "        b_k = k_tile.load(wide)",
         Deadlock, r"_load_tiles waits for the end of a phase",
     ),
     "no wait before the place of a result is free": (
-        "    tma.store_wait(0)\n    place", "    place", AssertionError, "may still",
+        "        tma.store_wait(0)\n        place", "        place", AssertionError, "may still",
     ),
     "one arrival too many": (
-        "_release(loaded, i, DX, RING, 2)", "_release(loaded, i, DX, RING, 3)", AssertionError, "more arrivals",
+        "ring.release(i, DX, 2)", "ring.release(i, DX, 3)", AssertionError, "more arrivals",
     ),
     "released before it was read": (
-        "        y = _when_loaded(loaded, i, Y, RING)\n        dx =",
-        "        y = _when_loaded(loaded, i, Y, RING)\n        _release(loaded, i, Y, RING)\n        dx =",
+        "        y = ring.when_loaded(i, Y)\n        dx =",
+        "        y = ring.when_loaded(i, Y)\n        ring.release(i, Y)\n        dx =",
         AssertionError, "may still",
     ),
     "other bytes expected": ("ROWS * vector_rows.block_type", "4 * vector_rows.block_type", Deadlock, "bytes missing"),
@@ -69,7 +69,7 @@ WRONG = {
         "before it was waited for",
     ),
     "no wait for the other part": (
-        "        mbarrier.wait(dp_ready, i & 1)\n", "", AssertionError, "before it is there|dk",
+        "        mbarrier.wait(between.dp_ready, i & 1)\n", "", AssertionError, "before it is there|dk",
     ),
     "dv of small step sizes left as it is": ("gl.min(beta_tile", "gl.max(beta_tile", AssertionError, "dv"),
     "another mask": ("mask = rows[:, None] > columns", "mask = rows[:, None] >= columns", AssertionError, "dk"),

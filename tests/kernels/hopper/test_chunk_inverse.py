@@ -127,9 +127,9 @@ WRONG = {
     "another mask": ("_BY_ROW)[:, None] > gl", "_BY_ROW)[:, None] >= gl", "above"),
     "gates to another base": ("1.4426950408889634", "1.0", "gates"),
     "gates cut elsewhere": ("16 * I - 1, 1).load(_BY_COLUMN)", "16 * I, 1).load(_BY_COLUMN)", "C10"),
-    "another step size": ("s20 = _left(-c20 * _beta_of(beta_s, 2)", "s20 = _left(-c20 * _beta_of(beta_s, 1)", "C30"),
+    "another step size": ("s20 = _left(-c20 * tokens.beta_of(2)", "s20 = _left(-c20 * tokens.beta_of(1)", "C30"),
     "operands rounded to 16 bits": (
-        "mma_v2(a[0], b[1], mma_v2(a[1], b[0], acc))", "mma_v2(a[0], b[1], acc)", "C21",
+        "mma_v2(a.high, b.low, mma_v2(a.low, b.high, acc))", "mma_v2(a.high, b.low, acc)", "C21",
     ),
 }  # fmt: skip
 

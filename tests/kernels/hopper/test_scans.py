@@ -186,25 +186,25 @@ def test_scans_in_16_bits(split, dtype, run_on_cpu):
 
 WRONG = {
     "a slot that is not released": (
-        "        mbarrier.arrive(p_free.index(slot), count=1)\n", "", Deadlock, "_prepare waits for the end of a phase",
+        "        barriers.p_free.arrive(i)\n", "", Deadlock, "_prepare waits for the end of a phase",
     ),
     "no fence": (
-        "p_s.index(slot).store(p.to(p_s.dtype))\n            fence_async_shared()",
-        "p_s.index(slot).store(p.to(p_s.dtype))", AssertionError, "without a fence",
+        "shared.p.index(slot).store(p.to(shared.p.dtype))\n            fence_async_shared()",
+        "shared.p.index(slot).store(p.to(shared.p.dtype))", AssertionError, "without a fence",
     ),
     "no wait before the place of a result is free": (
         "            if not SAVE_STATES:\n                tma.store_wait(0)\n", "            if not SAVE_STATES:\n",
         AssertionError, "may still",
     ),
     "values released before they are read": (
-        "        b_v = v_s.index(HALVES * s + half).permute((1, 0)).load(tile).to(gl.float32)\n"
-        "        mbarrier.arrive(early.index(s), count=1)\n",
-        "        mbarrier.arrive(early.index(s), count=1)\n"
-        "        b_v = v_s.index(HALVES * s + half).permute((1, 0)).load(tile).to(gl.float32)\n",
+        "        b_v = shared.v.index(const.HALVES * s + half).permute((1, 0)).load(tile).to(gl.float32)\n"
+        "        barriers.early.arrive(i)\n",
+        "        barriers.early.arrive(i)\n"
+        "        b_v = shared.v.index(const.HALVES * s + half).permute((1, 0)).load(tile).to(gl.float32)\n",
         AssertionError, "read before it is there",
     ),
     "keys loaded as early as values": (
-        "        mbarrier.wait(free.index(s), ((i // STAGES) & 1) ^ 1)\n", "", AssertionError, "may still",
+        "        barriers.free.wait_for_previous(i)\n", "", AssertionError, "may still",
     ),
     "another decay to the end": ("gl.exp2(g_last - g + log_rk)", "gl.exp2(g_last + log_rk)", AssertionError, "final"),
 }  # fmt: skip
@@ -228,18 +228,18 @@ WRONG_SAVING = {
 }  # fmt: skip
 WRONG_BACKWARD = {
     "no wait for what is prepared": (
-        "        mbarrier.wait(p_ready.index(slot), (i // 2) & 1)\n", "", AssertionError, "before it is there|dv",
+        "        barriers.p_ready.wait(i)\n", "", AssertionError, "before it is there|dv",
     ),
     "no wait for a product": (
         "warpgroup_mma_wait(1, [b_dn])", "warpgroup_mma_wait(2, [b_dn])", AssertionError, "before it was waited for",
     ),
     "queries released before their product is there": (
-        "        b_dn, b_ds = warpgroup_mma_wait(0, [b_dn, b_ds])\n        mbarrier.arrive(early.index(s), count=1)\n",
-        "        mbarrier.arrive(early.index(s), count=1)\n        b_dn, b_ds = warpgroup_mma_wait(0, [b_dn, b_ds])\n",
+        "        b_dn, b_ds = warpgroup_mma_wait(0, [b_dn, b_ds])\n        barriers.early.arrive(i)\n",
+        "        barriers.early.arrive(i)\n        b_dn, b_ds = warpgroup_mma_wait(0, [b_dn, b_ds])\n",
         AssertionError, "may still",
     ),
     "keys loaded as early as queries": (
-        "        mbarrier.wait(free.index(s), ((i // STAGES) & 1) ^ 1)\n        tma_load(k", "        tma_load(k",
+        "        barriers.free.wait_for_previous(i)\n        tma_load(k", "        tma_load(k",
         AssertionError, "may still",
     ),
     "a wrong sign": ("store(-gl.exp2(g + log_rk)", "store(gl.exp2(g + log_rk)", AssertionError, "dstates"),

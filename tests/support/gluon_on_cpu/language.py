@@ -1,6 +1,7 @@
 """The names that kernels import from Gluon, and the launch of a kernel whose module was run with them."""
 
 import builtins
+import dataclasses
 import importlib.util
 import operator
 import random
@@ -90,6 +91,7 @@ class _Machine:
                 lambda *a: None,
             ),
             constexpr=tl.constexpr,
+            tensor=Tensor,
             shared_memory_descriptor=Memory,
             static_range=range,
             program_id=lambda axis: Tensor(torch.tensor(self.scheduler.program, dtype=torch.int32)),
@@ -114,7 +116,11 @@ class _Machine:
             allocate_shared_memory=self.allocate,
             warp_specialize=self.warp_specialize,
         )
-        gluon = SimpleNamespace(language=language, jit=lambda f=None, **options: f or (lambda g: g))
+        gluon = SimpleNamespace(
+            language=language,
+            jit=lambda f=None, **options: f or (lambda g: g),
+            aggregate=dataclasses.dataclass(frozen=True, eq=False),  # fields by position or by name; they do not change
+        )
         hopper = SimpleNamespace(
             fence_async_shared=self.fence,
             mbarrier=SimpleNamespace(
@@ -125,7 +131,12 @@ class _Machine:
                 arrive=self.arrive,
                 wait=lambda barrier, phase: self.scheduler.wait_for_barrier(barrier, operator.index(phase)),
             ),
-            tma=SimpleNamespace(async_load=self.begin_load, async_store=self.begin_store, store_wait=self.wait_stores),
+            tma=SimpleNamespace(
+                tensor_descriptor=Descriptor,
+                async_load=self.begin_load,
+                async_store=self.begin_store,
+                store_wait=self.wait_stores,
+            ),
             warpgroup_mma=self.begin_product,
             warpgroup_mma_wait=self.wait_products,
         )

@@ -114,11 +114,12 @@ class Part:
         self.scheduler.baton.release()
 
     def where(self) -> str:
-        # lines of the kernel in which it stands, from the inside out
+        # lines of kernels at which the thread is, from the inside out
         frame, lines = sys._current_frames().get(self.thread.ident or 0), []
         while frame is not None:
-            if Path(frame.f_code.co_filename).parent.name == "kernels":
-                lines.append(f"line {frame.f_lineno} in {frame.f_code.co_name}")
+            path = Path(frame.f_code.co_filename)
+            if path.parent.name == "hopper":
+                lines.append(f"line {frame.f_lineno} of {path.name} in {frame.f_code.co_name}")
             frame = frame.f_back
         return ", ".join(lines)
 
