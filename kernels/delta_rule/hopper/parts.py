@@ -8,13 +8,15 @@ A class under `aggregate` groups values that a kernel passes around: buffers, ba
 is compiled its fields are separate values, so it costs nothing. Its methods are functions under `gluon.jit`.
 """
 
-from typing import Any
+from typing import Any, TypeAlias, TypeVar, dataclass_transform
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
 from lrnn.kernels.common.constants import LEAST_KEPT, LEAST_KEPT_FP16, SMALL_BETA
+
+T = TypeVar("T")
 
 
 def _named(owner: Any, *names: str) -> Any:
@@ -40,7 +42,11 @@ def _aggregate_before_38(cls: type) -> Any:
     return _aggregate(cls)
 
 
-aggregate = getattr(gluon, "aggregate", _aggregate_before_38)
+@dataclass_transform(eq_default=False)
+def aggregate(cls: type[T]) -> type[T]:
+    """`gluon.aggregate`, in every version of Triton."""
+    return getattr(gluon, "aggregate", _aggregate_before_38)(cls)
+
 
 part_barrier = _named(gl, "barrier", "thread_barrier")  # of the warps of one part
 tma_load = _named(tma, "async_load", "async_copy_global_to_shared")
@@ -49,7 +55,7 @@ _HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpre
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))  # of a vector in shared memory
 
 # Types of fields. A field that a kernel may not need is None then, which compiled is a constant.
-Buffer = gl.shared_memory_descriptor
+Buffer: TypeAlias = gl.shared_memory_descriptor
 OptionalBuffer = gl.shared_memory_descriptor | gl.constexpr
 OptionalMatrix = tma.tensor_descriptor | gl.constexpr
 OptionalPointer = gl.tensor | gl.constexpr
