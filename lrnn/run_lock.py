@@ -1,4 +1,4 @@
-"""One run folder, one run: a lock that the main process holds from start to end and the kernel frees with it."""
+"""A lock on a run folder, which the main process holds from start to end and the kernel frees with the process."""
 
 import json
 import os
@@ -12,13 +12,13 @@ from filelock import FileLock, Timeout
 from lrnn.errors import UserError
 from lrnn.files import write_atomically
 
-WAIT_S = 5.0  # for a process of the run that is just ending
+WAIT_S = 5.0  # a process of the run may be about to end
 
 
 class RunLock:
-    """Holds `run_dir`, which it makes, within a `with` block.
+    """Create `run_dir` and hold it within a `with` block.
 
-    The lock is on a file (flock, over NFS too); a process that is killed leaves none behind.
+    The lock is on a file (flock, also over NFS); a process that is killed leaves no lock behind.
 
     Raises:
         UserError: another run holds the folder, or it cannot be written.
@@ -50,7 +50,7 @@ class RunLock:
             holder = json.loads(self._holder.read_text())
             job = f", SLURM job {holder['slurm_job']}" if holder["slurm_job"] else ""
             return f"process {holder['pid']} on {holder['host']}{job}, since {holder['since']}"
-        except (OSError, ValueError, KeyError, TypeError):  # it holds the lock, and has not said yet who it is
+        except (OSError, ValueError, KeyError, TypeError):  # the holder has the lock but has not written its note yet
             return "another process"
 
 

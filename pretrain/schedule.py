@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step: nothing to save, nothing to resume."""
+"""The learning rate as a function of the step. It has no state, so nothing has to be saved or resumed."""
 
 import math
 
@@ -6,10 +6,10 @@ from lrnn.pretrain.config import Config
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Learning rate of the update that takes the model from `step` to `step + 1` (the first update has step 0).
+    """Return the learning rate of the update that takes the model from `step` to `step + 1`; the first step is 0.
 
-    Linear warm-up to `optim.lr`; then "cosine" decays to `min_lr_ratio` of it at the last step, and "wsd" stays at the
-    peak and decays linearly over the last `decay_steps` (arXiv 2405.18392).
+    It rises linearly to `optim.lr` over the warm-up. Then "cosine" decays to `min_lr_ratio` of the peak at the last
+    step, and "wsd" stays at the peak and decays linearly over the last `decay_steps` (arXiv 2405.18392).
     """
     peak, schedule, last = config.optim.lr, config.schedule, config.steps - 1
     if step < schedule.warmup_steps:

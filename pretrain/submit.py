@@ -1,8 +1,8 @@
-"""Submit a pretraining run to SLURM, or its continuation where it failed or was cancelled: the same command does both.
+"""Submit a pretraining run to SLURM. The same command resumes a run that failed or was cancelled.
 
-Fills in `slurm/train.sbatch`, shows it, writes it to RUN_DIR/train.sbatch and gives it to sbatch. A run that is queued
-or running is not submitted a second time, nor is one by two commands at the same moment. What sbatch reads from its
-environment (SBATCH_ACCOUNT, SBATCH_PARTITION) counts here too.
+The command fills in `slurm/train.sbatch`, shows it, writes it to RUN_DIR/train.sbatch and gives it to sbatch. A run
+that is queued or running is not submitted a second time, not even by two commands at the same moment. Variables that
+sbatch reads from its environment (SBATCH_ACCOUNT, SBATCH_PARTITION) apply here too.
 """
 
 import argparse
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from lrnn.pretrain.config import Config
 
 TEMPLATE = Path(lrnn.__file__).resolve().parents[1] / "slurm" / "train.sbatch"
-# States of jobs that squeue still lists for some minutes though they are over. All others may yet write.
+# squeue lists jobs in these states for some minutes after their end. Jobs in all other states may still write.
 OVER = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
     "TIMEOUT",
 }  # fmt: skip
-LOCK_WAIT_S = 60  # for another `lrnn submit` of the run; squeue and sbatch take seconds at most
+LOCK_WAIT_S = 60  # wait for another `lrnn submit` of the run; squeue and sbatch take seconds at most
 DIRECTIVE = re.compile(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", re.MULTILINE)
 RESERVED = {
-    "comment": "it names the run, for the next lrnn submit to find the job",
+    "comment": "it names the run, so that the next lrnn submit finds the job",
     "nodes": "use --nodes",
     "gpus-per-node": "use --gpus-per-node",
-    "ntasks-per-node": "use --gpus-per-node: one task a GPU",
+    "ntasks-per-node": "use --gpus-per-node: one task per GPU",
     "time": "use --time",
 }
 
@@ -48,18 +48,25 @@ class Job:
 
     number: str
     state: str
-    reason: str  # why it is pending
+    reason: str  # why the job is pending
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `lrnn submit`."""
+    """Add the options of `lrnn submit`."""
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the configuration")
     parser.add_argument("--nodes", type=int, metavar="N", help="default: as in the template")
     parser.add_argument(
-        "--gpus-per-node", type=int, metavar="N", help="one task each; 0: one task a node, on CPU (default: template's)"
+        "--gpus-per-node",
+        type=int,
+        metavar="N",
+        help="one task per GPU; 0: one task per node, on CPU (default: as in the template)",
     )
-    parser.add_argument("--time", metavar="LIMIT", help="as for sbatch, such as 12:00:00 (default: template's)")
+    parser.add_argument(
+        "--time",
+        metavar="LIMIT",
+        help="time limit in the format of sbatch, such as 12:00:00 (default: as in the template)",
+    )
     parser.add_argument(
         "--sbatch",
         action="append",
@@ -68,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="any other long option of sbatch; may be repeated",
     )
     parser.add_argument("--template", type=Path, default=TEMPLATE, help="batch script to fill in (%(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="only show the script")
+    parser.add_argument("--dry-run", action="store_true", help="show the script without submitting it")
     parser.epilog = (
         "examples:\n"
         "  lrnn submit configs/1.3b.yaml --nodes 4 run_dir=runs/1.3b\n"
@@ -84,7 +91,7 @@ def main(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     template = read_template(args.template)
     options = sbatch_options(config, args, dict(DIRECTIVE.findall(template)))
-    load_model_of(config)  # what would stop the run is said before it waits in a queue
+    load_model_of(config)  # errors that would stop the run are reported before it waits in a queue
     deepspeed_config(config, int(options["nodes"] or 1) * int(options["ntasks-per-node"] or 1))
     script = fill(template, options, [args.config, *args.overrides])
     run_dir = Path(config.run_dir).resolve()
@@ -104,7 +111,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def read_template(path: Path) -> str:
-    """The text of a batch script. Raises UserError where it is none."""
+    """Return the text of a batch script. Raises UserError if the file is not one."""
     try:
         text = path.read_text()
     except OSError as error:
@@ -117,7 +124,11 @@ def read_template(path: Path) -> str:
 
 
 def sbatch_options(config: "Config", args: argparse.Namespace, template: dict[str, str]) -> dict[str, str | None]:
-    """What to set in the template; None: leave the option out. Raises UserError for options that sbatch cannot take."""
+    """Return the options to set in the template; an option of value None is left out.
+
+    Raises:
+        UserError: a value is not allowed, or an option cannot be set.
+    """
     counts = {"nodes": 1, "gpus-per-node": 0}
     for name, lowest in counts.items():
         given = getattr(args, name.replace("-", "_"))
@@ -149,7 +160,7 @@ def sbatch_options(config: "Config", args: argparse.Namespace, template: dict[st
 
 
 def fill(template: str, options: dict[str, str | None], arguments: list[str]) -> str:
-    """The template with `options` among its #SBATCH lines and with `arguments` as its own."""
+    """Return the template with `options` among its #SBATCH lines and with `arguments` as its own arguments."""
     found = list(DIRECTIVE.finditer(template))
     kept = [match[0] for match in found if match[1] not in options]
     set_ = [_directive(name, value) for name, value in options.items() if value is not None]
@@ -162,15 +173,16 @@ def _directive(name: str, value: str) -> str:
 
 
 def comment(run_dir: Path) -> str:
-    """What marks the jobs of a run."""
+    """Return the comment that marks the jobs of a run."""
     return f"lrnn run_dir={run_dir}"
 
 
 @contextmanager
 def only_one(run_dir: Path) -> Iterator[None]:
-    """Makes the run's folder, and holds a lock on it: between squeue and sbatch no other command may submit the run.
+    """Create the run's folder and hold a lock on it: between squeue and sbatch no other command may submit the run.
 
-    Raises UserError where the folder cannot be written, or another command holds the lock for too long.
+    Raises:
+        UserError: the folder cannot be written, or another command holds the lock for too long.
     """
     lock = FileLock(run_dir / ".submit.lock")
     try:
@@ -178,12 +190,12 @@ def only_one(run_dir: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            print(f"another lrnn submit of {run_dir} is at work; waiting for it up to {LOCK_WAIT_S} s", flush=True)
+            print(f"another lrnn submit of {run_dir} is running; waiting for it up to {LOCK_WAIT_S} s", flush=True)
             lock.acquire(timeout=LOCK_WAIT_S)
     except Timeout:
         raise UserError(
-            f"run_dir {run_dir}: another lrnn submit is still at work after {LOCK_WAIT_S} s; look with squeue what it "
-            "did, end it if it hangs, and try again"
+            f"run_dir {run_dir}: another lrnn submit is still running after {LOCK_WAIT_S} s; check with squeue what "
+            "it did, end it if it hangs, and try again"
         ) from None
     except OSError as error:
         raise _not_writable(run_dir, error) from None
@@ -198,17 +210,17 @@ def _not_writable(run_dir: Path, error: OSError) -> UserError:
 
 
 def refuse_second_job(run_dir: Path) -> None:
-    """Raises UserError where a job of the run may still write into its folder, now or later."""
+    """Raise UserError if a job of the run may still write into its folder, now or later."""
     for job in jobs_of(run_dir):
         waits = f", {job.reason}" if job.reason != "None" else ""
         raise UserError(
-            f"run_dir {run_dir} has job {job.number} already ({job.state}{waits}), which resumes by itself: wait for "
+            f"run_dir {run_dir} already has job {job.number} ({job.state}{waits}), which resumes by itself: wait for "
             f"its end, or end it with `scancel {job.number}`, or choose another run_dir"
         )
 
 
 def jobs_of(run_dir: Path) -> list[Job]:
-    """The jobs of a run that are not over."""
+    """Return the jobs of a run that are not over."""
     found = []
     for line in call("squeue", "--all", "--noheader", "--states=all", "--format=%i|%T|%r|%k").splitlines():
         number, state, reason, text = line.split("|", 3)
@@ -218,13 +230,13 @@ def jobs_of(run_dir: Path) -> list[Job]:
 
 
 def describe(config: "Config") -> str:
-    """What a job would do: begin, or go on. Raises UserError where the run is finished."""
+    """Return what a job would do: start the run or resume it. Raises UserError if the run is finished."""
     run_dir = Path(config.run_dir)
     steps = [checkpoint.step_of(folder) for folder in checkpoint.list_checkpoints(run_dir)]
     if not steps:
         return f"new run {run_dir}, {config.steps} steps"
     if steps[-1] >= config.steps:
-        intact = checkpoint.find_newest(run_dir)  # it reads the files: only where it matters
+        intact = checkpoint.find_newest(run_dir)  # reads all files, so it is called only if it matters
         if intact is not None and checkpoint.step_of(intact) >= config.steps:
             raise UserError(
                 f"run_dir {run_dir} is finished: {intact} is step {steps[-1]} of {config.steps}; "
@@ -234,11 +246,17 @@ def describe(config: "Config") -> str:
 
 
 def call(*command: str) -> str:
-    """Output of one of SLURM's programs. Raises UserError where it is not there, and with its own words if it fails."""
+    """Return the output of one of SLURM's programs.
+
+    Raises:
+        UserError: the program is not installed, or it fails; then the message is its own.
+    """
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
-        raise UserError(f"{command[0]} is not found: lrnn submit runs on a machine with SLURM's commands") from None
+        raise UserError(
+            f"{command[0]} was not found: lrnn submit needs a machine that has the commands of SLURM"
+        ) from None
     if done.returncode != 0:
         raise UserError(f"{command[0]} failed: {' '.join(done.stderr.split())}")
     return done.stdout

@@ -1,15 +1,15 @@
-"""Checkpoints: whole or invisible, verified when read, independent of the number of processes and of the ZeRO stage.
+"""The format of checkpoints: whole or invisible, verified when read, independent of processes and ZeRO stage.
 
     RUN/checkpoints/step-00001000/
-        state-00000-of-00002.safetensors   float32 parameters and Adam's moments, as fragments (one file a process)
+        state-00000-of-00002.safetensors   float32 parameters and Adam's moments, as fragments (one file per process)
         config.json                        the model, as transformers writes it
         run.yaml                           the run's resolved configuration
         progress.json                      step, samples and tokens consumed, state of a streamed source
-        tokenizer/                         the corpus' tokenizer
+        tokenizer/                         the tokenizer of the corpus
         manifest.json                      size and SHA-256 of every file above, and its own SHA-256; written last
-    RUN/checkpoints/latest                 name of the newest one
+    RUN/checkpoints/latest                 name of the newest checkpoint
 
-A checkpoint is written into a hidden folder, synced, and renamed (checkpoint_writer.py).
+`writer` writes a checkpoint into a hidden folder, syncs it, and renames it.
 """
 
 import hashlib
@@ -28,39 +28,47 @@ NAME = re.compile(r"^step-(\d{8})$")
 
 
 class BrokenCheckpoint(UserError):
-    """A checkpoint whose files are not what its manifest says."""
+    """The files of a checkpoint are not what its manifest says."""
 
 
 def write_manifest(folder: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
-    """Write the manifest of a checkpoint whose files are sealed: `files` maps their names to what `seal` returned."""
+    """Write the manifest of a checkpoint.
+
+    Args:
+        folder: the checkpoint, all other files of which are sealed.
+        step: step of the checkpoint.
+        files: maps the names of these files to what `seal` returned for them.
+    """
     (folder / "manifest.json").write_text(manifest_text(step, files))
     sync(folder / "manifest.json")
     sync(folder)
 
 
 def manifest_text(step: int, files: dict[str, dict[str, Any]]) -> str:
-    """The content of `manifest.json`; `files` as for `write_manifest`."""
+    """Return the content of `manifest.json`; `files` is as in `write_manifest`."""
     content = {"format_version": FORMAT_VERSION, "step": step, "files": files}
     return json.dumps({**content, "sha256": _manifest_sha256(content)}, indent=1)
 
 
 def seal(file: Path) -> dict[str, Any]:
-    """Bring a file to the disk; returns its entry in the manifest."""
+    """Flush a file to the disk and return its entry in the manifest."""
     sync(file)
     return {"size": file.stat().st_size, "sha256": sha256(file)}
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Folders of checkpoints, intact or not, oldest first."""
+    """Return the folders of a run's checkpoints, intact or not, oldest first."""
     root = run_dir / "checkpoints"
     return sorted(p for p in root.iterdir() if NAME.match(p.name)) if root.is_dir() else []
 
 
 def find_newest(run_dir: Path, warn: Callable[[str], None] = print) -> Path | None:
-    """The newest checkpoint that passes `verify`, or None where the run has none at all.
+    """Return the newest checkpoint that passes `verify`, or None if the run has no checkpoint at all.
 
-    Broken ones are passed over with a warning each. Raises UserError where all are broken: starting anew over them
-    would lose the run.
+    Broken ones are passed over, each with a warning.
+
+    Raises:
+        UserError: all are broken. Starting again from step 0 would overwrite them and lose the run.
     """
     checkpoints = list_checkpoints(run_dir)
     errors = []
@@ -73,16 +81,16 @@ def find_newest(run_dir: Path, warn: Callable[[str], None] = print) -> Path | No
         else:
             return folder
     if errors:
-        raise UserError(f"no checkpoint of {run_dir} is intact: {errors[0]}; to start anew, choose another run_dir")
+        raise UserError(f"no checkpoint of {run_dir} is intact: {errors[0]}; to start again, choose another run_dir")
     return None
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Check every file of a checkpoint against its manifest; returns the manifest.
+    """Check every file of a checkpoint against its manifest, and return the manifest.
 
     Raises:
-        BrokenCheckpoint: no manifest, or a file that is missing, truncated, altered or unreadable. The message names
-            it.
+        BrokenCheckpoint: the manifest is missing, or a file is missing, truncated, altered or unreadable. The message
+            names the file.
     """
     manifest = _check_sizes(folder)
     for name, entry in manifest["files"].items():
@@ -96,7 +104,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def _check_sizes(folder: Path) -> dict[str, Any]:
-    """What of `verify` costs no reading."""
+    """Make the checks of `verify` that read the manifest only."""
     manifest = read_manifest(folder)
     for file in folder.glob("state-*"):
         if file.name not in manifest["files"]:
@@ -120,26 +128,29 @@ def _looks_whole(folder: Path) -> bool:
 
 
 def retain(newest: Path, keep_last: int, keep_every: int) -> None:
-    """Delete checkpoints older than `newest`, the one just written.
+    """Delete old checkpoints, given the one just written.
 
-    The last `keep_last` that look whole stay, `newest` among them, with what lies between them, and those of steps that
-    `keep_every` divides (0: none). Later ones, which the run passed over as broken when it resumed, are left alone and
-    do not count.
+    Kept are the last `keep_last` checkpoints that look whole, with `newest` among them and whatever lies between them,
+    and those at multiples of `keep_every` steps (0 keeps none of these). Checkpoints later than `newest`, which the run
+    passed over as broken when it resumed, are left alone and do not count.
     """
     checkpoints = [p for p in list_checkpoints(newest.parent.parent) if p.name <= newest.name]
     oldest_kept = [p for p in reversed(checkpoints) if _looks_whole(p)][:keep_last][-1]
     for folder in checkpoints[: checkpoints.index(oldest_kept)]:
         if not (keep_every and step_of(folder) % keep_every == 0):
-            hidden = folder.rename(folder.with_name(f".{folder.name}"))  # first: a half-deleted one is no checkpoint
+            hidden = folder.rename(
+                folder.with_name(f".{folder.name}")
+            )  # a half-deleted folder must not look like a checkpoint
             shutil.rmtree(hidden)
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """The `progress.json` of a checkpoint."""
+    """Return the content of a checkpoint's `progress.json`."""
     return json.loads((folder / "progress.json").read_text())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint. Raises BrokenCheckpoint if it is missing, damaged or of another format."""
     file = folder / "manifest.json"
     try:
         manifest = json.loads(file.read_text())
@@ -150,7 +161,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             if not all({"size", "sha256"} <= set(e) for e in manifest["files"].values()):
                 raise ValueError("a file without size or sha256")
     except FileNotFoundError:
-        raise BrokenCheckpoint(f"{folder} is no complete checkpoint: it has no manifest.json") from None
+        raise BrokenCheckpoint(f"{folder} is not a complete checkpoint: it has no manifest.json") from None
     except OSError as error:
         raise BrokenCheckpoint(f"{file} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -159,18 +170,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise BrokenCheckpoint(f"{folder} has checkpoint format {version}, this program reads {FORMAT_VERSION}")
     for name in manifest["files"]:
         parts = name.removeprefix("tokenizer/").split("/")
-        if len(parts) != 1 or parts[0] in ("", ".", ".."):  # a stranger's checkpoint must not read what lies elsewhere
-            raise BrokenCheckpoint(f"{file} names {name!r}, which is outside of the checkpoint")
+        if len(parts) != 1 or parts[0] in ("", ".", ".."):  # an untrusted checkpoint must not read other files
+            raise BrokenCheckpoint(f"{file} names {name!r}, which is outside the checkpoint")
     return manifest
 
 
 def _manifest_sha256(manifest: dict[str, Any]) -> str:
-    """Over everything but the checksum itself: damage to the manifest must not pass for another content."""
+    """Return the checksum over everything in a manifest except the checksum itself."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def step_of(folder: Path) -> int:
+    """Return the step of a checkpoint, from the name of its folder."""
     match = NAME.match(folder.name)
     assert match is not None
     return int(match[1])

@@ -1,12 +1,12 @@
-"""Writes checkpoints (see checkpoint.py) beside training: a step waits for a copy in memory, not for the disk.
+"""Write checkpoints (see `format`) while training continues: a step waits for a copy in memory, not for the disk.
 
 All ranks call the same methods in the same order. `begin` copies what the rank holds of the training state into host
-memory, and a thread writes it into a hidden folder. When every rank's thread is done, the main process' thread writes
-the manifest and renames the folder: until then the checkpoint is not there at all. Whether all are done is found out in
-`advance`, from a vote that the training loop holds once a step anyway.
+memory, and a thread writes it into a hidden folder. When the threads of all ranks are done, that of the main process
+writes the manifest and renames the folder; until then the checkpoint is not visible. `advance` learns whether all are
+done from a vote that the training loop holds once per step anyway.
 
-Storage that fails (a full disk, a quota, a mount that went away) fails the checkpoint, not the run: the hidden folder
-is dropped, the failure reported, and the next attempt comes after a tenth of the interval.
+If the storage fails (a full disk, a quota, a mount that went away), the checkpoint fails and the run continues: the
+hidden folder is deleted, the failure is reported, and the next attempt follows after a tenth of the interval.
 """
 
 import json
@@ -33,20 +33,34 @@ from lrnn.pretrain.config import CheckpointConfig
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.engine import Engine
 
-READY, BUSY, FAILED = 0, 1, 2  # votes of a rank, the worst of which counts
-STORAGE_ERRORS = (OSError, safetensors.SafetensorError)  # what a disk can do; all else is a bug and ends the run
+READY, BUSY, FAILED = 0, 1, 2  # votes of a rank; the largest vote of all ranks counts
+STORAGE_ERRORS = (
+    OSError,
+    safetensors.SafetensorError,
+)  # of storage; any other error is a bug and ends the run
 
 
 @dataclass
 class Outcome:
-    """What became of one checkpoint."""
+    """What became of one checkpoint.
+
+    Attributes:
+        step: step of the checkpoint.
+        folder: where it is, or would have been.
+        error: why it could not be written, or None if it is written.
+        warning: what went wrong after it was written: `latest` or older checkpoints are not as they should be (on the
+            main process).
+        stall_s: how long training waited: for the copy, for the checkpoint before, and, if it was not written in the
+            background, for all of it.
+        write_s: time from the copy to the end.
+    """
 
     step: int
-    folder: Path  # where it is, or would have been
-    error: str | None  # why it is not there
-    warning: str | None  # it is there, but `latest` or older checkpoints are not as they should be (main process)
-    stall_s: float  # how long training waited: for the copy, the checkpoint before, and all of it if not in background
-    write_s: float  # from the copy to the end
+    folder: Path
+    error: str | None
+    warning: str | None
+    stall_s: float
+    write_s: float
 
 
 @dataclass
@@ -63,14 +77,15 @@ class CheckpointWriter:
     """The writer of one rank.
 
     Args:
-        run_dir: of the run; `checkpoints/` is made in it.
-        settings: how often, how many are kept, and whether training goes on meanwhile.
-        save_tokenizer: writes the tokenizer's files into a folder that it makes.
+        run_dir: folder of the run; `checkpoints/` is created in it.
+        ranks: this process among all.
+        settings: how often checkpoints are written, how many are kept, and whether training continues meanwhile.
+        save_tokenizer: writes the tokenizer's files into a folder that it creates.
         report: called on all ranks with the outcome of every checkpoint, in order.
 
     Attributes:
-        saved_step: step of the newest checkpoint that this writer has completed; None: none so far.
-        error: why the last checkpoint failed; None: it did not.
+        saved_step: step of the newest checkpoint that this writer has completed, or None if there is none yet.
+        error: why the last checkpoint failed, or None if it did not fail.
 
     Raises:
         UserError: the folder of checkpoints cannot be written.
@@ -92,30 +107,30 @@ class CheckpointWriter:
         self._buffers: dict[str, Tensor] = {}
         self.error: str | None = None
         self.saved_step: int | None = None
-        # Of this run alone: a rank of an earlier one that outlived it cannot write into our folders.
+        # The token is in the names of hidden folders: a rank that outlived an earlier run cannot write into them.
         self._token = ranks.gather(secrets.token_hex(4))[0]
         ranks.together(self._prepare_root if ranks.is_main else lambda: None)
 
     def _prepare_root(self) -> None:
         try:
             self._root.mkdir(exist_ok=True)
-            for leftover in self._root.glob(".step-*"):  # of a process that was killed
+            for leftover in self._root.glob(".step-*"):  # a process was killed while it wrote them
                 shutil.rmtree(leftover)
         except OSError as error:
             raise UserError(f"{self._root} cannot be written ({error.strerror}: {error.filename})") from None
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint should be begun after `step` steps."""
+        """Return whether a checkpoint should be started after `step` steps."""
         every = self._settings.every
         return step % every == 0 or (self.error is not None and step % max(1, every // 10) == 0)
 
     def begin(self, engine: Engine, progress: dict[str, Any], texts: dict[str, str]) -> None:
-        """Begin a checkpoint of `progress["step"]`. Waits for the one before, if it is not written yet.
+        """Start a checkpoint of step `progress["step"]`. Waits for the one before, if it is not written yet.
 
         Args:
-            engine: the DeepSpeed engine.
-            progress: what `progress.json` will hold.
-            texts: further small files, name to content (`config.json`, `run.yaml`).
+            engine: the engine, whose state is copied.
+            progress: content of `progress.json`.
+            texts: other small files (`config.json`, `run.yaml`), name to content.
         """
         start = time.monotonic()
         self.wait()
@@ -129,7 +144,7 @@ class CheckpointWriter:
 
     @property
     def vote(self) -> int:
-        """`READY`, `BUSY` or `FAILED`: what this rank has to say to `advance`."""
+        """Return this rank's vote for `advance`: `READY`, `BUSY` or `FAILED`."""
         if self._future is None:
             return READY
         if not self._future.done():
@@ -137,7 +152,7 @@ class CheckpointWriter:
         return FAILED if self._future.exception() is not None else READY
 
     def advance(self, worst: int) -> None:
-        """Go on with what is pending, given the worst vote of all ranks: the same call on all of them."""
+        """Continue the pending checkpoint, given the largest vote of all ranks. All ranks make the same call."""
         pending = self._pending
         if pending is None or worst == BUSY:
             return
@@ -178,14 +193,14 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        # After an error the other ranks need not come along, so nothing is waited for but this rank's thread.
+        # After an error other ranks may not get here, so this rank waits for its own thread only.
         self._executor.shutdown(wait=True)
 
     def _folder(self, step: int) -> Path:
         return self._root / f"step-{step:08d}"
 
     def _snapshot(self, engine: Engine) -> dict[str, Tensor]:
-        """The rank's fragments, copied into buffers that are kept from one checkpoint to the next."""
+        """Copy the rank's fragments into buffers that are kept from one checkpoint to the next."""
         tensors = {}
         for fragment in local_fragments(engine):
             for kind in KINDS:
@@ -200,8 +215,8 @@ class CheckpointWriter:
         return tensors
 
     def _write(self, partial: Path, tensors: dict[str, Tensor], files: dict[str, str]) -> dict[str, Any]:
-        """In the thread: write this rank's state and, on the main process, the small files. Returns their entries."""
-        partial.mkdir(exist_ok=True)  # its parent is made once: storage that went away must not be made anew
+        """Write this rank's state and, on the main process, the small files; return their entries. In the thread."""
+        partial.mkdir(exist_ok=True)  # not its parents: storage that went away must not be recreated as a folder
         name = f"state-{self._ranks.rank:05d}-of-{self._ranks.world_size:05d}.safetensors"
         safetensors.torch.save_file(tensors, partial / name)
         entries = {name: checkpoint.seal(partial / name)}
@@ -216,10 +231,10 @@ class CheckpointWriter:
         return entries
 
     def _commit(self, pending: _Pending, files: dict[str, Any]) -> None:
-        """In the main process' thread: make the checkpoint visible, whole, and drop those that need not be kept."""
+        """Make the checkpoint visible and delete those that need not be kept; runs in the main process's thread."""
         checkpoint.write_manifest(pending.partial, pending.step, files)
         folder = self._folder(pending.step)
-        if folder.exists():  # a broken one of the same step
+        if folder.exists():  # a broken checkpoint of the same step
             shutil.rmtree(folder.rename(pending.partial.with_name(f"{pending.partial.name}.old")))
         pending.partial.rename(folder)
         sync(self._root)
@@ -230,7 +245,7 @@ class CheckpointWriter:
             pending.warning = str(error)
 
     def _result(self) -> tuple[dict[str, Any], str | None]:
-        """What the thread returned, and how it failed. Raises what is no failure of storage."""
+        """Return what the thread returned, and why it failed. Raises any error that is not a failure of storage."""
         if self._future is None:
             return {}, None
         future, self._future = self._future, None

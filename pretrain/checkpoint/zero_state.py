@@ -1,9 +1,10 @@
 """The training state inside a ZeRO optimizer, as named fragments of parameters.
 
-ZeRO keeps, on each rank, flat slices of the float32 parameters and of Adam's moments. Here every slice is cut at
-parameter boundaries and named, so that what a rank holds is a set of (parameter, start, numel) fragments. Fragments can
-be saved by any number of ranks under any stage, and restored by any other: none of DeepSpeed's own checkpoint formats
-does that (a universal checkpoint of ZeRO-1 does not load under ZeRO-3), and nothing here is pickled.
+ZeRO keeps, on each rank, flat slices of the float32 parameters and of Adam's moments. This module cuts every slice at
+parameter boundaries and names the pieces, so that a rank holds a set of (parameter, start, numel) fragments. Fragments
+saved by any number of ranks under any stage can be restored by any other number under any other stage. None of
+DeepSpeed's own checkpoint formats allows that (a universal checkpoint of ZeRO-1 does not load under ZeRO-3). Nothing
+is pickled.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ KINDS = ("param", "exp_avg", "exp_avg_sq")  # float32 parameter and Adam's momen
 
 @dataclass
 class Fragment:
-    """Elements [start, start + numel) of a flattened parameter; `tensors[kind]` are views into the live state."""
+    """Elements [start, start + numel) of a flattened parameter. `tensors[kind]` is a view into the live state."""
 
     name: str
     start: int
@@ -30,7 +31,7 @@ class Fragment:
 
 
 def local_fragments(engine: Engine) -> Iterator[Fragment]:
-    """The fragments that this rank holds, for ZeRO-1, 2 and 3."""
+    """Yield the fragments that this rank holds, under ZeRO-1, 2 or 3."""
     names = {id(p): n for n, p in engine.module.named_parameters()}
     zero = engine.optimizer
     layout = _layout_stage3 if engine.zero_optimization_stage() == 3 else _layout_stage12
@@ -44,7 +45,7 @@ def local_fragments(engine: Engine) -> Iterator[Fragment]:
 
 
 def optimizer_step(engine: Engine) -> int:
-    """Number of updates that Adam has applied."""
+    """Return the number of updates that Adam has applied."""
     steps = {int(s["step"]) for s in engine.optimizer.optimizer.state.values() if "step" in s}
     assert len(steps) <= 1, f"parameter groups disagree about the step: {steps}"
     return steps.pop() if steps else 0
@@ -53,7 +54,7 @@ def optimizer_step(engine: Engine) -> int:
 def restore(engine: Engine, read: Callable[[str, str, int, int], Tensor], step: int) -> None:
     """Fill this rank's fragments from `read(kind, name, start, numel)` and set Adam's step.
 
-    The module's own weights must hold the same values already: load them before `deepspeed.initialize`.
+    The weights of the module must already have the same values: load them before `deepspeed.initialize`.
     """
     for fragment in local_fragments(engine):
         for kind in KINDS:
@@ -63,27 +64,27 @@ def restore(engine: Engine, read: Callable[[str, str, int, int], Tensor], step: 
 
 
 def load_module(engine: Engine, load: Callable[[torch.nn.Module], object]) -> None:
-    """Apply `load`, which fills a module's parameters in place, to a module that ZeRO may have partitioned.
+    """Apply `load`, which fills the parameters of a module in place, to a module that ZeRO may have partitioned.
 
-    The optimizer's own float32 copies are left as they are: `restore` fills those.
+    The optimizer's own float32 copies are not changed; `restore` fills those.
     """
     if engine.zero_optimization_stage() < 3:
-        load(engine.module)  # its parameters are views into what the optimizer gathers after each update
+        load(engine.module)  # the optimizer gathers its weights into these parameters after each update
         return
     import deepspeed
 
     parameters = list(engine.module.parameters())
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
-        if dist.get_rank() == 0:  # it is broadcast and partitioned again on leaving
+        if dist.get_rank() == 0:  # they are broadcast and partitioned again on leaving the block
             load(engine.module)
     zero: Any = engine.optimizer
     persistent = zero.persistent_parameters
-    if persistent:  # small ones, which ZeRO-3 expects whole on every rank
+    if persistent:  # ZeRO-3 expects small parameters to be whole on every rank
         persistent[0].all_gather(persistent)
 
 
 def _layout_stage12(zero: Any):
-    """(flat slice of this rank, [(parameter, start in parameter, numel, offset in slice)]) for each parameter group."""
+    """Yield (flat slice of this rank, [(parameter, start in parameter, numel, offset in slice)]) for each group."""
     for i, flat in enumerate(zero.single_partition_of_fp32_groups):
         low = dist.get_rank(zero.real_dp_process_group[i]) * zero.partition_size[i]
         high = low + zero.partition_size[i]
@@ -96,7 +97,7 @@ def _layout_stage12(zero: Any):
 
 
 def _layout_stage3(zero: Any):
-    """The same for stage 3, where each parameter is cut into equal parts, the last one padded."""
+    """Yield the same for stage 3, where each parameter is cut into equal parts, the last one padded."""
     rank = dist.get_rank(zero.dp_process_group)
     for group, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
         pieces, offset = [], 0
@@ -110,7 +111,7 @@ def _layout_stage3(zero: Any):
 
 
 def _adam_state(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
-    """Adam's state for a flat slice, made as torch.optim.AdamW makes it where there was no update yet."""
+    """Return Adam's state for a flat slice. Before the first update it is created as torch.optim.AdamW would do."""
     state = optimizer.state[flat]
     if "exp_avg" not in state:
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat.data), torch.zeros_like(flat.data)

@@ -105,7 +105,7 @@ def test_a_failure_is_not_requeued_and_goes_on_with_the_same_command(slurm, corp
     finally:
         slurm.run("scontrol", "update", "PartitionName=test", "State=UP")
     assert second.returncode == 2 and run.job == first
-    assert f"has job {first} already" in second.stderr and f"scancel {first}" in second.stderr
+    assert f"already has job {first} " in second.stderr and f"scancel {first}" in second.stderr
     run.wait_for_step(12)
     slurm.run("scancel", "--signal=KILL", f"{first}.0")
     job = run.wait_for_end()

@@ -81,7 +81,7 @@ def test_a_second_job_is_refused(submit, tmp_path, state):
     queue = f"11|RUNNING|None|(null)\n12|{state}|BeginTime|lrnn run_dir={tmp_path}/my run\n"
     status, _, err, calls = submit("--gpus-per-node", "2", queue=queue)
     assert status == 2 and calls == [] and err.count("\n") == 1
-    assert f"my run has job 12 already ({state}, BeginTime)" in err and "scancel 12" in err
+    assert f"my run already has job 12 ({state}, BeginTime)" in err and "scancel 12" in err
 
 
 def test_other_jobs_do_not_matter(submit, tmp_path):
@@ -157,8 +157,8 @@ def test_two_commands_at_once_make_one_job(submit, tmp_path):
     assert sorted(statuses) == [0, 2] and calls.read_text() == "called\n"
     first, second = (outputs[statuses.index(status)].read_text() for status in (0, 2))
     assert "submitted job 4711" in first and "waiting" not in first
-    assert f"another lrnn submit of {run} is at work; waiting for it up to 60 s" in second
-    assert "my run has job 4711 already (PENDING, Priority)" in second
+    assert f"another lrnn submit of {run} is running; waiting for it up to 60 s" in second
+    assert "my run already has job 4711 (PENDING, Priority)" in second
 
 
 def test_a_command_that_hangs_does_not_let_a_second_job_through(submit, tmp_path, monkeypatch):
@@ -167,7 +167,7 @@ def test_a_command_that_hangs_does_not_let_a_second_job_through(submit, tmp_path
     run.mkdir()
     with FileLock(run / ".submit.lock"):
         status, _, err, calls = submit("--gpus-per-node", "2")
-        assert status == 2 and calls == [] and "another lrnn submit is still at work after 0.2 s" in err
+        assert status == 2 and calls == [] and "another lrnn submit is still running after 0.2 s" in err
         assert [p.name for p in run.iterdir()] == [".submit.lock"]
         assert submit("--gpus-per-node", "2", "--dry-run")[0] == 0, "--dry-run submits nothing and needs no lock"
     assert submit("--gpus-per-node", "2")[0] == 0

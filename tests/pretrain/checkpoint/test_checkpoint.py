@@ -170,7 +170,7 @@ def test_a_manifest_that_names_a_file_elsewhere(save, name):
         files[name] = {"size": 0, "sha256": ""}
     (folder / "manifest.json").write_text(manifest_text(1, files))
     for read in (verify, SavedState):
-        with pytest.raises(BrokenCheckpoint, match="which is outside of the checkpoint"):
+        with pytest.raises(BrokenCheckpoint, match="which is outside the checkpoint"):
             read(folder)
 
 
