@@ -2,8 +2,8 @@
 
     python tests/benchmarks/compare_kernels.py OTHER_CHECKOUT [--shapes 8x4096 2x4096] [--out FOLDER]
 
-Each turn is `lrnn bench kernels --only-ours` in a process of its own. Prints, for each shape and variant, the medians in ms of
-both checkouts as CUDA graphs and their ratio.
+Each turn is `lrnn bench kernels --only-ours` in a process of its own. Prints, for each shape and variant, the medians
+in ms of both checkouts as CUDA graphs, and their ratio.
 """
 
 import argparse
