@@ -255,7 +255,7 @@ def call(*command: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
         raise UserError(
-            f"{command[0]} was not found: lrnn submit needs a machine that has the commands of SLURM"
+            f"{command[0]} is not found: lrnn submit needs a machine that has the commands of SLURM"
         ) from None
     if done.returncode != 0:
         raise UserError(f"{command[0]} failed: {' '.join(done.stderr.split())}")

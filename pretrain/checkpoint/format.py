@@ -138,9 +138,8 @@ def retain(newest: Path, keep_last: int, keep_every: int) -> None:
     oldest_kept = [p for p in reversed(checkpoints) if _looks_whole(p)][:keep_last][-1]
     for folder in checkpoints[: checkpoints.index(oldest_kept)]:
         if not (keep_every and step_of(folder) % keep_every == 0):
-            hidden = folder.rename(
-                folder.with_name(f".{folder.name}")
-            )  # a half-deleted folder must not look like a checkpoint
+            # It is renamed first, because a half-deleted folder must not look like a checkpoint.
+            hidden = folder.rename(folder.with_name(f".{folder.name}"))
             shutil.rmtree(hidden)
 
 

@@ -34,10 +34,8 @@ from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.engine import Engine
 
 READY, BUSY, FAILED = 0, 1, 2  # votes of a rank; the largest vote of all ranks counts
-STORAGE_ERRORS = (
-    OSError,
-    safetensors.SafetensorError,
-)  # of storage; any other error is a bug and ends the run
+# Failures of storage. Any other error is a bug and ends the run.
+STORAGE_ERRORS = (OSError, safetensors.SafetensorError)
 
 
 @dataclass
@@ -215,7 +213,10 @@ class CheckpointWriter:
         return tensors
 
     def _write(self, partial: Path, tensors: dict[str, Tensor], files: dict[str, str]) -> dict[str, Any]:
-        """Write this rank's state and, on the main process, the small files; return their entries. In the thread."""
+        """Write this rank's state and, on the main process, the small files; return their entries.
+
+        It runs in the thread.
+        """
         partial.mkdir(exist_ok=True)  # not its parents: storage that went away must not be recreated as a folder
         name = f"state-{self._ranks.rank:05d}-of-{self._ranks.world_size:05d}.safetensors"
         safetensors.torch.save_file(tensors, partial / name)

@@ -151,7 +151,7 @@ def test_eval_leaves_what_is_done(sbatch, jobs, tmp_path):
     assert len(sbatch("eval", str(jobs), SLURM_ARRAY_TASK_ID="1")[1]) == 1
     results.write_text("{}")
     status, calls, output = sbatch("eval", str(jobs), SLURM_ARRAY_TASK_ID="1")
-    assert status == 0 and calls == [] and "is done" in output
+    assert status == 0 and calls == [] and "exists already" in output
     assert len(sbatch("eval", str(jobs), SLURM_ARRAY_TASK_ID="0")[1]) == 1
 
 
