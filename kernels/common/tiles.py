@@ -46,9 +46,3 @@ class GluonTiles(GluonTensorDescriptor):
         self.base, self.shape, self.strides = tiles.base, tiles.shape, tiles.strides
         self.block_shape = tiles.block_shape
         self.layout = NVMMASharedLayout(128 if tiles.block_shape[0] >= 8 else 0, tiles.base.element_size() * 8, rank=2)
-
-
-def result_tiles(matrix: Tensor | None, rows: int, columns: int, is_full: bool) -> "Tensor | Tiles | None":
-    """A matrix, or [B, T, H, D], for `store_result`: its tiles, unless a chunk may have fewer rows than a tile, or the
-    elements are float32, for which shared memory has no buffer left."""
-    return Tiles(matrix, rows, columns) if is_full and matrix is not None and matrix.element_size() == 2 else matrix

@@ -11,6 +11,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 
 from lrnn.kernels.common.constants import CHUNK
 from lrnn.kernels.common.dtypes import dot_precision, matrix_dtype
+from lrnn.kernels.delta_rule.call import can_save_states
 from lrnn.kernels.delta_rule.hopper.chunk_backward import chunk_backward_hopper_kernel, hopper_chunk_settings
 from lrnn.kernels.delta_rule.hopper.chunk_forward import HopperLaunch, chunk_forward_hopper_kernel, hopper_settings
 from lrnn.kernels.delta_rule.hopper.chunk_inverse import HOPPER_INVERSE_LAUNCH, chunk_inverse_hopper_kernel
@@ -20,10 +21,9 @@ from lrnn.kernels.delta_rule.portable.chunk_forward import chunk_forward_kernel,
 from lrnn.kernels.delta_rule.portable.chunk_inverse import INVERSE_LAUNCH, chunk_inverse_kernel
 from lrnn.kernels.delta_rule.portable.gate_backward import GATE_BACKWARD, gate_backward_kernel
 from lrnn.kernels.delta_rule.portable.recurrent import recurrent_kernel, recurrent_launch
-from lrnn.kernels.delta_rule.portable.scan_backward import chunk_scan_backward_kernel, scan_backward_stages
+from lrnn.kernels.delta_rule.portable.scan_backward import chunk_scan_backward_kernel, scan_backward_launch
 from lrnn.kernels.delta_rule.portable.segment_reach import SEGMENT_REACH, segment_reach_kernel
 from lrnn.kernels.delta_rule.portable.segment_scan import segment_scan_kernel, segment_scan_launch
-from lrnn.kernels.delta_rule.scans import can_save_states
 
 Case = tuple[str, Any, dict[str, str], dict[str, Any], int, int]
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -108,17 +108,17 @@ def delta_rule_cases(
     if (K, V) == (128, 128) and not packed and dtype != torch.float32:
         yield from hopper_cases(suffix, {**heads, **gates}, element, matrix, numbers)
 
-    stages = scan_backward_stages(K, dtype)
-    constants = {**scan, "STAGES": stages, "SAVE_STATES": True, "HAS_FINAL": False, "SAVE_INITIAL": False}
+    launch = scan_backward_launch(K, dtype)
+    constants = {**scan, "STAGES": launch.stages, "SAVE_STATES": True, "HAS_FINAL": False, "SAVE_INITIAL": False}
     constants |= {"REACH": False, "reach": None}
     known = {**matrices, "do": values, "dv": result, "dstates": tile(launch.BV, K // 2)}
-    yield case("chunk_scan_backward", chunk_scan_backward_kernel, constants, known, launch.warps, stages)
+    yield case("chunk_scan_backward", chunk_scan_backward_kernel, constants, known, launch.warps, launch.stages)
     if not packed:
         constants |= {"SAVE_STATES": False, "SAVE_INITIAL": True, "REACH": True, "dfinal": None}
         constants |= {"dv": None, "dstates": None}
         del constants["reach"]
         known = {**matrices, "do": values, "reach": "*i32"}
-        yield case("start_gradient", chunk_scan_backward_kernel, constants, known, launch.warps, stages)
+        yield case("start_gradient", chunk_scan_backward_kernel, constants, known, launch.warps, launch.stages)
 
     launch = chunk_launch(K, dtype)
     constants = {**heads, **absent, **no_table, "V": V, "BV": launch.BV, "STAGES": launch.stages}

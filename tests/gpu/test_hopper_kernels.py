@@ -7,13 +7,17 @@ wherever chunks are full and heads of size 128.
 import delta_rule_inputs as inputs
 import pytest
 import torch
+from delta_rule_calls import BackendCall, replace_launch
 from delta_rule_truth import evaluate, relative_error
 
 from lrnn.kernels.common.assembler import SAFE_PTXAS, ptxas_version
 from lrnn.kernels.common.constants import CHUNK
 from lrnn.kernels.common.dtypes import matrix_dtype
-from lrnn.kernels.delta_rule import scans
+from lrnn.kernels.common.launch import launch
+from lrnn.kernels.delta_rule import backends
 from lrnn.kernels.delta_rule.api import gated_delta_rule
+from lrnn.kernels.delta_rule.hopper.backend import Hopper
+from lrnn.kernels.delta_rule.portable.backend import Portable
 
 PLAIN = {"chunk_inverse_kernel", "chunk_forward_kernel", "chunk_scan_backward_kernel", "chunk_backward_kernel"}
 GLUON = {name.replace("_kernel", "_hopper_kernel") for name in PLAIN}
@@ -21,13 +25,13 @@ GLUON = {name.replace("_kernel", "_hopper_kernel") for name in PLAIN}
 
 @pytest.fixture
 def launched(monkeypatch):
-    names, launch = [], scans.launch
+    names = []
 
     def note(kernel, *args, **constants):
         names.append(kernel.__name__)
         launch(kernel, *args, **constants)
 
-    monkeypatch.setattr(scans, "launch", note)
+    replace_launch(monkeypatch, note)
     return names
 
 
@@ -50,7 +54,7 @@ def test_kernels_in_gluon_are_the_plain_ones(sizes, dtype, normalize, precision,
     gluon = evaluate(gated_delta_rule, x, do, dstate, normalize_qk=normalize, precision=precision)
     assert not PLAIN & set(launched) and set(launched) >= GLUON
     launched.clear()
-    monkeypatch.setattr(scans, "is_for_hopper", lambda *a: False)
+    monkeypatch.setattr(backends, "BACKENDS", (Portable,))
     plain = evaluate(gated_delta_rule, x, do, dstate, normalize_qk=normalize, precision=precision)
     assert not GLUON & set(launched) and set(launched) >= PLAIN
     assert gluon.keys() == plain.keys()
@@ -81,22 +85,23 @@ def inside_chunks(B, T, H, HV, dtype, normalize, seed=0):
         norms = torch.linalg.vector_norm(x.float(), dim=-1).repeat_interleave(HV // H, -1)
         vectors[:, row] = -torch.log2(norms).flatten(0, 1).T if normalize else torch.nan
     c = torch.zeros(B * T, HV * CHUNK, device="cuda", dtype=torch.float16)
-    scan = scans.Scan(q, k, v, c, vectors.flatten(0, 1), None, D**-0.5, normalize, False)
-    return scan, {"do": do, "dv": dv, "y": y, "states": states, "dstates": dstates}
+    call = BackendCall(Hopper, q, k, v, c, vectors.flatten(0, 1), scale=D**-0.5, normalize_qk=normalize)
+    return call, {"do": do, "dv": dv, "y": y, "states": states, "dstates": dstates}
 
 
-def chunk_backward(scan, given):
+def chunk_backward(call, given):
     """Everything that the backward pass inside chunks computes; what it leaves out is not a number."""
-    results = {n: scan.empty(scan.B, scan.T, scan.HV, scan.K, dtype=scan.dtype) for n in ("dq", "dk")}
-    results |= {n: scan.empty(scan.HV, scan.R) for n in ("dbeta", "dot_q", "dot_k")}
+    sizes = call.call
+    results = {n: sizes.empty(sizes.B, sizes.T, sizes.HV, sizes.K, dtype=sizes.dtype) for n in ("dq", "dk")}
+    results |= {n: sizes.empty(sizes.HV, sizes.R) for n in ("dbeta", "dot_q", "dot_k")}
     for x in results.values():
         x.fill_(torch.nan)
     given = given | {"dv": given["dv"].clone()}  # finished in its place
-    scan.run_chunk_backward(**given, **results)
+    call.chunk_backward(**given, **results)
     return results | {"dv": given["dv"]}
 
 
-def matrices(B, T, H, HV, dtype, normalize, gate, for_hopper, seed=0):
+def matrices(B, T, H, HV, dtype, normalize, gate, backend, seed=0):
     """C and the rows of numbers that `chunk_inverse` writes; what it leaves out is not a number."""
     D, r = 128, torch.Generator("cuda").manual_seed(seed)
 
@@ -113,10 +118,10 @@ def matrices(B, T, H, HV, dtype, normalize, gate, for_hopper, seed=0):
         given = -a.abs() if gate == "log" else None, 2 * b.sigmoid(), None, None
     c = torch.full((B * T, HV * CHUNK), torch.nan, dtype=matrix_dtype(dtype, normalize), device="cuda")
     vectors = torch.full((4 * HV, B * T), torch.nan, device="cuda")
-    scan = scans.Scan(k, k, v, c, vectors, None, D**-0.5, normalize, False)
-    assert scan.for_hopper
-    scan.for_hopper = for_hopper
-    scan.run_inverse(*given, 2.0 if gate == "raw" else 0.0, gate)
+    options = {"scale": D**-0.5, "normalize_qk": normalize, "gate": gate, "beta_range": 2.0 if gate == "raw" else None}
+    call = BackendCall(backend, k, k, v, c, vectors, **options)
+    assert Hopper.fits(call.call)
+    call.chunk_inverse(*given)
     rows = vectors.view(HV, 4, -1)[:, : 3 if normalize else 4]
     return {"c": c, "gates": rows[:, 0], "beta": rows[:, 1], "norms": rows[:, 2:]}
 
@@ -127,11 +132,11 @@ def matrices(B, T, H, HV, dtype, normalize, gate, for_hopper, seed=0):
 @pytest.mark.parametrize("gate", ["raw", "log", "none"])
 def test_matrices_in_gluon_are_the_plain_ones(sizes, dtype, normalize, gate, launched):
     needs_gluon()
-    gluon = matrices(*sizes, dtype, normalize, gate, for_hopper=True)
+    gluon = matrices(*sizes, dtype, normalize, gate, Hopper)
     for _ in range(5):
-        again = matrices(*sizes, dtype, normalize, gate, for_hopper=True)
+        again = matrices(*sizes, dtype, normalize, gate, Hopper)
         assert all(torch.equal(again[name], gluon[name]) for name in gluon)
-    plain = matrices(*sizes, dtype, normalize, gate, for_hopper=False)
+    plain = matrices(*sizes, dtype, normalize, gate, Portable)
     assert set(launched) == {"chunk_inverse_hopper_kernel", "chunk_inverse_kernel"}
     # C may differ by a last bit here and there, the others by the order of float32 sums.
     bar = 2e-3 if gluon["c"].dtype == torch.bfloat16 else 3e-4
@@ -147,14 +152,14 @@ def test_matrices_in_gluon_are_the_plain_ones(sizes, dtype, normalize, gate, lau
 @pytest.mark.parametrize("normalize", [True, False])
 def test_backward_inside_chunks_in_gluon_is_the_plain_one(sizes, dtype, normalize, launched):
     needs_gluon()
-    scan, given = inside_chunks(*sizes, dtype, normalize)
-    assert scan.for_hopper
-    gluon = chunk_backward(scan, given)
+    call, given = inside_chunks(*sizes, dtype, normalize)
+    assert Hopper.fits(call.call)
+    gluon = chunk_backward(call, given)
     for _ in range(5):
-        again = chunk_backward(scan, given)
+        again = chunk_backward(call, given)
         assert all(torch.equal(again[name], gluon[name]) for name in gluon)
-    scan.for_hopper = False
-    plain = chunk_backward(scan, given)
+    call.backend = Portable
+    plain = chunk_backward(call, given)
     assert set(launched) == {"chunk_backward_hopper_kernel", "chunk_backward_kernel"}
     errors = {name: relative_error(gluon[name], plain[name]) for name in plain}
     print(errors)

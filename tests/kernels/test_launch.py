@@ -11,7 +11,6 @@ from lrnn.kernels.common import assembler as assembler_module
 from lrnn.kernels.common import launch as module
 from lrnn.kernels.common.launch import launch
 from lrnn.kernels.common.tiles import Tiles
-from lrnn.kernels.delta_rule.hopper import chunk_forward as chunk_forward_hopper
 
 
 class Compiled(CompiledKernel):
@@ -90,24 +89,6 @@ def test_constants_and_devices_compile_anew(device):
     launch(kernel, GRID, x, 7, A=1, B=2)
     assert len(kernel.compiled) == 4
     assert not any(compiled.launches for compiled in kernel.compiled)
-
-
-def test_what_the_scans_in_gluon_are_used_for(monkeypatch):
-    """On Hopper, for what they were made and tested for; the assembler that may miscompile them rules them out."""
-    capability, ptxas = [(9, 0)], [(13, 5)]
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
-    monkeypatch.setattr(chunk_forward_hopper, "ptxas_version", lambda: ptxas[0])
-    device = torch.device("cuda")
-
-    def used(K=128, V=128, dtype=torch.bfloat16, is_full=True):
-        return chunk_forward_hopper.is_for_hopper(K, V, dtype, is_full, device)
-
-    assert used() and used(dtype=torch.float16)
-    assert not used(K=64, V=64) and not used(V=256) and not used(dtype=torch.float32) and not used(is_full=False)
-    ptxas[0] = (12, 8)
-    assert not used()
-    ptxas[0], capability[0] = (13, 5), (10, 0)
-    assert not used()
 
 
 @pytest.fixture

@@ -1,12 +1,13 @@
-"""What the matrices, the scans and the backward pass inside chunks give to their kernels, in Gluon and in plain
-Triton: every argument of the kernel, under its name."""
+"""What the launchers of each backend give to their kernels: every argument of the kernel, under its name."""
 
 import pytest
 import torch
+from delta_rule_calls import BackendCall, replace_launch
 
 from lrnn.kernels.common.constants import CHUNK
 from lrnn.kernels.common.tiles import Tiles
-from lrnn.kernels.delta_rule import scans
+from lrnn.kernels.delta_rule.backends import BACKENDS
+from lrnn.kernels.delta_rule.hopper.backend import Hopper
 
 B, T, H, HV, D = 2, 128, 1, 2, 128
 
@@ -14,7 +15,7 @@ B, T, H, HV, D = 2, 128, 1, 2, 128
 @pytest.fixture
 def launched(monkeypatch):
     calls = []
-    monkeypatch.setattr(scans, "launch", lambda *args, **constants: calls.append((args, constants)))
+    replace_launch(monkeypatch, lambda *args, **constants: calls.append((args, constants)))
     return calls
 
 
@@ -29,20 +30,20 @@ def arguments(call):
     return dict(zip(names, args, strict=False)), constants
 
 
-@pytest.mark.parametrize("hopper", [True, False])
-def test_every_argument_has_its_place(hopper, launched, monkeypatch):
-    monkeypatch.setattr(scans, "is_for_hopper", lambda *a: hopper)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_argument_has_its_place(backend, launched):
+    hopper = backend is Hopper
     q, k = (torch.zeros(B, T, H, D, dtype=torch.bfloat16) for _ in range(2))
     v, o, do = (torch.zeros(B, T, HV, D, dtype=torch.bfloat16) for _ in range(3))
     y, dv = torch.zeros(B * T, HV * D, dtype=torch.bfloat16), torch.zeros(B, T, HV, D, dtype=torch.bfloat16)
     c, vectors = torch.zeros(B * T, HV * CHUNK, dtype=torch.float16), torch.zeros(4 * HV, B * T)
     states, dstates = (torch.zeros(B * T // CHUNK * HV * D, D, dtype=torch.bfloat16) for _ in range(2))
     initial, final, dfinal, dinitial = (torch.zeros(B, HV, D, D) for _ in range(4))
-    scan = scans.Scan(q, k, v, c, vectors, None, 0.5, True, True)
-    scan.run_forward(initial, final, o=o)
-    scan.run_forward(None, None, y=y, states=states)
-    scan.run_forward(None, None, o=o, y=y, states=states)
-    scan.run_backward_scan(do, dfinal, dinitial, dv, dstates)
+    scan = BackendCall(backend, q, k, v, c, vectors, scale=0.5, normalize_qk=True, split=True)
+    scan.forward_scan(initial, final, o=o)
+    scan.forward_scan(None, None, y=y, states=states)
+    scan.forward_scan(None, None, o=o, y=y, states=states)
+    scan.backward_scan(do, dfinal, dinitial, dv, dstates)
     output, anew, saving, backward = (arguments(call) for call in launched)
 
     kernels = {call[0][0].__name__ for call in launched}
@@ -70,19 +71,19 @@ def test_every_argument_has_its_place(hopper, launched, monkeypatch):
     assert backward[0]["dstates"].block_shape == [64, D if hopper else D // 2]
 
 
-@pytest.mark.parametrize("hopper", [True, False])
-def test_every_argument_inside_chunks_has_its_place(hopper, launched, monkeypatch):
-    monkeypatch.setattr(scans, "is_for_hopper", lambda *a: hopper)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_argument_inside_chunks_has_its_place(backend, launched):
+    hopper = backend is Hopper
     q, k = (torch.zeros(B, T, H, D, dtype=torch.bfloat16) for _ in range(2))
     v, do, dq, dk, dv = (torch.zeros(B, T, HV, D, dtype=torch.bfloat16) for _ in range(5))
     y = torch.zeros(B * T, HV * D, dtype=torch.bfloat16)
     c, vectors = torch.zeros(B * T, HV * CHUNK, dtype=torch.float16), torch.zeros(4 * HV, B * T)
     states, dstates = (torch.zeros(B * T // CHUNK * HV * D, D, dtype=torch.bfloat16) for _ in range(2))
     numbers = {name: torch.zeros(HV, B * T) for name in ("dbeta", "dot_q", "dot_k")}
-    scan = scans.Scan(q, k, v, c, vectors, None, 0.5, True, False)
+    scan = BackendCall(backend, q, k, v, c, vectors, scale=0.5, normalize_qk=True)
     results = {"dq": dq, "dk": dk}
     given = {"do": do, "y": y, "states": states, "dstates": dstates}
-    scan.run_chunk_backward(**given, dv=dv, **results, **numbers)
+    scan.chunk_backward(**given, dv=dv, **results, **numbers)
     args, constants = arguments(launched[0])
 
     assert launched[0][0][0].__name__ == ("chunk_backward_hopper_kernel" if hopper else "chunk_backward_kernel")
@@ -102,16 +103,16 @@ def test_every_argument_inside_chunks_has_its_place(hopper, launched, monkeypatc
         assert args["vectors"] is vectors and args["T"] == T
 
 
-@pytest.mark.parametrize("hopper", [True, False])
-def test_every_argument_of_the_matrices_has_its_place(hopper, launched, monkeypatch):
-    monkeypatch.setattr(scans, "is_for_hopper", lambda *a: hopper)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_argument_of_the_matrices_has_its_place(backend, launched):
+    hopper = backend is Hopper
     q, k = (torch.zeros(B, T, H, D, dtype=torch.bfloat16) for _ in range(2))
     v = torch.zeros(B, T, HV, D, dtype=torch.bfloat16)
     gate, beta = (torch.zeros(B, T, HV, dtype=torch.bfloat16) for _ in range(2))
     A_log, dt_bias = torch.zeros(HV), torch.zeros(HV)
     c, vectors = torch.zeros(B * T, HV * CHUNK, dtype=torch.float16), torch.zeros(4 * HV, B * T)
-    scan = scans.Scan(q, k, v, c, vectors, None, 0.5, True, False)
-    scan.run_inverse(gate, beta, A_log, dt_bias, 2.0, "raw")
+    options = {"scale": 0.5, "normalize_qk": True, "gate": "raw", "beta_range": 2.0}
+    BackendCall(backend, q, k, v, c, vectors, **options).chunk_inverse(gate, beta, A_log, dt_bias)
     args, constants = arguments(launched[0])
 
     assert launched[0][0][0].__name__ == ("chunk_inverse_hopper_kernel" if hopper else "chunk_inverse_kernel")

@@ -4,10 +4,11 @@ Heads have 128 keys and values. The scans are compared with the recurrence, toke
 """
 
 import torch
+from delta_rule_calls import BackendCall
 from delta_rule_truth import relative_error
 
 from lrnn.kernels.common.constants import CHUNK, LEAST_KEPT, LEAST_KEPT_FP16
-from lrnn.kernels.delta_rule.scans import Scan
+from lrnn.kernels.delta_rule.hopper.backend import Hopper
 
 D = 128
 SCALE = D**-0.5
@@ -57,7 +58,8 @@ def make_scan(x, normalize, split=False):
     beta = vectors[:, 1].double().reshape(HV, -1, 1, CHUNK)
     c = torch.linalg.solve(torch.eye(CHUNK) + m * beta, m)  # [HV, chunks, CHUNK, CHUNK]
     c = c.permute(1, 2, 0, 3).reshape(B * T, HV * CHUNK).to(x["v"].dtype)
-    return Scan(x["q"], x["k"], x["v"], c, vectors.flatten(0, 1), None, SCALE, normalize, split)
+    tensors = (x["q"], x["k"], x["v"], c, vectors.flatten(0, 1))
+    return BackendCall(Hopper, *tensors, scale=SCALE, normalize_qk=normalize, split=split)
 
 
 def log_norms(q, HV):
@@ -112,7 +114,7 @@ def inside_chunks(chunks, H, HV, normalize, seed=0, dtype=torch.float32):
     scan = make_scan(recurrence_inputs(1, n, H, HV, normalize, seed, dtype), normalize)
     vectors = scan.vectors.view(HV, 4, -1)
     if normalize:
-        vectors[:, 3] = log_norms(scan.q.base, HV)
+        vectors[:, 3] = log_norms(scan.operands.q.base, HV)
     else:
         vectors[:, 2:] = torch.nan
     vectors[0, 1, 5 * seed + 7 :: 50] = 0.0  # step sizes of a few tokens
@@ -123,7 +125,7 @@ def inside_chunks(chunks, H, HV, normalize, seed=0, dtype=torch.float32):
 
 def chunk_gradients(scan, given, normalize):
     """The equations of `chunk_backward`'s docstring."""
-    H, HV, n = scan.H, scan.HV, scan.T
+    H, HV, n = scan.call.H, scan.call.HV, scan.call.T
 
     def tiles(x):  # [HV, chunks, CHUNK, D]
         return x.double().reshape(-1, CHUNK, HV, D).permute(2, 0, 1, 3)
@@ -134,7 +136,7 @@ def chunk_gradients(scan, given, normalize):
     def states(x):  # S as [HV, chunks, V, K]
         return x.double().reshape(-1, HV, D, D).transpose(0, 1)
 
-    q, k = (tiles(x.base.repeat_interleave(HV // H, 2)) for x in (scan.q, scan.k))
+    q, k = (tiles(x.base.repeat_interleave(HV // H, 2)) for x in (scan.operands.q, scan.operands.k))
     do, kept, y = (tiles(given[name]) for name in ("do", "dv", "y"))
     s, ds = states(given["states"]), states(given["dstates"])
     g, beta, log_rk, log_rq = scan.vectors.double().view(HV, 4, -1, CHUNK).transpose(0, 1)

@@ -17,6 +17,7 @@ place of Q in the ring, and dk that of K; they are stored from there. Equations,
 
 from typing import NamedTuple
 
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -27,6 +28,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from lrnn.kernels.common.constants import CHUNK
+from lrnn.kernels.common.launch import launch, multiprocessors
+from lrnn.kernels.common.tiles import Tiles
+from lrnn.kernels.delta_rule.call import Call, Operands
 from lrnn.kernels.delta_rule.hopper.parts import (
     Buffer,
     Phases,
@@ -416,4 +421,41 @@ def chunk_backward_hopper_kernel(
         ],
         [4, 1],
         [KEY_REGISTERS, 24],
+    )
+
+
+def launch_chunk_backward(
+    call: Call,
+    operands: Operands,
+    do: Tensor,
+    dv: Tensor,
+    y: Tensor,
+    states: Tensor,
+    dstates: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dbeta: Tensor,
+    dot_q: Tensor,
+    dot_k: Tensor,
+) -> None:
+    """Launch the kernel, as `Backend.chunk_backward` says."""
+    launch(
+        chunk_backward_hopper_kernel,
+        (min(call.chunks.count * call.HV, multiprocessors(call.device)), 1, 1),
+        operands.q,
+        operands.k,
+        *(Tiles(x, CHUNK, call.K) for x in (do, dv, y, states, dstates, dq, dk)),
+        dv,
+        dbeta,
+        dot_q,
+        dot_k,
+        operands.vector_rows,
+        call.chunks.count,
+        call.R,
+        call.scale,
+        V=call.V,
+        NORMALIZE=call.normalize_qk,
+        num_warps=4,
+        **hopper_chunk_settings()._asdict(),
+        **call.sizes,
     )

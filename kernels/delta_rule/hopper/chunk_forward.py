@@ -8,12 +8,12 @@ sizes and norms. One warp loads tiles with the TMA, as far ahead as there is mem
     S' = gamma_C S + K^T (rho r N)        O = scale gamma Q^ S + P N
 
 Equations, roundings and arguments are those of `chunk_forward`. That kernel remains the readable form, and runs
-whatever this one is not made for (`is_for_hopper`).
+whatever this one is not made for (`Hopper.fits`).
 """
 
 from typing import NamedTuple
 
-import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -24,8 +24,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lrnn.kernels.common.assembler import SAFE_PTXAS, ptxas_version
-from lrnn.kernels.common.dispatch import INTERPRETED
+from lrnn.kernels.common.constants import CHUNK
+from lrnn.kernels.common.launch import launch
+from lrnn.kernels.common.tiles import Tiles
+from lrnn.kernels.delta_rule.call import Call, Operands
 from lrnn.kernels.delta_rule.hopper.parts import (
     FLAT,
     Buffer,
@@ -56,15 +58,9 @@ class HopperLaunch(NamedTuple):
     PREPARE_REGISTERS: int
 
 
-def is_for_hopper(K: int, V: int, dtype: torch.dtype, is_full: bool, device: torch.device) -> bool:
-    """Whether the kernels in Gluon are made for this: not for other GPUs, other head sizes than 128, float32, and
-    sequences with a chunk that is not full. Nor for an assembler that may miscompile them: the plain ones have been
-    tested with one, these have not."""
-    if INTERPRETED or K != 128 or V != 128 or dtype == torch.float32 or not is_full:
-        return False
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
-        return False
-    return ptxas_version() >= SAFE_PTXAS
+def fills_gpu(heads: int) -> bool:
+    """Return whether a program for each of these sequences x value heads fills the GPU."""
+    return heads >= FULL
 
 
 def hopper_settings(full: bool, output: bool, save_states: bool, split: bool) -> HopperLaunch:
@@ -425,3 +421,48 @@ def chunk_forward_hopper_kernel(
             [4, 1],
             [PREPARE_REGISTERS, 24],
         )  # fmt: skip
+
+
+def launch_chunk_forward(
+    call: Call,
+    operands: Operands,
+    initial: Tensor | None,
+    final: Tensor | None,
+    o: Tensor | None = None,
+    y: Tensor | None = None,
+    states: Tensor | None = None,
+    reach: Tensor | None = None,
+) -> None:
+    """Launch the kernel, as `Backend.forward_scan` says."""
+    heads = call.HV * call.chunks.sequences
+    settings = hopper_settings(fills_gpu(heads), o is not None, states is not None, call.split)
+    transition = reach is not None
+    launch(
+        chunk_forward_hopper_kernel,
+        ((call.V + call.K * transition) // (64 * settings.HALVES) * heads, 1, 1),
+        operands.q if o is not None else None,
+        operands.k,
+        operands.v,
+        operands.c,
+        *(None if x is None else Tiles(x, CHUNK, call.columns) for x in (o, y)),
+        None if states is None else Tiles(states, call.columns, call.K),
+        operands.vectors,
+        operands.vector_rows,
+        initial,
+        final,
+        reach,
+        call.chunks.seq_len,
+        call.R,
+        call.scale,
+        NORMALIZE=call.normalize_qk,
+        OUTPUT=o is not None,
+        SAVE_STATES=states is not None,
+        TRANSITION=transition,
+        HAS_INITIAL=initial is not None,
+        SAVE_FINAL=final is not None,
+        SPLIT=call.split,
+        V=call.V,
+        num_warps=4,
+        **settings._asdict(),
+        **call.sizes,
+    )

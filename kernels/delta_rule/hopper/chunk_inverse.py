@@ -11,14 +11,17 @@ J < I:
     C_IJ^T = X_IJ^T - (X_IJ^T B_I) C_II^T
 
 Every operand is a sum of two numbers of C's dtype. Equations and arguments are those of `chunk_inverse`. That kernel
-remains the readable form, and runs whatever this one is not made for (`is_for_hopper`).
+remains the readable form, and runs whatever this one is not made for (`Hopper.fits`).
 """
 
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from lrnn.kernels.common.launch import launch
+from lrnn.kernels.delta_rule.call import Call, Operands
 from lrnn.kernels.delta_rule.hopper.parts import (
     FLAT,
     Buffer,
@@ -318,3 +321,27 @@ def chunk_inverse_hopper_kernel(
     part_barrier()
     tma_store(c_out, [first, i_h * BT], tile)
     tma.store_wait(0)
+
+
+def launch_chunk_inverse(
+    call: Call, operands: Operands, gate: Tensor | None, beta: Tensor, A_log: Tensor | None, dt_bias: Tensor | None
+) -> None:
+    """Launch the kernel, as `Backend.chunk_inverse` says."""
+    launch(
+        chunk_inverse_hopper_kernel,
+        (call.chunks.count * call.HV, 1, 1),
+        operands.k,
+        None if gate is None else gate.contiguous(),
+        beta.contiguous(),
+        A_log,
+        dt_bias,
+        operands.c,
+        operands.vectors,
+        call.R,
+        call.beta_range or 0.0,
+        NORMALIZE=call.normalize_qk,
+        GATE=call.gate,
+        RAW_BETA=call.beta_range is not None,
+        **HOPPER_INVERSE_LAUNCH,
+        **call.sizes,
+    )

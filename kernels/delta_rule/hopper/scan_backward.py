@@ -10,6 +10,7 @@ The second term of dS needs nothing of this chunk's chain and is computed first.
 those of `chunk_scan_backward`.
 """
 
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -20,7 +21,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lrnn.kernels.delta_rule.hopper.chunk_forward import HopperLaunch
+from lrnn.kernels.common.constants import CHUNK
+from lrnn.kernels.common.launch import launch
+from lrnn.kernels.common.tiles import Tiles
+from lrnn.kernels.delta_rule.call import Call, Operands
+from lrnn.kernels.delta_rule.hopper.chunk_forward import HopperLaunch, fills_gpu
 from lrnn.kernels.delta_rule.hopper.parts import (
     FLAT,
     Buffer,
@@ -329,3 +334,45 @@ def chunk_scan_backward_hopper_kernel(
             [4, 1],
             [PREPARE_REGISTERS, 24],
         )
+
+
+def launch_scan_backward(
+    call: Call,
+    operands: Operands,
+    do: Tensor,
+    dfinal: Tensor | None,
+    dinitial: Tensor | None,
+    dv: Tensor | None = None,
+    dstates: Tensor | None = None,
+    reach: Tensor | None = None,
+) -> None:
+    """Launch the kernel, as `Backend.backward_scan` says."""
+    heads = call.HV * call.chunks.sequences
+    settings = hopper_backward_settings(fills_gpu(heads), dstates is not None)
+    launch(
+        chunk_scan_backward_hopper_kernel,
+        (call.V // (64 * settings.HALVES) * heads, 1, 1),
+        operands.q,
+        operands.k,
+        operands.c,
+        Tiles(do, CHUNK, call.columns),
+        None if dv is None else Tiles(dv, CHUNK, call.columns),
+        None if dstates is None else Tiles(dstates, call.columns, call.K),
+        operands.vectors,
+        operands.vector_rows,
+        dfinal,
+        dinitial,
+        reach,
+        call.chunks.seq_len,
+        call.R,
+        call.scale,
+        SAVE_STATES=dstates is not None,
+        HAS_FINAL=dfinal is not None,
+        SAVE_INITIAL=dinitial is not None,
+        REACH=reach is not None,
+        SPLIT=call.split,
+        V=call.V,
+        num_warps=4,
+        **settings._asdict(),
+        **call.sizes,
+    )

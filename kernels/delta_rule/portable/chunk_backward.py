@@ -22,7 +22,12 @@ part of <q^, dq^> and <k^, dk^>, which no gate touches, then cancels in dg, howe
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from lrnn.kernels.common.constants import CHUNK
+from lrnn.kernels.common.launch import launch
+from lrnn.kernels.common.tiles import Tiles
+from lrnn.kernels.delta_rule.call import Call, Operands
 from lrnn.kernels.delta_rule.portable.parts import Launch, chunk_position, is_kept_small
 
 FLOORED = tl.constexpr(0.99e6)  # 1/|x| where |x| is floored at 1e-6: there x^ is linear in x
@@ -218,3 +223,45 @@ def chunk_backward_kernel(
             q, k, do, dx, y, states, dstates, dk, dv, dbeta, dot_k, head, i_c, i_h, i_hk, row, t, m_t, last, g_last,
             b_g, b_beta, rq, rk, scale, HV, K, V, BT, BV, NORMALIZE, PRECISION, STAGES,
         )  # fmt: skip
+
+
+def launch_chunk_backward(
+    call: Call,
+    operands: Operands,
+    do: Tensor,
+    dv: Tensor,
+    y: Tensor,
+    states: Tensor,
+    dstates: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dbeta: Tensor,
+    dot_q: Tensor,
+    dot_k: Tensor,
+) -> None:
+    """Launch the kernel, as `Backend.chunk_backward` says."""
+    settings = chunk_launch(call.K, call.dtype)
+    launch(
+        chunk_backward_kernel,
+        (2 * call.HV * call.chunks.count, 1, 1),
+        operands.q,
+        operands.k,
+        *(Tiles(x, CHUNK, settings.BV) for x in (do, dv, y)),
+        *(Tiles(x, settings.BV, call.K) for x in (states, dstates)),
+        dq,
+        dk,
+        dv,
+        dbeta,
+        dot_q,
+        dot_k,
+        operands.vectors,
+        call.cu_seqlens,
+        call.chunks.table,
+        call.chunks.seq_len,
+        call.R,
+        call.scale,
+        V=call.V,
+        **settings.constants(),
+        **call.sizes,
+        **call.flags,
+    )

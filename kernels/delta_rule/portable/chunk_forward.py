@@ -19,17 +19,28 @@ and low, each with a product of its own: S' = gamma_C S + K^T high + K^T low.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from lrnn.kernels.delta_rule.portable.parts import Launch, decay_between, sequence_position, step_and_back, store_result
+from lrnn.kernels.common.launch import launch
+from lrnn.kernels.common.tiles import Tiles
+from lrnn.kernels.delta_rule.call import Call, Operands
+from lrnn.kernels.delta_rule.cut import scan_columns
+from lrnn.kernels.delta_rule.portable.parts import (
+    Launch,
+    decay_between,
+    result_tiles,
+    sequence_position,
+    step_and_back,
+    store_result,
+)
 
 
 def scan_launch(K: int, dtype: torch.dtype) -> Launch:
-    """Return the settings of both scans: 64 columns fill one warpgroup's rows."""
-    if dtype == torch.float32:
-        return Launch(BV=64, warps=4, stages=2) if K < 256 else Launch(BV=32, warps=4, stages=1)
+    """Return the settings of both scans."""
+    BV = scan_columns(K, dtype)
     if K == 256:
-        return Launch(BV=64, warps=8, stages=2)
-    return Launch(BV=64, warps=4, stages=2)
+        return Launch(BV, warps=4, stages=1) if dtype == torch.float32 else Launch(BV, warps=8, stages=2)
+    return Launch(BV, warps=4, stages=2)
 
 
 @triton.jit(do_not_specialize=["T", "R", "scale"])
@@ -168,3 +179,50 @@ def chunk_forward_kernel(
 
     if SAVE_FINAL:
         tl.store(final_state + p_state, b_s)
+
+
+def launch_chunk_forward(
+    call: Call,
+    operands: Operands,
+    initial: Tensor | None,
+    final: Tensor | None,
+    o: Tensor | None = None,
+    y: Tensor | None = None,
+    states: Tensor | None = None,
+    reach: Tensor | None = None,
+) -> None:
+    """Launch the kernel, as `Backend.forward_scan` says."""
+    settings = scan_launch(call.K, call.dtype)
+    transition = reach is not None
+    columns = (call.V + call.K * transition) // settings.BV
+    launch(
+        chunk_forward_kernel,
+        (columns * call.HV * call.chunks.sequences, 1, 1),
+        operands.q if o is not None else None,
+        operands.k,
+        operands.v,
+        operands.c,
+        result_tiles(call, o),
+        result_tiles(call, y),
+        None if states is None else Tiles(states, settings.BV, call.K),
+        operands.vectors,
+        operands.vector_rows,
+        initial,
+        final,
+        reach,
+        call.cu_seqlens,
+        call.chunks.starts,
+        call.chunks.seq_len,
+        call.R,
+        call.scale,
+        OUTPUT=o is not None,
+        SAVE_STATES=states is not None,
+        TRANSITION=transition,
+        HAS_INITIAL=initial is not None,
+        SAVE_FINAL=final is not None,
+        SPLIT=call.split,
+        V=call.V,
+        **settings.constants(),
+        **call.sizes,
+        **call.flags,
+    )

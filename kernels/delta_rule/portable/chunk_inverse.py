@@ -15,7 +15,10 @@ for nearly parallel keys at beta near 2.
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from lrnn.kernels.common.launch import launch
+from lrnn.kernels.delta_rule.call import Call, Operands
 from lrnn.kernels.delta_rule.portable.parts import chunk_position
 
 INVERSE_LAUNCH = {"num_warps": 1, "num_stages": 3}  # the blocks of 16 x 16 are one warp's work
@@ -258,3 +261,32 @@ def chunk_inverse_kernel(
     tl.store(p_c + 3 * rows + 16, c31.to(dtype), mask=m_3)
     tl.store(p_c + 3 * rows + 32, c32.to(dtype), mask=m_3)
     tl.store(p_c + 3 * rows + 48, c33.to(dtype), mask=m_3)
+
+
+def launch_chunk_inverse(
+    call: Call, operands: Operands, gate: Tensor | None, beta: Tensor, A_log: Tensor | None, dt_bias: Tensor | None
+) -> None:
+    """Launch the kernel, as `Backend.chunk_inverse` says."""
+    launch(
+        chunk_inverse_kernel,
+        (call.chunks.count, call.HV, 1),
+        operands.keys,
+        None if gate is None else gate.contiguous(),
+        beta.contiguous(),
+        A_log,
+        dt_bias,
+        operands.c.base,
+        operands.vectors,
+        call.cu_seqlens,
+        call.chunks.table,
+        call.chunks.seq_len,
+        call.R,
+        call.beta_range or 0.0,
+        operands.keys.stride(1),
+        BK=64,
+        GATE=call.gate,
+        RAW_BETA=call.beta_range is not None,
+        **INVERSE_LAUNCH,
+        **call.sizes,
+        **call.flags,
+    )

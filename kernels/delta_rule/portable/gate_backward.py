@@ -9,9 +9,14 @@ The sums over all tokens that A_log and dt_bias need are left as one number a ch
 fixed. A program takes BH heads of a chunk: raw gates and step sizes lie side by side by head.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from lrnn.kernels.common.constants import CHUNK
+from lrnn.kernels.common.launch import launch
+from lrnn.kernels.delta_rule.call import Call, Operands
 from lrnn.kernels.delta_rule.portable.parts import chunk_position
 
 GATE_BACKWARD = {"BH": 16, "num_warps": 4}
@@ -76,3 +81,48 @@ def gate_backward_kernel(
             b_dg = b_dg * rate * tl.sigmoid(b_a)
             tl.store(p_sums + HV * chunks, tl.sum(b_dg, 0), mask=m_h)
         tl.store(dgate_out + tokens, b_dg.to(dgate_out.dtype.element_ty), mask=mask)
+
+
+def launch_gate_backward(
+    call: Call,
+    operands: Operands,
+    dbeta: Tensor,
+    dot_q: Tensor,
+    dot_k: Tensor,
+    gate: Tensor | None,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of `gate`, of `beta`, and of A_log and dt_bias [2, HV] float32, from what
+    `Backend.chunk_backward` leaves in `dbeta`, `dot_q` and `dot_k`. They are empty where there is no such input."""
+    dgate_out = call.empty(0) if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
+    dbeta_out = torch.empty_like(beta, memory_format=torch.contiguous_format)
+    sums = call.empty(2, call.HV, call.chunks.count) if call.gate == "raw" else None
+    launch(
+        gate_backward_kernel,
+        (call.chunks.count, triton.cdiv(call.HV, GATE_BACKWARD["BH"]), 1),
+        dot_q,
+        dot_k,
+        dbeta,
+        None if gate is None else gate.contiguous(),
+        operands.vectors,
+        A_log,
+        dt_bias,
+        dgate_out,
+        dbeta_out,
+        sums,
+        call.cu_seqlens,
+        call.chunks.table,
+        call.chunks.count,
+        call.chunks.seq_len,
+        call.R,
+        call.beta_range or 0.0,
+        HV=call.HV,
+        BT=CHUNK,
+        GATE=call.gate,
+        RAW_BETA=call.beta_range is not None,
+        IS_VARLEN=call.cu_seqlens is not None,
+        **GATE_BACKWARD,
+    )
+    return dgate_out, dbeta_out, call.empty(2, 0) if sums is None else sums.sum(-1)

@@ -4,8 +4,11 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from lrnn.kernels.common.constants import LEAST_KEPT, LEAST_KEPT_FP16, SMALL_BETA
+from lrnn.kernels.common.constants import CHUNK, LEAST_KEPT, LEAST_KEPT_FP16, SMALL_BETA
+from lrnn.kernels.common.tiles import Tiles
+from lrnn.kernels.delta_rule.call import Call
 
 
 class Launch(NamedTuple):
@@ -18,6 +21,10 @@ class Launch(NamedTuple):
     BV: int
     warps: int
     stages: int
+
+    def constants(self) -> dict[str, int]:
+        """Return them as `launch` takes them."""
+        return {"BV": self.BV, "STAGES": self.stages, "num_warps": self.warps, "num_stages": self.stages}
 
 
 @triton.jit
@@ -99,3 +106,14 @@ def decay_between(mask, g, log_q, log_k, PRECISION: tl.constexpr):
     else:
         exponent = (g + log_q)[:, None] - (g - log_k)[None, :]
     return tl.exp2(tl.where(mask, exponent, float("-inf")))
+
+
+def result_tiles(call: Call, matrix: Tensor | None) -> Tensor | Tiles | None:
+    """Return a result [rows, columns] or [B, T, H, D] in the form in which `store_result` takes it.
+
+    These are its tiles, unless a chunk may have fewer rows than a tile, or the elements are float32, for which shared
+    memory has no buffer left.
+    """
+    if matrix is None or not call.is_full or matrix.element_size() != 2:
+        return matrix
+    return Tiles(matrix, CHUNK, call.columns)

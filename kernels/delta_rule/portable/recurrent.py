@@ -6,9 +6,13 @@
 float32, without tensor cores.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from lrnn.kernels.common.launch import launch
+from lrnn.kernels.delta_rule.call import Call
 from lrnn.kernels.delta_rule.portable.parts import sequence_position
 
 
@@ -82,3 +86,49 @@ def recurrent_kernel(
         b_o = tl.sum(b_s * b_q[:, None], 0) * scale
         tl.store(o + (row * HV + i_h) * V + o_v, b_o.to(o.dtype.element_ty))
     tl.store(final_state + p_state, b_s)
+
+
+def launch_recurrent(
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    initial: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the output [B, T, HV, V] in the dtype of v, and the final states [N, HV, K, V] float32."""
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    final = call.empty(call.states, call.HV, call.K, call.V)
+    settings = recurrent_launch(call.K)
+    launch(
+        recurrent_kernel,
+        (call.V // settings["BV"] * call.HV * call.states, 1, 1),
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        None if gate is None else gate.contiguous(),
+        beta.contiguous(),
+        A_log,
+        dt_bias,
+        o,
+        None if initial is None else initial.contiguous(),
+        final,
+        call.cu_seqlens,
+        call.T,
+        call.scale,
+        call.beta_range or 0.0,
+        H=call.H,
+        HV=call.HV,
+        K=call.K,
+        V=call.V,
+        NORMALIZE=call.normalize_qk,
+        GATE=call.gate,
+        RAW_BETA=call.beta_range is not None,
+        HAS_INITIAL=initial is not None,
+        IS_VARLEN=call.cu_seqlens is not None,
+        **settings,
+    )
+    return o, final

@@ -16,20 +16,28 @@ rho r N is in the forward scan.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from lrnn.kernels.common.constants import CHUNK
+from lrnn.kernels.common.launch import launch
+from lrnn.kernels.common.tiles import Tiles
+from lrnn.kernels.delta_rule.call import Call, Operands
 from lrnn.kernels.delta_rule.portable.chunk_forward import scan_launch
 from lrnn.kernels.delta_rule.portable.parts import (
+    Launch,
     decay_between,
     is_kept_small,
+    result_tiles,
     sequence_position,
     step_and_back,
     store_result,
 )
 
 
-def scan_backward_stages(K: int, dtype: torch.dtype) -> int:
-    """Return the stages of the loop over chunks; with keys of 256, two would exceed the shared memory."""
-    return 1 if K == 256 else scan_launch(K, dtype).stages
+def scan_backward_launch(K: int, dtype: torch.dtype) -> Launch:
+    """Return the settings of the forward scan, but one stage with keys of 256: two would exceed the shared memory."""
+    settings = scan_launch(K, dtype)
+    return settings._replace(stages=1) if K == 256 else settings
 
 
 @triton.jit(do_not_specialize=["T", "R", "scale"])
@@ -144,3 +152,47 @@ def chunk_scan_backward_kernel(
 
     if SAVE_INITIAL:
         tl.store(dinitial + p_state, b_ds)
+
+
+def launch_scan_backward(
+    call: Call,
+    operands: Operands,
+    do: Tensor,
+    dfinal: Tensor | None,
+    dinitial: Tensor | None,
+    dv: Tensor | None = None,
+    dstates: Tensor | None = None,
+    reach: Tensor | None = None,
+) -> None:
+    """Launch the kernel, as `Backend.backward_scan` says."""
+    settings = scan_backward_launch(call.K, call.dtype)
+    launch(
+        chunk_scan_backward_kernel,
+        (call.V // settings.BV * call.HV * call.chunks.sequences, 1, 1),
+        operands.q,
+        operands.k,
+        operands.c,
+        Tiles(do, CHUNK, settings.BV),
+        result_tiles(call, dv),
+        # The states are stored by halves: a buffer for whole ones would leave too little memory.
+        None if dstates is None else Tiles(dstates, settings.BV, call.K // 2),
+        operands.vectors,
+        operands.vector_rows,
+        dfinal,
+        dinitial,
+        reach,
+        call.cu_seqlens,
+        call.chunks.starts,
+        call.chunks.seq_len,
+        call.R,
+        call.scale,
+        SAVE_STATES=dstates is not None,
+        HAS_FINAL=dfinal is not None,
+        SAVE_INITIAL=dinitial is not None,
+        REACH=reach is not None,
+        SPLIT=call.split,
+        V=call.V,
+        **settings.constants(),
+        **call.sizes,
+        **call.flags,
+    )

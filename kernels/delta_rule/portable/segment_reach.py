@@ -7,8 +7,14 @@ chunks are left out of the scans that look for a segment's transition and end st
 of the backward one. With the gates of a model they are most.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from lrnn.kernels.common.constants import CHUNK
+from lrnn.kernels.common.launch import launch
+from lrnn.kernels.delta_rule.call import Call, Operands
 
 LEAST = -160.0  # log2 of a decay below which nothing is left
 
@@ -65,3 +71,31 @@ def segment_reach_kernel(
     tl.store(p_reach, tl.where(is_last, chunks, first))
     tl.store(p_reach + 1, tl.where(is_lost, chunks, 0))
     tl.store(p_reach + 2, count)
+
+
+def find_reach(call: Call, operands: Operands, *, has_start: bool, save_last: bool) -> Tensor:
+    """Return what the kernel finds, int32 [B * segments, HV, 3].
+
+    Nothing is left out for its decay unless every factor contracts.
+
+    Args:
+        has_start: whether there is a state ahead of the first segment.
+        save_last: whether a state is wanted behind the last segment.
+    """
+    reach = call.empty(call.chunks.sequences, call.HV, 3, dtype=torch.int32)
+    launch(
+        segment_reach_kernel,
+        (call.chunks.sequences, call.HV, 1),
+        reach,
+        operands.vectors,
+        call.segments,
+        call.chunks.seq_len // CHUNK,
+        call.R,
+        LEAST if call.contracts else float("-inf"),
+        HV=call.HV,
+        BT=CHUNK,
+        HAS_START=has_start,
+        SAVE_LAST=save_last,
+        **SEGMENT_REACH,
+    )
+    return reach

@@ -12,6 +12,10 @@ have float32 accuracy (tf32x3).
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from lrnn.kernels.common.launch import launch
+from lrnn.kernels.delta_rule.call import Call
 
 
 def segment_scan_launch(K: int) -> dict[str, int]:
@@ -81,3 +85,44 @@ def segment_scan_kernel(
     if SAVE_LAST:
         state, to = joined + row * V, last + sequence * V
         _step(to, state, ends, transitions, row, o_v, K, V, E_STRIDE, M_STRIDE, BK, BACKWARD)
+
+
+def join_segments(
+    call: Call,
+    joined: Tensor,
+    ends: Tensor,
+    segment_ends: Tensor,
+    start: Tensor | None,
+    last: Tensor | None,
+    *,
+    backward: bool,
+) -> None:
+    """Find the states in which segments start, or the gradients of those in which they end.
+
+    Args:
+        joined: to be filled, [B * segments, HV, K, V] float32.
+        ends: end states from nothing, which are columns of `segment_ends`; backward, the gradients of first states.
+        segment_ends: [B * segments, HV, K, V + K] float32; its last K columns are the transitions.
+        start: what comes ahead of the first step [B, HV, K, V] float32, or None for zeros.
+        last: to be filled with what follows the last step [B, HV, K, V] float32, or None.
+    """
+    settings = segment_scan_launch(call.K)
+    launch(
+        segment_scan_kernel,
+        (call.V // settings["BV"], call.B, call.HV),
+        joined,
+        ends,
+        segment_ends[..., call.V :],
+        start,
+        last,
+        call.segments,
+        HV=call.HV,
+        K=call.K,
+        V=call.V,
+        E_STRIDE=ends.stride(2),
+        M_STRIDE=call.V + call.K,
+        BACKWARD=backward,
+        HAS_START=start is not None,
+        SAVE_LAST=last is not None,
+        **settings,
+    )

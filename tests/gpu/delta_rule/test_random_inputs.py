@@ -11,8 +11,9 @@ from delta_rule_inputs import BARS
 from delta_rule_on_gpu import BF16, FP16, FP32, LIMITS, random
 from delta_rule_truth import check, evaluate, evaluate_truth, floors
 
-from lrnn.kernels.delta_rule import scans
+from lrnn.kernels.delta_rule import cut, segments
 from lrnn.kernels.delta_rule.api import fused_gated_delta_rule, gated_delta_product, gated_delta_rule
+from lrnn.kernels.delta_rule.portable import segment_reach
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
@@ -95,7 +96,7 @@ def test_product(n_h):
 
 def test_long_sequence_in_segments():
     """One long sequence is cut into segments that are scanned side by side."""
-    assert scans.count_segments(1, 8192, 1, 128, 128, BF16) > 1, "this length is not cut any more"
+    assert cut.count_segments(1, 8192, 1, 128, 128, BF16) > 1, "this length is not cut any more"
     compare_fused(random(1, 8192, H=1, raw=True), BARS[BF16], "segments")
     x = inputs.set_keys(inputs.set_gates(random(1, 8192, H=1, dtype=FP32), "one"), "random")
     compare(x, {"": 1e-4}, "segments without decay, float32", normalize_qk=True)
@@ -107,12 +108,12 @@ def test_what_does_not_reach_the_end_of_a_segment_changes_nothing(dtype, monkeyp
     x = random(1, 16384, H=3, dtype=dtype, raw=True)
     x["A_log"] = torch.tensor([8.0, 0.2, 1e-4], device="cuda").log()
     do, dstate = inputs.arriving(x)
-    reaches, find = [], scans.Scan.find_reach
-    monkeypatch.setattr(scans.Scan, "find_reach", lambda *a: reaches.append(find(*a)) or reaches[-1])
+    reaches, find = [], segments.find_reach
+    monkeypatch.setattr(segments, "find_reach", lambda *a, **o: reaches.append(find(*a, **o)) or reaches[-1])
     found = evaluate(fused_gated_delta_rule, x, do, dstate)
     first, lost, _ = reaches[0][0].T.tolist()
-    chunks = scans.SEGMENT // 64
+    chunks = cut.SEGMENT // 64
     assert 0 < first[1] < first[0] == chunks - 1 and first[2] == 0 and lost == [chunks, chunks, 0], reaches[0]
-    monkeypatch.setattr(scans, "LEAST", -math.inf)
+    monkeypatch.setattr(segment_reach, "LEAST", -math.inf)
     whole = evaluate(fused_gated_delta_rule, x, do, dstate)
     assert not reaches[2][:-1, :, :2].any() and all(torch.equal(found[n], whole[n]) for n in whole)

@@ -9,10 +9,10 @@ from gluon_on_cpu import Deadlock
 
 
 def chunk_backward(scan, given):
-    results = {name: nans(1, scan.T, scan.HV, D, dtype=scan.dtype) for name in ("dq", "dk")}
-    results |= {name: nans(scan.HV, scan.R) for name in ("dbeta", "dot_q", "dot_k")}
+    results = {name: nans(1, scan.call.T, scan.call.HV, D, dtype=scan.call.dtype) for name in ("dq", "dk")}
+    results |= {name: nans(scan.call.HV, scan.call.R) for name in ("dbeta", "dot_q", "dot_k")}
     given = given | {"dv": given["dv"].clone()}  # finished in its place
-    scan.run_chunk_backward(**given, **results)
+    scan.chunk_backward(**given, **results)
     return results | {"dv": given["dv"]}
 
 

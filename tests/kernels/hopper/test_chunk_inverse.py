@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from delta_rule_calls import BackendCall
 from delta_rule_truth import relative_error
 
 from lrnn.kernels.common.constants import CHUNK
 from lrnn.kernels.common.dtypes import matrix_dtype
-from lrnn.kernels.delta_rule import scans
+from lrnn.kernels.delta_rule.hopper.backend import Hopper
 
 D = 128
 # Of blocks of C: rounded once, by half of a last bit at most, and where keys are equal all numbers by the same.
@@ -22,7 +23,7 @@ def gates_and_steps(gate, B, T, HV, dtype, r):
         rates = (0.1 + 0.1 * torch.rand(HV, generator=r)).log()
         return a.to(dtype), (2 * b).to(dtype), rates, torch.randn(HV, generator=r) - 2, 2.0
     log_gates = {"none": None, "log": -0.02 * a.abs(), "strong": torch.where(a > 1.5, -80.0, -0.02)}[gate]
-    return log_gates, 2 * b.sigmoid(), None, None, 0.0
+    return log_gates, 2 * b.sigmoid(), None, None, None
 
 
 def matrices(B, T, H, HV, dtype, normalize, gate, seed=0, parallel=False):
@@ -40,8 +41,11 @@ def matrices(B, T, H, HV, dtype, normalize, gate, seed=0, parallel=False):
         steps = 2 - 0.1 * torch.rand(B, T, HV, generator=r)
     c = torch.full((B * T, HV * CHUNK), torch.nan, dtype=matrix_dtype(dtype, normalize))
     vectors = torch.full((4 * HV, B * T), torch.nan)
-    scan = scans.Scan(k, k, torch.zeros(B, T, HV, D, dtype=dtype), c, vectors, None, 1.0, normalize, False)
-    scan.run_inverse(log_gates, steps, *given, "log" if gate == "strong" else gate)
+    A_log, dt_bias, beta_range = given
+    options = {"gate": "log" if gate == "strong" else gate, "beta_range": beta_range}
+    v = torch.zeros(B, T, HV, D, dtype=dtype)
+    call = BackendCall(Hopper, k, k, v, c, vectors, scale=1.0, normalize_qk=normalize, **options)
+    call.chunk_inverse(log_gates, steps, A_log, dt_bias)
     rows = vectors.view(HV, 4, -1)
     assert rows[:, 3].isnan().all() if normalize else not rows[:, 3].any()  # `chunk_forward` finds norms of queries
     found = {"c": c, "gates": rows[:, 0], "beta": rows[:, 1], "norms": rows[:, 2]}

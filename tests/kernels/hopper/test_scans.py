@@ -4,24 +4,26 @@ import chunk_equations as equations
 import pytest
 import torch
 from chunk_equations import D, check, make_scan, nans, normal, recurrence, recurrence_inputs, state_rows
+from delta_rule_calls import BackendCall
 from delta_rule_truth import fused_gated_delta_rule
 from gluon_on_cpu import Deadlock
 
 from lrnn.kernels.common.constants import CHUNK
-from lrnn.kernels.delta_rule import scans
+from lrnn.kernels.delta_rule.hopper import chunk_forward, scan_backward
+from lrnn.kernels.delta_rule.hopper.backend import Hopper
 
 BARS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 def in_halves(halves, monkeypatch):
     """Both halves of the values in a program, or one, as where heads fill the GPU or do not."""
-    monkeypatch.setattr(scans, "FULL", 1 if halves == 2 else 1000)
+    monkeypatch.setattr(chunk_forward, "FULL", 1 if halves == 2 else 1000)
 
 
 def test_halves_are_those_of_the_settings():
     for full, halves in ((True, 2), (False, 1)):
-        assert halves == scans.hopper_settings(full, True, False, False).HALVES
-        assert halves == scans.hopper_backward_settings(full, True).HALVES
+        assert halves == chunk_forward.hopper_settings(full, True, False, False).HALVES
+        assert halves == scan_backward.hopper_backward_settings(full, True).HALVES
 
 
 def all_of_head(x, head):
@@ -32,7 +34,7 @@ def forward(x, normalize, initial, split=False):
     B, _, HV = x["beta"].shape
     scan = make_scan(x, normalize, split)
     found = {"o": nans(*x["v"].shape, dtype=x["v"].dtype), "final": nans(B, HV, D, D)}
-    scan.run_forward(initial, found["final"], o=found["o"])
+    scan.forward_scan(initial, found["final"], o=found["o"])
     return scan, found
 
 
@@ -62,7 +64,7 @@ def test_forward_anew_saves_the_states(halves, run_on_cpu, monkeypatch):
     initial = normal(2, 1, D, D, seed=6)
     _, errors, starts, _ = recurrence(x, initial, True)
     found = {"y": nans(2 * 3 * CHUNK, D), "states": nans(2 * 3 * D, D)}
-    make_scan(x, True).run_forward(initial, None, **found)
+    make_scan(x, True).forward_scan(initial, None, **found)
     check(found, {"y": errors, "states": state_rows(starts)})
 
 
@@ -73,7 +75,7 @@ def forward_saving(x, initial, split=False):
     found = {"o": nans(B, T, HV, D, dtype=dtype), "final": nans(B, HV, D, D)}
     found |= {"y": nans(B * T, HV * D, dtype=dtype), "states": nans(B * T // CHUNK * HV * D, D, dtype=dtype)}
     scan = make_scan(x, True, split)
-    scan.run_forward(initial, **found)
+    scan.forward_scan(initial, **found)
     return scan, found
 
 
@@ -89,7 +91,7 @@ def test_forward_that_saves_is_both_scans(split, dtype, halves, seed, run_on_cpu
     saving, found = forward_saving(x, initial, split)
     scan, expected = forward(x, True, initial, split)
     expected |= {name: torch.empty_like(found[name]) for name in ("y", "states")}
-    scan.run_forward(initial, None, y=expected["y"], states=expected["states"])
+    scan.forward_scan(initial, None, y=expected["y"], states=expected["states"])
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert torch.equal(saving.vectors, scan.vectors)
 
@@ -106,7 +108,7 @@ def test_forward_gives_the_transition(halves, run_on_cpu, monkeypatch):
     transition = recurrence(no_values, torch.eye(D)[None, None], True)[3]
     found = {"ends": nans(1, 2, D, 2 * D)}
     reach = torch.tensor([[[0, 0, -1], [1, 3, -1]]], dtype=torch.int32)
-    make_scan(x, True).run_forward(None, found["ends"], reach=reach)
+    make_scan(x, True).forward_scan(None, found["ends"], reach=reach)
     rows = torch.cat([transition, torch.zeros_like(transition)], 1)
     check(found, {"ends": torch.cat([torch.cat(ends, 1), rows], -1)})
 
@@ -118,10 +120,11 @@ def test_forward_from_raw_projections(seed, run_on_cpu):
     B, T, H, HV = 2, 2 * CHUNK, 1, 2
     q, k, v = normal(B, T, H, D, seed=1), normal(B, T, H, D, seed=2), normal(B, T, HV, D, seed=3)
     a, b, A_log, dt_bias = (normal(*shape, seed=4) for shape in ((B, T, HV), (B, T, HV), (HV,), (HV,)))
-    scan = scans.Scan(q, k, v, nans(B * T, HV * CHUNK), nans(4 * HV, B * T), None, equations.SCALE, True, False)
-    scan.run_inverse(a, b, A_log - 4, dt_bias, 2.0, "raw")
+    options = {"scale": equations.SCALE, "normalize_qk": True, "gate": "raw", "beta_range": 2.0}
+    scan = BackendCall(Hopper, q, k, v, nans(B * T, HV * CHUNK), nans(4 * HV, B * T), **options)
+    scan.chunk_inverse(a, b, A_log - 4, dt_bias)
     found = {"o": nans(B, T, HV, D), "final": nans(B, HV, D, D)}
-    scan.run_forward(None, found["final"], o=found["o"])
+    scan.forward_scan(None, found["final"], o=found["o"])
     o, final = fused_gated_delta_rule(q, k, v, a, b, A_log - 4, dt_bias, output_final_state=True)
     check(found, {"o": o, "final": final})
 
@@ -138,7 +141,7 @@ def backward_scan(x, normalize, initial, split=False):
         scan.vectors.view(HV, 4, -1)[:, 3] = equations.log_norms(x["q"], HV)  # as the forward scan leaves it
     found = {"dv": nans(B, T, HV, D, dtype=dtype), "dstates": nans(B * T // CHUNK * HV * D, D, dtype=dtype)}
     found["dinitial"] = nans(B, HV, D, D)
-    scan.run_backward_scan(do, dfinal, **found)
+    scan.backward_scan(do, dfinal, **found)
     return found, equations.scan_gradients(x, initial, do, dfinal, normalize)
 
 
@@ -163,7 +166,7 @@ def test_backward_scan_of_the_first_chunks(halves, run_on_cpu, monkeypatch):
     scan.vectors.view(2, 4, -1)[:, 3] = equations.log_norms(x["q"], 2)
     found = {"dinitial": nans(1, 2, D, D)}
     reach = torch.tensor([[[-1, -1, 0], [-1, -1, 2]]], dtype=torch.int32)
-    scan.run_backward_scan(do, None, **found, reach=reach)
+    scan.backward_scan(do, None, **found, reach=reach)
     early = {name: y[:, : 2 * CHUNK] for name, y in all_of_head(x, 1).items()}
     expected = equations.scan_gradients(early, zero, do[:, : 2 * CHUNK, 1:], zero)["dinitial"]
     check(found, {"dinitial": torch.cat([zero, expected], 1)})
@@ -179,7 +182,7 @@ def test_scans_in_16_bits(split, dtype, run_on_cpu):
     scan, found = forward(x, True, initial, split)
     check(found, {"o": o, "final": final}, BARS[dtype])
     found = {"y": nans(2 * CHUNK, D, dtype=dtype), "states": nans(2 * D, D, dtype=dtype)}
-    scan.run_forward(initial, None, **found)
+    scan.forward_scan(initial, None, **found)
     check(found, {"y": errors, "states": state_rows(starts)}, BARS[dtype])
     check(*backward_scan(x, True, initial, split), BARS[dtype])
 

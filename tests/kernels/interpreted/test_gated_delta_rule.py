@@ -9,8 +9,8 @@ from delta_rule_inputs import BARS, BETAS, GATES, KEYS
 from delta_rule_truth import check, evaluate, evaluate_truth, relative_error
 from operator_calls import OperatorCalls
 
+from lrnn.kernels.delta_rule import cut
 from lrnn.kernels.delta_rule import operator as delta_rule_op
-from lrnn.kernels.delta_rule import scans
 from lrnn.kernels.delta_rule.api import fused_gated_delta_rule, gated_delta_product, gated_delta_rule
 from lrnn.kernels.reference import delta_rule as reference
 
@@ -245,13 +245,13 @@ def test_gradient_of_one_result_alone(of):
 def test_segments(documents, dtype, monkeypatch):
     """Long sequences are cut into segments that are scanned side by side; here, short ones are. Without decay in
     float32: every segment then carries the states of all before it."""
-    monkeypatch.setattr(scans, "SEGMENT", 64)
+    monkeypatch.setattr(cut, "SEGMENT", 64)
     x = inputs.random(1, 256, H=1, K=64, dtype=dtype, states=2 if documents else 1)
     if dtype == FP32:
         x = inputs.set_gates(x, "one")
     bounds = torch.tensor([0, 100, 256]) if documents else None
     if not documents:
-        assert scans.count_segments(1, 256, 1, 64, 64, dtype) == 4
+        assert cut.count_segments(1, 256, 1, 64, 64, dtype) == 4
     compare(x, BARS[dtype], f"segments, {dtype}", normalize_qk=True, cu_seqlens=bounds)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lrnn import LrnnConfig, LrnnForCausalLM
-from lrnn.kernels.delta_rule import scans
+from lrnn.kernels.delta_rule.portable.backend import Portable
 from lrnn.kernels.reference import delta_rule as delta_rule_reference
 from lrnn.kernels.reference import gated_rms_norm as gated_rms_norm_reference
 from lrnn.kernels.short_conv.api import short_conv
@@ -76,13 +76,13 @@ def test_logits_and_gradients(mixer, kind, in_pytorch):
 
 def test_layers_that_are_computed_anew_save_their_states(monkeypatch):
     """When they are computed anew, and not before: the backward pass then runs no forward scan."""
-    filled, run_forward = [], scans.Scan.run_forward
+    filled, forward_scan = [], Portable.forward_scan
 
-    def note(self, initial, final, **results):
+    def note(call, operands, initial, final, **results):
         filled.append(set(results))
-        run_forward(self, initial, final, **results)
+        forward_scan(call, operands, initial, final, **results)
 
-    monkeypatch.setattr(scans.Scan, "run_forward", note)
+    monkeypatch.setattr(Portable, "forward_scan", staticmethod(note))
     found = []
     for recompute, scanned in ((False, [{"o"}, {"y", "states"}]), (True, [{"o"}, {"o", "y", "states"}])):
         model = build_model(LrnnConfig(**SIZES), 0, activation_checkpointing=recompute)

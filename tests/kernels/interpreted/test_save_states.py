@@ -7,9 +7,11 @@ from delta_rule_truth import evaluate
 from operator_calls import OperatorCalls
 
 from lrnn.kernels.common.constants import CHUNK
+from lrnn.kernels.delta_rule import cut
 from lrnn.kernels.delta_rule import operator as delta_rule_op
-from lrnn.kernels.delta_rule import scans
 from lrnn.kernels.delta_rule.api import fused_gated_delta_rule, gated_delta_product, gated_delta_rule, saving_states
+from lrnn.kernels.delta_rule.call import Call
+from lrnn.kernels.delta_rule.portable.backend import Portable
 
 FP16, FP32 = torch.float16, torch.float32
 
@@ -17,13 +19,13 @@ FP16, FP32 = torch.float16, torch.float32
 @pytest.fixture
 def forward_scans(monkeypatch):
     """What each forward scan filled, in the order of their launches."""
-    filled, run_forward = [], scans.Scan.run_forward
+    filled, forward_scan = [], Portable.forward_scan
 
-    def note(self, initial, final, **results):
+    def note(call, operands, initial, final, **results):
         filled.append({name for name, x in results.items() if x is not None})
-        run_forward(self, initial, final, **results)
+        forward_scan(call, operands, initial, final, **results)
 
-    monkeypatch.setattr(scans.Scan, "run_forward", note)
+    monkeypatch.setattr(Portable, "forward_scan", staticmethod(note))
     return filled
 
 
@@ -53,9 +55,9 @@ def test_documents(forward_scans):
 
 def test_segments(forward_scans, monkeypatch):
     """The scan of what reaches their ends saves nothing."""
-    monkeypatch.setattr(scans, "SEGMENT", CHUNK)
+    monkeypatch.setattr(cut, "SEGMENT", CHUNK)
     x = inputs.random(1, 256, H=1, dtype=FP16, raw=True)
-    assert scans.count_segments(1, 256, 1, 64, 64, FP16) == 4
+    assert cut.count_segments(1, 256, 1, 64, 64, FP16) == 4
     compare(x, forward_scans, segments=True, precision="split")
 
 
@@ -103,9 +105,10 @@ def test_nothing_is_kept_without_gradients(mode, forward_scans):
 def test_what_the_operator_returns():
     x = inputs.random(2, 70, H=1, HV=2, K=64, V=128, dtype=FP16)
     arguments = (x["q"], x["k"], x["v"], x["g"], x["beta"], None, None, None, 1.0, True, None, False, None, "standard")
+    call = Call.of(x["k"], x["v"], x["g"], None, None, 1.0, True, None, "standard")
     for run in (
         lambda saves: delta_rule_op.gated_delta_rule_forward(*arguments, saves)[-2:],
-        lambda saves: delta_rule_op._forward_results(x["q"], x["v"], True, False, None, saves)[-2:],
+        lambda saves: delta_rule_op._forward_results(call, False, saves)[-2:],
     ):
         y, states = run(True)
         assert y.shape == (140, 2 * 128) and states.shape == (2 * 2 * 2 * 128, 64)

@@ -11,8 +11,9 @@ from delta_rule_truth import check, evaluate, evaluate_truth, floors
 
 from lrnn.kernels.common.constants import CHUNK
 from lrnn.kernels.common.launch import launch
-from lrnn.kernels.delta_rule import scans
+from lrnn.kernels.delta_rule import cut, segments
 from lrnn.kernels.delta_rule.api import fused_gated_delta_rule, gated_delta_rule
+from lrnn.kernels.delta_rule.portable import segment_reach
 from lrnn.kernels.delta_rule.portable.segment_reach import LEAST, SEGMENT_REACH, segment_reach_kernel
 
 
@@ -66,11 +67,11 @@ def test_gates_that_erase():
 
 def in_segments(x, monkeypatch, function=fused_gated_delta_rule, **options):
     """Outputs and gradients, and how many chunks were left out of how many, with segments of two chunks."""
-    monkeypatch.setattr(scans, "SEGMENT", 2 * CHUNK)
-    reaches, find = [], scans.Scan.find_reach
-    monkeypatch.setattr(scans.Scan, "find_reach", lambda *a: reaches.append(find(*a)) or reaches[-1])
+    monkeypatch.setattr(cut, "SEGMENT", 2 * CHUNK)
+    reaches, find = [], segments.find_reach
+    monkeypatch.setattr(segments, "find_reach", lambda *a, **o: reaches.append(find(*a, **o)) or reaches[-1])
     found = evaluate(function, x, *inputs.arriving(x), **options)
-    monkeypatch.setattr(scans.Scan, "find_reach", find)
+    monkeypatch.setattr(segments, "find_reach", find)
     forward, backward = reaches
     return found, [*forward[..., :2].flatten(0, 1).T.tolist(), (2 - backward[..., 2].flatten()).tolist()]
 
@@ -86,7 +87,7 @@ def test_what_is_left_out_changes_nothing(dtype, monkeypatch):
     do, dstate = inputs.arriving(x)
     expected = evaluate_truth(truth.fused_gated_delta_rule, x, do, dstate)
     check(found, expected, BARS[dtype], f"reach, {dtype}", floors(expected, do))
-    monkeypatch.setattr(scans, "LEAST", -math.inf)
+    monkeypatch.setattr(segment_reach, "LEAST", -math.inf)
     whole, left_out = in_segments(x, monkeypatch)
     assert not any(left_out[1] + left_out[2]) and all(torch.equal(found[n], whole[n]) for n in whole)
 
@@ -95,7 +96,7 @@ def test_no_state_before_and_behind(monkeypatch):
     """Then the first and the last transition, and the last end state, are not looked for, and may be anything."""
     x = inputs.random(1, 8 * CHUNK, H=1, dtype=torch.float32, raw=True, gate=1e-3)
     expected = evaluate_truth(truth.fused_gated_delta_rule, x | {"initial_state": None}, inputs.arriving(x)[0], None)
-    monkeypatch.setattr(scans, "SEGMENT", 2 * CHUNK)
+    monkeypatch.setattr(cut, "SEGMENT", 2 * CHUNK)
     leaves = {n: y.clone().requires_grad_() for n, y in x.items() if n != "initial_state"}
     o, _ = fused_gated_delta_rule(**leaves)
     o.backward(inputs.arriving(x)[0])

@@ -11,7 +11,7 @@ from delta_rule_truth import check, evaluate, evaluate_truth, floors, relative_e
 from operator_calls import OperatorCalls
 from triton.runtime import interpreter
 
-from lrnn.kernels.delta_rule import scans
+from lrnn.kernels.delta_rule import cut
 from lrnn.kernels.delta_rule.api import fused_gated_delta_rule, gated_delta_product, gated_delta_rule
 from lrnn.kernels.reference import delta_rule as delta_rule_reference
 
@@ -83,9 +83,9 @@ def test_all_results_with_documents_and_states(raw, dtype, bfloat16):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_segments_and_wide_heads(dtype, bfloat16, monkeypatch):
-    monkeypatch.setattr(scans, "SEGMENT", 64)
+    monkeypatch.setattr(cut, "SEGMENT", 64)
     x = inputs.random(1, 256, H=2, K=128, dtype=dtype)  # one head's gradient of g may be small by chance
-    assert scans.count_segments(1, 256, 2, 128, 128, dtype) == 4
+    assert cut.count_segments(1, 256, 2, 128, 128, dtype) == 4
     do, dstate = inputs.arriving(x)
     found = evaluate(gated_delta_rule, x, do, dstate, normalize_qk=True, precision="split")
     expected = evaluate_truth(truth.gated_delta_rule, x, do, dstate, normalize_qk=True)

@@ -1,0 +1,62 @@
+"""How the tokens of a call are cut: sequences into chunks, and few long sequences into segments of whole chunks."""
+
+import torch
+from torch import Tensor
+
+from lrnn.kernels.common.constants import CHUNK
+
+SCANS_TO_FILL = 256  # scans that fill an H100: 132 multiprocessors with two programs each
+SEGMENT = 16 * CHUNK  # the fewest tokens of a segment: with fewer, the extra pass costs more than it gains
+
+
+def scan_columns(K: int, dtype: torch.dtype) -> int:
+    """Return the columns of values that one program of a scan takes. 64 fill the rows of one warpgroup."""
+    return 32 if dtype == torch.float32 and K == 256 else 64
+
+
+def count_segments(batch_size: int, seq_len: int, num_heads: int, K: int, V: int, dtype: torch.dtype) -> int:
+    """Return the number of equal segments that each sequence is cut into: 1, or a power of 2 from 4 on."""
+    scans = batch_size * num_heads * (V // scan_columns(K, dtype))
+    segments = 1
+    while 2 * segments * scans <= SCANS_TO_FILL and seq_len % (2 * segments * SEGMENT) == 0:
+        segments *= 2
+    return segments if segments >= 4 else 1
+
+
+def count_chunks(batch_size: int, seq_len: int, cu_seqlens: Tensor | None) -> int:
+    """Return the number of chunks of a batch. With documents it is an upper bound, which needs no look at the GPU."""
+    if cu_seqlens is None:
+        return batch_size * -(-seq_len // CHUNK)
+    return -(-batch_size * seq_len // CHUNK) + cu_seqlens.shape[0] - 1
+
+
+class Chunks:
+    """The chunks of a batch: of B sequences of T tokens, or of the documents that `cu_seqlens` bounds.
+
+    No value is read back from the GPU: with documents, `count` is an upper bound and the table marks unused places.
+
+    Attributes:
+        sequences: number of sequences, or of documents.
+        seq_len: tokens per sequence, if there are no documents.
+        count: number of chunks.
+        starts: int32 [sequences], the number of each document's first chunk; None without documents.
+        table: int32 [count, 2], the document of a chunk and the place of the chunk in it, or -1 where there is none;
+            None without documents.
+    """
+
+    def __init__(self, batch_size: int, seq_len: int, cu_seqlens: Tensor | None):
+        self.seq_len = seq_len
+        self.starts: Tensor | None = None
+        self.table: Tensor | None = None
+        self.count = count_chunks(batch_size, seq_len, cu_seqlens)
+        if cu_seqlens is None:
+            self.sequences = batch_size
+        else:
+            self.sequences = cu_seqlens.numel() - 1
+            ends = ((cu_seqlens.diff() + CHUNK - 1) // CHUNK).cumsum(0)
+            number = torch.arange(self.count, device=cu_seqlens.device)
+            document = torch.searchsorted(ends, number, right=True)
+            starts = torch.cat([ends.new_zeros(1), ends])
+            within = number - starts[document.clamp(max=self.sequences - 1)]
+            self.starts = starts[:-1].int()
+            self.table = torch.stack([torch.where(document < self.sequences, document, -1), within], 1).int()
