@@ -1,9 +1,10 @@
 """Recurrences on fla's kernels (flash-linear-attention 0.6.0), for operands in 16 bits on CUDA.
 
-`recurrences.py` says when they are used, and where the arguments and results are described. Nothing is read back from
-the GPU, except with documents in RWKV-7, where fla does so once for every `cu_seqlens`. `mlstm_kernels`, the kernels of
-the mLSTM's authors, do not fit: they take the forget gate as a logit of which they compute log-sigmoid, which excludes
-2f - 1, and no documents. The mLSTM runs as a diagonal recurrence here.
+`recurrences.py` says when they are used and where the arguments and results are described. Nothing is read back from
+the GPU, except with documents in RWKV-7, where fla does so once for every `cu_seqlens`.
+
+The mLSTM runs as a diagonal recurrence here. `mlstm_kernels`, the kernels of its authors, do not fit: they take the
+forget gate as a logit and compute its log-sigmoid, which excludes 2f - 1, and they take no documents.
 """
 
 from typing import Any
@@ -20,25 +21,26 @@ from lrnn.kernels.reference.diagonal import check
 from lrnn.kernels.reference.documents import document_starts
 
 FORGET = -100.0  # a log-decay that nothing outlasts: e^-100 is below float32
-COLUMNS = 16  # head sizes are padded to multiples of it: fla refuses odd ones, such as the V + 1 of the mLSTM
-TF32 = 2.0**-10  # relative error of a product that the tensor cores make of float32 operands
-# With one number a head, fla has kernels of its own, but refuses their backward pass where Triton miscompiles it: on
-# Hopper, before 3.7.1. There the number is repeated over the key dimension, for the kernels of GLA.
+COLUMNS = 16  # head sizes are padded to its multiples, since fla refuses odd ones, such as the V + 1 of the mLSTM
+TF32 = 2.0**-10  # relative error of a product of float32 operands on the tensor cores
+# For one decay per head, fla has separate kernels. It refuses their backward pass where Triton miscompiles it: on
+# Hopper, before Triton 3.7.1. There, the decay is repeated over the key dimension, for the kernels of GLA.
 ONE_NUMBER_KERNELS = not (IS_NVIDIA_HOPPER and TRITON_ABOVE_3_4_0 and not TRITON_ABOVE_3_7_1)
 
 
 def diagonal_recurrence(
     q, k, v, g, sign=None, *, scale=1.0, initial_state=None, output_final_state=False, document=None
 ) -> tuple[Tensor, Tensor | None]:
-    """By `chunk_gla` or, with one number a head, by `chunk_simple_gla`.
+    """Compute the recurrence by `chunk_gla` or, with one decay per head, by `chunk_simple_gla`.
 
-    Signs are folded into q and k, which is exact. fla sums g in float32 over 64 tokens and exponentiates differences
-    that are at most 0 where they count: no decay is too strong, and log-decays of -20 (2a - 1 near 0) cost no accuracy
-    that 16 bits have; sums of 1e4 would cost 3e-4. A document starts with a decay of e^-100.
+    Signs are folded into q and k, which is exact. fla sums g in float32 over 64 tokens and exponentiates differences,
+    which are at most 0 where they count. So no decay is too strong, and log-decays of -20 (2a - 1 near 0) cost no
+    accuracy that 16 bits have; sums of 1e4 would cost 3e-4. A document starts with a decay of e^-100.
 
-    `chunk_gla` finds the gradient of g as a difference of sums that tf32 products went into, so that it has an absolute
-    error; 2a - 1 near 0 would divide that by |2a - 1|, and a few tokens would drown all others. With signs the gradient
-    of g is therefore damped by |a|^2 / (|a|^2 + TF32^2). Where a is evenly spread this leaves an error of some percent.
+    `chunk_gla` computes the gradient of g as a difference of sums of tf32 products, which has an absolute error. If
+    2a - 1 is near 0, this error would be divided by |2a - 1|, and a few tokens would drown all others. With signs, the
+    gradient of g is therefore damped by |a|^2 / (|a|^2 + TF32^2). If a is evenly spread, an error of some percent
+    remains.
     """
     check(q, k, v, g, sign, initial_state, output_final_state, document)
     K, V, dtype = q.shape[3], v.shape[3], q.dtype
@@ -67,19 +69,20 @@ def diagonal_recurrence(
 
 
 def rwkv7_recurrence(r, w, k, v, kappa, a, *, initial_state=None, cu_seqlens=None) -> tuple[Tensor, Tensor]:
-    """By `chunk_rwkv7`.
+    """Compute the recurrence by `chunk_rwkv7`.
 
-    w must be at least 0.01: fla exponentiates sums of up to 16 of -log w. (RWKV-7's is above 0.54.)
+    The decay w must be at least 0.01, since fla exponentiates sums of up to 16 values of -log w. (RWKV-7's w is above
+    0.54.)
 
-    kappa and a . kappa are rounded, and the eigenvalue along kappa would be off by the rounding of |kappa|^2, the same
-    in every step with that key; near -1 the state would grow. So a . kappa is made from the rounded kappa, over its
-    square. What is left is the rounding of a . kappa itself, about 2e-4 in bfloat16.
+    kappa and a . kappa are rounded. The eigenvalue along kappa would be off by the rounding of |kappa|^2, by the same
+    amount in every step with that key, and near -1 the state would grow. So a . kappa is computed from the rounded
+    kappa, divided by its square. What remains is the rounding of a . kappa itself, about 2e-4 in bfloat16.
     """
     B, T = r.shape[:2]
     K, V, dtype = r.shape[3], v.shape[3], r.dtype
     with torch.autocast(r.device.type, enabled=False):
         kappa = kappa.to(dtype)
-        # Without a gradient: the caller's a . kappa does not depend on the norm.
+        # The square has no gradient, since the caller's a . kappa does not depend on the norm.
         square = kappa.detach().float().square().sum(-1, keepdim=True).clamp(min=1e-12)
         erased = (-a.float() * kappa.float() / square).to(dtype)
         inputs = [_padded(x) for x in (r, w.float().log(), k.to(dtype), v.to(dtype), kappa, erased)]
@@ -91,19 +94,19 @@ def rwkv7_recurrence(r, w, k, v, kappa, a, *, initial_state=None, cu_seqlens=Non
             if state is not None:
                 raise ValueError("documents exclude an initial state")
         o, state = chunk_rwkv7(*inputs, scale=1.0, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)
-        if cu_seqlens is not None:  # of the states of all documents those at the ends of the rows
+        if cu_seqlens is not None:  # keep the states of those documents that hold the ends of the rows
             last = torch.arange(1, B + 1, device=r.device) * T - 1
             state = state[torch.searchsorted(cu_seqlens.long(), last, right=True) - 1]
         return o.view(B, T, *o.shape[2:])[..., :V], state[..., :K, :V]
 
 
 def _padded(x: Tensor) -> Tensor:
-    """With zeros in the last dimension, to a multiple of COLUMNS."""
+    """Pad the last dimension with zeros to a multiple of COLUMNS."""
     return F.pad(x, (0, -x.shape[-1] % COLUMNS))
 
 
 class _DampedGradient(torch.autograd.Function):
-    """g, whose gradient is multiplied by e^2g / (e^2g + TF32^2)."""
+    """The identity, with a gradient that is multiplied by e^2g / (e^2g + TF32^2)."""
 
     @staticmethod
     def forward(ctx: Any, g):

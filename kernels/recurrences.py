@@ -1,18 +1,18 @@
-"""Where the recurrence of a token mixer runs; what the mixers call wherever lrnn is installed.
+"""The table of where the recurrence of a token mixer runs. Mixers call these functions wherever lrnn is installed.
 
-| | float32 on CUDA | 16 bits on CUDA | CPU, float64, one token |
+| | float32 on CUDA | 16 bits on CUDA | CPU or float64 |
 |---|---|---|---|
-| `diagonal_recurrence` (GLA, Mamba-2, mLSTM) | PyTorch, by chunks | fla | PyTorch |
-| `rwkv7_recurrence` | PyTorch, token by token | fla | PyTorch |
+| `diagonal_recurrence` (GLA, Mamba-2, mLSTM) | PyTorch, by chunks | fla (one token: PyTorch) | PyTorch |
+| `rwkv7_recurrence` | PyTorch, token by token | fla (one token: PyTorch) | PyTorch |
 | `selective_scan` (Mamba) | Triton, `selective_scan.py` | the same, computed in float32 | PyTorch |
 
-The dtype is that of the first argument (q, r, x), whatever the others have. fla's kernels multiply float32 operands as
-tf32, with 10 bits: tracked states would be off by 1e-3, where float32 gives 1e-6. So float32 stays in PyTorch.
+The dtype is that of the first argument (q, r or x), whatever the others have. fla's kernels multiply float32 operands
+as tf32, with 10 bits: tracked states would be off by 1e-3, where float32 gives 1e-6. So float32 stays in PyTorch.
 
-Each function here stands for the one of its name in PyTorch, in `diagonal_recurrence.py` or `step_recurrences.py`,
-which describes the arguments, results and errors. On fla's kernels k and v, in RWKV-7 kappa and a . kappa too, are
-rounded to the dtype of q or r, and o has it; the state is float32 everywhere. Where fla is needed and missing, an
-ImportError says so.
+Each function has the arguments, results and errors of the function of its name in `reference/diagonal.py` or
+`reference/steps.py`. On fla's kernels, k and v, and in RWKV-7 kappa and a . kappa as well, are rounded to the dtype of
+q or r, which is also the dtype of o. The state is float32 everywhere. An ImportError is raised if fla is needed and not
+installed.
 """
 
 from types import ModuleType
@@ -29,25 +29,29 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def diagonal_recurrence(q: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """`lrnn.kernels.reference.diagonal.diagonal_recurrence`, but that fla's kernels take no `chunk_size`."""
+    """Compute `lrnn.kernels.reference.diagonal.diagonal_recurrence`. fla's kernels take no `chunk_size`."""
     rule = fla().diagonal_recurrence if _runs_on_fla(q) else diagonal.diagonal_recurrence
     return rule(q, *args, **options)
 
 
 def rwkv7_recurrence(r: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """`lrnn.kernels.reference.steps.rwkv7_recurrence`."""
+    """Compute `lrnn.kernels.reference.steps.rwkv7_recurrence`."""
     rule = fla().rwkv7_recurrence if _runs_on_fla(r) else steps.rwkv7_recurrence
     return rule(r, *args, **options)
 
 
 def selective_scan(x: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """`lrnn.kernels.reference.steps.selective_scan`."""
+    """Compute `lrnn.kernels.reference.steps.selective_scan`."""
     scan = scan_on_kernels if use_kernels(x) and x.dtype != torch.float64 else steps.selective_scan
     return scan(x, *args, **options)
 
 
 def fla() -> ModuleType:
-    """The functions that call fla, which is imported here and nowhere before."""
+    """Return the module that calls fla. It is imported here, when it is first needed.
+
+    Raises:
+        ImportError: if fla is not installed.
+    """
     try:
         from lrnn.kernels import fla_recurrences
     except ImportError as error:
@@ -58,5 +62,5 @@ def fla() -> ModuleType:
 
 
 def _runs_on_fla(x: Tensor) -> bool:
-    # A single token is a step of generation: the plain recurrence is as fast.
+    # A single token is a step of generation, for which the plain recurrence is as fast.
     return x.is_cuda and x.dtype in HALF and x.shape[1] > 1

@@ -1,4 +1,4 @@
-"""Mamba's selective scan in Triton, forward and backward: `step_recurrences.selective_scan` for CUDA.
+"""Mamba's selective scan in Triton, forward and backward: `reference/steps.py` for CUDA.
 
     h_t[d, n] = a_t[d, n] h_{t-1}[d, n] + dt_t[d] B_t[n] x_t[d]        y_t[d] = sum_n C_t[n] h_t[d, n]
     a_t = e_t or 2 e_t - 1, e_t = exp(dt_t[d] A[d, n])
@@ -7,9 +7,9 @@
     de_t = (1 or 2) e_t dh_t h_{t-1}                       ddt_t[d] = sum_n (de_t A + dh_t B_t x_t)
     dA = sum_t dt_t de_t                                   dx_t[d] = dt_t sum_n dh_t B_t, dB_t[n] = sum_d dh_t dt_t x_t
 
-A program owns some channels of one sequence, keeps their states in registers and walks along the tokens; everything is
-float32. The forward pass stores the state ahead of every SEGMENT tokens. From there the backward pass computes the
-states of a segment anew, into room of its own, and walks back over them.
+A program owns some channels of one sequence, keeps their states in registers and walks along the tokens. Everything is
+float32. The forward pass stores the state ahead of every SEGMENT tokens. From it, the backward pass computes the states
+of a segment again, into a scratch buffer, and walks back over them.
 """
 
 from collections.abc import Iterator
@@ -23,21 +23,21 @@ from torch import Tensor
 from lrnn.kernels.reference.documents import document_starts
 
 SEGMENT = 32  # tokens between stored states
-CHANNELS = 32  # of a program: with 16 states a channel, 16 numbers for each thread of a warp
+CHANNELS = 32  # per program; with 16 states per channel, each thread of a warp holds 16 numbers
 WARPS = 1
 
 
 @torch.compiler.disable
 def selective_scan(x, dt, A, B, C, *, allow_neg_eigval, initial_state=None, document=None) -> tuple[Tensor, Tensor]:
-    """`lrnn.kernels.reference.steps.selective_scan` on kernels: the same arguments and results, in float32.
+    """Compute `lrnn.kernels.reference.steps.selective_scan` in Triton kernels, in float32.
 
-    Gradients go to x, dt, A, B, C and the initial state, and are summed in a fixed order. B and C are read in whole:
-    N up to some hundreds.
+    The arguments and results are the same. Gradients go to x, dt, A, B, C and the initial state, and are summed in a
+    fixed order. A program reads whole rows of B and C, so N should not exceed some hundreds.
     """
-    wide = (y.float().contiguous() for y in (x, dt, A, B, C))
+    inputs = (y.float().contiguous() for y in (x, dt, A, B, C))
     start = None if document is None else document_starts(document).contiguous()
     state = None if initial_state is None else initial_state.float().contiguous()
-    return _SelectiveScan.apply(*wide, state, start, allow_neg_eigval)
+    return _SelectiveScan.apply(*inputs, state, start, allow_neg_eigval)
 
 
 class _SelectiveScan(torch.autograd.Function):
@@ -50,9 +50,23 @@ class _SelectiveScan(torch.autograd.Function):
         stored = x.new_empty(x.shape[0], segments, *A.shape) if needs_grad else None
         with torch.cuda.device_of(x):  # does nothing for CPU tensors
             selective_scan_forward_kernel[_grid(x)](
-                x, dt, A, B, C, state, start, y, final, stored, x.shape[1], HAS_STATE=state is not None,
-                HAS_START=start is not None, SAVE=needs_grad, NEGATIVE=allow_neg_eigval, **_sizes(A),
-            )  # fmt: skip
+                x=x,
+                dt=dt,
+                A=A,
+                B=B,
+                C=C,
+                initial_state=state,
+                start=start,
+                y=y,
+                final_state=final,
+                stored=stored,
+                T=x.shape[1],
+                HAS_STATE=state is not None,
+                HAS_START=start is not None,
+                SAVE=needs_grad,
+                NEGATIVE=allow_neg_eigval,
+                **_sizes(A),
+            )
         ctx.save_for_backward(x, dt, A, B, C, start, stored)
         ctx.allow_neg_eigval, ctx.has_state = allow_neg_eigval, state is not None
         return y, final
@@ -67,12 +81,30 @@ class _SelectiveScan(torch.autograd.Function):
         dx, ddt = torch.empty_like(x), torch.empty_like(x)
         dA, dstate = x.new_empty(batch, D, N), x.new_empty(batch, D, N)
         dB, dC = x.new_empty(batch, blocks, T, N), x.new_empty(batch, blocks, T, N)
-        room = x.new_empty(batch, SEGMENT, D, N)
+        scratch = x.new_empty(batch, SEGMENT, D, N)
         with torch.cuda.device_of(x):
             selective_scan_backward_kernel[_grid(x)](
-                x, dt, A, B, C, start, stored, room, dy.contiguous(), dfinal.contiguous(), dx, ddt, dA, dB, dC, dstate,
-                T, HAS_START=start is not None, NEGATIVE=ctx.allow_neg_eigval, **_sizes(A),
-            )  # fmt: skip
+                x=x,
+                dt=dt,
+                A=A,
+                B=B,
+                C=C,
+                start=start,
+                stored=stored,
+                scratch=scratch,
+                dy=dy.contiguous(),
+                dfinal=dfinal.contiguous(),
+                dx=dx,
+                ddt=ddt,
+                dA=dA,
+                dB=dB,
+                dC=dC,
+                dinitial=dstate,
+                T=T,
+                HAS_START=start is not None,
+                NEGATIVE=ctx.allow_neg_eigval,
+                **_sizes(A),
+            )
         return dx, ddt, dA.sum(0), dB.sum(1), dC.sum(1), dstate if ctx.has_state else None, None, None
 
 
@@ -87,7 +119,7 @@ def _sizes(A: Tensor) -> dict[str, int]:
 
 @triton.jit
 def _decay(b_e, start, row, HAS_START: tl.constexpr, NEGATIVE: tl.constexpr):
-    # a_t [BD, BN] of e_t; 0 at the start of a document
+    # a_t [BD, BN] from e_t; 0 at the start of a document.
     b_a = b_e
     if NEGATIVE:
         b_a = 2 * b_e - 1
@@ -154,7 +186,7 @@ def selective_scan_backward_kernel(
     C,
     start,
     stored,
-    room,
+    scratch,
     dy,
     dfinal,
     dx,
@@ -182,7 +214,7 @@ def selective_scan_backward_kernel(
     b_dA = tl.zeros([BD, BN], tl.float32)
     b_dh = tl.load(dfinal + i_b * D * N + o_s, mask=m_s, other=0.0)
     segments = tl.cdiv(T, SEGMENT)
-    room += i_b * SEGMENT * D * N
+    scratch += i_b * SEGMENT * D * N
     dB += (i_b * tl.num_programs(0) + i_d) * T * N
     dC += (i_b * tl.num_programs(0) + i_d) * T * N
     for i_back in range(0, segments):
@@ -190,9 +222,9 @@ def selective_scan_backward_kernel(
         first = i_s * SEGMENT
         length = tl.minimum(SEGMENT, T - first)
         b_h = tl.load(stored + (i_b * segments + i_s) * D * N + o_s, mask=m_s, other=0.0)
-        # The state ahead of each token. What a thread writes here it reads itself.
+        # Keep the state ahead of each token. Each thread reads only what it wrote itself.
         for i in range(0, length):
-            tl.store(room + i * D * N + o_s, b_h, mask=m_s)
+            tl.store(scratch + i * D * N + o_s, b_h, mask=m_s)
             row = i_b * T + first + i
             b_x = tl.load(x + row * D + o_d, mask=m_d, other=0.0)
             b_dt = tl.load(dt + row * D + o_d, mask=m_d, other=0.0)
@@ -208,8 +240,8 @@ def selective_scan_backward_kernel(
             b_B = tl.load(B + row * N + o_n, mask=m_n, other=0.0)
             b_C = tl.load(C + row * N + o_n, mask=m_n, other=0.0)
             b_dy = tl.load(dy + row * D + o_d, mask=m_d, other=0.0)
-            # b_h is the state after the token, b_before the one ahead of it
-            b_before = tl.load(room + i * D * N + o_s, mask=m_s, other=0.0)
+            # b_h is the state after the token, b_before the one ahead of it.
+            b_before = tl.load(scratch + i * D * N + o_s, mask=m_s, other=0.0)
             tl.store(dC + (first + i) * N + o_n, tl.sum(b_dy[:, None] * b_h, 0), mask=m_n)
             b_dh += b_dy[:, None] * b_C[None, :]
             b_e = tl.exp(b_dt[:, None] * b_A)
@@ -226,13 +258,13 @@ def selective_scan_backward_kernel(
             tl.store(dB + (first + i) * N + o_n, tl.sum(b_dh * (b_dt * b_x)[:, None], 0), mask=m_n)
             b_dh = b_a * b_dh
             b_h = b_before
-        tl.debug_barrier()  # the room is written anew
+        tl.debug_barrier()  # the next segment overwrites the scratch buffer
     tl.store(dA + i_b * D * N + o_s, b_dA, mask=m_s)
     tl.store(dinitial + i_b * D * N + o_s, b_dh, mask=m_s)
 
 
 def compile_cases(D: int = 2048, N: int = 16) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
-    """The kernels as they are compiled in training, to be compiled for a GPU that is not there.
+    """Yield the kernels as training compiles them, for a GPU that need not be there.
 
     A case is (name, kernel, types of its arguments, values of its constants, warps, stages).
     """

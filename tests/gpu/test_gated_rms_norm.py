@@ -13,7 +13,7 @@ DTYPES = [BF16, FP16, FP32]
 
 @pytest.fixture(autouse=True)
 def nan_buffers(request, monkeypatch):
-    if "compile" not in request.node.name:  # the compiler's own buffers are none of our business
+    if "compile" not in request.node.name:  # the compiler allocates buffers of its own
         fill_new_buffers_with_nan(monkeypatch)
 
 
@@ -45,7 +45,7 @@ def test_dtypes(dtype, gate_dtype, weight_dtype):
 @pytest.mark.parametrize("heads", [3, 4])
 @pytest.mark.parametrize("offset", [0, 64, 3])
 def test_gate_as_slice_of_a_projection(offset, heads):
-    """In place, aligned to 16 bytes or not; the channels on both sides are NaN."""
+    """Slices are read in place, aligned to 16 bytes or not. The channels on both sides are NaN."""
     x, gate, weight, dy = make((2, 300, heads, 128), dtype=BF16, device="cuda")
     width = heads * 128
     whole = torch.full((2, 300, width + 128), float("nan"), dtype=BF16, device="cuda")
@@ -97,7 +97,7 @@ def test_operators(gated):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("gated", [True, False])
 def test_compiled_in_one_graph(gated, autocast):
-    """Between other operations; under autocast, which leaves the operator alone, with a weight of float32."""
+    """Compile it between other operations, also under autocast, which leaves the operator and its weight alone."""
     torch._dynamo.reset()
     inputs = make((2, 300, 4, 128), dtype=BF16, gated=gated, device="cuda")
 
@@ -110,7 +110,7 @@ def test_compiled_in_one_graph(gated, autocast):
 
 
 def test_more_than_2_to_the_31_elements():
-    """Offsets above 2^31: the last rows of a tensor against the same rows alone."""
+    """At offsets above 2^31, the last rows of a tensor agree with the same rows alone."""
     R, D, tail = 2**24 + 1000, 128, 500
     if torch.cuda.mem_get_info()[0] < 40 << 30:
         pytest.skip("needs 40 GB of GPU memory")

@@ -14,7 +14,7 @@ DTYPES = [BF16, FP16, FP32]
 
 @pytest.fixture(autouse=True)
 def nan_buffers(request, monkeypatch):
-    if "compile" not in request.node.name:  # the compiler's own buffers are none of our business
+    if "compile" not in request.node.name:  # the compiler allocates buffers of its own
         fill_new_buffers_with_nan(monkeypatch)
 
 
@@ -26,9 +26,9 @@ def compare(B, T, widths, *, taps=4, dtype=BF16, weight_dtype=FP32, before=False
 
 
 def packed(tokens: int, seed: int, dtype=torch.int32, extra=()):
-    """Documents from 0 to a few hundred tokens, short ones often."""
+    """Return boundaries of documents of 0 to a few hundred tokens, of which many are short."""
     r = torch.Generator().manual_seed(seed)
-    inner = torch.cat([torch.randint(0, tokens + 1, (tokens // 100,), generator=r)] * 2)  # each boundary twice
+    inner = torch.cat([torch.randint(0, tokens + 1, (tokens // 100,), generator=r)] * 2)  # each boundary appears twice
     near = (inner + torch.randint(1, 4, inner.shape, generator=r)).clamp(max=tokens)
     ends = torch.tensor([0, tokens, *extra])
     return torch.cat([inner, near, ends]).sort().values.to(dtype).cuda()
@@ -63,7 +63,7 @@ def test_widths(widths, dtype):
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(("B", "T"), [(1, 1200), (2, 4200)])
 def test_documents(B, T, seed, dtype, index_dtype):
-    """With a boundary at the rows' ends and without: taps do not reach over into another row in any case."""
+    """Taps do not reach into another row, whether or not there is a boundary at the ends of the rows."""
     cu_seqlens = packed(B * T, seed, index_dtype, extra=[T, 128, 256] if seed else [])
     compare(B, T, [96, 64], dtype=dtype, cu_seqlens=cu_seqlens)
 
@@ -89,7 +89,7 @@ def test_documents_do_not_touch_each_other(T):
 
 @pytest.mark.parametrize("offset", [0, 64, 3])
 def test_slices_of_one_projection(offset):
-    """In place, aligned to 16 bytes or not; the channels on both sides are NaN."""
+    """Slices are read in place, aligned to 16 bytes or not. The channels on both sides are NaN."""
     xs, weights, _, dys = make(2, 500, [256, 256, 128], dtype=BF16, device="cuda")
     whole = torch.full((2, 500, offset + 640 + 64), float("nan"), device="cuda", dtype=BF16)
     whole[..., offset : offset + 640] = torch.cat([x.detach() for x in xs], -1)
@@ -100,7 +100,7 @@ def test_slices_of_one_projection(offset):
 
 
 def test_generation_token_by_token():
-    """One token at a time, with the inputs before it, gives what the whole sequence does."""
+    """One token at a time, given the inputs before it, has the results of the whole sequence."""
     xs, weights, _, _ = make(2, 40, [256, 128], dtype=BF16, device="cuda")
     with torch.no_grad():
         whole = short_conv(xs, weights)
@@ -109,7 +109,7 @@ def test_generation_token_by_token():
             before = [p[:, t : t + 3] for p in padded]
             step = short_conv([x[:, t : t + 1] for x in xs], weights, before=before)
             for y, z in zip(step, whole, strict=True):
-                torch.testing.assert_close(y, z[:, t : t + 1], rtol=2**-7, atol=1e-6)  # a bit of bfloat16
+                torch.testing.assert_close(y, z[:, t : t + 1], rtol=2**-7, atol=1e-6)  # one bit of bfloat16
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -124,7 +124,7 @@ def test_hundred_runs_are_bitwise_equal(dtype, with_documents):
 
 
 def test_constant_inputs():
-    """All ones: nothing to hide behind, and the values that Triton specialises on."""
+    """All inputs are 1, so that no error averages out."""
     xs, weights, _, dys = make(2, 300, [128], device="cuda")
     xs, weights, dys = ([torch.ones_like(t) for t in group] for group in (xs, weights, dys))
     xs, weights = ([t.requires_grad_() for t in group] for group in (xs, weights))
@@ -145,7 +145,7 @@ def test_operators(kind):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("with_documents", [False, True])
 def test_compiled_in_one_graph(with_documents, autocast):
-    """Between other operations; under autocast, which leaves the operator alone, with weights of float32."""
+    """Compile it between other operations, also under autocast, which leaves the operator and its weights alone."""
     torch._dynamo.reset()
     xs, weights, _, dys = make(2, 600, [256, 128], dtype=BF16, device="cuda")
     cu_seqlens = packed(1200, 0) if with_documents else None
@@ -160,7 +160,7 @@ def test_compiled_in_one_graph(with_documents, autocast):
 
 
 def test_the_length_is_not_compiled_in():
-    """A new T takes the same compiled kernels."""
+    """A new T uses the same compiled kernels."""
     from lrnn.kernels.short_conv.kernels import short_conv_backward_kernel, short_conv_forward_kernel
 
     def compiled():
@@ -176,7 +176,7 @@ def test_the_length_is_not_compiled_in():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_the_reference(dtype):
-    """The kernel and the reference sum in float32, in another order: they round to the same number nearly always."""
+    """The kernel and the reference sum in float32 in different orders, and nearly always round to the same number."""
     xs, weights, _, dys = make(2, 512, [256], dtype=dtype, device="cuda")
 
     def rounded_reference(xs, weights):
@@ -188,7 +188,7 @@ def test_equals_the_reference(dtype):
 
 
 def test_more_than_2_to_the_31_elements():
-    """Offsets above 2^31, at the end of a tensor that has them: the last rows against the same rows alone."""
+    """At offsets above 2^31, the last rows of a tensor agree with the same rows alone."""
     B, T, D = 2, 2**19 + 100, 2112
     if torch.cuda.mem_get_info()[0] < 30 << 30:
         pytest.skip("needs 30 GB of GPU memory")
@@ -206,7 +206,7 @@ def test_more_than_2_to_the_31_elements():
     truth = true_outputs_and_gradients(short, weights, [dy[-1:, -tail:]])
     check([y[-1:, -tail:], dx[-1:, -tail:], dw], truth, short, weights)
     assert not y[0].any() and not dx[0].any()
-    # Rows ahead of the tail: zeros, but for the gradients of the taps that reach back out of it.
+    # Rows ahead of the tail are zeros, except for gradients of the taps that reach back out of it.
     assert not y[1, :-tail].any() and not dx[1, : -tail - 3].any()
 
 

@@ -1,5 +1,5 @@
-"""`short_conv` on CPU tensors, where it is the reference, and what it refuses. The kernels: `interpreted/`,
-`tests/gpu`."""
+"""`short_conv` on CPU tensors, where it is the reference, and the inputs that it refuses. The kernels are tested in
+`interpreted/` and `tests/gpu`."""
 
 import pytest
 import torch

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-# What an output or a gradient may be off, relative to its norm: the rounding of the result, or float32 sums.
+# Bounds of the error of an output or a gradient, relative to its norm: from rounding the result, or float32 sums.
 BARS = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}
 
 
@@ -14,7 +14,7 @@ def gated_rms_norm_truth(x: Tensor, gate: Tensor | None, weight: Tensor, eps: fl
 
 
 def make(shape, dtype=torch.float32, gate_dtype=None, weight_dtype=torch.float32, gated=True, device="cpu", seed=0):
-    """Random inputs as leaves, and a gradient to arrive: (x, gate or None, weight, dy)."""
+    """Return random inputs as leaves, and a gradient of the output: (x, gate or None, weight, dy)."""
     r = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape, dtype=dtype):
@@ -33,13 +33,13 @@ def output_and_gradients(function, x, gate, weight, dy, eps=1e-6) -> dict[str, T
 
 
 def true_output_and_gradients(x, gate, weight, dy, eps=1e-6) -> dict[str, Tensor]:
-    """In float64 throughout: autograd would add up the parts of a gradient in the dtype of its leaf."""
+    """Compute in float64 throughout, since autograd adds up the parts of a gradient in the dtype of its leaf."""
     leaves = [None if t is None else t.detach().double().requires_grad_() for t in (x, gate, weight)]
     return output_and_gradients(gated_rms_norm_truth, *leaves, dy, eps)
 
 
 def check(found: dict[str, Tensor], truth: dict[str, Tensor], x, gate, weight, label="") -> None:
-    """Each against its truth, with the dtype of what it belongs to, within that dtype's bar."""
+    """Check that each result has the dtype of its tensor, and differs from the truth by less than that dtype's bar."""
     belongs = {"y": x if gate is None else gate, "dx": x, "dgate": gate, "dweight": weight}
     assert found.keys() == truth.keys()
     for name, z in found.items():

@@ -1,4 +1,4 @@
-"""The short convolution as PyTorch's own, document by document in float64, and inputs for it."""
+"""The short convolution by PyTorch's own convolution, document by document in float64, and inputs for it."""
 
 from itertools import pairwise
 
@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# What an output or a gradient may be off, relative to its norm: the rounding of the result, or float32 sums.
+# Bounds of the error of an output or a gradient, relative to its norm: from rounding the result, or float32 sums.
 BARS = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}
 
 
 def short_conv_truth(xs, weights, before=None, cu_seqlens=None) -> list[Tensor]:
-    """Each row of the batch, and with `cu_seqlens` each document in it, by itself."""
+    """Convolve each row of the batch, and with `cu_seqlens` each document in it, by itself."""
     B, T, _ = xs[0].shape
     cuts = {b * T for b in range(B + 1)} | set([] if cu_seqlens is None else cu_seqlens.tolist())
     ys = []
@@ -28,7 +28,7 @@ def short_conv_truth(xs, weights, before=None, cu_seqlens=None) -> list[Tensor]:
 
 
 def make(B, T, widths, taps=4, dtype=torch.float32, weight_dtype=torch.float32, device="cpu", seed=0, before=False):
-    """Random inputs as leaves, and gradients to arrive: (xs, weights, before or None, dys)."""
+    """Return random inputs as leaves, and gradients of the outputs: (xs, weights, before or None, dys)."""
     r = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape, dtype=dtype):
@@ -41,20 +41,20 @@ def make(B, T, widths, taps=4, dtype=torch.float32, weight_dtype=torch.float32, 
 
 
 def outputs_and_gradients(function, xs, weights, dys, **options) -> list[Tensor]:
-    """The outputs of each x, then the gradients of each x and of each weight."""
+    """Return the output for each x, then the gradients of each x and of each weight."""
     ys = function(xs, weights, **options)
     arriving = [dy.to(y.dtype) for y, dy in zip(ys, dys, strict=True)]
     return [*(y.detach() for y in ys), *torch.autograd.grad(ys, [*xs, *weights], arriving)]
 
 
 def true_outputs_and_gradients(xs, weights, dys, **options) -> list[Tensor]:
-    """In float64 throughout: autograd would add up the parts of a gradient in the dtype of its leaf."""
+    """Compute in float64 throughout, since autograd adds up the parts of a gradient in the dtype of its leaf."""
     xs, weights = ([t.detach().double().requires_grad_() for t in group] for group in (xs, weights))
     return outputs_and_gradients(short_conv_truth, xs, weights, dys, **options)
 
 
 def check(found: list[Tensor], truth: list[Tensor], xs, weights, label="") -> None:
-    """Each against its truth, with the dtype of what it belongs to, within that dtype's bar."""
+    """Check that each result has the dtype of its tensor, and differs from the truth by less than that dtype's bar."""
     belongs = [*xs, *xs, *weights]
     names = [f"{kind}{i}" for kind in ("y", "dx", "dweight") for i in range(len(xs))]
     for name, x, y, of in zip(names, found, truth, belongs, strict=True):

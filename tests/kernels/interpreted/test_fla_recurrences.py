@@ -1,7 +1,7 @@
 """fla's kernels as this project calls them, against the recurrences in float64, with all gradients and states.
 
-fla is not written for the interpreter: what it asks of a GPU is replaced here, and no arithmetic is. The interpreter
-multiplies float32 exactly, so in float32 the equations show, and in float16 what rounding does to them.
+fla is not written for the interpreter. What it asks of a GPU is replaced here, but no arithmetic. The interpreter
+multiplies float32 exactly, so float32 tests the equations, and float16 tests what rounding does to them.
 """
 
 import builtins
@@ -28,7 +28,7 @@ both_dtypes = pytest.mark.parametrize("dtype", [FP16, FP32])
 
 
 class Count(int):
-    """A loop's variable, which the interpreter makes a plain integer, and fla expects to be a tensor."""
+    """A loop variable. The interpreter makes it a plain integer, but fla expects a tensor."""
 
     def to(self, dtype):
         return self
@@ -59,7 +59,7 @@ def fla_without_a_gpu(monkeypatch):
 )
 def test_diagonal(K, V, T, numbers, one_number_kernels, dtype, negative, monkeypatch):
     monkeypatch.setattr(fla_recurrences, "ONE_NUMBER_KERNELS", one_number_kernels)
-    monkeypatch.setattr(fla_recurrences, "TF32", 1e-9)  # undamped: the interpreter multiplies exactly
+    monkeypatch.setattr(fla_recurrences, "TF32", 1e-9)  # no damping, since the interpreter multiplies exactly
     x = diagonal_inputs(2, T, 1, K, V, numbers)
     functions = by_logit(fla_recurrences.diagonal_recurrence, negative), by_logit(true_diagonal, negative)
     bars = BARS[dtype] | ({"dlogit": 5e-3} if negative else {})
@@ -67,32 +67,32 @@ def test_diagonal(K, V, T, numbers, one_number_kernels, dtype, negative, monkeyp
     del x["initial_state"]
     document = (torch.arange(2 * T) // 11).view(2, T)
     document[0, 20:30] = torch.arange(10) + 1000  # documents of one token
-    # Such put 1e3 into the sums of g, of which float32 loses 1e-4.
+    # Their starts add 1e3 to the sums of g, of which float32 loses 1e-4.
     compare(*functions, x, "qkv", dtype, bars | {"dlogit": 5e-3}, document=document)
 
 
 @pytest.mark.parametrize("numbers", [1, 32])
 @pytest.mark.parametrize("strong", [-20.0, -500.0])
 def test_strong_decays(strong, numbers):
-    """2a - 1 near 0 has a logarithm of -16 to -20; the mLSTM's may be stronger."""
+    """The logarithm of 2a - 1 near 0 is -16 to -20. The mLSTM's decays may be stronger."""
     x = diagonal_inputs(1, 130, 1, 32, 32, numbers)
     g = -0.1 * x.pop("logit").abs()
     g[:, ::3] = g[:, 60:80] = strong
     x["g"] = g
-    start = x.pop("initial_state")  # its gradient is none
+    start = x.pop("initial_state")  # it gets no gradient
 
     def run(rule):
         return lambda **y: rule(**y, sign=None, scale=1.0, initial_state=start, output_final_state=True)
 
     for dtype in (FP16, FP32):
         functions = run(fla_recurrences.diagonal_recurrence), run(true_diagonal)
-        # Sums of g around 1e4 lose 3e-4 of float32.
+        # In sums of g around 1e4, float32 loses 3e-4.
         compare(*functions, x, "qkv", dtype, {"": 2e-3 if dtype == FP16 else 5e-4})
 
 
 @pytest.mark.parametrize("numbers", [1, 64])
 def test_few_tokens_near_zero_do_not_drown_the_gradient(numbers, monkeypatch):
-    """As on a GPU, where products of float32 operands are made of their first 10 bits: undamped, it is off by 0.15."""
+    """Multiply float32 operands by their first 10 bits, as a GPU does. Without damping, the gradient is off by 0.15."""
     multiply = InterpreterBuilder.create_dot
 
     def tf32(x):
@@ -122,7 +122,7 @@ def test_rwkv7(K, V, T, negative, dtype):
 
 
 def test_reflections_do_not_grow():
-    """One key of any direction, a rate of 2, no decay: the state turns its sign along the key in every step."""
+    """With one key, a rate of 2 and no decay, every step changes the sign of the state along the key."""
     T, K = 256, 32
     kappa = F.normalize(random(0, 1, 1, 1, K), dim=-1).expand(1, T, 1, K)
     zeros, ones = torch.zeros(1, T, 1, K, dtype=FP16), torch.ones(1, T, 1, K)
@@ -134,7 +134,7 @@ def test_reflections_do_not_grow():
 @pytest.mark.parametrize("kind", ["documents", "padded", "states"])
 @pytest.mark.parametrize("mixer", ["gla", "mamba2", "mlstm", "rwkv7"])
 def test_mixers(mixer, kind, monkeypatch):
-    """Each mixer in float16, on fla's kernels and on the recurrences in float32."""
+    """Each mixer in float16 on fla's kernels agrees with the recurrences in float32."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 1, "head_dim": 16}
     attn = LrnnForCausalLM(LrnnConfig(**sizes, intermediate_size=48, mixer=mixer)).model.layers[0].attn

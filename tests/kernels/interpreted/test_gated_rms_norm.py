@@ -20,7 +20,7 @@ def compare(shape, eps=1e-6, function=gated_rms_norm, **options):
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("T", [1, 2, 3, 63, 64, 65, 130])
 def test_lengths(T, gated):
-    """With 3 heads rows do not fill the last tile, and from T = 86 on there is more than one program backward."""
+    """With 3 heads, rows do not fill the last tile. From T = 86 on, the backward pass has more than one program."""
     compare((1, T, 3, 64), gated=gated)
 
 
@@ -54,7 +54,7 @@ def test_no_rows(shape):
 
 
 def strided(x):
-    """The same values in other strides, NaN around."""
+    """Return views of the same values in other strides, with NaN around them."""
     B, T, H, D = x.shape
     wide = x.new_full((B, T, H * D + 32), float("nan"))
     wide[..., 16 : H * D + 16] = x.flatten(-2)
@@ -97,7 +97,7 @@ def test_what_is_read_in_place():
 
 
 def test_rows_do_not_touch_each_other():
-    """NaN in one row, which shares a tile with others, stays there; the weight's gradient alone gets it."""
+    """NaN in a row, which shares a tile with others, stays there. Only the gradient of the weight gets it, too."""
     x, gate, weight, dy = make((7, 64))
     clean = output_and_gradients(gated_rms_norm, x, gate, weight, dy)
     spoilt = x.detach().clone()
@@ -109,7 +109,7 @@ def test_rows_do_not_touch_each_other():
 
 
 def test_extreme_gates_and_rows():
-    """Where exp(-gate) is infinite or zero; rows of zeros, of tiny and of huge numbers."""
+    """Test gates for which exp(-gate) is infinite or zero, and rows of zeros, of tiny and of huge numbers."""
     x, gate, weight, dy = make((6, 64))
     with torch.no_grad():
         gate.mul_(200)
@@ -118,7 +118,7 @@ def test_extreme_gates_and_rows():
         x[2] *= 1e15
     found = output_and_gradients(gated_rms_norm, x, gate, weight, dy)
     truth = true_output_and_gradients(x, gate, weight, dy)
-    for row in range(6):  # each by itself: their gradients differ by 20 orders of magnitude
+    for row in range(6):  # each row by itself, since the gradients differ by 20 orders of magnitude
         pick = [{n: z[row] for n, z in d.items() if n != "dweight"} for d in (found, truth)]
         check(*pick, x[row], gate[row], weight, f"row {row}")
 
@@ -146,7 +146,7 @@ def test_compiles_to_one_graph(gated, autocast):
     def step(*args):
         return gated_rms_norm(*args)
 
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # it changes nothing: the operator takes what comes
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # autocast leaves the operator's inputs alone
         found = output_and_gradients(step, *inputs)
     check(found, true_output_and_gradients(*inputs), *inputs[:3])
 

@@ -1,4 +1,4 @@
-"""Mamba's scan on kernels against the float64 recurrence, with all gradients."""
+"""Mamba's scan in Triton kernels against the recurrence in float64, with all gradients."""
 
 import pytest
 import torch

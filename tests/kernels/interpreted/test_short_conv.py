@@ -22,7 +22,7 @@ def compare(T, *, B=1, widths=(8,), taps=4, dtype=FP32, weight_dtype=FP32, befor
 
 @pytest.fixture
 def long_blocks(monkeypatch):
-    """The blocks that long inputs get: 128 tokens."""
+    """Use the blocks of 128 tokens that long inputs get."""
     monkeypatch.setattr(launch, "MANY_TOKENS", 1)
 
 
@@ -45,7 +45,7 @@ def test_taps(T, taps, before):
 
 @pytest.mark.parametrize("widths", [[1], [7, 16], [8, 600, 1], [512, 512, 512]])
 def test_widths(widths):
-    """A program has 512 channels of 16 bits: 600 take two, the second one partly outside."""
+    """A program has 512 channels of 16 bits. For 600 there are two, and the second one is partly outside."""
     compare(9, B=2, widths=widths, dtype=FP16)
 
 
@@ -78,7 +78,7 @@ def test_documents_with_fewer_taps(taps):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_random_documents_in_long_blocks(seed, long_blocks):
-    """Two rows of 150 tokens. Half of the time a document goes on from one row to the next, where taps still end."""
+    """In two rows of 150 tokens, a document often continues from one row to the next, where taps still end."""
     r = torch.Generator().manual_seed(seed)
     inner = torch.randint(0, 301, (20,), generator=r).tolist() + [128, 150, 278] * (seed % 2)
     cu_seqlens = torch.tensor(sorted([0, *inner, *inner[:3], 300]), dtype=torch.int32)
@@ -86,7 +86,7 @@ def test_random_documents_in_long_blocks(seed, long_blocks):
 
 
 def test_many_documents():
-    """More boundaries than the kernel reads at a time, most of them equal."""
+    """There are more boundaries than the kernel reads at a time, and most of them are equal."""
     compare(300, cu_seqlens=boundaries([1, 0, 0, 2] * 100, torch.int64))
 
 
@@ -116,7 +116,7 @@ def test_rows_of_a_batch_do_not_touch_each_other():
 
 
 def strided(x):
-    """The same values as slices of channels (NaN around), with channels not contiguous, and with rows uneven."""
+    """Return the values as slices of channels with NaN around, with channels not contiguous, and with rows uneven."""
     B, T, D = x.shape
     wide = x.new_full((B, T, D + 16), float("nan"))
     wide[..., 8 : D + 8] = x
@@ -137,7 +137,7 @@ def test_strides(T, how):
 
 
 def test_slices_of_one_projection():
-    """Queries, keys and values of one matrix product: the gradient of the product is whole."""
+    """Queries, keys and values are slices of one matrix product, whose whole gradient is checked."""
     xs, weights, _, dys = make(2, 20, [16, 16, 8])
     whole = torch.cat([x.detach() for x in xs], -1).requires_grad_()
     ys = short_conv(list(whole.split([16, 16, 8], -1)), weights)
@@ -171,7 +171,7 @@ def test_no_tokens(shape):
 
 
 def test_extreme_activations():
-    """Where exp(-z) is infinite or zero."""
+    """Test values of z for which exp(-z) is infinite or zero."""
     xs, weights, _, dys = make(1, 9, [8])
     scaled = [(300 * xs[0].detach()).requires_grad_()]
     found = outputs_and_gradients(short_conv, scaled, weights, dys)
@@ -206,13 +206,13 @@ def test_compiles_to_one_graph(autocast):
     def step(xs, weights):
         return short_conv(xs, weights)
 
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # it changes nothing: the operator takes what comes
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # autocast leaves the operator's inputs alone
         found = outputs_and_gradients(step, xs, weights, dys)
     check(found, true_outputs_and_gradients(xs, weights, dys), xs, weights)
 
 
 def test_reference():
-    """The reference, too, against the truth; in float64 it is the truth."""
+    """The reference agrees with the truth, too."""
     for before, cu_seqlens in ((True, None), (False, None), (False, boundaries([5, 0, 1, 2, 24, 8]))):
         xs, weights, ahead, dys = make(2, 20, [8, 4], before=before)
         options = {"before": ahead, "cu_seqlens": cu_seqlens}
