@@ -62,7 +62,7 @@ def refused(pretrain):
 
 
 def content(folder: Path) -> dict[str, str]:
-    """sha256 of every file but the note of who holds the folder."""
+    """Return the SHA-256 of every file except the note of who holds the folder."""
     files = [p for p in folder.rglob("*") if p.is_file() and p.name != ".running.json"]
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
@@ -267,7 +267,7 @@ def losses(run: Path) -> dict[int, list[float]]:
 
 
 def test_truncated_newest_checkpoint(run, pretrain):
-    """The run goes on from the one before, says so, and does the lost step again as it was."""
+    """The run resumes from the one before, says so, and repeats the lost step with the same result."""
     truncate(state_file(run, 2))
     status, stdout, stderr = pretrain("steps=3")
     assert status == 0, stderr
@@ -289,7 +289,7 @@ def test_no_intact_checkpoint(run, refused):
 
 
 def test_lost_manifests(run, refused):
-    """Without them the run looks like a new one; it must not start anew over its checkpoints."""
+    """Without them the run looks like a new one; it must not start again and overwrite its checkpoints."""
     for step in (1, 2):
         (run / "checkpoints" / f"step-{step:08d}" / "manifest.json").unlink()
     before = content(run)
@@ -298,7 +298,7 @@ def test_lost_manifests(run, refused):
 
 
 def test_error_that_only_the_main_process_sees(run, base, tmp_path):
-    """Of two processes the main one alone reads checkpoints; the other must not wait for it."""
+    """Only the main process reads checkpoints; the other one must not wait for it."""
     for step in (1, 2):
         truncate(state_file(run, step))
     (tmp_path / "run.yaml").write_text(json.dumps(base()))
@@ -323,7 +323,7 @@ def test_resume_with_a_changed_model(run, refused, model_json, tmp_path, field, 
 
 
 def test_resume_of_a_checkpoint_older_than_a_field(model_json, tmp_path):
-    """It was trained with what is now the default."""
+    """Such a checkpoint was trained with what is now the default."""
     config = load_model_config(model_json)
     older = {n: value for n, value in config.to_dict().items() if n != "delta_rule_precision"}
     (tmp_path / "config.json").write_text(json.dumps(older))

@@ -1,4 +1,4 @@
-"""A run's configuration: what is wrong is named by its full path, and what would be right is said."""
+"""The configuration of a run: errors name the key by its full path and say what would be right."""
 
 import json
 import re

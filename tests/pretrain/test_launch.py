@@ -1,4 +1,4 @@
-"""Starting processes: exit statuses, signals, and what SLURM tells."""
+"""Processes of a run: how they start, their exit statuses and signals, and the environment that SLURM gives them."""
 
 import argparse
 import json
@@ -46,7 +46,7 @@ def wait_until(condition, seconds=20):
 
 @pytest.fixture
 def command(tmp_path):
-    """`command(code)`: a worker that runs `code` after it has said that it is ready."""
+    """`command(code)`: a worker that reports that it is ready and then runs `code`."""
     return lambda code: [sys.executable, "-c", WORKER + textwrap.dedent(code), str(tmp_path)]
 
 
@@ -115,13 +115,13 @@ def test_a_killed_worker_is_a_failure_and_named(command, monkeypatch, capfd):
         (f"sys.exit({STOPPED})", None),
     ],
 )
-def test_who_failed_is_said(command, capfd, code, line):
+def test_the_failed_process_is_named(command, capfd, code, line):
     launch(2, command(code))
     assert capfd.readouterr().err == (f"lrnn: process 1 ended with {line}\n" if line else "")
 
 
 def test_a_stopped_worker_is_not_left_over(command, tmp_path, monkeypatch):
-    """One that got SIGSTOP heeds no other signal than SIGKILL."""
+    """A process that got SIGSTOP reacts to no signal but SIGKILL."""
     monkeypatch.setattr(launch_module._stop, "__defaults__", (1.0,))
     code = """
     (folder / f"id-{rank}").write_text(str(os.getpid()))
@@ -185,7 +185,7 @@ def test_no_worker_outlives_a_launcher_that_fails(command, monkeypatch):
 
 @pytest.mark.parametrize("late", [False, True])
 def test_workers_end_with_a_launcher_that_is_killed(command, tmp_path, late):
-    """Also where it died before they could ask to be told."""
+    """This holds even if the launcher died before they could ask the kernel for the signal."""
     worker = """
         (folder / f"process-{rank}").write_text(str(os.getpid()))
         wait_until((folder / "go").exists)
@@ -269,7 +269,7 @@ def test_who_is_a_worker(monkeypatch):
     for name in ("RANK", "SLURM_STEP_ID", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
     assert not is_worker()
-    monkeypatch.setenv("SLURM_JOB_ID", "5")  # inside of a job, yet not started by srun
+    monkeypatch.setenv("SLURM_JOB_ID", "5")  # inside a job, but not started by srun
     assert not is_worker()
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     assert is_worker()
@@ -289,7 +289,7 @@ def test_number_of_processes(monkeypatch):
         check_world(3)
 
 
-def test_signals_are_heeded_before_the_engine_starts(monkeypatch):
+def test_signals_are_handled_before_the_engine_starts(monkeypatch):
     """Loading and compiling a large model takes minutes; a signal then must not look like a failure."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(train_module, "load_config", lambda path, overrides: None)

@@ -1,6 +1,6 @@
-"""Checkpoints, configurations, tokenizers and data sets of a stranger: pretraining executes nothing of them.
+"""Pretraining executes nothing in untrusted checkpoints, configurations, tokenizers and data sets.
 
-Every hostile file is also loaded the careless way, in a process of its own, to see that it would have been executed.
+Every hostile file is also loaded carelessly, in a separate process, to show that its code would have run.
 """
 
 import json
@@ -28,7 +28,7 @@ SHORT = {"log": {"heldout_every": 0}, "schedule": {"warmup_steps": 0}}
 
 @pytest.fixture(autouse=True)
 def somebody_says_yes(monkeypatch):
-    """transformers asks on a terminal whether to run the code; lrnn is not to get that far."""
+    """On a terminal, transformers asks whether to run the code; lrnn must not get that far."""
     monkeypatch.setattr("builtins.input", lambda *args: "y")
 
 
@@ -58,14 +58,14 @@ def tokenizer_folder(text_folder, tmp_path) -> Path:
 
 
 def train(config: dict, tmp_path: Path) -> str | int:
-    """Train in a process of its own; what `train` returns there, or its error."""
+    """Train in a separate process. Return what `train` returns there, or its error."""
     (status,) = run_group(tmp_path, [{"config": config}], processes=1)
     return status
 
 
 def test_resume_executes_nothing_of_a_run(base, tmp_path, mark):
     """Pickles under the names of DeepSpeed, torch and transformers, a hostile run.yaml, code for the tokenizer; then a
-    pickle that the checkpoint's own manifest vouches for, in the place of the state."""
+    pickle in place of the state, with the checksum that the checkpoint's own manifest gives."""
     assert train(base(steps=1, **SHORT), tmp_path) == 0
     run = tmp_path / "run"
     folder = checkpoint.find_newest(run)
@@ -112,7 +112,7 @@ def test_yaml_that_calls_python_is_refused(tmp_path, mark, capsys):
 
 @pytest.mark.parametrize("known_class", [True, False])
 def test_code_of_a_tokenizer_is_not_run(text_folder, tokenizer_folder, tmp_path, mark, capsys, known_class):
-    """Where transformers has the tokenizer's class it does without; else the tokenizer is refused."""
+    """If transformers has the tokenizer's class, the code is not needed; otherwise the tokenizer is refused."""
     add_hostile_code(tokenizer_folder, mark, known_class=known_class)
     out = tmp_path / "corpus"
     options = ["--tokenizer", str(tokenizer_folder), "--out", str(out), "--processes", "1"]
@@ -127,7 +127,7 @@ def test_code_of_a_tokenizer_is_not_run(text_folder, tokenizer_folder, tmp_path,
 
 
 def test_a_data_set_that_is_a_program_or_a_pickle_is_refused(tmp_path, mark):
-    """`datasets` dropped both; were they to come back, or an older one be admitted, this would say so."""
+    """`datasets` no longer supports either. This test fails if they return, or if an older version is allowed."""
     script, frame = tmp_path / "data.py", tmp_path / "data.pkl"
     script.write_text(hostile_python(mark))
     frame.write_bytes(hostile_pickle(mark))

@@ -1,4 +1,4 @@
-"""Kills a run again and again, resumes it each time, and compares every loss with those of a run that nobody disturbed.
+"""Kill a run again and again, resume it each time, and compare every loss with that of an undisturbed run.
 
     JE_ARROW_MALLOC_CONF=background_thread:false python tests/pretrain/torture.py SPEC.json
 
@@ -44,7 +44,7 @@ TRAPS = {
     "seal": (checkpoint, "seal"),
     "manifest": (checkpoint, "write_manifest"),
     "rename": (Path, "rename"),
-    "latest": (checkpoint, "write_atomically"),
+    "latest": (checkpoint_writer, "write_atomically"),
     "delete": (checkpoint.shutil, "rmtree"),
 }
 MAIN_ONLY = {"manifest", "rename", "latest", "delete"}
@@ -106,7 +106,7 @@ class Life:
             (CheckpointWriter, "_write", "writing", "starting"),
             (checkpoint, "write_manifest", "manifest", "manifest"),
             (Path, "rename", "rename", "rename"),
-            (checkpoint, "write_atomically", "latest", "starting"),
+            (checkpoint_writer, "write_atomically", "latest", "starting"),
             (checkpoint, "retain", "deleting", "starting"),
         ):
             during(holder, name, phase, 1, after)

@@ -1,4 +1,4 @@
-"""A run that goes on with another number of processes on the two nodes."""
+"""A run that resumes with another number of processes on the two nodes."""
 
 import json
 import re
@@ -16,7 +16,7 @@ STEPS = 24
 
 
 @pytest.mark.skipif(not TORTURE, reason="six starts on few cores: make torture")
-def test_four_processes_go_on_as_two(slurm, corpus, tmp_path):
+def test_four_processes_resume_as_two(slurm, corpus, tmp_path):
     """4 processes at ZeRO-1, cancelled; then 2 at ZeRO-3: the same samples, losses within float32's noise of a run of
     2 processes that nobody stopped."""
     engines = {}

@@ -92,7 +92,7 @@ def test_a_stopped_job_resumes_and_loses_nothing(undisturbed, slurm, corpus, tmp
     )
 
 
-def test_a_failure_is_not_requeued_and_goes_on_with_the_same_command(slurm, corpus, tmp_path):
+def test_a_failure_is_not_requeued_and_resumes_with_the_same_command(slurm, corpus, tmp_path):
     """A task that is killed fails the job, which stays failed; a second command for a queued run is refused."""
     run = RunningJob(slurm, tmp_path / "run", corpus, 100)
     more = ["checkpoint.every=10"]

@@ -36,7 +36,7 @@ def wait_until(condition, seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
-def test_corpus_job_goes_on_after_its_time(slurm, sbatch, tmp_path):
+def test_corpus_job_resumes_after_its_time_limit(slurm, sbatch, tmp_path):
     """The signal of the time limit puts it back into the queue, and the second start makes the corpus."""
     (tmp_path / "text").mkdir()
     for i in range(20):

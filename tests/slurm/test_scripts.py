@@ -20,7 +20,7 @@ def sbatch(tmp_path):
     stubs, calls = tmp_path / "bin", tmp_path / "calls"
     stubs.mkdir()
     for name in ("srun", "scontrol", "lrnn"):
-        # srun runs nothing: its arguments say what it would have run. One argument a line, a blank one at the end.
+        # srun runs nothing: its arguments say what it would have run. One argument is on each line.
         stub = f'#!/usr/bin/env bash\nprintf "%s\\0" {name} "$@" >> "{calls}"; printf "\\n" >> "{calls}"\n'
         (stubs / name).write_text(stub + ('exit "$SRUN_STATUS"\n' if name == "srun" else ""))
         (stubs / name).chmod(0o755)
@@ -60,7 +60,7 @@ def test_directives():
     # Without "B:" the signal goes to the tasks and not to the shell.
     assert re.fullmatch(r"USR1@\d+", train["signal"]) and int(train["signal"][5:]) >= 120
     assert "requeue" in train and train["open-mode"] == "append"
-    assert train["ntasks-per-node"] == train["gpus-per-node"]  # one task a GPU
+    assert train["ntasks-per-node"] == train["gpus-per-node"]  # one task per GPU
     corpus = directives("corpus")
     assert "requeue" in corpus and re.fullmatch(r"B:USR1@\d+", corpus["signal"]) and corpus["open-mode"] == "append"
     job = directives("eval")

@@ -64,7 +64,7 @@ def test_the_script(submit, tmp_path):
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
-def test_on_cpu_there_is_a_task_a_node(submit):
+def test_on_cpu_there_is_one_task_per_node(submit):
     _, out, _, _ = submit("--nodes", "2", "--gpus-per-node", "0", "--dry-run")
     found = directives(out)
     assert found["ntasks-per-node"] == "1" and "gpus-per-node" not in found

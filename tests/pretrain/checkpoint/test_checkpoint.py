@@ -1,4 +1,4 @@
-"""Checkpoints: whole or invisible, every kind of damage seen, any slice read back from any partition."""
+"""Checkpoints are whole or invisible, every kind of damage is seen, and any slice can be read from any partition."""
 
 import hashlib
 import json
@@ -93,9 +93,9 @@ def lengthen(file: Path) -> None:
 
 
 def flip(file: Path, bit: int | None = None) -> None:
-    """Change one bit in its place: the middle one, or the given one."""
+    """Flip one bit of a file: the given one, or the middle one."""
     bit = file.stat().st_size * 4 if bit is None else bit
-    with file.open("r+b", buffering=0) as f:  # a file that is written anew may be waited for until it is on the disk
+    with file.open("r+b", buffering=0) as f:  # rewriting the whole file could wait for the disk
         f.seek(bit // 8)
         changed = f.read(1)[0] ^ 1 << bit % 8
         f.seek(bit // 8)
@@ -113,12 +113,12 @@ def test_every_damage_is_seen(save, tmp_path, name, damage):
     warnings: list[str] = []
     assert find_newest(tmp_path, warnings.append) == before
     assert len(warnings) == 1 and str(error.value) in warnings[0]
-    # The run goes on and writes the step again.
+    # The run resumes and writes the step again.
     assert find_newest(tmp_path, warnings.append) != save(2) == find_newest(tmp_path, warnings.append)
 
 
 def test_any_bit_of_any_file(save):
-    """A bit flipped anywhere is seen; in the manifest, which vouches for the rest, each of them is tried."""
+    """A flipped bit is seen in any file. In the manifest, on which the other checks rely, every bit is tried."""
     folder = save(1)
     truth = verify(folder)
     rng = random.Random(0)
@@ -135,7 +135,7 @@ def test_any_bit_of_any_file(save):
 
 
 def test_a_manifest_that_leaves_out_a_state_file(save):
-    """Its parameters would be missing, or another file's be taken for them."""
+    """Its parameters would be missing, or those of another file would be used instead."""
     folder = save(1)
     shutil.copy(folder / "state-00000-of-00001.safetensors", folder / "state-00001-of-00001.safetensors")
     files = json.loads((folder / "manifest.json").read_text())["files"]
@@ -159,7 +159,7 @@ def test_a_manifest_without_its_own_checksum_or_with_entries_of_another_kind(sav
 
 @pytest.mark.parametrize("name", ["../run.yaml", "tokenizer/../../x", "tokenizer/..", "a/b", ".", "", "/etc/hostname"])
 def test_a_manifest_that_names_a_file_elsewhere(save, name):
-    """Though the file be there, and as the manifest says."""
+    """This holds even if the file exists and is as the manifest says."""
     folder = save(1)
     (folder.parent / "run.yaml").write_text("a")
     files = verify(folder)["files"]
@@ -272,7 +272,7 @@ def test_retain_as_the_run_goes(save, tmp_path):
 
 
 def test_broken_checkpoints_do_not_push_out_intact_ones(save, tmp_path):
-    """A run that fell back to step 10 stops at step 15: that checkpoint is older than the broken ones of 20 and 30."""
+    """A run that fell back to step 10 stops at step 15, which is older than the broken checkpoints of 20 and 30."""
     _, second, third = (save(step) for step in (10, 20, 30))
     flip(second / "run.yaml")
     flip(third / "run.yaml")
@@ -300,7 +300,7 @@ def test_a_broken_checkpoint_does_not_count_among_the_last(save, tmp_path):
 
 
 def write_partitioned(folder: Path, state: dict, rng: random.Random, files: int) -> None:
-    """Save a state as `files` processes would that hold random pieces of every tensor."""
+    """Save a state as `files` processes would if they held random pieces of every tensor."""
     parts: list[dict[str, torch.Tensor]] = [{} for _ in range(files)]
     for (kind, name), values in state.items():
         n = values.numel()

@@ -1,4 +1,4 @@
-"""Checkpoints of a real run of two processes, damaged in every way: each damage is seen and named, and passed over."""
+"""Every damage to the checkpoints of a real run of two processes is seen and named, and the checkpoint passed over."""
 
 import random
 import shutil

@@ -36,7 +36,7 @@ def events(run_dir: Path, name: str) -> list[dict]:
 
 
 def test_a_disk_that_is_full_for_a_while(base, tmp_path):
-    """The run goes on, its records wait in memory, and the checkpoint is made up for when there is room."""
+    """The run continues, its records wait in memory, and the checkpoint is written as soon as there is room."""
     with mounted(tmp_path / "disk", "16m") as disk:
         settings = {"steps": 12, "checkpoint": {"every": 4, "keep_last": 2}}
         straight = base("straight", **settings)
@@ -55,8 +55,7 @@ def test_a_disk_that_is_full_for_a_while(base, tmp_path):
 
 
 def test_a_disk_that_stays_full(base, tmp_path):
-    """The last checkpoint cannot be written: the run says so, fails, and goes on from the one before when there is
-    room again."""
+    """If the last checkpoint cannot be written, the run says so and fails. It resumes from the one before."""
     with mounted(tmp_path / "disk", "16m") as disk:
         straight, filled = base("straight"), base(checkpoint={"every": 4}) | {"run_dir": str(disk / "run")}
         (disk / "run").mkdir()
@@ -71,7 +70,7 @@ def test_a_disk_that_stays_full(base, tmp_path):
 
 
 def test_a_log_that_cannot_be_written(base, tmp_path):
-    """The output of a job often lies on the disk that is full: the run goes on, and its exit status is right."""
+    """The output of a job is often on the disk that is full. The run continues, and its exit status is right."""
     (tmp_path / "run.yaml").write_text(json.dumps(base(steps=3)))
     command = [sys.executable, "-m", "lrnn.cli", "pretrain", str(tmp_path / "run.yaml"), "--nproc", "1"]
     with open("/dev/full", "w") as full:
@@ -121,8 +120,8 @@ def damage(corpus: Path, shard: Path, rank: int) -> int:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_shard_that_is_corrupt(base, long_corpus, tmp_path, rank):
-    """Whichever process reads it, the run ends on all of them with one message; what was trained is in a checkpoint,
-    and with the shard mended it goes on as if nothing had been."""
+    """Whichever process reads it, the run ends on all of them with one message and a checkpoint of what was trained.
+    After the shard is fixed, the run resumes as if nothing had happened."""
     corpus, shard = long_corpus
     good = shard.read_bytes()
 

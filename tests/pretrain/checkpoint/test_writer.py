@@ -1,4 +1,4 @@
-"""Checkpoints are written beside training, whole or not at all, and storage that fails does not end the run."""
+"""Checkpoints are written while training continues, whole or not at all. A failure of storage does not end the run."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,7 @@ def assert_holds(folder: Path, step: int) -> None:
 
 
 class Gate:
-    """Holds up the thread that writes until it is opened."""
+    """A gate that holds the writing thread until it is opened."""
 
     def __init__(self, monkeypatch):
         self._opened = threading.Event()
@@ -41,7 +41,7 @@ class Gate:
         self._opened.set()
 
 
-def test_training_goes_on_while_it_is_written(tmp_path, monkeypatch):
+def test_training_continues_while_it_is_written(tmp_path, monkeypatch):
     saver = Saver(tmp_path, monkeypatch, background=True)
     gate, state = Gate(monkeypatch), state_of(1)
     saver.begin(1, state)
@@ -70,7 +70,7 @@ def test_one_at_a_time_and_in_order(tmp_path, monkeypatch):
 
 
 def test_several_processes(tmp_path, monkeypatch):
-    """Three processes save, at their own pace; what one alone reads back is the whole."""
+    """Three processes save at their own pace, and a single one reads all of it back."""
     meeting, values = threading.Barrier(3, timeout=20), [None] * 3
 
     def rank(number: int) -> list:
@@ -98,7 +98,7 @@ PLACES = ["save_file", "seal", "write_manifest", "sync", "rename", "write_atomic
 
 @pytest.mark.parametrize("place", PLACES)
 def test_killed_while_saving(tmp_path, monkeypatch, place):
-    """Wherever the process is killed, the newest checkpoint is a whole one, and the next run works and clears up."""
+    """Wherever the process is killed, the newest checkpoint is whole, and the next run works and cleans up."""
     before = Saver(tmp_path, monkeypatch).save(1)
 
     def kill(*args, **kwargs):
@@ -184,8 +184,8 @@ def test_an_error_at_any_place(tmp_path, monkeypatch, place):
     assert not list((tmp_path / "checkpoints").glob(".step*"))
 
 
-def test_storage_that_went_away_is_not_made_anew(tmp_path, monkeypatch):
-    """An unmounted run folder is an empty one of the disk below it: nothing may be written there."""
+def test_storage_that_went_away_is_not_recreated(tmp_path, monkeypatch):
+    """An unmounted run folder is an empty folder of the disk below it, where nothing may be written."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     saver = Saver(run_dir, monkeypatch)
@@ -200,7 +200,7 @@ def test_storage_that_went_away_is_not_made_anew(tmp_path, monkeypatch):
 
 
 def test_one_rank_fails(tmp_path, monkeypatch):
-    """A checkpoint that one node could not write is none, and the message says which."""
+    """If one rank cannot write its part there is no checkpoint, and the message says which rank it was."""
     meeting, values = threading.Barrier(2, timeout=20), [None] * 2
     original = checkpoint_writer.safetensors.torch.save_file
 
@@ -229,7 +229,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
         Saver(tmp_path, monkeypatch)
 
 
-def test_what_is_no_failure_of_storage_is_raised(tmp_path, monkeypatch):
+def test_an_error_that_is_not_of_storage_is_raised(tmp_path, monkeypatch):
     def fail(*args):
         raise TypeError("a bug")
 
