@@ -1,4 +1,4 @@
-"""Train one model on one task, and measure it by length: a cell of the grid, resumed where it was stopped."""
+"""Train one model on one task and measure its accuracy by length: a cell of the grid, resumed if it was stopped."""
 
 import json
 import os
@@ -19,22 +19,22 @@ from lrnn.track.interleave import Work, finished
 from lrnn.track.measure import measure
 from lrnn.track.training import Training, learning_rate, new_model
 
-BLOCK = 50  # steps of a piece of work, at most
+BLOCK = 50  # maximum steps in a piece of work
 
 
 def train_cell(
     cell: Cell, device: torch.device, at_once: int = 1, say: Callable[[str], None] = print
 ) -> Work[dict[str, Any]]:
-    """Train and test a cell, unless its result is there; the value is the result.
+    """Train and test a cell unless its result exists. The value of the work is the result.
 
-    Writes into `cell.folder`: `metrics.jsonl`, `accuracy.csv` (by length) and, last, `result.json`; in between
-    `state.pt`, from which a cell that was stopped goes on. Samples are numbered through: the state of the data is the
-    step alone.
+    Writes into `cell.folder`: `metrics.jsonl`, `state.pt` (from which a stopped cell resumes), `accuracy.csv` (by
+    length) and, last, `result.json`. Samples are numbered consecutively, so the step is the whole state of the data.
 
     Args:
-        device: on a GPU, a stream other than the default one must be current, the same in every piece.
-        at_once: how many cells share the device, for the record.
-        say: takes lines of progress.
+        cell: the cell.
+        device: where to compute. On a GPU, a stream other than the default one must be current, the same in all pieces.
+        at_once: how many cells share the device; recorded in the result.
+        say: called with lines of progress.
 
     Raises:
         UserError: the folder holds a cell with other settings.
@@ -48,7 +48,7 @@ def train_cell(
     model = new_model(cell, device)
     probe = EigenvalueProbe(model)
     state = _saved_state(cell, device)
-    steps, seconds = 0, 0.0  # of all stages, without the first steps of each
+    steps, seconds = 0, 0.0  # over all stages, without the first steps of each
     for stage in range(state["stage"] if state else 0, len(cell.stages)):
         training = Training(cell, device, stage, model)
         if state:
@@ -67,13 +67,15 @@ def train_cell(
 def _train(
     cell: Cell, training: Training, probe: EigenvalueProbe, device: torch.device, say: Callable[[str], None]
 ) -> Work[tuple[int, float]]:
-    """The steps of a stage that are left, with a record each `log_every`. The value says how many steps took how many
-    seconds, without the first ones."""
+    """Do the remaining steps of a stage, with a record every `log_every` steps.
+
+    The value of the work is (steps, seconds) after the first steps, which are slower.
+    """
     settings = training.settings
     before = sum(earlier.steps for _, earlier in cell.stages[: training.stage])
     in_all = sum(each.steps for _, each in cell.stages)
     marked_at, marked_step = time.perf_counter(), training.step  # at the last record
-    warm: tuple[float, int] | None = None  # the same, when the first steps were done
+    warm: tuple[float, int] | None = None  # time and step at the end of the first, slower steps
     saved_at = time.monotonic()
     with closing(DurableLines(cell.folder / "metrics.jsonl")) as log:
         while training.step < settings.steps:
@@ -83,11 +85,11 @@ def _train(
             values: list[torch.Tensor] = []
             if is_recorded:
                 training.run(count - 1)
-                # Ahead of the step, whose parameters it looks at, and apart from it: every step is the same.
+                # The probe looks at the parameters before the step, in a pass of its own: all steps are the same.
                 probe.arm()
                 training.look()
                 training.run(1)
-                # Copied in turn, ahead of later steps that overwrite them; there once the piece is finished.
+                # The copies are queued before later steps overwrite the values, and complete when the piece is done.
                 found = (training.loss, training.grad_norm, probe.counts())
                 values = [x.to("cpu", non_blocking=True) for x in found if x is not None]
             else:
@@ -124,7 +126,7 @@ def _save(cell: Cell, training: Training) -> None:
 
 
 def _saved_state(cell: Cell, device: torch.device) -> dict[str, Any] | None:
-    """What `_save` wrote, where it did."""
+    """Return what `_save` wrote, or None if it has not."""
     path = cell.folder / "state.pt"
     if not path.is_file():
         return None
@@ -137,5 +139,5 @@ def _check_same(cell: Cell, fingerprint: str) -> None:
     if fingerprint != cell.fingerprint:
         raise UserError(
             f"{cell.folder} holds {cell} with another task, model, training or test than the grid has now; restore the "
-            "grid, remove that folder, or choose another out"
+            "grid, remove that folder, or choose another `out`"
         )

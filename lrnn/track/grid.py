@@ -1,4 +1,4 @@
-"""What `lrnn track` trains: tasks x models x eigenvalue ranges x seeds, from a YAML file."""
+"""Read the grid that `lrnn track` trains, tasks x models x eigenvalue ranges x seeds, from a YAML file."""
 
 import hashlib
 import json
@@ -18,17 +18,17 @@ from lrnn.track.tasks.base import Task
 from lrnn.track.tasks.registry import make_task
 
 Range = Literal["negative", "positive"]
-NO_RANGE = "none"  # in the results, of architectures that have no range
-UNIMPORTANT = {"log_every", "checkpoint_seconds", "cuda_graphs", "concurrent"}  # settings that change no result
-OF_THE_GRID = {"min_length", "max_length", "concurrent"}  # training settings that a model may not have of its own
+NO_RANGE = "none"  # the range, in results, of mixers that have none
+UNIMPORTANT = {"log_every", "checkpoint_seconds", "cuda_graphs", "concurrent"}  # settings that do not change results
+OF_THE_GRID = {"min_length", "max_length", "concurrent"}  # training settings that a model cannot override
 RANGE_NAMES = {"negative": "[-1, 1]", "positive": "[0, 1]", NO_RANGE: "-"}
 
 
 class Stage(Section):
-    """What comes ahead of the training proper: the same model, with an easier task. What is not given is as there."""
+    """A stage of a curriculum: the same model trains on an easier task first. Values not given are those of `train`."""
 
     steps: int = Field(gt=0)
-    task: dict[str, Any] = Field(default_factory=dict)  # parameters of the task that are other ones here
+    task: dict[str, Any] = Field(default_factory=dict)  # parameters of the task that differ in this stage
     min_length: int | None = Field(None, gt=0)
     max_length: int | None = Field(None, gt=0)
     batch_size: int | None = Field(None, gt=0)
@@ -41,34 +41,38 @@ class TrainSettings(Section):
     max_length: int = Field(gt=0)
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=0)  # sequences
-    lr: float = Field(gt=0)  # peak; 10% linear warm-up, then a cosine down to min_lr
+    lr: float = Field(gt=0)  # peak; linear warm-up over the first 10% of steps, then a cosine down to min_lr
     min_lr: float = Field(1e-6, ge=0)
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)  # of AdamW
     weight_decay: float = Field(0.1, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    # The probability that a sequence goes on, in state and answers, where the one before in its row of the batch ended;
-    # only after one that was answered right throughout. Gradients stay within a sequence, states come from many.
+    # The probability that a sequence continues, in state and answers, from the end of the previous sequence in its row
+    # of the batch, provided that all answers there were right. Gradients stay within a sequence; states do not.
     state_passing: float = Field(0.0, ge=0, lt=1)
     log_every: int = Field(100, gt=0)  # steps
     checkpoint_seconds: float = Field(60.0, gt=0)
-    cuda_graphs: bool = True  # on a GPU, run a step as one captured graph
-    concurrent: int = Field(6, ge=1, le=32)  # cells that are trained at once on a GPU
-    curriculum: list[Stage] = Field(default_factory=list)  # in turn, each with its own optimizer and schedule
+    cuda_graphs: bool = True  # on a GPU, replay a step as one captured graph
+    concurrent: int = Field(6, ge=1, le=32)  # cells trained at once on a GPU
+    curriculum: list[Stage] = Field(
+        default_factory=list
+    )  # trained in turn, each stage with its own optimizer and schedule
 
 
 class TestSettings(Section):
     min_length: int = Field(gt=0)
     max_length: int = Field(gt=0)
     samples: int = Field(8192, gt=0)
-    batch_size: int = Field(512, gt=0)  # sequences at once, at most: long ones are tested fewer at a time
+    batch_size: int = Field(512, gt=0)  # maximum sequences at once; long sequences are tested in smaller batches
 
 
 class GridConfig(Section):
     out: str  # folder of all results
     tasks: dict[str, dict[str, Any]] = Field(min_length=1)  # name in the results: {task: ..., parameters of the task}
-    # Name in the results: fields of the model's config.json, and `train`: its own values of training settings.
+    # Name in the results: {fields of the model's config.json, and `train`: its own values of training settings}.
     models: dict[str, dict[str, Any]] = Field(min_length=1)
-    ranges: list[Range] = Field(["negative", "positive"], min_length=1)  # of the eigenvalues, where a model has one
+    ranges: list[Range] = Field(
+        ["negative", "positive"], min_length=1
+    )  # of the eigenvalues, for models that have a range
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
     train: TrainSettings
     test: TestSettings
@@ -84,15 +88,15 @@ class Cell:
     seed: int
     task: Task
     model_config: LrnnConfig
-    train: TrainSettings  # the grid's, with what the model has of its own
+    train: TrainSettings  # the grid's settings with the model's own values
     test: TestSettings
-    curriculum: tuple[tuple[Task, TrainSettings], ...]  # what is trained ahead
+    curriculum: tuple[tuple[Task, TrainSettings], ...]  # stages trained first
     folder: Path  # of its results
-    fingerprint: str  # of all that decides the result: task, model, range, seed, training and test
+    fingerprint: str  # hash of everything that decides the result: task, model, range, seed, training and test
 
     @property
     def stages(self) -> tuple[tuple[Task, TrainSettings], ...]:
-        """All that is trained, in turn; the task itself comes last."""
+        """All stages in order. The task itself comes last."""
         return *self.curriculum, (self.task, self.train)
 
     def __str__(self) -> str:
@@ -100,10 +104,10 @@ class Cell:
 
 
 def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> tuple[GridConfig, list[Cell]]:
-    """Read a grid and check every cell of it before any is trained.
+    """Read a grid, and check all its cells before any is trained.
 
     Raises:
-        UserError: see `lrnn.settings.load`; a task, a model or a length that does not exist.
+        UserError: the file is wrong (see `lrnn.settings.load`), or a task, a model or a length does not exist.
     """
     grid = load(GridConfig, path, overrides)
     cells = list(_cells(grid, str(path)))
@@ -116,7 +120,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> tuple[GridConf
 
 
 def _check_state_passing(task: Task, train: TrainSettings, config: LrnnConfig, origin: str) -> None:
-    """Raise UserError that begins with `origin` where sequences cannot go on from those before."""
+    """Raise UserError, which begins with `origin`, if sequences cannot continue from previous ones."""
     if not train.state_passing:
         return
     if task.answer_table is None:
@@ -128,7 +132,7 @@ def _check_state_passing(task: Task, train: TrainSettings, config: LrnnConfig, o
 
 
 def _settings_said(train: TrainSettings) -> dict[str, Any]:
-    """What a fingerprint has of the settings; what was added later, only where it is used."""
+    """Return the settings that enter a fingerprint. Those added in later versions enter only if they are used."""
     said = train.model_dump(exclude=UNIMPORTANT)
     for settings, unused in ((said, 0), *((stage, None) for stage in said["curriculum"])):
         if settings["state_passing"] == unused:
@@ -137,7 +141,7 @@ def _settings_said(train: TrainSettings) -> dict[str, Any]:
 
 
 def _said(config: LrnnConfig) -> dict[str, Any]:
-    """The fields that are not at their defaults: a field that is added later changes no fingerprint."""
+    """Return the fields that differ from their defaults, so that a field added later changes no fingerprint."""
     defaults = LrnnConfig().to_dict()
     return {name: value for name, value in config.to_dict().items() if value != defaults.get(name)}
 
@@ -154,7 +158,7 @@ def _cells(grid: GridConfig, origin: str) -> Iterator[Cell]:
             mixer = MIXERS.get(fields.get("mixer", LrnnConfig().mixer))  # an unknown one is refused below
             has_range = mixer is None or mixer.ranges is not None
             for range_ in grid.ranges if has_range else [NO_RANGE]:
-                # No id of a task is special to the model: every one may be an input or an answer.
+                # No id of a task is special to the model: each may be an input or an answer.
                 fixed: dict[str, Any] = {"vocab_size": task.vocab_size, "allow_neg_eigval": range_ == "negative"}
                 fixed |= {"bos_token_id": None, "eos_token_id": None, "max_position_embeddings": grid.train.max_length}
                 for name in fixed.keys() & fields.keys():
@@ -172,7 +176,7 @@ def _cells(grid: GridConfig, origin: str) -> Iterator[Cell]:
 
 
 def _train_settings(grid: GridConfig, own: Any, origin: str) -> TrainSettings:
-    """The grid's training settings with a model's own values. Raises UserError that begins with `origin`."""
+    """Return the grid's training settings with a model's own values. Raise UserError, which begins with `origin`."""
     if not isinstance(own, dict):
         raise UserError(f"{origin} should be a mapping of training settings, such as lr: 1e-2, not {own!r}")
     for name in sorted(OF_THE_GRID & own.keys()):
@@ -183,12 +187,12 @@ def _train_settings(grid: GridConfig, own: Any, origin: str) -> TrainSettings:
 def _curriculum(
     task: Task, parameters: dict[str, Any], train: TrainSettings, origin: str
 ) -> Iterator[tuple[Task, TrainSettings]]:
-    """Task and settings of the stages ahead of the last. Raises UserError for a task with other ids."""
+    """Yield task and settings of each stage before the last. Raise UserError for a task with other ids."""
     for number, stage in enumerate(train.curriculum):
         easier = make_task(parameters["task"], **{k: v for k, v in (parameters | stage.task).items() if k != "task"})
         if (easier.vocab_size, easier.pad_id) != (task.vocab_size, task.pad_id):
             raise UserError(
                 f"{origin}: train.curriculum[{number}].task makes a task with {easier.vocab_size} ids and padding "
-                f"{easier.pad_id}; the task itself has {task.vocab_size} and {task.pad_id}, and the model is the same"
+                f"{easier.pad_id}; the task itself has {task.vocab_size} and {task.pad_id}, and the model is shared"
             )
         yield easier, train.model_copy(update=stage.model_dump(exclude={"task"}, exclude_none=True))

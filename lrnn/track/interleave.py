@@ -1,7 +1,7 @@
-"""Several pieces of work at once on one device, driven by one thread.
+"""Do several works at once on one device, driven by one thread.
 
-One tiny model leaves most of a GPU idle. Others fill it, each on a CUDA stream of its own; while the GPU works on what
-is queued for one, the thread queues for the next.
+One tiny model leaves most of a GPU idle. Others fill it, each on a CUDA stream of its own: while the GPU executes what
+is queued for one, the thread queues kernels for the next.
 """
 
 import contextlib
@@ -14,15 +14,15 @@ import torch
 A = TypeVar("A")
 T = TypeVar("T")
 
-# Work in pieces. After each it yields a function that tells whether the device is done with the piece; only then it
-# wants to go on.
+# A work is done in pieces. After each it yields a function that tells whether the device has finished the piece, and
+# must not be continued before that.
 Work = Generator[Callable[[], bool], None, T]
 
-POLL_S = 1e-4  # between looks at works of which none can go on
+POLL_S = 1e-4  # pause if no work can continue
 
 
 def finished(device: torch.device) -> Callable[[], bool]:
-    """A function that tells, without waiting, whether all is done that the current stream has been given so far."""
+    """Return a function that tells, without waiting, whether everything queued so far on the current stream is done."""
     if device.type != "cuda":
         return lambda: True
     event = torch.cuda.Event()
@@ -31,15 +31,15 @@ def finished(device: torch.device) -> Callable[[], bool]:
 
 
 class _Place:
-    """Room for one work at a time. The stream stays: libraries keep a workspace for each."""
+    """Room for one work at a time. Its stream is reused, because libraries keep a workspace per stream."""
 
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.work: tuple | None = None  # what it belongs to, and the work
+        self.work: tuple | None = None  # the x that it belongs to, and the work
         self.may_go_on: Callable[[], bool] = lambda: True
 
     def go_on(self) -> None:
-        """Do a piece. Raises StopIteration with the value of the work at its end."""
+        """Do a piece. Raise StopIteration with the value of the work at its end."""
         assert self.work is not None
         with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
             self.may_go_on = next(self.work[1])
@@ -48,9 +48,9 @@ class _Place:
 def interleave(
     todo: Iterable[A], start: Callable[[A], Work[T]], at_once: int, device: torch.device
 ) -> Iterator[tuple[A, T]]:
-    """Do the work `start(x)` for each x of `todo`, `at_once` at a time, and yield (x, its value) as they end.
+    """Do the work `start(x)` for each x of `todo`, `at_once` at a time, and yield (x, its value) as each one ends.
 
-    `todo` is asked for the next x when there is room for it. A work that raises ends all.
+    The next x of `todo` is taken when there is room for it. A work that raises ends all works.
     """
     remaining = iter(todo)
     places = [_Place(device) for _ in range(at_once)]

@@ -1,4 +1,4 @@
-"""How well a trained model answers, over all test samples and by length."""
+"""Measure the accuracy of a trained model, over all test samples and by length."""
 
 import csv
 from typing import Any
@@ -13,24 +13,25 @@ from lrnn.track.metrics import prefix_accuracy, scaled_accuracy
 from lrnn.track.tasks.base import IGNORE
 from lrnn.track.tasks.counter_rng import split_seed
 
-# Tokens of a forward pass, at most, unless one sequence is longer: what fills a GPU, or stays in the caches of a CPU.
+# Maximum tokens of a forward pass, unless one sequence is longer: enough to fill a GPU, or to stay in a CPU's caches.
 TEST_TOKENS = {"cuda": 2**17, "cpu": 2**13}
 
 
 def measure(cell: Cell, model: LrnnForCausalLM, device: torch.device) -> Work[dict[str, Any]]:
-    """Test a model, a batch a piece; the value is the result, without what its training cost. Writes `accuracy.csv`.
+    """Test a model, one batch per piece of work, and write `accuracy.csv`.
 
-    With one answer a sequence, a length is the size of the sequence. In word problems every position has an answer, and
-    the accuracy at length t is the share of sequences that are right in every position up to t (arXiv 2411.12537,
-    section 5.2); there the accuracy over all is that of all positions.
+    The value of the work is the result, without the speed of training. If a sequence has one answer, a length is the
+    size of a sequence. In word problems every position has an answer: the accuracy at length t is the share of
+    sequences that are right at every position up to t (arXiv 2411.12537, section 5.2), and the overall accuracy is
+    that of all positions.
     """
     settings, seed = cell.test, split_seed(cell.seed, "test")
     batch_size = min(
         settings.batch_size, max(1, TEST_TOKENS["cuda" if device.type == "cuda" else "cpu"] // settings.max_length)
     )
-    # Sums stay on the device: reading one back would wait for the batch.
+    # Sums stay on the device, because reading one back would wait for the batch.
     right, total = torch.zeros(2, settings.max_length + 1, dtype=torch.float64, device=device)
-    positions = torch.zeros(2, dtype=torch.int64, device=device)  # right, all
+    positions = torch.zeros(2, dtype=torch.int64, device=device)  # right ones, all
     model.eval()
     for start in range(0, settings.samples, batch_size):
         indices = torch.arange(start, min(start + batch_size, settings.samples))
@@ -63,7 +64,7 @@ def measure(cell: Cell, model: LrnnForCausalLM, device: torch.device) -> Work[di
 
 
 def _write_accuracy(cell: Cell, right: Tensor, total: Tensor) -> dict[str, float]:
-    """Accuracy by length, where there is one, also as `accuracy.csv`. The keys are those that JSON has."""
+    """Write `accuracy.csv`, and return the accuracy of every length that occurs, with keys as JSON has them."""
     sums = enumerate(zip(right.tolist(), total.tolist(), strict=True))
     rows = [(n, r / t, round(t)) for n, (r, t) in sums if t > 0]
     with (cell.folder / "accuracy.csv").open("w", newline="") as file:

@@ -1,11 +1,11 @@
-"""Scaled accuracies that the papers report, best of 3 seeds [median where given], to stand beside what was measured.
+"""Scaled accuracies reported by the papers, best of 3 seeds [median if given], to be shown beside measured ones.
 
-arXiv 2411.12537v5, section 5.1 (formal languages, trained on sizes 3 to 40, tested on 40 to 256). The brackets with
-products are those of its Table 3, those without are what its released generator makes. Figures of gated DeltaNet are
-not that paper's: they are cited at second hand, and come of another protocol.
+Formal languages are from arXiv 2411.12537v5, section 5.1 (trained on sizes 3 to 40, tested on 40 to 256). Brackets with
+products are those of its Table 3; brackets without products are those of its released generator. The figures of gated
+DeltaNet are not from that paper: they are cited at second hand and come from another protocol.
 
-Word problems have no single figure there: section 5.2 of the same paper says where DeltaNet of one or five layers
-holds, and arXiv 2502.10297 how far one layer does for how many Householder factors a token (S5 as read off its figure).
+Word problems have no single figure. Section 5.2 of the same paper says where DeltaNet with one or five layers holds,
+and arXiv 2502.10297 how far one layer holds for a number of Householder factors per token (S5 as read off its figure).
 """
 
 from typing import Any
@@ -48,7 +48,7 @@ REPORTED: dict[tuple[str, str, str], str] = {
 }
 
 
-# (group, variant, mixer, Householder factors a token, layers), with [-1, 1]
+# (group, variant, mixer, Householder factors per token, layers), with [-1, 1]
 WORDS: dict[tuple[str, str, str, int, int], str] = {
     ("S3", "all", "deltaproduct", 1, 1): "not solved",
     ("S3", "all", "deltaproduct", 2, 1): "solved",
@@ -61,21 +61,21 @@ WORDS: dict[tuple[str, str, str, int, int], str] = {
     ("S5", "three_permutations", "deltanet", 1, 5): "solved",
     ("S5", "four_tokens", "deltanet", 1, 5): "to some 200 tokens, 2 of 3 seeds",
 }
-PRODUCT_GROUPS = ("S3", "S4", "A5", "S5")  # which one layer of DeltaProduct with [0, 1] does not solve
+PRODUCT_GROUPS = ("S3", "S4", "A5", "S5")  # one layer of DeltaProduct with [0, 1] does not solve these
 
 
 def reported(parameters: dict[str, Any], mixer: str, range_: str, num_householder: int, num_layers: int) -> str:
-    """The papers' finding for a task of a grid, an architecture and a range; "-" where they have none.
+    """Return the papers' finding for a task of a grid, a mixer and a range, or "-" if they have none.
 
-    `num_householder` counts for DeltaProduct alone, the other mixers have one factor whatever it says. `num_layers`
-    counts in word problems, where depth decides what is found; those of formal languages have two layers in parity and
+    `num_householder` matters only for DeltaProduct; other mixers have one factor. `num_layers` matters only in word
+    problems, where depth decides the outcome; the papers' models for formal languages have two layers in parity and
     three in modular arithmetic.
     """
     task = parameters["task"]
     if task == "group_word":
         group, variant = parameters.get("group", "S5"), parameters.get("variant", "all")
         if not isinstance(group, str) or not parameters.keys() <= {"task", "group", "variant"}:
-            return "-"  # a group or inputs of one's own
+            return "-"  # a custom group, or custom inputs
         if range_ == "positive":
             is_reported = group in PRODUCT_GROUPS and (variant, mixer, num_layers) == ("all", "deltaproduct", 1)
             return "not solved" if is_reported else "-"

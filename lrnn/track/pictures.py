@@ -1,4 +1,4 @@
-"""Pictures of a grid's results: accuracy by length, and where the eigenvalues went in training."""
+"""Plot a grid's results: accuracy by length, and the eigenvalues over training."""
 
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
@@ -12,13 +12,13 @@ from lrnn.track.grid import RANGE_NAMES, Cell
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LENGTH_BINS = 24  # points of a curve, at most
+LENGTH_BINS = 24  # maximum points of a curve
 
 Results = list[tuple[Cell, dict[str, Any]]]
 
 
 def grouped(of_task: Results) -> dict[tuple[str, str], Results]:
-    """The seeds of each model name and range."""
+    """Group the results of a task by model name and range; a group holds the seeds."""
     groups: dict[tuple[str, str], Results] = defaultdict(list)
     for cell, result in of_task:
         groups[cell.model_name, cell.range].append((cell, result))
@@ -26,10 +26,10 @@ def grouped(of_task: Results) -> dict[tuple[str, str], Results]:
 
 
 def draw_lengths(title: str, of_task: Results, training_length: int) -> "Figure":
-    """Accuracy by length: the median of the seeds, and a band from the worst to the best.
+    """Plot accuracy by length: the median of the seeds, and a band from the worst to the best.
 
-    With one answer a sequence, the majority floor is drawn too. Where answers stand along the way, a length has the
-    share of sequences that are right so far, for which the floor of one position is none.
+    The majority floor is drawn only if sequences have one answer. Otherwise the accuracy at a length is the share of
+    sequences that are right up to there, for which the floor of a single position is no bound.
     """
     from matplotlib.figure import Figure
 
@@ -40,7 +40,7 @@ def draw_lengths(title: str, of_task: Results, training_length: int) -> "Figure"
         color = colors.setdefault(model, f"C{len(colors) % 10}")
         found = [result["by_length"] for _, result in members]
         lengths = np.array(sorted({int(n) for by_length in found for n in by_length}))
-        # of few samples a seed may have none of some length
+        # With few samples, a seed may have none of some length.
         curves = np.ma.masked_invalid([[by_length.get(str(n), np.nan) for n in lengths] for by_length in found])
         bins = np.array_split(np.arange(len(lengths)), min(LENGTH_BINS, len(lengths)))
         x = np.array([lengths[b].mean() for b in bins])
@@ -59,8 +59,10 @@ def draw_lengths(title: str, of_task: Results, training_length: int) -> "Figure"
 
 
 def draw_eigenvalues(of_task: Results) -> "Figure | None":
-    """The distribution of the eigenvalues over training, all layers together, of the first seed of each model and
-    range; None where no model has any."""
+    """Plot the distribution of the eigenvalues over training, all layers together, for the first seed of each group.
+
+    Return None if no model has eigenvalues.
+    """
     from matplotlib.figure import Figure
 
     shown = []

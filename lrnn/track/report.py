@@ -1,4 +1,4 @@
-"""Tables of a grid: best and median over seeds beside the papers' figures, accuracy by length. Pictures beside them."""
+"""Write the tables and plots of a grid: best and median over seeds beside the papers' figures, accuracy by length."""
 
 import csv
 from collections.abc import Iterable
@@ -11,12 +11,14 @@ from lrnn.track.grid import RANGE_NAMES, Cell, GridConfig
 from lrnn.track.papers import reported
 from lrnn.track.pictures import Results, draw_eigenvalues, draw_lengths, grouped
 
-HOLDS = 0.9  # accuracy
-RWKV7_NOTE = "(1) Where RWKV-7 forgets, eigenvalues go below 0 in this range too, down to -0.46 (see its docstring)."
+HOLDS = 0.9  # lowest accuracy that counts as right
+RWKV7_NOTE = (
+    "(1) Where RWKV-7 forgets, its eigenvalues fall below 0 in this range too, down to -0.46 (see its docstring)."
+)
 
 
 def write_report(grid: GridConfig, cells: list[Cell], results: list[dict[str, Any]]) -> str:
-    """Write `results.csv`, `table.md` and pictures into the grid's folder; returns the table."""
+    """Write `results.csv`, `table.md` and plots into the grid's folder, and return the table."""
     out = Path(grid.out)
     with (out / "results.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -40,7 +42,7 @@ def write_report(grid: GridConfig, cells: list[Cell], results: list[dict[str, An
 
 
 def holds_to(by_length: dict[str, float]) -> int:
-    """The longest length up to which the accuracy at every length is at least `HOLDS`; 0 if not even at the first.
+    """Return the longest length up to which the accuracy at all lengths is at least `HOLDS`, or 0 if there is none.
 
     Keys are lengths in ascending order, as in result.json.
     """
@@ -53,7 +55,7 @@ def holds_to(by_length: dict[str, float]) -> int:
 
 
 def _summary(by_task: dict[str, Results]) -> str:
-    """All tasks at once, as the papers have it: a row for each model and range, a column for each task."""
+    """Return the papers' table of all tasks: a row per model and range, a column per task."""
     rows: dict[tuple[str, str], list[str]] = {}
     for of_task in by_task.values():
         for (model, _), members in grouped(of_task).items():
@@ -72,13 +74,13 @@ def _summary(by_task: dict[str, Results]) -> str:
 
 
 def _eigenvalues(cell: Cell) -> str:
-    """The range's name; with a mark where it is not exact, of which `_notes` tells."""
+    """Return the name of the range, with a mark if it is not exact; `_notes` explains the mark."""
     is_exact = (cell.model_config.mixer, cell.range) != ("rwkv7", "positive")
     return RANGE_NAMES[cell.range] + ("" if is_exact else " (1)")
 
 
 def _notes(lines: list[str]) -> list[str]:
-    """What stands below a table with these lines."""
+    """Return the notes below a table with these lines."""
     return ["", RWKV7_NOTE] if any("] (1) |" in line for line in lines) else []
 
 
@@ -87,30 +89,30 @@ def _best(scores: list[float]) -> str:
 
 
 def _table(grid: GridConfig, task: str, of_task: Results) -> str:
-    """Scaled accuracy over all test samples: best [median] of the seeds, the papers' figure, the majority floor."""
+    """Return the section of a task: scaled accuracy, best [median] of the seeds, and the papers' figures."""
     train, test = grid.train, grid.test
     floor = round(of_task[0][1]["scaled_floor"], 3) + 0.0  # no -0
     lines = [
         f"## {task}",
         "",
         f"Trained on lengths {train.min_length} to {train.max_length} for {train.steps} steps of {train.batch_size}, "
-        f"tested on {test.min_length} to {test.max_length} ({test.samples} sequences a seed). Scaled accuracy, best "
-        f"[median] of {len(grid.seeds)} seeds; always giving the most frequent answer has "
-        f"{floor:.3f}. A model holds to a length if its accuracy is at least {HOLDS} at that one and all tested below.",
+        f"tested on {test.min_length} to {test.max_length} ({test.samples} sequences per seed). Scaled accuracy is the "
+        f"best [median] of {len(grid.seeds)} seeds; always giving the most frequent answer scores {floor:.3f}. A model "
+        f"holds to a length if its accuracy is at least {HOLDS} at that length and at all shorter lengths tested.",
         "",
     ]
     if of_task[0][0].task.answers_along_the_way:
         lines += [
-            "The scaled accuracy is that of all positions, each for itself. In the other columns and in the picture a "
-            "sequence is right at a length if every position up to there is.",
+            "The scaled accuracy counts every position by itself. In the other columns and in the plot, a sequence is "
+            "right at a length if every position up to there is right.",
             "",
         ]
     lines += _curriculum_lines(grid)
     if train.state_passing or any(stage.state_passing for stage in train.curriculum):
         often = f"With probability {train.state_passing:g}" if train.state_passing else "Where states were passed on,"
         lines += [
-            f"{often} a sequence went on, in state and answers, where the one before in its row had ended, if that was "
-            "right throughout: gradients stay within these lengths, as do convolutions; states do not.",
+            f"{often} a sequence continued, in state and answers, from the end of the previous one in its row, if all "
+            "answers there were right. Gradients and convolutions stay within these lengths; states do not.",
             "",
         ]
     for model, fields in grid.models.items():
@@ -135,7 +137,7 @@ def _table(grid: GridConfig, task: str, of_task: Results) -> str:
 
 
 def _curriculum_lines(grid: GridConfig) -> list[str]:
-    """What was trained ahead of what the table's first line says."""
+    """Return a line per stage that was trained before the task itself."""
     lines = []
     for stage in grid.train.curriculum:
         settings = grid.train.model_copy(update=stage.model_dump(exclude={"task"}, exclude_none=True))
@@ -143,7 +145,7 @@ def _curriculum_lines(grid: GridConfig) -> list[str]:
         if settings.state_passing:
             changes += f", states passed on with probability {settings.state_passing:g}"
         lines += [
-            f"Ahead of that: lengths {settings.min_length} to {settings.max_length} for {settings.steps} steps of "
+            f"Before that: lengths {settings.min_length} to {settings.max_length} for {settings.steps} steps of "
             f"{settings.batch_size}, lr {settings.lr:g}{changes}.",
             "",
         ]
@@ -151,13 +153,13 @@ def _curriculum_lines(grid: GridConfig) -> list[str]:
 
 
 def _speed(results: Iterable[dict[str, Any]]) -> str:
-    """The median of the seeds, of one among several cells that shared a device; "-" where none has one."""
+    """Return the median speed over the seeds, or "-" if none is known. Cells that shared a device slowed each other."""
     speeds = [result["steps_per_second"] for result in results if result.get("steps_per_second")]
     return f"{median(speeds):.0f}" if speeds else "-"
 
 
 def _origin(results: list[dict[str, Any]]) -> str:
-    """On what the results were computed, how many cells at a time, with which software."""
+    """Return on which device the results were computed, how many cells at a time, and with which software."""
     lines = set()
     for result in results:
         if facts := result.get("environment"):

@@ -1,7 +1,7 @@
-"""Train small models on state-tracking tasks, and report which of them track state at lengths they have not seen.
+"""Train small models on state-tracking tasks, and report which of them track state at lengths not seen in training.
 
-Trains a grid of tasks x models x eigenvalue ranges x seeds, on a GPU several at once, and on all GPUs. A grid that was
-stopped goes on where it was, by the same command; a cell whose result is there is not trained again.
+Trains a grid of tasks x models x eigenvalue ranges x seeds, on all GPUs, and several cells at once on each. The same
+command resumes a grid that was stopped. A cell that has a result is not trained again.
 """
 
 import argparse
@@ -23,10 +23,12 @@ from lrnn.track.workers import run_on_devices
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `lrnn track`."""
+    """Add the options of `lrnn track`."""
     parser.add_argument("config", help="YAML file of the grid")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the grid")
-    parser.add_argument("--device", default=None, help="one device, such as cuda:1; default: all GPUs, else cpu")
+    parser.add_argument(
+        "--device", default=None, help="one device, such as cuda:1 (default: all GPUs, or cpu if there is none)"
+    )
     parser.epilog = "example:\n  lrnn track configs/track/parity.yaml out=runs/track/parity train.steps=5000"
 
 
@@ -46,16 +48,16 @@ def main(args: argparse.Namespace) -> int:
                 flush=True,
             )
         table = write_report(grid, cells, [results[cell.folder] for cell in cells])
-        print(f"\n{table}\nwrote {out}/table.md, results.csv and pictures")
+        print(f"\n{table}\nwrote {out}/table.md, results.csv and plots")
     return 0
 
 
 def _devices(wanted: str | None) -> list[torch.device]:
-    """The devices to train on. Raises UserError where the wanted one cannot be used."""
+    """Return the devices to train on. Raise UserError if the wanted one cannot be used."""
     if wanted is None:
         return [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
     try:
-        device = torch.empty(0, device=wanted).device  # with its number
+        device = torch.empty(0, device=wanted).device  # with its index
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {wanted} cannot be used: {str(error).splitlines()[0]}") from None
     return [device]
@@ -64,7 +66,7 @@ def _devices(wanted: str | None) -> list[torch.device]:
 def _run(
     grid: GridConfig, cells: list[Cell], devices: list[torch.device], say: Callable[[str], None]
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """Train the cells, and yield (cell, result) as they end."""
+    """Train the cells, and yield (cell, result) as each one ends."""
     at_once = grid.train.concurrent if devices[0].type == "cuda" else 1
     if len(devices) > 1:
         return run_on_devices(cells, devices, at_once, say)

@@ -1,7 +1,8 @@
-"""The training step of a cell: the same on CPU and GPU, and there, once warm, replayed as one CUDA graph.
+"""The training step of a cell. It is the same on CPU and GPU; on a GPU it is replayed as one CUDA graph once warm.
 
-The models are tiny, so on a GPU a step that Python drives kernel by kernel waits for Python. A step therefore takes
-nothing from the host: its samples, its learning rate and its number lie on the device, and what it finds stays there.
+The models are tiny, so a step launched kernel by kernel from Python would wait for Python on a GPU. A step therefore
+takes nothing from the host: its samples, its learning rate and its number are on the device, and its results stay
+there.
 """
 
 import math
@@ -18,13 +19,13 @@ from lrnn.track.grid import Cell, TrainSettings
 from lrnn.track.tasks.base import IGNORE
 from lrnn.track.tasks.counter_rng import Field, happens, sample_keys, split_seed
 
-LR_WARMUP = 0.1  # of the steps
-SAMPLE_TOKENS = 2**22  # of the samples that are drawn at once: 32 MB of ids, and as much of labels
-EAGER_STEPS = 3  # ahead of a capture: kernels are compiled, libraries and the optimizer allocate what they keep
+LR_WARMUP = 0.1  # share of the steps
+SAMPLE_TOKENS = 2**22  # tokens of the samples drawn at once: 32 MB of ids, and the same of labels
+EAGER_STEPS = 3  # steps before a capture: kernels are compiled, and libraries and the optimizer allocate memory
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
-    """Linear warm-up over the first tenth, then a cosine to `min_lr`; `step` counts from 0."""
+    """Return the learning rate of a step (from 0): linear warm-up over the first tenth, then a cosine to `min_lr`."""
     warmup = max(1, round(LR_WARMUP * settings.steps))
     if step < warmup:
         return settings.lr * (step + 1) / warmup
@@ -33,7 +34,7 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
 
 
 def new_model(cell: Cell, device: torch.device) -> LrnnForCausalLM:
-    """The model of a cell as its seed makes it."""
+    """Return the untrained model of a cell, initialised from its seed."""
     torch.manual_seed(cell.seed)
     return LrnnForCausalLM(cell.model_config).to(device).train()
 
@@ -41,12 +42,12 @@ def new_model(cell: Cell, device: torch.device) -> LrnnForCausalLM:
 class Training:
     """Model, optimizer and samples of a stage of a cell, after `step` of its steps.
 
-    On a GPU all of it belongs to the stream that is current when it is made. That must not be the default one, which
-    cannot be captured, and has to be current in every call.
+    On a GPU it belongs to the stream that is current when it is created. This must not be the default stream, which
+    cannot be captured, and must be current in every call.
     """
 
     def __init__(self, cell: Cell, device: torch.device, stage: int = -1, model: LrnnForCausalLM | None = None):
-        """Begin a stage, by default the last, with a model (by default a new one) and an optimizer of its own."""
+        """Begin a stage, by default the last, with a model (by default a new one) and a new optimizer."""
         stage = range(len(cell.stages))[stage]
         task, settings = cell.stages[stage]
         self.settings, self.stage = settings, stage
@@ -64,7 +65,7 @@ class Training:
         self._wants_graph = self._on_gpu and settings.cuda_graphs
         self._graph: torch.cuda.CUDAGraph | None = None
         self._eager_steps = 0
-        used = sum(earlier.steps * earlier.batch_size for _, earlier in cell.stages[:stage])  # by stages before
+        used = sum(earlier.steps * earlier.batch_size for _, earlier in cell.stages[:stage])  # by earlier stages
         self._draw_samples = lambda numbers: task.batch(
             split_seed(cell.seed, "train"), used + numbers, settings.min_length, settings.max_length, device
         )
@@ -78,12 +79,12 @@ class Training:
         self._passes_state = settings.state_passing > 0
         self._answer_table = None if task.answer_table is None else task.answer_table.to(device)
         self._pad_id = task.pad_id
-        self._goes_on = torch.zeros(shape[:2], dtype=torch.bool, device=device)  # whether a row may, by chance
-        # By row of the batch, after the last step: whether its answers were right, the last of them, and the state of
-        # each layer. None ahead of the first. A graph reads and writes them in place.
+        self._goes_on = torch.zeros(shape[:2], dtype=torch.bool, device=device)  # whether chance lets a row continue
+        # Per row of the batch, after the last step: whether all answers were right, the last answer, and the state of
+        # each layer. None before the first step. A graph reads and writes them in place.
         self._carried: list[Tensor] | None = None
-        self._drawn = range(0)  # the steps whose samples these are; that of step s in row s % steps_at_once
-        self._number = torch.zeros(1, dtype=torch.int64, device=device)  # of the next step
+        self._drawn = range(0)  # the steps whose samples are drawn; those of step s are in row s % steps_at_once
+        self._number = torch.zeros(1, dtype=torch.int64, device=device)  # number of the next step
         if self._on_gpu:
             rates = [learning_rate(step, settings) for step in range(settings.steps)]
             self._rates = torch.tensor(rates, device=device)
@@ -91,7 +92,7 @@ class Training:
             self._use_device_rate()
 
     def run(self, count: int) -> None:
-        """Do `count` steps; on a GPU this returns while they wait for their turn."""
+        """Do `count` steps. On a GPU this returns while they are still queued."""
         for _ in range(count):
             self._have_samples()
             if self._wants_graph and self._graph is None and self._eager_steps >= EAGER_STEPS:
@@ -105,21 +106,21 @@ class Training:
 
     @property
     def is_warm(self) -> bool:
-        """Whether steps now take as long as they will to the end."""
+        """Whether steps have reached their final speed."""
         return self._graph is not None or (not self._wants_graph and self._eager_steps >= EAGER_STEPS)
 
     def steps_until_drawing(self) -> int:
-        """Steps until new samples must be drawn, which waits for all steps before; at least 1."""
+        """Return the steps, at least 1, until new samples must be drawn, which waits for all earlier steps."""
         return self._drawn.stop - self.step if self.step in self._drawn else 1
 
     @torch.no_grad()
     def look(self) -> None:
-        """A forward pass over the samples of the next step, for hooks on the model; it changes nothing."""
+        """Run a forward pass over the samples of the next step, for hooks on the model. It changes nothing."""
         self._have_samples()
         self.model(input_ids=self._input_ids[self.step % self.steps_at_once], use_cache=False, logits_to_keep=1)
 
     def state(self) -> dict[str, Any]:
-        """What `load` takes, on any device and in either mode."""
+        """Return what `load` takes, on any device and with or without a graph."""
         return {
             "stage": self.stage,
             "step": self.step,
@@ -129,12 +130,12 @@ class Training:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from the state of this or another training of the same stage of the cell; not after a step."""
+        """Resume from the state of a training of the same stage of the cell. Must be called before the first step."""
         self.model.load_state_dict(state["model"])
-        # The groups hold how this device computes (fused, capturable): those of the other say nothing.
+        # Groups hold how this device computes (fused, capturable), so those of the state are not used.
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
-        carried = state.get("carried")  # not in the files of earlier versions
+        carried = state.get("carried")  # absent in files of earlier versions
         self._carried = None if carried is None else [x.to(self._number.device, copy=True) for x in carried]
         self.step = state["step"]
         self._number.fill_(self.step)
@@ -143,10 +144,10 @@ class Training:
 
     def _use_device_rate(self) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = self._rate  # the tensor itself: a step overwrites it
+            group["lr"] = self._rate  # the tensor itself, which a step overwrites
 
     def _have_samples(self) -> None:
-        """Draw the samples of the steps from the next one to a multiple of `steps_at_once`."""
+        """Draw the samples of the steps from the next one up to a multiple of `steps_at_once`."""
         if self.step in self._drawn:
             return
         N, B = self.steps_at_once, self.settings.batch_size
@@ -160,7 +161,7 @@ class Training:
         self._labels[rows] = batch.labels.view(-1, B, self.settings.max_length)
 
     def _run_step(self) -> None:
-        """One step. Under capture it may read nothing back: no shape and no branch depends on a value."""
+        """Do one step. Under capture it must not read values back: no shape and no branch may depend on a value."""
         row = self._number % self.steps_at_once
         input_ids, labels = self._input_ids.index_select(0, row)[0], self._labels.index_select(0, row)[0]
         if self._on_gpu:
@@ -168,7 +169,7 @@ class Training:
         else:
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate(self.step, self.settings)
-        # None, not 0: backward then writes the gradients, in a graph every time to the same place.
+        # None, not 0: backward then writes gradients instead of adding, and a graph writes them to the same place.
         self._optimizer.zero_grad(set_to_none=True)
         if self._passes_state:
             loss = self._loss_passing_state(input_ids, labels, self._goes_on.index_select(0, row)[0])
@@ -181,10 +182,10 @@ class Training:
         self._number += 1
 
     def _loss_passing_state(self, input_ids: Tensor, labels: Tensor, goes_on: Tensor) -> Tensor:
-        """The loss of sequences [B, T] that go on from those before where `goes_on` [B] and all was right before.
+        """Return the loss of sequences [B, T] that continue from the previous ones where `goes_on` [B] is true.
 
-        A state that has gone wrong teaches nothing. So a row goes on as far as the model can, and the model learns at
-        the length at which it fails by now.
+        A row continues only if all its answers so far were right, because a wrong state teaches nothing. Rows therefore
+        become as long as the model can follow, and it learns at the length at which it currently fails.
         """
         cache = LrnnCache(len(self.model.model.layers))
         labelled = labels != IGNORE
@@ -194,7 +195,7 @@ class Training:
             before = torch.where(goes_on, answer, 0)
             joined = self._answer_table[before[:, None], labels.clamp(min=0)]  # type: ignore[index]
             labels = torch.where(labelled, joined, IGNORE)
-            # A fresh state is zero. Convolutions begin anew: their inputs are not in the cache.
+            # A fresh state is zero. Convolutions always start fresh: their inputs are not in the cache.
             cache.state = [torch.where(goes_on.view(-1, *[1] * (x.ndim - 1)), x, 0) for x in states]
         options = {"attention_mask": input_ids != self._pad_id, "past_key_values": cache, "use_cache": True}
         logits = self.model(input_ids=input_ids, **options).logits.float()
@@ -211,9 +212,9 @@ class Training:
         return loss
 
     def _capture(self) -> None:
-        """Record a step without doing it. The first steps, done for good, have warmed everything up."""
+        """Record a step without doing it. The first steps, which count, have warmed everything up."""
         graph = torch.cuda.CUDAGraph()
-        # On the stream of the steps before: libraries keep their workspace by stream.
+        # The stream of the earlier steps is used, because libraries keep a workspace per stream.
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             self._run_step()
         self._graph = graph

@@ -1,7 +1,8 @@
-"""The cells of a grid over several devices: a process each, which asks for the next cell when it has room for one.
+"""Distribute the cells of a grid over several devices, with one process per device.
 
-Processes talk through a pipe each. The parent deals the cells out, prints and, whatever ends it, ends them all: at its
-death too, since they watch it. Results lie in the cells' folders.
+A process asks for the next cell, through a pipe of its own, when it has room for one. The parent hands out cells and
+prints. However it ends, the processes end too, even if it is killed, because they watch it. Results are written to the
+cells' folders.
 """
 
 import multiprocessing
@@ -30,13 +31,13 @@ def run_on_devices(
     at_once: int,
     say: Callable[[str], None],
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """Train every cell, `at_once` on each device, and yield (cell, result) as they end.
+    """Train every cell, `at_once` on each device, and yield (cell, result) as each one ends.
 
     Raises:
-        UserError: a process failed. The others are ended; cells that have a result keep it.
+        UserError: a process failed. The others are terminated; cells that have a result keep it.
     """
     context = multiprocessing.get_context("spawn")  # a fork cannot use CUDA
-    pickled = pickle.dumps(cells)  # at once and as bytes: sent by themselves, tensors would share memory
+    pickled = pickle.dumps(cells)  # as bytes, because tensors sent directly would share memory
     remaining = iter(range(len(cells)))
     workers: dict[Connection, tuple[SpawnProcess, torch.device]] = {}
     try:
@@ -44,7 +45,7 @@ def run_on_devices(
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, pickled, device, at_once), daemon=True)
             process.start()
-            theirs.close()  # so that the pipe ends with the process
+            theirs.close()  # so that the pipe closes with the process
             workers[ours] = process, device
         while workers:
             for pipe in cast(list[Connection], wait(list(workers))):
@@ -74,8 +75,8 @@ def run_on_devices(
 
 
 def _work(pipe: Connection, pickled: bytes, device: torch.device, at_once: int) -> None:
-    """The main function of a process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this process
+    """Run a process: train cells on one device until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives it too, and ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if device.type == "cuda":
         torch.cuda.set_device(device)

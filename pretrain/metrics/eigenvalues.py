@@ -27,7 +27,7 @@ class EigenvalueProbe:
         self._layers = set[int]()
         self._armed = set[int]()
         for module in model.modules():
-            if isinstance(module, Mixer) and module.has_eigenvalue_range:
+            if isinstance(module, Mixer) and module.ranges is not None:
                 self._layers.add(module.layer_idx)
                 module.on_eigenvalues = self._note(module.layer_idx)
 

@@ -173,7 +173,7 @@ def test_majority_floor_of_uniform_elements_is_chance():
 
 def test_bad_groups_and_variants():
     for bad in ([[0, 0, 1]], [[1, 2]], [[]], [3], [[0.0, 1.0]], ["ab"], [[0, "1"]]):
-        with pytest.raises(UserError, match="no permutation"):
+        with pytest.raises(UserError, match="not a permutation"):
             GroupWord(bad)
     with pytest.raises(UserError, match="at least one generator"):
         GroupWord([])
@@ -196,16 +196,16 @@ def test_bad_groups_and_variants():
     with pytest.raises(UserError, match="smallest size is 1"):
         GroupWord("S3").batch(SEED, torch.arange(2), 0, 7)
     for bad in (-0.1, 1.5, "some"):
-        with pytest.raises(UserError, match="others is a share of the elements, from 0 to 1, not"):
+        with pytest.raises(UserError, match="others must be a share of the elements, from 0 to 1, not"):
             GroupWord("S5", "only_swaps", bad)
-    with pytest.raises(UserError, match=r"others goes with inputs and with the variants only_swaps, .* not with 'all'"):
+    with pytest.raises(UserError, match=r"others needs inputs or one of the variants only_swaps, .* not with 'all'"):
         GroupWord("S5", others=0.5)
     with pytest.raises(UserError, match=r"inputs \[\[1, 0, 2, 3, 4\]\] are not in group 'A5'"):
         GroupWord("A5", inputs=[*FIVE_CYCLES, [1, 0, 2, 3, 4]])
     for few in ([], FIVE_CYCLES[:1]):
         with pytest.raises(UserError, match="inputs leaves fewer than two elements of group 'A5'"):
             GroupWord("A5", inputs=few)
-    with pytest.raises(UserError, match="no permutation"):
+    with pytest.raises(UserError, match="not a permutation"):
         GroupWord("A5", inputs=[[0, 0, 1, 2, 3]])
-    with pytest.raises(UserError, match="inputs says which elements are drawn, as variant 'only_swaps' does"):
+    with pytest.raises(UserError, match="inputs and variant 'only_swaps' both set which elements are drawn"):
         GroupWord("S5", "only_swaps", inputs=FIVE_CYCLES)

@@ -235,7 +235,7 @@ def test_word_problems_are_measured_by_prefix(grid_file, tmp_path):
     assert curve[:20] == sorted(curve[:20], reverse=True) and curve[0] > curve[19]
     assert result["floor"] == pytest.approx(1 / 6, abs=1e-3)
     table = (tmp_path / "out/table.md").read_text()
-    assert "a sequence is right at a length if every position up to there is" in table and "(1)" not in table
+    assert "a sequence is right at a length if every position up to there is right" in table and "(1)" not in table
 
 
 @pytest.mark.parametrize(
@@ -353,11 +353,11 @@ def test_the_table_tells_the_curriculum(grid_file, tmp_path):
     }
     assert main(["track", str(grid_file(**changes)), "ranges=[negative]"]) == 0
     table = (tmp_path / "out/table.md").read_text()
-    assert "\nAhead of that: lengths 3 to 4 for 2 steps of 5, lr 0.01, variant only_swaps.\n" in table
-    assert "\nAhead of that: lengths 3 to 20 for 1 steps of 64, lr 0.003.\n" in table
+    assert "\nBefore that: lengths 3 to 4 for 2 steps of 5, lr 0.01, variant only_swaps.\n" in table
+    assert "\nBefore that: lengths 3 to 20 for 1 steps of 64, lr 0.003.\n" in table
     folder = tmp_path / "out/s3/deltanet/negative/seed-0"
     assert [record["step"] for record in read_metrics(folder)] == [2, 3, 5]
-    assert "a sequence went on" not in table
+    assert "a sequence continued" not in table
 
 
 def test_the_speed_is_that_of_all_stages(grid_file, tmp_path):
@@ -392,13 +392,13 @@ def test_the_table_tells_that_words_went_on(grid_file, tmp_path):
         "test": GRID["test"] | {"samples": 8},
     }  # fmt: skip
     assert main(["track", str(grid_file(**changes))]) == 0
-    assert "\nWith probability 0.75 a sequence went on, in state" in (tmp_path / "out/table.md").read_text()
+    assert "\nWith probability 0.75 a sequence continued, in state" in (tmp_path / "out/table.md").read_text()
     stage = {"steps": 1, "state_passing": 0.5}
     changes |= {"out": str(tmp_path / "stage"), "train": GRID["train"] | {"steps": 1, "curriculum": [stage]}}
     assert main(["track", str(grid_file(**changes))]) == 0
     table = (tmp_path / "stage/table.md").read_text()
     assert "for 1 steps of 64, lr 0.01, states passed on with probability 0.5.\n" in table
-    assert "\nWhere states were passed on, a sequence went on, in state" in table
+    assert "\nWhere states were passed on, a sequence continued, in state" in table
 
 
 @pytest.mark.parametrize(

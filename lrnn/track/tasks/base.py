@@ -1,4 +1,4 @@
-"""What every state-tracking task offers, and the layout that those with one answer share."""
+"""The interface of state-tracking tasks, and the layout shared by tasks with one answer per sequence."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ IGNORE = -100  # the label of positions without loss
 
 class Batch(NamedTuple):
     input_ids: Tensor  # [B, L] int64, padded with the task's pad_id
-    labels: Tensor  # [B, L] int64, the wanted output at that position (already shifted) or IGNORE
-    lengths: Tensor  # [B] int64, the sizes as the papers count them
+    labels: Tensor  # [B, L] int64, the expected output at each position (already shifted) or IGNORE
+    lengths: Tensor  # [B] int64, sizes as the papers count them
 
 
 class Task(ABC):
@@ -29,15 +29,15 @@ class Task(ABC):
     num_classes: int
     first_answer_id: int
     pad_id: int
-    answers_along_the_way = False  # whether a sequence has more labels than the one at its end
-    # [N, N] int64 where sequences can be joined: [a, b] is the answer to one with answer a and then one with answer b,
-    # as ids; 0 is the answer to the empty one.
+    answers_along_the_way = False  # whether a sequence has labels before its end
+    # If sequences can be joined: [N, N] int64. [a, b] is the answer, as an id, to a sequence with answer a followed by
+    # one with answer b, and 0 is the answer to the empty sequence.
     answer_table: Tensor | None = None
 
     def batch(
         self, seed: int, indices: Tensor, min_length: int, max_length: int, device: torch.device | str = "cpu"
     ) -> Batch:
-        """The samples `indices` (`[B]` int64) of a seed (see `counter_rng.split_seed`), padded to L = max_length.
+        """Return the samples `indices` (`[B]` int64) of a seed of `counter_rng.split_seed`, padded to L = max_length.
 
         Lengths are uniform over `sizes(min_length, max_length)`.
         """
@@ -49,23 +49,23 @@ class Task(ABC):
 
     @abstractmethod
     def sizes(self, min_length: int, max_length: int) -> list[int]:
-        """The sizes that a range stands for, each as often as its probability says; UserError if there are none."""
+        """Return the sizes of a range, repeated in proportion to probability. Raise UserError if there are none."""
 
     @abstractmethod
     def fill(self, keys: Tensor, lengths: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Input ids and labels, both `[B, width]` int64, of samples with these keys and lengths (both `[B]` int64)."""
+        """Return input ids and labels, `[B, width]` int64, of samples with these keys and lengths (`[B]` int64)."""
 
     @abstractmethod
     def answer_distribution(self, min_length: int, max_length: int) -> Tensor:
-        """The exact probability of every answer class over all labelled positions, `[num_classes]` float64."""
+        """Return the exact probability of each answer class over all labelled positions, `[num_classes]` float64."""
 
     def majority_floor(self, min_length: int, max_length: int) -> float:
-        """The accuracy of always giving the most frequent answer, exact, not scaled."""
+        """Return the exact, unscaled accuracy of always giving the most frequent answer."""
         return float(self.answer_distribution(min_length, max_length).max())
 
 
 def size_range(task: str, min_length: int, max_length: int, smallest: int, step: int = 1, first: int = 0) -> list[int]:
-    """The sizes in min_length..max_length that are `first` modulo `step`; a UserError if there is no such size."""
+    """Return the sizes in min_length..max_length that are `first` modulo `step`. Raise UserError if there are none."""
     if min_length > max_length:
         raise UserError(f"{task}: min_length {min_length} is above max_length {max_length}")
     if min_length < smallest:
@@ -78,24 +78,24 @@ def size_range(task: str, min_length: int, max_length: int, smallest: int, step:
 
 
 def check_integer(task: str, name: str, value: int, smallest: int, largest: int) -> int:
-    """The value, if it is an integer in smallest..largest; else a UserError."""
+    """Return the value. Raise UserError unless it is an integer in smallest..largest."""
     if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value <= largest:
         raise UserError(f"{task}: {name} must be an integer in {smallest}..{largest}, not {value!r}")
     return value
 
 
 def check_bool(task: str, name: str, value: bool) -> bool:
-    """The value, if it is true or false; else a UserError."""
+    """Return the value. Raise UserError unless it is true or false."""
     if not isinstance(value, bool):
         raise UserError(f"{task}: {name} must be true or false, not {value!r}")
     return value
 
 
 def one_answer(content: Tensor, content_lengths: Tensor, answer_ids: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
-    """Input ids and labels `[B, L]` of the formal languages: the answer's own slot and all after it are padding.
+    """Return input ids and labels `[B, L]` of a formal language: the answer's own slot and all after it are padding.
 
-    `content` is `[B, L]`, of which the first `content_lengths` (`[B]`) positions are kept; the last of them has the
-    label `answer_ids` (`[B]`), all others IGNORE.
+    The first `content_lengths` (`[B]`) positions of `content` (`[B, L]`) are kept. The last of them has the label
+    `answer_ids` (`[B]`), all others have IGNORE.
     """
     positions = torch.arange(content.shape[1], device=content.device)
     input_ids = torch.where(positions < content_lengths[:, None], content, pad_id)
@@ -104,5 +104,5 @@ def one_answer(content: Tensor, content_lengths: Tensor, answer_ids: Tensor, pad
 
 
 def mean_over_sizes(by_size: dict[int, Tensor], sizes: Sequence[int]) -> Tensor:
-    """The mean of `by_size[size]` over the sizes, with their multiplicity."""
+    """Return the mean of `by_size[size]` over the sizes, with their multiplicity."""
     return torch.stack([by_size[size] for size in sizes]).mean(0)

@@ -1,9 +1,9 @@
-"""Modular arithmetic with brackets (arXiv 2411.12537 section 5.1), grown for a whole batch at once.
+"""Modular arithmetic with brackets (arXiv 2411.12537 section 5.1), generated for a whole batch at once.
 
-An expression of n tokens is `d`, `-d`, `(d)` or `(-d)` for n of 1 to 4, else `(left op right)` with the left length
-uniform in 1..n-4. Instead of recursing sample by sample, all expressions of the batch that are equally deep are split
-in one step; values are then folded from the deepest level up. Every expression starts at a token of its own, so its
-start is the counter of its random draws and the place where its value is kept.
+An expression of n tokens is `d`, `-d`, `(d)` or `(-d)` for n from 1 to 4, otherwise `(left op right)` with the left
+length uniform in 1..n-4. There is no recursion per sample: all expressions of the batch at the same depth are split in
+one step, and values are then folded from the deepest level up. Every expression starts at a different token, so its
+start serves as the counter of its random draws and as the place of its value.
 """
 
 import torch
@@ -15,7 +15,7 @@ from lrnn.track.tasks.counter_rng import Field, integers
 from lrnn.track.tasks.formal_languages import MAX_MODULUS
 
 OPERATORS = ("+", "-", "*")
-AROUND = 3  # the tokens of a sequence besides its expression: `=`, the answer and one PAD
+AROUND = 3  # tokens of a sequence besides its expression: `=`, the answer and one PAD
 SMALLEST = 5
 
 
@@ -24,8 +24,8 @@ class BracketArithmetic(Task):
 
     Digits are ids 0..modulus-1, then `+ - * ( ) =` (5-10 modulo 5), PAD last (11). `operators` is "+-" (what the
     released generator makes) or "+-*" (Table 3 of the paper). As in the released generator a size below 5 becomes 5.
-    With `running_values` (not in the paper) every digit is answered with the value of the expression that ends there
-    and whose brackets are all closed.
+    With `running_values` (not in the paper) the label at every digit is the value of the expression if it ended there
+    with all brackets closed.
     """
 
     first_answer_id = 0
@@ -39,7 +39,7 @@ class BracketArithmetic(Task):
         self.plus, self.minus, self.times, self.open, self.close, self.equals = range(modulus, modulus + 6)
         self.pad_id = modulus + 6
         self.vocab_size = modulus + 7
-        self.answer_table = (torch.arange(modulus)[:, None] + torch.arange(modulus)) % modulus  # `=` stands for `+`
+        self.answer_table = (torch.arange(modulus)[:, None] + torch.arange(modulus)) % modulus  # `=` acts as `+`
 
     def sizes(self, min_length: int, max_length: int) -> list[int]:
         sizes = size_range("modular_arithmetic_brackets", min_length, max_length, smallest=3)
@@ -57,13 +57,14 @@ class BracketArithmetic(Task):
         return input_ids, labels
 
     def expressions(self, keys: Tensor, lengths: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids `[B, width]` of expressions with these keys and lengths (`[B]` int64), their values `[B]`, and at
-        every digit, `[B, width]`, the value of what ends there.
+        """Generate expressions with these keys and lengths (`[B]` int64).
 
-        Tokens after an expression's end are the pad id.
+        Returns:
+            Token ids `[B, width]`, with the pad id after an expression's end; the values `[B]`; and `[B, width]`, at
+            every digit, the value of the expression if it ended there.
         """
         tokens = torch.full((len(keys), width), self.pad_id, device=keys.device)
-        values = torch.empty_like(tokens)  # at an expression's first token, its value
+        values = torch.empty_like(tokens)  # the value of an expression, at its first token
         flat_tokens, flat_values = tokens.view(-1), values.view(-1)
         first = torch.arange(len(keys), device=keys.device) * width
         start = first  # into the flat tensors
@@ -92,10 +93,10 @@ class BracketArithmetic(Task):
         leaves: list[tuple[Tensor, Tensor]],
         values: Tensor,
     ) -> Tensor:
-        """At every digit, the value of its sample's expression if that ended there.
+        """Return, at every digit, the value of its sample's expression if that ended there.
 
-        Without what follows, it is `slope * x + offset` of the value x of any expression inside. A left one takes over
-        both from the one around it, and a right one has v + x, v - x or v * x in the place of x, with v on its left.
+        That value is `slope * x + offset` of the value x of the innermost expression. The left part of an expression
+        inherits both numbers. For the right part, x is replaced by v + x, v - x or v * x, where v is the left value.
         """
         m = self.num_classes
         slope, offset, so_far = torch.zeros(3, len(values), dtype=torch.int64, device=values.device)
@@ -112,7 +113,7 @@ class BracketArithmetic(Task):
         return so_far
 
     def _split(self, keys: Tensor, start: Tensor, lengths: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """The left length and the operator's id of long expressions, `[N]` each."""
+        """Return the left lengths and the operators' ids of long expressions, `[N]` each."""
         sample, place = start // width, start % width
         left = integers(keys[sample], Field.SPLIT, place, lengths - 4) + 1
         operator = integers(keys[sample], Field.OPERATOR, place, len(self.operators)) + self.plus
@@ -121,11 +122,11 @@ class BracketArithmetic(Task):
     def _write_short(
         self, tokens: Tensor, values: Tensor, keys: Tensor, start: Tensor, lengths: Tensor, width: int
     ) -> Tensor:
-        """Write `d`, `-d`, `(d)` or `(-d)` and its value at every start, by length; return the places of the digits."""
+        """Write `d`, `-d`, `(d)` or `(-d)` and its value at every start, by length. Return the places of the digits."""
         digit = integers(keys[start // width], Field.SYMBOL, start % width, self.num_classes)
         negative, bracketed = lengths % 2 == 0, lengths >= 3
         opening = bracketed.long()
-        # A later line overwrites an earlier one where a form lacks the sign or the bracket.
+        # Later lines overwrite earlier ones for forms without a sign or bracket.
         tokens[start] = self.open
         tokens[start + lengths - 1] = self.close
         tokens[(start + opening)[negative]] = self.minus
@@ -144,7 +145,7 @@ class BracketArithmetic(Task):
         pairs = residues.repeat_interleave(m), residues.repeat(m)
         longest = max(sizes) - AROUND
         by_length = torch.full((longest + 1, m), 1 / m, dtype=torch.float64)  # a digit and its negative are uniform
-        so_far = by_length.clone()  # how many digits have a value so far; a short expression has one digit
+        so_far = by_length.clone()  # expected number of digits by running value; a short expression has one digit
         for length in range(SMALLEST, longest + 1):
             left, right = by_length[1 : length - 3].T / (length - 4), slice(1, length - 3)
             by_length[length] = self._values(left @ by_length[right].flip(0), pairs)
@@ -154,7 +155,7 @@ class BracketArithmetic(Task):
         return answers / answers.sum()
 
     def _values(self, joint: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
-        """The distribution of `left op right`, given that of (left, right) and an operator that is drawn uniformly."""
+        """Return the distribution of `left op right`, given that of (left, right), for a uniformly drawn operator."""
         total = torch.zeros(self.num_classes, dtype=torch.float64)
         for operator in range(self.plus, self.plus + len(self.operators)):
             total.index_add_(0, self._apply(torch.tensor(operator), *pairs), joint.flatten())

@@ -1,7 +1,7 @@
 """Formal languages without brackets (arXiv 2411.12537 section 5.1): parity, even pairs, cycle navigation, arithmetic.
 
 Layouts and ids are those of the paper's released generators. A sequence of size n holds n - 1 tokens of content and
-the answer; the answer is the label of the last content position, its own input slot is padding.
+the answer. The answer is the label of the last content position, and its own input slot is padding.
 """
 
 import torch
@@ -18,7 +18,7 @@ from lrnn.track.tasks.base import (
 )
 from lrnn.track.tasks.counter_rng import Field, integers
 
-MAX_MODULUS = 1000  # vocabularies and exact distributions stay small
+MAX_MODULUS = 1000  # keeps vocabularies and exact distributions small
 
 
 def _positions(width: int, like: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def _positions(width: int, like: Tensor) -> Tensor:
 
 
 def _at(values: Tensor, positions: Tensor) -> Tensor:
-    """`values[b, positions[b]]`: `[B]` from `[B, L]` and `[B]`."""
+    """Return `values[b, positions[b]]`: `[B]` from `[B, L]` and `[B]`."""
     return values.gather(1, positions[:, None])[:, 0]
 
 
@@ -52,7 +52,7 @@ class Parity(Task):
 class EvenPairs(Task):
     """`size - 1` symbols a and b, ids 1 and 2, PAD 0; the answer is 1 if the count of ab and ba is even, else 2.
 
-    The count is even exactly if the first and the last symbol are equal (Deletang et al., arXiv 2207.02098).
+    The count is even if and only if the first and the last symbol are equal (Deletang et al., arXiv 2207.02098).
     """
 
     vocab_size, num_classes, first_answer_id, pad_id = 3, 2, 1, 0
@@ -74,7 +74,7 @@ class EvenPairs(Task):
 class CycleNavigation(Task):
     """`size - 1` moves on a cycle from position 0; the answer is the last position (arXiv 2207.02098).
 
-    PAD 0, the moves 0, +1 and -1 are ids 1-3, positions are ids from 4 on (4-8 on the cycle of 5).
+    PAD 0, the moves 0, +1 and -1 are ids 1-3, and positions are ids from 4 on (4-8 on a cycle of 5).
     """
 
     first_answer_id, pad_id = 4, 0
@@ -106,8 +106,8 @@ class ModularArithmetic(Task):
     """`digit op digit ... =`: `size - 1` tokens of content, size odd; the answer is the value modulo `modulus`.
 
     PAD 0, `+ - * =` are ids 1-4, digits are ids from 5 on (5-9 modulo 5). `*` binds tighter than `+` and `-`,
-    otherwise left to right. A range stands for the odd sizes in it. With `running_values` (not in the paper) every `+`
-    and `-` is answered like a `=` in its place.
+    otherwise evaluation is from left to right. A range means the odd sizes in it. With `running_values` (not in the
+    paper) every `+` and `-` is labelled as a `=` in its place would be.
     """
 
     first_answer_id, pad_id = 5, 0
@@ -117,8 +117,10 @@ class ModularArithmetic(Task):
         self.num_classes = check_integer("modular_arithmetic", "modulus", modulus, 2, MAX_MODULUS)
         self.answers_along_the_way = check_bool("modular_arithmetic", "running_values", running_values)
         self.vocab_size = self.first_answer_id + modulus
-        values = (torch.arange(self.vocab_size) - self.first_answer_id).clamp(min=0)  # of answers, by id
-        self.answer_table = (values[:, None] + values) % modulus + self.first_answer_id  # joined, `=` stands for `+`
+        values = (torch.arange(self.vocab_size) - self.first_answer_id).clamp(min=0)  # of the answers, by id
+        self.answer_table = (
+            values[:, None] + values
+        ) % modulus + self.first_answer_id  # in joined expressions `=` acts as `+`
 
     def sizes(self, min_length: int, max_length: int) -> list[int]:
         return size_range("modular_arithmetic", min_length, max_length, smallest=3, step=2, first=1)
@@ -139,7 +141,7 @@ class ModularArithmetic(Task):
         return input_ids, labels
 
     def _running_values(self, digits: Tensor, operators: Tensor) -> Tensor:
-        """The value of the expression up to every digit, `[B, N]`; operator i stands between digits i and i + 1."""
+        """Return the value of the expression up to every digit, `[B, N]`. Operator i is between digits i and i + 1."""
         total, term = torch.zeros_like(digits[:, 0]), digits[:, 0]  # of closed terms, and the term that `*` may extend
         values = [term]
         for i in range(1, digits.shape[1]):
@@ -156,17 +158,17 @@ class ModularArithmetic(Task):
         residues = torch.arange(m)
         sums = (residues[:, None] + residues).flatten() % m
         products = (residues[:, None] * residues) % m
-        times = torch.zeros(m, m, dtype=torch.float64)  # of term p and a uniform digit: p times the digit
+        times = torch.zeros(m, m, dtype=torch.float64)  # from a term p to p times a uniform digit
         times.scatter_add_(1, products, torch.full((m, m), 1 / m, dtype=torch.float64))
-        joint = torch.zeros(m, m, dtype=torch.float64)  # of (total, term)
+        joint = torch.zeros(m, m, dtype=torch.float64)  # distribution of (total, term)
         joint[0] = 1 / m
-        by_size, along = {}, torch.zeros(m, dtype=torch.float64)  # how often an answer is wanted
+        by_size, along = {}, torch.zeros(m, dtype=torch.float64)  # expected labels by answer
         for size in range(3, max_length + 1, 2):
             value = torch.zeros(m, dtype=torch.float64).index_add_(0, sums, joint.flatten())
             by_size[size] = value + along
             if self.answers_along_the_way:
                 along = along + 2 / 3 * value
-            # + and - close the term and start one that is uniform; * extends it.
+            # + and - close the term and start a uniform one; * extends it.
             joint = 2 / 3 * value[:, None] / m + joint @ times / 3
         answers = mean_over_sizes(by_size, self.sizes(min_length, max_length))
         return answers / answers.sum()

@@ -1,4 +1,4 @@
-"""The state-tracking tasks by name."""
+"""Find a state-tracking task by name."""
 
 import inspect
 from collections.abc import Callable
