@@ -1,13 +1,11 @@
 """`launch` without a GPU: when it uses a compiled kernel again, and with what."""
 
-import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 from triton.compiler import CompiledKernel
 
-from lrnn.kernels.common import assembler as assembler_module
 from lrnn.kernels.common import launch as module
 from lrnn.kernels.common.launch import launch
 from lrnn.kernels.common.tiles import Tiles
@@ -89,33 +87,3 @@ def test_constants_and_devices_compile_anew(device):
     launch(kernel, GRID, x, 7, A=1, B=2)
     assert len(kernel.compiled) == 4
     assert not any(compiled.launches for compiled in kernel.compiled)
-
-
-@pytest.fixture
-def assembler(monkeypatch):
-    """A function that sets the compute capability and the version of ptxas, and returns what `check_assembler` says."""
-
-    def warned(capability, ptxas, device="cuda", calls=1):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(assembler_module, "ptxas_version", lambda: ptxas)
-        assembler_module.check_assembler.cache_clear()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            for _ in range(calls):
-                assembler_module.check_assembler(torch.device(device))
-        return [str(w.message) for w in caught]
-
-    yield warned
-    assembler_module.check_assembler.cache_clear()
-
-
-def test_an_assembler_that_may_miscompile_is_named_once(assembler):
-    (message,) = assembler((9, 0), (12, 8), calls=3)
-    assert "ptxas 12.8" in message and "before 13.3" in message and "TRITON_PTXAS_PATH" in message
-    assert len(assembler((9, 0), (13, 2))) == 1
-
-
-def test_a_safe_assembler_and_other_devices_are_not_warned_about(assembler):
-    assert not assembler((9, 0), (13, 3)) and not assembler((9, 0), (13, 4))
-    assert not assembler((8, 0), (12, 8)) and not assembler((10, 0), (12, 8))
-    assert not assembler((9, 0), (12, 8), device="cpu")
