@@ -1,7 +1,7 @@
-"""Read a file in blocks, each of which is compared with its checksum every time it is read.
+"""Read a file in blocks, and compare each block with its checksum every time it is read.
 
-A file that changed, shrank or vanished since it was opened is so noticed where it is read, and named. It is read by
-`pread`, not through a memory map: where a mapped file has shrunk, or its disk fails, the process dies of SIGBUS.
+A file that changed, shrank or vanished after it was opened is therefore noticed, and named, when it is read. It is read
+by `pread`, not through a memory map: if a mapped file has shrunk or its disk fails, the process dies of SIGBUS.
 """
 
 import os
@@ -17,41 +17,41 @@ from lrnn.errors import UserError
 
 BLOCK_BYTES = 1 << 16  # part of the format of a corpus
 DIGEST_BYTES = 8
-MAX_OPEN_FILES = 256  # of this process; a corpus may have thousands of shards, and 1,024 is the usual limit
+MAX_OPEN_FILES = 256  # per process; a corpus may have thousands of shards, and the usual limit is 1,024
 
 ADVICE = (
     "copy the shard again from where the corpus is whole, or build the corpus again; "
-    "then run the same command: a run goes on where it stands"
+    "then run the same command: a run resumes where it stopped"
 )
 
 
 class CorruptData(UserError):
-    """Data of a corpus that cannot be read as it was written: changed, cut off, vanished, or on a failing disk."""
+    """Data of a corpus cannot be read as it was written: it changed, was cut off, vanished, or its disk fails."""
 
 
 class _Descriptor:
-    """A file descriptor that is closed with the last reference to it, so never while a thread still reads from it."""
+    """A file descriptor that is closed with its last reference, and so never while a thread still reads from it."""
 
     def __init__(self, fd: int):
         self.fd = fd
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # an argument: `os` is gone when Python exits
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound early: `os` is gone at exit
         close(self.fd)
 
 
-# The files that hold a descriptor, the least recently read first. Weak references: what belongs to a corpus that nobody
-# uses any more is closed.
+# The files that hold a descriptor, the least recently read first. The references are weak: the files of a corpus that
+# is no longer used are closed.
 _open_files: OrderedDict["weakref.ref[BlockFile]", None] = OrderedDict()
 _open_files_lock = threading.Lock()
 
 
 class BlockFile:
-    """A file of known size and checksums. It is opened when it is read first; threads may share it.
+    """A file of known size and checksums. It is opened by the first read; threads may share it.
 
     Args:
-        path: of the file.
-        label: what messages call it.
-        size: its bytes.
+        path: path of the file.
+        label: its name in messages.
+        size: its size in bytes.
         digests: xxh3-64 of each block of `BLOCK_BYTES` (the last one may be shorter), `DIGEST_BYTES` each.
     """
 
@@ -62,7 +62,7 @@ class BlockFile:
         self._reference = weakref.ref(self)
 
     def read(self, start: int, stop: int) -> memoryview:
-        """Bytes `start` to `stop`, not to be written to: a view of the blocks that they lie in, which were all checked.
+        """Return bytes `start` to `stop`, read-only. All blocks that they are in are checked.
 
         Raises:
             CorruptData: a block differs from its checksum, the file is shorter, or it cannot be read.
@@ -89,11 +89,11 @@ class BlockFile:
         try:
             descriptor = self._open()
             data = os.pread(descriptor.fd, stop - start, start)
-            while len(data) < stop - start:  # at its end, or a network file system gave less than was asked for
+            while len(data) < stop - start:  # The file ends, or a network file system returned less.
                 more = os.pread(descriptor.fd, stop - start - len(data), start + len(data))
                 if not more:
                     raise CorruptData(
-                        f"{self._label} was cut off: bytes {start} to {stop} were to be read, it ends at byte "
+                        f"{self._label} was cut off: reading bytes {start} to {stop}, it ends at byte "
                         f"{start + len(data)} of {self._size}; {ADVICE}"
                     )
                 data += more
@@ -108,7 +108,7 @@ class BlockFile:
             if self._descriptor is not None:
                 _open_files.move_to_end(self._reference)
                 return self._descriptor
-        descriptor = _Descriptor(os.open(self._path, os.O_RDONLY))  # without the lock: it may take long
+        descriptor = _Descriptor(os.open(self._path, os.O_RDONLY))  # without the lock, because it may take long
         with _open_files_lock:
             self._descriptor = descriptor
             _open_files[self._reference] = None

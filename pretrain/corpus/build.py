@@ -1,8 +1,7 @@
 """Tokenise text or code into a corpus: Arrow shards of token ids, their checksums, and a manifest.
 
-SOURCE is a folder, of which every file is a document, or anything that `datasets.load_dataset` takes, of which every
-row is one. The corpus appears under its name only when it is complete; a build that was cut off goes on when it is
-started again.
+SOURCE is a folder, where every file is a document, or anything that `datasets.load_dataset` takes, where every row is
+one. The corpus appears under its name only when it is complete. The same command continues a build that was cut off.
 """
 
 import argparse
@@ -23,12 +22,14 @@ import lrnn
 from lrnn.errors import UserError
 from lrnn.files import write_json
 from lrnn.pretrain.corpus import shard_table
+from lrnn.pretrain.corpus.dataset import DatasetArguments, DatasetSource, StreamingSource
+from lrnn.pretrain.corpus.folder import FolderSource
 from lrnn.pretrain.corpus.reader import FORMAT, FORMAT_VERSION
 from lrnn.pretrain.corpus.shard_writer import token_dtype, watch_parent, write_part
-from lrnn.pretrain.corpus.sources import DatasetArguments, DatasetSource, FolderSource, Source, StreamingSource
+from lrnn.pretrain.corpus.source import Source
 from lrnn.tokenizer import Tokenizer, check_trained_size, load_tokenizer, train_sentencepiece
 
-LINE_SECONDS = 10.0  # between two lines of progress when not on a terminal
+LINE_SECONDS = 10.0  # between two lines of progress when the output is no terminal
 
 EXAMPLES = """\
 examples:
@@ -36,13 +37,13 @@ examples:
   lrnn corpus ~/src/linux --include '*.c' --include '*.h' --train-tokenizer 32000 --heldout 0.01 --out corpora/linux
   # files of JSON lines, with the tokenizer of another corpus
   lrnn corpus json --data-files 'web/*.jsonl.gz' --tokenizer corpora/linux/tokenizer --out corpora/web
-  # a data set of the hub, read as it comes
+  # a data set of the hub, read as a stream
   lrnn corpus HuggingFaceFW/fineweb-edu --config sample-10BT --streaming --tokenizer llama.model --out corpora/fineweb
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `lrnn corpus`."""
+    """Add the options of `lrnn corpus`."""
     parser.epilog = EXAMPLES
     parser.add_argument(
         "source", metavar="SOURCE", help="a folder, or a name or builder that datasets.load_dataset takes"
@@ -63,13 +64,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train a SentencePiece BPE model on the train documents",
     )
     parser.add_argument(
-        "--tokenizer-sample-mb", type=float, default=10.0, metavar="MB", help="text that it is trained on (default 10)"
+        "--tokenizer-sample-mb",
+        type=float,
+        default=10.0,
+        metavar="MB",
+        help="text to train it on (default 10)",
     )
     parser.add_argument(
         "--heldout", type=float, default=0.0, metavar="FRACTION", help="hold out documents, chosen by hash (default 0)"
     )
     parser.add_argument(
-        "--processes", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="default: every core"
+        "--processes", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="default: one per core"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the corpus DIR")
     folder = parser.add_argument_group("folders")
@@ -85,11 +90,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dataset.add_argument("--config", metavar="NAME", help="the configuration of the data set")
     dataset.add_argument("--split", default="train", help="default: train")
     dataset.add_argument("--text-column", default="text", metavar="COLUMN", help="default: text")
-    dataset.add_argument("--streaming", action="store_true", help="read as it comes, store no copy")
+    dataset.add_argument("--streaming", action="store_true", help="read it as a stream, without storing a copy")
 
 
 class _Progress:
-    """A bar on a terminal; otherwise a line every `LINE_SECONDS`."""
+    """Show progress: a bar on a terminal, otherwise a line every `LINE_SECONDS`."""
 
     def __init__(self, total_bytes: int | None):
         from tqdm import tqdm
@@ -126,11 +131,11 @@ def _open_source(args: argparse.Namespace, map_files) -> Source:
             raise UserError(f"--{name} is for folders, and {args.source!r} is read as a data set")
     if path.is_dir() and not is_dataset:
         if args.out.resolve().is_relative_to(path.resolve()):
-            raise UserError(f"--out {args.out} lies inside of the source folder {path}; choose a folder outside")
+            raise UserError(f"--out {args.out} is inside the source folder {path}; choose a folder outside")
         return FolderSource(path, args.include or ["*"], args.exclude or [], args.skip_bad_files, map_files)
     if path.is_file():
         raise UserError(
-            f"source {path}: a file; give its folder, or name its kind: `lrnn corpus json --data-files {path}` "
+            f"source {path} is a file; give its folder, or name its kind: `lrnn corpus json --data-files {path}` "
             "(or parquet, text)"
         )
     if not is_dataset and (path.is_absolute() or args.source.startswith((".", "~"))):
@@ -140,7 +145,7 @@ def _open_source(args: argparse.Namespace, map_files) -> Source:
 
 
 def _prepare_tokenizer(args: argparse.Namespace, source: Source, work: Path) -> Tokenizer:
-    """The tokenizer, from its copy in the unfinished corpus; that copy is made, or trained, if it is not there yet."""
+    """Return the tokenizer from its copy in the unfinished corpus. Make or train that copy first if it is missing."""
     folder = work / "tokenizer"
     if not folder.is_dir():
         temporary = work / "tokenizer.tmp"
@@ -162,7 +167,7 @@ def _prepare_tokenizer(args: argparse.Namespace, source: Source, work: Path) -> 
 
 
 def _arguments_record(args: argparse.Namespace) -> dict:
-    """What decides the contents of the corpus, as the manifest records it."""
+    """Return the arguments that decide the content of the corpus, as the manifest records them."""
     keys = (
         "source include exclude skip_bad_files data_files config split text_column streaming "
         "tokenizer train_tokenizer tokenizer_sample_mb heldout"
@@ -172,26 +177,26 @@ def _arguments_record(args: argparse.Namespace) -> dict:
 
 def _check_arguments(args: argparse.Namespace) -> None:
     if not 0.0 <= args.heldout < 1.0:
-        raise UserError(f"--heldout {args.heldout}: a fraction, at least 0 and below 1")
+        raise UserError(f"--heldout {args.heldout} should be a fraction, at least 0 and below 1")
     if args.processes < 1:
-        raise UserError(f"--processes {args.processes}: at least 1")
+        raise UserError(f"--processes {args.processes} should be at least 1")
     if args.tokenizer_sample_mb <= 0:
-        raise UserError(f"--tokenizer-sample-mb {args.tokenizer_sample_mb}: more than 0")
+        raise UserError(f"--tokenizer-sample-mb {args.tokenizer_sample_mb} should be more than 0")
     if args.tokenizer is not None:
-        load_tokenizer(args.tokenizer)  # a wrong one should not cost a pass over the files first
+        load_tokenizer(args.tokenizer)  # A bad tokenizer is found before a pass over the files.
     else:
         check_trained_size(args.train_tokenizer)
     if args.out.exists():
         if not (args.out / "manifest.json").is_file() and (not args.out.is_dir() or any(args.out.iterdir())):
-            raise UserError(f"--out {args.out}: exists and is not a corpus")
+            raise UserError(f"--out {args.out} exists and is not a corpus")
         if (args.out / "manifest.json").is_file() and not args.overwrite:
-            raise UserError(f"--out {args.out}: the corpus is there already; --overwrite replaces it")
+            raise UserError(f"--out {args.out}: the corpus exists already; --overwrite replaces it")
 
 
 def _open_work(args: argparse.Namespace, source: Source) -> Path:
-    """The folder of the unfinished corpus: a new one, or one that the same arguments on the same source began.
+    """Return the folder of the unfinished corpus: a new one, or one that the same arguments began on the same source.
 
-    One of another format is not gone on with: its shards lack what belongs to this one's.
+    A partial corpus in another format version is not continued, because its shards lack what this version writes.
     """
     work = args.out.with_name(args.out.name + ".partial")
     begun = {
@@ -212,7 +217,7 @@ def _open_work(args: argparse.Namespace, source: Source) -> Path:
         if found != begun:
             shutil.rmtree(work)
         else:
-            print(f"going on with {work}", flush=True)
+            print(f"continuing {work}", flush=True)
             for leftover in work.glob("*/*.tmp*"):
                 leftover.unlink()
     (work / "done").mkdir(parents=True, exist_ok=True)
@@ -223,7 +228,7 @@ def _open_work(args: argparse.Namespace, source: Source) -> Path:
 
 
 def _tokenise(args: argparse.Namespace, source: Source, work: Path, pool) -> list[dict]:
-    """Write every part that is not there yet; returns the entries of all, in order."""
+    """Write every part that is missing. Return the entries of all parts, in order."""
     entries: dict[int, dict] = {}
     running: dict[Future, int] = {}
     sizes = [part.num_bytes for part in source.parts()] if source.num_parts else None
@@ -247,12 +252,12 @@ def _tokenise(args: argparse.Namespace, source: Source, work: Path, pool) -> lis
                 progress.add(part.num_bytes)
             else:
                 running[pool.submit(write_part, part, index, work, args.heldout)] = index
-                collect(at_most=2 * args.processes)  # a part may hold its text
+                collect(at_most=2 * args.processes)  # A part may hold its text in memory.
         collect(at_most=0)
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process was killed (out of memory?); the same command goes on from here, "
-            "with fewer --processes if need be"
+            "a worker process was killed (out of memory?); the same command continues from here, "
+            "with fewer --processes if necessary"
         ) from error
     finally:
         progress.close()
@@ -260,13 +265,17 @@ def _tokenise(args: argparse.Namespace, source: Source, work: Path, pool) -> lis
 
 
 def _finish_split(work: Path, split: str, dtype: str, entries: list[dict]) -> dict:
-    """Give the shards their final names and add what `datasets.load_from_disk` needs; returns the manifest's entry."""
+    """Give the shards their final names, and add the files that `datasets.load_from_disk` needs.
+
+    Returns:
+        The split's entry in the manifest.
+    """
     shards = []
     for index, entry in enumerate(entries):
         name = f"{split}/data-{index:05d}-of-{len(entries):05d}.arrow"
         for suffix in ("", shard_table.SUFFIX):
             written = work / split / f"part-{index:05d}.arrow{suffix}"
-            if written.exists():  # not there when a run before this one was cut off below
+            if written.exists():  # False if an earlier run was cut off below.
                 os.replace(written, work / f"{name}{suffix}")
         shards.append({"file": name, **{k: v for k, v in entry["splits"][split].items() if k != "bytes"}})
     features = {"tokens": {"feature": {"dtype": dtype, "_type": "Value"}, "_type": "List"}}
@@ -290,7 +299,7 @@ def _finish_split(work: Path, split: str, dtype: str, entries: list[dict]) -> di
 
 
 def _finish(args: argparse.Namespace, source: Source, work: Path, tokenizer: Tokenizer, entries: list[dict]) -> dict:
-    """Turn the finished parts into the corpus; returns its manifest."""
+    """Turn the finished parts into the corpus. Return its manifest."""
     skipped = source.skipped + sum((Counter(entry["skipped"]) for entry in entries), Counter())
     if sum(entry["splits"]["train"]["tokens"] for entry in entries) == 0:
         raise UserError(
@@ -324,17 +333,17 @@ def _finish(args: argparse.Namespace, source: Source, work: Path, tokenizer: Tok
     if args.out.exists():
         shutil.rmtree(args.out)
     os.replace(work, args.out)
-    # Only now: cut off before the rename, the next run still needs them.
+    # These are removed last, because the next run needs them if this one is cut off before the rename.
     shutil.rmtree(args.out / "done")
     (args.out / "begun.json").unlink()
     return manifest
 
 
 def main(args: argparse.Namespace) -> int:
-    """Build the corpus that `args` (see `add_arguments`) describe and print what it holds."""
+    """Build the corpus that `args` describe (see `add_arguments`), and print its size."""
     start = time.monotonic()
     _check_arguments(args)
-    # Spawned, not forked: a fork beside the threads of Arrow and of the tokenizers can hang.
+    # Processes are spawned, not forked: a fork beside the threads of Arrow and of the tokenizers can hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, context, watch_parent) if args.processes > 1 else nullcontext() as pool:
         source = _open_source(args, map if pool is None else lambda f, xs: pool.map(f, xs, chunksize=64))
@@ -346,10 +355,10 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"empty corpus: {args.source!r} has no documents")
     manifest = _finish(args, source, work, tokenizer, entries)
     for split, description in manifest["splits"].items():
-        bytes_a_token = description["bytes"] / max(1, description["tokens"])
+        bytes_per_token = description["bytes"] / max(1, description["tokens"])
         print(
             f"{split}: {description['documents']:,} documents, {description['tokens']:,} tokens, "
-            f"{description['bytes'] / 1e6:,.1f} MB of text, {bytes_a_token:.2f} bytes a token"
+            f"{description['bytes'] / 1e6:,.1f} MB of text, {bytes_per_token:.2f} bytes per token"
         )
     for reason, count in manifest["skipped"].items():
         print(f"left out: {count:,} documents, {reason}")

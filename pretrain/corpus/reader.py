@@ -1,10 +1,10 @@
-"""Read a corpus: Arrow shards seen as one stream of tokens with document boundaries.
+"""Read a corpus: Arrow shards as one stream of tokens with document boundaries.
 
-A corpus is a folder that `lrnn corpus` wrote (see build_corpus.py): `manifest.json`, `tokenizer/`, and a folder a split
-with Arrow stream files that `datasets.load_from_disk` opens as well, each with a table of checksums beside it (see
-shard_table.py). In Arrow a list column is a flat buffer of values plus offsets: the values are the token stream, the
-offsets the document boundaries. Only the tables are read at the start, which takes no longer for a large corpus; what
-is read of a shard later is compared with its checksum every time (see block_reader.py).
+A corpus is a folder that `lrnn corpus` wrote (see `build`): `manifest.json`, `tokenizer/`, and one folder per split
+with Arrow stream files, which `datasets.load_from_disk` can open too. Each file has a table of checksums beside it (see
+`shard_table`). In Arrow a list column is a flat buffer of values plus offsets: the values are the token stream, the
+offsets the document boundaries. Only the tables are read at the start, which takes hardly longer for a large corpus.
+Whatever is read from a shard later is compared with its checksum every time (see `block_reader`).
 """
 
 import hashlib
@@ -27,10 +27,10 @@ FORMAT_VERSION = 2
 
 
 def read_manifest(path: str | Path) -> dict:
-    """The manifest of the corpus in folder `path`.
+    """Return the manifest of the corpus in folder `path`.
 
     Raises:
-        UserError: there is no complete corpus, or it is of another version.
+        UserError: there is no complete corpus, or it has another format version.
     """
     path = Path(path)
     try:
@@ -46,7 +46,7 @@ def read_manifest(path: str | Path) -> dict:
     except ValueError as error:
         raise UserError(f"corpus {path}: manifest.json is not JSON ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"corpus {path}: manifest.json is not that of a corpus")
+        raise UserError(f"corpus {path}: manifest.json is not the manifest of a corpus")
     if manifest["format_version"] != FORMAT_VERSION:
         raise UserError(
             f"corpus {path}: format version {manifest['format_version']}, this program reads {FORMAT_VERSION}; "
@@ -56,7 +56,7 @@ def read_manifest(path: str | Path) -> dict:
 
 
 def _open_shard(path: Path, shard: dict) -> tuple[BlockFile, np.ndarray]:
-    """The shard, to be read from, and the layout of its record batches (see `shard_table.batch_layout`)."""
+    """Return the shard for reading, and the layout of its record batches (see `shard_table.batch_layout`)."""
     label = f"corpus {path}: shard {shard['file']}"
     name = path / shard["file"]
     try:
@@ -83,17 +83,17 @@ def _open_shard(path: Path, shard: dict) -> tuple[BlockFile, np.ndarray]:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """A record batch: ids from byte `ids_at` of its shard on, and from byte `offsets_at` where its documents start."""
+    """A record batch."""
 
     shard: BlockFile
-    offsets_at: int
+    offsets_at: int  # byte of the shard at which the offsets of its documents begin
     num_documents: int
-    ids_at: int
+    ids_at: int  # byte of the shard at which its ids begin
     num_ids: int
 
 
 class TokenCorpus:
-    """One split of a corpus as a stream of `num_tokens` tokens, documents one after the other.
+    """One split of a corpus as a stream of `num_tokens` tokens, with the documents one after the other.
 
     Args:
         path: the corpus folder.
@@ -101,13 +101,13 @@ class TokenCorpus:
 
     Attributes:
         manifest: the parsed manifest.json.
-        num_tokens, num_documents, vocab_size: of the split, of the split, of the tokenizer.
+        num_tokens, num_documents: size of the split.
+        vocab_size: size of the tokenizer's vocabulary.
         tokenizer_fingerprint: sha256 of the tokenizer's model file.
 
     Raises:
-        UserError: no such corpus or split, an empty split, a shard that is missing, has another size, holds an id
-            outside of the vocabulary, or whose table is corrupt. Whether a shard's content is whole shows when it is
-            read.
+        UserError: there is no such corpus or split, the split is empty, or a shard is missing, has another size, holds
+            an id outside the vocabulary, or has a corrupt table. Damage to a shard's content is found when it is read.
     """
 
     def __init__(self, path: str | Path, split: str = "train"):
@@ -153,7 +153,7 @@ class TokenCorpus:
             raise UserError(f"corpus {path}: the shards hold {position} tokens, the manifest says {self.num_tokens}")
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[_Batch, int, int, int]]:
-        """(batch, position of its first token, first and last of its own ids) of the batches of a range, in order."""
+        """Yield (batch, position of its first token, first and last of its own ids) of the batches in a range."""
         assert 0 <= start <= stop <= self.num_tokens
         for i in range(bisect_right(self._starts, start) - 1, len(self._batches)):
             batch, base = self._batches[i], self._starts[i]
@@ -162,7 +162,7 @@ class TokenCorpus:
                 break
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Ids at positions `start` to `stop` of the stream: [stop - start], uint16 or uint32, not to be written to.
+        """Return the ids at positions `start` to `stop` of the stream: [stop - start] uint16 or uint32, read-only.
 
         Raises:
             CorruptData: they cannot be read as they were written.
@@ -175,7 +175,7 @@ class TokenCorpus:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """Positions p, `start <= p < stop`, at which a document begins: int64, ascending.
+        """Return the positions p, `start <= p < stop`, at which a document begins: int64, ascending.
 
         Raises:
             CorruptData: they cannot be read as they were written.
@@ -184,14 +184,14 @@ class TokenCorpus:
         for batch, base, first, last in self._parts(start, stop):
             stored = batch.shard.read(batch.offsets_at, batch.offsets_at + 4 * batch.num_documents)
             offsets = np.frombuffer(stored, np.dtype("<i4"))
-            # int32 bounds: any other dtype would make numpy convert the whole array of offsets.
+            # With bounds of any other dtype than int32, numpy would convert the whole array of offsets.
             begin, end = np.searchsorted(offsets, np.array([first, last], dtype=np.int32), side="left")
             pieces.append(offsets[begin:end].astype(np.int64) + base)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the shards' checksums: the same for the same tokens in the same order."""
+        """Return a sha256 of the shards' checksums: the same for the same tokens in the same order."""
         sums = "".join(shard["sha256"] for shard in self.manifest["splits"][self.split]["shards"])
         return hashlib.sha256(sums.encode()).hexdigest()
 
@@ -203,12 +203,12 @@ class TokenCorpus:
 def check_model_matches_corpora(
     vocab_size: int, tokenizer_fingerprint: str | None, corpora: Sequence[TokenCorpus]
 ) -> None:
-    """Stop before training on ids that mean something else to the model.
+    """Check that the ids of the corpora mean the same to the model.
 
     Args:
-        vocab_size: rows of the model's embedding.
-        tokenizer_fingerprint: of the tokenizer that the model was trained with so far; None for a new model.
-        corpora: what it is to be trained on.
+        vocab_size: number of rows of the model's embedding.
+        tokenizer_fingerprint: fingerprint of the tokenizer that the model was trained with; None for a new model.
+        corpora: corpora to train on.
 
     Raises:
         UserError: a vocabulary exceeds the embedding, or the tokenizers differ from each other or from the model's.

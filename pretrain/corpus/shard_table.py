@@ -1,9 +1,9 @@
-"""The table beside a shard: a checksum of each of its blocks, and where in the file its record batches lie.
+"""The table beside a shard: a checksum of each block, and the positions of the record batches in the file.
 
 `SHARD.table` of a shard with n blocks of `BLOCK_BYTES` and m record batches is n digests of 8 bytes (xxh3-64,
-big-endian, as xxhash prints it), then m rows of 4 int64 (little-endian): see `batch_layout`. The manifest has the
-sha256 of the table: the manifest vouches for the table, the table for every block. With the layout in it, a reader
-needs neither to trust the headers inside of a shard nor to touch a shard before it reads from it.
+big-endian, as xxhash prints it), then m rows of 4 int64 (little-endian), see `batch_layout`. The manifest holds the
+sha256 of the table, and the table the checksum of every block. Because the table holds the layout, a reader need not
+trust the headers inside a shard, nor open a shard before it reads from it.
 """
 
 from pathlib import Path
@@ -18,12 +18,12 @@ _ROW = np.dtype(("<i8", 4))
 
 
 class BlockDigests:
-    """Checksums of the blocks of a file, made from its bytes as they are written."""
+    """Compute the checksums of a file's blocks while its bytes are written."""
 
     def __init__(self) -> None:
         self._done: list[bytes] = []
         self._block = xxh3_64()
-        self._room = BLOCK_BYTES  # bytes that the block still takes
+        self._room = BLOCK_BYTES  # bytes until the block is full
 
     def update(self, data: memoryview) -> None:
         """Add the next bytes of the file."""
@@ -38,15 +38,17 @@ class BlockDigests:
                 self._room = BLOCK_BYTES
 
     def digests(self) -> bytes:
-        """Those of all blocks in a row, the last and shorter one included."""
+        """Return the digests of all blocks, concatenated, including the last and shorter one."""
         last = [self._block.digest()] if self._room < BLOCK_BYTES else []
         return b"".join(self._done + last)
 
 
 def batch_layout(path: Path) -> np.ndarray:
-    """Where the record batches of an Arrow stream file of `tokens` lists lie: int64 [batches, 4].
+    """Return the positions of the record batches in an Arrow stream file of `tokens` lists.
 
-    A row is (byte at which the int32 offsets begin, number of documents, byte at which the ids begin, number of ids).
+    Returns:
+        int64 [batches, 4]; a row is (byte at which the int32 offsets begin, number of documents, byte at which the ids
+        begin, number of ids).
     """
     import pyarrow as pa
 
@@ -63,11 +65,11 @@ def batch_layout(path: Path) -> np.ndarray:
 
 
 def pack_table(digests: bytes, layout: np.ndarray) -> bytes:
-    """The content of a table, from `BlockDigests.digests` and `batch_layout`."""
+    """Return the content of a table, from `BlockDigests.digests` and `batch_layout`."""
     return digests + layout.astype("<i8").tobytes()
 
 
 def unpack_table(table: bytes, size: int) -> tuple[bytes, np.ndarray]:
-    """The digests and the layout in the table of a shard of `size` bytes. The inverse of `pack_table`."""
+    """Return the digests and the layout in the table of a shard of `size` bytes: the inverse of `pack_table`."""
     end = DIGEST_BYTES * -(-size // BLOCK_BYTES)
     return table[:end], np.frombuffer(table, dtype=_ROW, offset=end)

@@ -1,6 +1,6 @@
-"""Turn one part of a source into a shard of each split: an Arrow stream file, one list of `tokens` a document.
+"""Turn one part of a source into a shard of each split: an Arrow stream file with one list of `tokens` per document.
 
-Beside each stands its table (see shard_table.py).
+Each shard has a table beside it, see `shard_table`.
 """
 
 import hashlib
@@ -20,23 +20,23 @@ import numpy as np
 
 from lrnn.files import write_atomically, write_json
 from lrnn.pretrain.corpus import shard_table
-from lrnn.pretrain.corpus.sources import Document, Part, is_heldout
+from lrnn.pretrain.corpus.source import Document, Part, is_heldout
 from lrnn.tokenizer import Tokenizer, load_tokenizer
 
-BATCH_CHARS = 1 << 20  # text handed to the tokenizer at once
-FLUSH_TOKENS = 1 << 20  # tokens a record batch: 2 to 4 MB in memory
+BATCH_CHARS = 1 << 20  # characters that the tokenizer gets at once
+FLUSH_TOKENS = 1 << 20  # tokens per record batch: 2 to 4 MB in memory
 
 
 def token_dtype(vocab_size: int) -> str:
-    """The smallest dtype that holds every id."""
+    """Return the smallest dtype that holds every token id."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 class _HashingFile(RawIOBase):
-    """A file that knows the sha256, the checksums of the blocks and the size of what was written to it."""
+    """A file that computes its sha256, the checksums of its blocks and its size while it is written."""
 
     def __init__(self, path: Path):
-        self._file = open(path, "wb")  # noqa: SIM115, closed by close()
+        self._file = open(path, "wb")  # noqa: SIM115, closed in close()
         self.sha256 = hashlib.sha256()
         self.blocks = shard_table.BlockDigests()
         self.size = 0
@@ -61,7 +61,7 @@ class _HashingFile(RawIOBase):
 class ShardWriter:
     """Write documents (lists of ids) to `path`, and its table beside it.
 
-    Both appear under their names only when `close` has written them whole.
+    Both appear under their names only after `close` has written them completely.
     """
 
     def __init__(self, path: Path, dtype: str):
@@ -80,14 +80,14 @@ class ShardWriter:
         self._max_token_id = -1
 
     def write(self, documents: list[list[int]]) -> None:
-        """Add documents; the memory held is bounded by `FLUSH_TOKENS` plus one call's documents."""
+        """Add documents. At most `FLUSH_TOKENS` plus the documents of one call are held in memory."""
         self._pending += documents
         self._pending_tokens += sum(map(len, documents))
         if self._pending_tokens >= FLUSH_TOKENS:
             self._flush()
 
     def write_flat(self, values: np.ndarray, lengths: np.ndarray) -> None:
-        """Add documents as one record batch: their ids in a row ([n], the shard's dtype), and the length of each."""
+        """Add documents as one record batch: their joined ids ([n], the shard's dtype) and the length of each."""
         offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
         np.cumsum(lengths, out=offsets[1:])
         assert values.dtype == self._dtype and offsets[-1] == len(values)
@@ -104,7 +104,7 @@ class ShardWriter:
             self._pending, self._pending_tokens = [], 0
 
     def close(self) -> dict:
-        """Finish the file; returns its entry in the manifest, `file` excepted."""
+        """Finish the file. Return its entry in the manifest, without `file`."""
         self._flush()
         self._stream.close()
         self._file.close()
@@ -123,6 +123,7 @@ class ShardWriter:
 
 
 def _encoded(part: Part, tokenizer: Tokenizer) -> Iterator[list[tuple[Document, list[int]]]]:
+    """Yield the documents of a part with their ids, in batches."""
     batch: list[Document] = []
     chars = 0
     for document in part.documents():
@@ -135,13 +136,16 @@ def _encoded(part: Part, tokenizer: Tokenizer) -> Iterator[list[tuple[Document, 
         yield list(zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True))
 
 
-_tokenizer_of = cache(load_tokenizer)  # once a process
+_tokenizer_of = cache(load_tokenizer)  # Loaded once per process.
 
 
 def write_part(part: Part, index: int, work: Path, heldout: float) -> dict:
-    """Tokenise one part with `work`/tokenizer into a shard of each split and the text of its held-out documents.
+    """Tokenise one part with the tokenizer in `work`, into a shard of each split and the text of held-out documents.
 
-    `done/INDEX.json`, written last, says that the part is complete; it is also what is returned.
+    `done/INDEX.json` is written last, and says that the part is complete.
+
+    Returns:
+        The content of that file.
     """
     tokenizer = _tokenizer_of(work / "tokenizer")
     splits = ["train", "heldout"] if heldout > 0 else ["train"]
@@ -174,7 +178,7 @@ def write_part(part: Part, index: int, work: Path, heldout: float) -> dict:
 
 
 def watch_parent() -> None:
-    """In a worker process: end with the parent, even if it is killed."""
+    """Make a worker process end with its parent, even if that is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -17,7 +17,7 @@ import torch
 
 from lrnn.errors import UserError
 from lrnn.pretrain.batching import Batching
-from lrnn.pretrain.corpus.sources import DatasetArguments, load_rows, text_of
+from lrnn.pretrain.corpus.dataset import DatasetArguments, load_rows, text_of
 from lrnn.pretrain.data.micro_batch import MicroBatch, build_micro_batch
 from lrnn.pretrain.data.order import window_index
 from lrnn.pretrain.data.prefetch import Prefetcher, set_thread_device

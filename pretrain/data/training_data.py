@@ -12,8 +12,8 @@ from lrnn import LrnnConfig
 from lrnn.errors import UserError
 from lrnn.pretrain.batching import Batching
 from lrnn.pretrain.config import Config, StreamSource
+from lrnn.pretrain.corpus.dataset import DatasetArguments
 from lrnn.pretrain.corpus.reader import TokenCorpus, check_model_matches_corpora
-from lrnn.pretrain.corpus.sources import DatasetArguments
 from lrnn.pretrain.data.loader import Loader
 from lrnn.pretrain.data.micro_batch import MicroBatch
 from lrnn.pretrain.data.samples import CorpusData, check_enough_samples

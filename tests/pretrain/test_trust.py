@@ -21,7 +21,7 @@ from training_group import run_group
 from lrnn.cli import main
 from lrnn.errors import UserError
 from lrnn.pretrain.checkpoint import format as checkpoint
-from lrnn.pretrain.corpus.sources import DatasetArguments, load_rows
+from lrnn.pretrain.corpus.dataset import DatasetArguments, load_rows
 
 SHORT = {"log": {"heldout_every": 0}, "schedule": {"warmup_steps": 0}}
 

@@ -16,7 +16,7 @@ import xxhash
 
 from lrnn.cli import main
 from lrnn.pretrain.corpus import build as build_corpus_module
-from lrnn.pretrain.corpus import shard_writer, sources
+from lrnn.pretrain.corpus import dataset, shard_writer, source
 
 
 def documents_of(corpus: Path, split: str = "train") -> list[list[int]]:
@@ -54,8 +54,8 @@ def error_of(capsys: pytest.CaptureFixture, *arguments: object) -> str:
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(sources, "MIN_PART_BYTES", 8 << 10)
-    monkeypatch.setattr(sources, "STREAM_PART_BYTES", 8 << 10)
+    monkeypatch.setattr(source, "MIN_PART_BYTES", 8 << 10)
+    monkeypatch.setattr(dataset, "STREAM_PART_BYTES", 8 << 10)
     monkeypatch.setattr(shard_writer, "FLUSH_TOKENS", 1000)
     monkeypatch.setattr(shard_writer, "BATCH_CHARS", 2000)
 
@@ -296,7 +296,7 @@ def test_bad_arguments(text_folder, sentencepiece_model, tmp_path, capsys):
 
     assert "--heldout 1.0" in error("--heldout", "1.0")
     assert "--processes 0" in error("--processes", "0")
-    assert "inside of the source" in error(out=text_folder / "corpus")
+    assert "inside the source" in error(out=text_folder / "corpus")
     assert "neither" in error(tokenizer=("--tokenizer", tmp_path))
     (tmp_path / "x.model").write_bytes(b"not a model")
     assert "not a SentencePiece model" in error(tokenizer=("--tokenizer", tmp_path / "x.model"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lrnn.errors import UserError
-from lrnn.pretrain.corpus import shard_writer, sources
+from lrnn.pretrain.corpus import shard_writer, source
 from lrnn.pretrain.corpus.block_reader import CorruptData
 from lrnn.pretrain.corpus.reader import TokenCorpus, check_model_matches_corpora
 
@@ -18,7 +18,7 @@ from lrnn.pretrain.corpus.reader import TokenCorpus, check_model_matches_corpora
 @pytest.fixture
 def corpus_path(build_corpus, text_folder, monkeypatch) -> Path:
     """A corpus of several shards, each of several record batches, one shard of which is empty."""
-    monkeypatch.setattr(sources, "MIN_PART_BYTES", 8 << 10)
+    monkeypatch.setattr(source, "MIN_PART_BYTES", 8 << 10)
     monkeypatch.setattr(shard_writer, "FLUSH_TOKENS", 1000)
     monkeypatch.setattr(shard_writer, "BATCH_CHARS", 2000)
     path = build_corpus(text_folder, "--heldout", "0.2")
@@ -136,7 +136,11 @@ def test_no_or_unfinished_corpus(tmp_path, build_corpus, text_folder):
         edit_manifest(path, lambda m, version=version: m.update(format_version=version))
         with pytest.raises(UserError, match=f"format version {version}, this program reads 2; build it again"):
             TokenCorpus(path)
-    for text, words in [("{", "not JSON"), ("[]", "not that of a corpus"), ('{"format": "x"}', "not that of a corpus")]:
+    for text, words in [
+        ("{", "not JSON"),
+        ("[]", "is not the manifest"),
+        ('{"format": "x"}', "is not the manifest of a corpus"),
+    ]:
         (path / "manifest.json").write_text(text)
         with pytest.raises(UserError, match=words):
             TokenCorpus(path)

@@ -11,7 +11,7 @@ import torch
 
 from lrnn.errors import UserError
 from lrnn.pretrain.batching import Batching
-from lrnn.pretrain.corpus import shard_writer, sources
+from lrnn.pretrain.corpus import shard_writer, source
 from lrnn.pretrain.corpus.reader import TokenCorpus
 from lrnn.pretrain.data import loader as loader_module
 from lrnn.pretrain.data.heldout import heldout_batches
@@ -26,7 +26,7 @@ SEQ_LEN = 64
 @pytest.fixture
 def corpora(build_corpus, text_folder, monkeypatch) -> list[TokenCorpus]:
     """Two corpora of one tokenizer, in several shards and record batches."""
-    monkeypatch.setattr(sources, "MIN_PART_BYTES", 8 << 10)
+    monkeypatch.setattr(source, "MIN_PART_BYTES", 8 << 10)
     monkeypatch.setattr(shard_writer, "FLUSH_TOKENS", 1000)
     paths = [
         build_corpus(text_folder, "--include", glob, "--heldout", "0.3", out=name)

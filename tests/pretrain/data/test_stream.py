@@ -12,7 +12,7 @@ import torch
 
 from lrnn.errors import UserError
 from lrnn.pretrain.batching import Batching
-from lrnn.pretrain.corpus.sources import DatasetArguments
+from lrnn.pretrain.corpus.dataset import DatasetArguments
 from lrnn.pretrain.data.stream import StreamData, StreamLoader
 from lrnn.tokenizer import load_tokenizer
 
