@@ -18,15 +18,15 @@ WORDS += ["+=", "#", "é", "日本", "🎉", "<s>", "</s>", "{}", "[]", ":", "\n
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test asks the hub. (`datasets` would, to count its loads, and wait for a name server where there is none.)"""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for processes that are started
+    """Keep every test off the hub. `datasets` would ask it, to count its loads, and wait for a name server in vain."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for child processes
     for name in ("huggingface_hub.constants", "datasets.config"):
         if name in sys.modules:
             monkeypatch.setattr(sys.modules[name], "HF_HUB_OFFLINE", True)
 
 
 def random_text(rng: random.Random, words: int) -> str:
-    """Text with newlines, indentation, several scripts, and special tokens spelled out. Never empty for words > 0."""
+    """Return text with newlines, indentation, several scripts and special tokens; not empty for words > 0."""
     return "x" + " ".join(rng.choice(WORDS) for _ in range(words))
 
 
@@ -68,7 +68,7 @@ def build_corpus(sentencepiece_model: Path, tmp_path: Path) -> Callable[..., Pat
         arguments = [str(source), "--out", str(tmp_path / out), "--processes", "1"]
         if not {"--tokenizer", "--train-tokenizer"} & set(options):
             arguments += ["--tokenizer", str(sentencepiece_model)]
-        assert main(["corpus", *arguments, *options]) == 0  # of an option given twice the last counts
+        assert main(["corpus", *arguments, *options]) == 0  # The last of repeated options counts.
         return tmp_path / out
 
     return build

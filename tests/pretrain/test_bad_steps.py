@@ -1,4 +1,4 @@
-"""Losses that are no longer in line: found, named, skipped or undone, the same on all ranks."""
+"""Losses that are spikes or not finite are found, named, and skipped or undone, the same on all ranks."""
 
 import json
 import math
@@ -18,9 +18,9 @@ from lrnn.pretrain.spike_rule import SpikeRule
 from lrnn.records import read_metrics
 
 SPIKES = {"window": 8, "threshold": 5.0}
-STRANGE = 18  # the step with labels that do not belong there
+STRANGE = 18  # the step with wrong labels
 STEPS = 22
-G = 8  # samples a step
+G = 8  # samples per step
 
 
 # --- the rule ---------------------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ def test_limit_is_median_and_deviation():
     rng = np.random.default_rng(0)
     found = SpikeRule(SpikeConfig(window=1000, threshold=6.0), rng.normal(3.0, 0.1, 1000).tolist())
     assert found.limit == pytest.approx(3.0 + 6 * 0.1, rel=0.02)
-    # The factor that makes a deviation of a median absolute one, from the normal distribution itself.
+    # The factor follows from the quantiles of the normal distribution.
     assert 1 / NormalDist().inv_cdf(0.75) == pytest.approx(1.4826, abs=1e-4)
 
 
@@ -76,12 +76,12 @@ def events(config, name):
 
 
 def spikes_at(config, step):
-    """The records of a step that was a spike. A window this short finds others too."""
+    """Return the spike records of a step. With a window this short, other steps are spikes too."""
     return [r for r in events(config, "loss_spike") if r["step"] == step]
 
 
 def strange_samples() -> list[int]:
-    """Those of the last rank's last micro-batch: 4 micro-batches of 2 samples, dealt to 2 ranks in turn."""
+    """Return the samples of the last rank's last micro-batch: 4 micro-batches of 2 samples go to 2 ranks in turn."""
     first = (STRANGE - 1) * G
     return [first + 6, first + 7]
 
@@ -116,8 +116,10 @@ def test_a_spike_is_logged_or_skipped(base, tmp_path):
 
 @pytest.mark.parametrize("stage", [2, 3])  # stage 1 keeps its state as stage 2 does
 def test_a_rollback_is_a_resume_with_the_data_that_follow(base, tmp_path, stage):
-    """After a spike in step 18 the run goes on from step 16 with the samples after step 18: bitwise as a run that is
-    resumed by hand from that checkpoint, with the position in the data moved."""
+    """After a spike in step 18 the run continues from step 16 with the samples after step 18.
+
+    It is bitwise the same as a run that is resumed by hand from that checkpoint, with the position in the data moved.
+    """
     settings = {
         "steps": STEPS, "spikes": SPIKES | {"action": "rollback"}, "checkpoint": {"every": 4, "keep_last": 10},
         "log": {"every": 1, "tensorboard": False},
@@ -149,10 +151,10 @@ def test_a_rollback_is_a_resume_with_the_data_that_follow(base, tmp_path, stage)
 
 
 def test_a_rollback_without_a_checkpoint_and_too_many(base, tmp_path):
-    """With nothing to go back to the step is skipped; where every step spikes the run stops and says why."""
+    """Without a checkpoint to return to, the step is skipped. If every step is a spike, the run stops and says why."""
     spikes = SPIKES | {"action": "rollback", "max_rollbacks": 1}
     early = base("early", steps=STEPS, spikes=spikes, log={"every": 1, "tensorboard": False})
-    # A limit below every loss: all is a spike as soon as there is a limit.
+    # The limit is below every loss: every step is a spike as soon as there is a limit.
     never = spikes | {"threshold": 1e-9, "window": 4}
     hopeless = early | {"run_dir": str(tmp_path / "hopeless"), "spikes": never, "optim": {"lr": 1e-9}}
     hopeless |= {"checkpoint": {"every": 1, "keep_last": 10}, "max_skipped_steps": 50, "steps": 60}

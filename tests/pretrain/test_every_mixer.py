@@ -1,5 +1,7 @@
-"""Every token mixer is pretrained, stopped and resumed, all in one process: `test_training.py` has one mixer in groups
-of processes, under every ZeRO stage and after every step."""
+"""Pretrain, stop and resume every token mixer, all in one process.
+
+`test_training.py` does so with one mixer in groups of processes, in every ZeRO stage and after every step.
+"""
 
 import json
 
@@ -12,7 +14,7 @@ from lrnn.pretrain.launch import STOPPED
 
 @pytest.fixture
 def configs(base, tmp_path, model_json):
-    """`configs(mixer)`: the configuration of a run, and the same in another folder."""
+    """`configs(mixer)` returns the configuration of a run, and the same in another folder."""
 
     def make(mixer):
         fields = json.loads(model_json.read_text()) | {"mixer": mixer, "state_size": 4, "num_hidden_layers": 1}

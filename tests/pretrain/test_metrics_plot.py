@@ -42,7 +42,7 @@ def config(tmp_path):
 
 
 def step_record(step: int, loss: float, **more) -> dict:
-    """A record as the loop writes it."""
+    """Return a record as the loop writes it."""
     record = {"step": step, "loss": loss, "lr": 0.001 * step, "grad_norm": 1.5, "tokens": 600 * step}
     record |= {"tokens_per_second_per_gpu": 1000.0 + step, "mfu": None}
     share = step / 1000
@@ -51,7 +51,7 @@ def step_record(step: int, loss: float, **more) -> dict:
 
 
 def scalars(folder) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard would show of a folder."""
+    """Return what TensorBoard would show of a folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder))
@@ -197,7 +197,7 @@ def test_speed(config, monkeypatch):
     assert (record["step_seconds"], record["loop_seconds"], record["data_wait_seconds"]) == (4.5, 1.5, 0.5)
     assert record["tokens_per_second_per_gpu"] == pytest.approx(12 * 50 / 2 / 4.5, abs=0.1)  # of two processes
     assert record["mfu"] is None  # no peak is known for a CPU
-    step(0, 1)  # an average begins anew
+    step(0, 1)  # A new average begins.
     assert speed.read(0.0)["step_seconds"] == 1.0
 
 
@@ -225,7 +225,7 @@ def test_memory_is_that_of_this_process(config):
 
 
 def probed(allow_neg_eigval: bool, logits: dict[int, list[float]], tokens: int = 6):
-    """The probe of a model whose layers have these logits of beta, head by head, at every token."""
+    """Return the probe of a model with these logits of beta in each layer, head by head, at every token."""
     config = LrnnConfig(**{**MODEL.to_dict(), "allow_neg_eigval": allow_neg_eigval})
     model = LrnnForCausalLM(config)
     with torch.no_grad():
@@ -244,7 +244,7 @@ def probed(allow_neg_eigval: bool, logits: dict[int, list[float]], tokens: int =
 
 
 def expected_histogram(eigenvalues: list[float]) -> list[float]:
-    """Fractions of `EIGENVALUE_BINS` bins over [-1, 1], by arithmetic on each value."""
+    """Return the fractions of `EIGENVALUE_BINS` bins over [-1, 1], by arithmetic on each value."""
     counts = Counter(int((x + 1) / 2 * EIGENVALUE_BINS) for x in eigenvalues)
     return [counts[b] / len(eigenvalues) for b in range(EIGENVALUE_BINS)]
 
@@ -316,7 +316,7 @@ def test_plot_of_two_runs(tmp_path, capsys):
 
 
 def test_what_is_drawn(tmp_path, monkeypatch):
-    """The numbers of the lines, and lines where the run was resumed and where a step was skipped."""
+    """Check the values of the curves, and the marks where the run was resumed and where a step was skipped."""
     import matplotlib.figure
 
     figures = []

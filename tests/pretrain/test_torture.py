@@ -11,14 +11,14 @@ PROGRAM = Path(__file__).with_name("torture.py")
 
 
 def test_every_kill_is_survived(base, tmp_path):
-    """Losses are bitwise those of an undisturbed run after every kill, and no more than an interval is done again."""
+    """After every kill, losses are bitwise those of an undisturbed run, and at most one interval is repeated."""
     config = base(
         steps=60, global_batch_size=4, checkpoint={"every": 5, "keep_last": 2}, log={"every": 1, "tensorboard": False}
     )
     config["data"] |= {"seq_len": 32}
     spec = tmp_path / "spec.json"
     spec.write_text(json.dumps({"config": config, "folder": str(tmp_path), "kills": KILLS, "seed": 0}))
-    # Arrow's allocator would start a thread, and a process with threads must not fork.
+    # Arrow's allocator would start a thread, but a process with threads must not fork.
     environment = {**os.environ, "JE_ARROW_MALLOC_CONF": "background_thread:false", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, str(PROGRAM), str(spec)], env=environment, stdout=subprocess.PIPE, text=True)
     assert done.returncode == 0

@@ -1,4 +1,4 @@
-"""Whole trainings on CPU over gloo: stopped anywhere and resumed they are bitwise what they would have been."""
+"""Whole trainings on CPU over gloo: a run that is stopped anywhere and resumed gives bitwise the same result."""
 
 import json
 import sysconfig
@@ -18,7 +18,7 @@ STEPS = 6
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_stop_and_resume_is_bitwise_the_same(base, tmp_path, stage):
-    """A run stopped after every single step, against one that never stopped."""
+    """Compare a run that is stopped after every single step with one that never stopped."""
     straight, stopped = base("straight", stage), base("stopped", stage)
     stops = [1, 2, 4] if stage != 2 else range(1, STEPS)
     specs = [{"config": straight}] + [{"config": stopped, "stop_at": k} for k in stops] + [{"config": stopped}]
@@ -34,7 +34,7 @@ def test_stop_and_resume_is_bitwise_the_same(base, tmp_path, stage):
 
 @pytest.mark.parametrize(("stages", "autocast", "tolerance"), [((1, 2, 3), False, 1e-5), ((2, 3, 1), True, 5e-4)])
 def test_other_numbers_of_processes_and_stages_agree(base, tmp_path, stages, autocast, tolerance):
-    """2 processes go on as 1 and as 2 again, each with another ZeRO stage: same samples, losses within rounding.
+    """A run of 2 processes continues with 1 and with 2 again, each time in another ZeRO stage: same samples and losses.
 
     In float32 that is the order of sums. Under bf16 autocast a difference in the last bit of a weight can flip a
     rounding of 2^-9, so there only the size of such flips can be asked for.
@@ -62,7 +62,7 @@ def test_other_numbers_of_processes_and_stages_agree(base, tmp_path, stages, aut
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(base, tmp_path):
-    """NaN in one rank's gradient: the step is skipped on all ranks, counted, and its samples are named."""
+    """With NaN in one rank's gradient, the step is skipped on all ranks and counted, and its samples are named."""
     clean, poisoned = base("clean", steps=3), base("poisoned", steps=3)
     assert run_group(tmp_path, [{"config": clean}, {"config": poisoned, "poison_at": 2}]) == [0, 0]
     skipped = [r for r in read_metrics(Path(poisoned["run_dir"])) if r.get("event") == "skipped_step"]
@@ -81,7 +81,7 @@ def test_too_many_bad_steps_stop_the_run(base, tmp_path):
 
 
 def test_a_stream_resumes_bitwise(base, corpora, tmp_path):
-    """Tokenised while training; stopped while the engine starts (no step is done then), and again later."""
+    """The stream is tokenised while training. It is stopped while the engine starts, before any step, and later."""
     folder = Path(sysconfig.get_paths()["stdlib"]) / "json"
     texts = [path.read_text() for path in sorted(folder.glob("*.py"))]
     for part in range(2):
@@ -112,7 +112,7 @@ def test_a_stream_resumes_bitwise(base, corpora, tmp_path):
 
 
 def test_the_pass_before_the_first_step_changes_nothing(base, tmp_path):
-    """Also after a resume, where moments stand that a stray gradient would move."""
+    """This also holds after a resume, when a stray gradient would change the moments."""
     pairs = [(base(f"with-{stage}", stage, steps=4), base(f"without-{stage}", stage, steps=4)) for stage in (2, 3)]
     specs = [
         {"config": config, "no_warm_up": left_out, "stop_at": stop_at}

@@ -1,4 +1,4 @@
-"""The whole training step against plain PyTorch: one process, one batch, a loop that can be read in a minute."""
+"""Compare the training step with plain PyTorch: one process, one batch, a loop that can be read in a minute."""
 
 import json
 import sysconfig
@@ -27,7 +27,7 @@ DECAYED = {"embeddings", "lm_head", *(f"{x}_proj" for x in ("q", "k", "v", "g", 
 
 @pytest.fixture
 def short_documents(corpora, tmp_path):
-    """A corpus of long documents and of very short ones: a document's last token has no label."""
+    """Return a corpus of long and very short documents: the last token of a document has no label."""
     text = (Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_text()
     texts = ["x"] * 600 + [text[i : i + 500] for i in range(0, 10_000, 500)]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
@@ -37,7 +37,7 @@ def short_documents(corpora, tmp_path):
 
 
 def plain_training(raw):
-    """Losses, gradient norms and final weights of AdamW (arXiv 1711.05101, algorithm 2) on whole batches."""
+    """Train on whole batches with AdamW (arXiv 1711.05101, algorithm 2); return losses, norms, model and labels."""
     config = parse_config(raw, "test")
     data = open_data(config, load_model_of(config), Ranks(0, 1, torch.device("cpu"), None))
     model = build_model(load_model_of(config), config.seed, activation_checkpointing=False)

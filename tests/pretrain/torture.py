@@ -33,9 +33,9 @@ from lrnn.pretrain.launch import free_port, local_environment
 from lrnn.pretrain.run import Run
 
 RANKS = 2
-# What a rank is at, as the parent sees it: one byte for the main thread, one for the thread that writes.
+# What a rank is doing, as the parent sees it: one byte for the main thread, one for the writing thread.
 PHASES = ["starting", "step", "between steps", "snapshot", "writing", "manifest", "rename", "latest", "deleting"]
-# Where a rank kills itself, or all: before or after the call.
+# The calls before or after which a rank kills itself, or all ranks.
 TRAPS = {
     "engine": (Run, "_start_engine"),
     "step": (train_module, "train_step"),
@@ -86,7 +86,7 @@ class Life:
             os._exit(status)
 
     def _watch(self, rank: int) -> None:
-        """Keep the board up to date."""
+        """Wrap calls so that they keep the board up to date."""
 
         def during(holder, name: str, phase: str, slot: int, after: str) -> None:
             original = getattr(holder, name)
@@ -112,19 +112,19 @@ class Life:
             during(holder, name, phase, 1, after)
 
     def moment(self, rank: int) -> str:
-        """What a rank is at; what its writing thread does, if that does anything."""
+        """Return what a rank is doing: its writing thread if that is busy, otherwise its main thread."""
         main, writer = self.board[2 * rank], self.board[2 * rank + 1]
         return PHASES[writer] if writer else PHASES[main]
 
     def reap(self) -> bool:
-        """Whether all processes have ended."""
+        """Return whether all processes have ended."""
         for pid in self.pids:
             if pid not in self.statuses and os.waitpid(pid, os.WNOHANG) != (0, 0):
                 self.statuses[pid] = 1  # reaped; how it ended is in the log
         return len(self.statuses) == RANKS
 
     def end(self) -> None:
-        """As the launcher does when a process died: ask the others to stop, then kill them."""
+        """End the run as the launcher does when a process died: ask the others to stop, then kill them."""
         self._signal_all(signal.SIGTERM)
         deadline = time.monotonic() + 5
         while not self.reap() and time.monotonic() < deadline:
@@ -156,7 +156,7 @@ def set_trap(rank: int, place: str, after: bool, count: int, everyone: bool) -> 
 
 
 def losses_in(file: Path) -> list[tuple[int, float]]:
-    """(step, loss) of every record, in order; a line that a kill cut short is no record."""
+    """Return (step, loss) of every record, in order, without lines that a kill cut short."""
     found = []
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
@@ -181,13 +181,13 @@ class Torture:
         self.log = Path(spec["folder"]) / f"{name}.log"
         self.hit: Counter[str] = Counter()
         self.repeated: list[int] = []
-        self.seen = 0  # records that were compared
+        self.seen = 0  # number of records that were compared
 
     def steps(self) -> int:
         return max((step for step, _ in losses_in(self.folder / "metrics.jsonl")), default=0)
 
     def kill_once(self) -> bool:
-        """Start, kill at a random moment, and check what is there. False: the run came to its end instead."""
+        """Start the run, kill it at a random moment, and check it. Return False if the run finished instead."""
         rng = self.rng
         before = self.steps()
         trap = None
@@ -233,7 +233,7 @@ class Torture:
         return (self.folder / "checkpoints" / f"step-{max(self.truth):08d}").is_dir()
 
     def check(self, before: int) -> None:
-        """Every new loss is bitwise the undisturbed run's, and little was done twice."""
+        """Check that every new loss is bitwise that of the undisturbed run, and that few steps were repeated."""
         records = losses_in(self.folder / "metrics.jsonl")
         fresh = records[self.seen :]
         self.seen = len(records)
@@ -279,7 +279,7 @@ def main() -> None:
             assert not list((torture.folder / "checkpoints").glob(".step*"))
             hit += torture.hit
             repeated += torture.repeated
-        # In the background steps are done while a checkpoint is written; the next one waits for it.
+        # Steps are done while a checkpoint is written in the background; the next checkpoint waits for it.
         limit = 2 * torture.every if background else torture.every
         assert max(repeated) <= limit, f"{max(repeated)} steps were repeated, at most {limit} may be"
         result["in the background" if background else "waited for"] = {

@@ -1,4 +1,4 @@
-"""Trainings in groups of processes that are forked from one that has imported everything: a start costs 1 s, not 9."""
+"""Run trainings in groups of processes, forked from one that has imported everything: a start costs 1 s, not 9."""
 
 import json
 import multiprocessing
@@ -11,11 +11,11 @@ from lrnn.pretrain.launch import free_port, local_environment
 from lrnn.records import read_metrics
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["training_worker", "deepspeed", "pandas"])  # what a start imports late
+_CONTEXT.set_forkserver_preload(["training_worker", "deepspeed", "pandas"])  # modules that a start imports late
 
 
 def run_group(tmp_path, specs, processes=2):
-    """Run the specs (see training_worker.py) one after the other in one group of processes; returns their statuses."""
+    """Run the specs (see training_worker.py) one after the other in one group of processes. Return their statuses."""
     path = tmp_path / f"spec-{len(list(tmp_path.glob('spec-*')))}.json"
     path.write_text(json.dumps(specs))
     port = free_port()
@@ -36,6 +36,6 @@ def run_group(tmp_path, specs, processes=2):
 
 
 def losses(config):
-    """Loss by step, the last record of each step, and gradient norm and held-out loss with it."""
+    """Return (loss, gradient norm, held-out loss) by step, from the last record of each step."""
     records = {r["step"]: r for r in read_metrics(Path(config["run_dir"])) if "event" not in r}
     return {step: (r["loss"], r["grad_norm"], r.get("heldout_loss")) for step, r in sorted(records.items())}

@@ -1,4 +1,4 @@
-"""Batches against a slow and obvious truth, made from the documents as `datasets` reads them."""
+"""Compare batches with a slow and obvious truth, made from the documents as `datasets` reads them."""
 
 import threading
 import time
@@ -36,7 +36,7 @@ def corpora(build_corpus, text_folder, monkeypatch) -> list[TokenCorpus]:
 
 
 def truth_of(corpus: TokenCorpus, window: int) -> tuple[list[int], list[int], list[int]]:
-    """Inputs, labels and the positions at which a document starts, of a window."""
+    """Return the inputs and labels of a window, and the positions at which a document starts."""
     documents = datasets.load_from_disk(str(corpus.path / corpus.split))["tokens"][:]
     flat = list(chain.from_iterable([(id_, place) for place, id_ in enumerate(document)] for document in documents))
     cut = flat[window * SEQ_LEN : (window + 1) * SEQ_LEN + 1]
@@ -74,7 +74,7 @@ def test_batches(corpora, reset):
 
 
 def test_every_window_and_every_boundary(corpora):
-    """One epoch of one corpus, in all: each token is a label once, but the first of each document never."""
+    """Over one epoch of one corpus, each token is a label once, except the first of each document."""
     (corpus, _) = corpora
     data = CorpusData([corpus], [1.0], SEQ_LEN, seed=0, reset_at_document_boundaries=True)
     batch = data.batch(np.arange(data.num_windows))
@@ -104,7 +104,7 @@ def test_a_document_that_starts_where_the_next_window_does(corpora):
 
 
 def steps_of(data, ranks, start=0, count=3, g=24, micro=2):
-    """Per step, the micro-batches of all ranks, in the order of their samples."""
+    """Return the micro-batches of all ranks by step, in the order of their samples."""
     loaders = [Loader(data, Batching(g, micro, rank, ranks), start_sample=start) for rank in range(ranks)]
     try:
         steps = []
@@ -145,7 +145,7 @@ def test_micro_batches_go_round_the_ranks(corpora):
 def test_resume_is_a_number(corpora, monkeypatch):
     data = CorpusData(corpora, [1, 1], SEQ_LEN, seed=1, reset_at_document_boundaries=True)
     whole = steps_of(data, 1, count=6)
-    monkeypatch.setattr(loader_module, "LOCATE_SAMPLES", 50)  # another cut of the work
+    monkeypatch.setattr(loader_module, "LOCATE_SAMPLES", 50)  # another division of the work
     for ranks in (1, 2):
         for a, b in zip(whole[2:], steps_of(data, ranks, start=48, count=4), strict=True):
             assert all(map(same, a, b))

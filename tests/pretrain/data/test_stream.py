@@ -1,4 +1,4 @@
-"""A streamed data set: its samples against the documents tokenised in one go, and resuming at every step."""
+"""Compare the samples of a stream with the documents tokenised at once, and resume at every step."""
 
 import json
 from itertools import chain, islice
@@ -34,7 +34,7 @@ def jsonl(tmp_path) -> tuple[Path, list[str]]:
 
 @pytest.fixture
 def stream(jsonl, sentencepiece_model):
-    """`stream(**options)`: a new `StreamData` over the same files."""
+    """`stream(**options)` returns a new `StreamData` over the same files."""
 
     def make(**options) -> StreamData:
         arguments = DatasetArguments("json", data_files=[str(jsonl[0])])
@@ -44,7 +44,7 @@ def stream(jsonl, sentencepiece_model):
 
 
 def take(data, steps, rank=0, ranks=1, state=None):
-    """Steps of a rank, and the state after each, as a checkpoint would store it."""
+    """Return the steps of a rank, with the state after each as a checkpoint would store it."""
     with StreamLoader(data, Batching(G, MICRO, rank, ranks), state=state) as loader:
         taken = []
         for batches in islice(loader, steps):
@@ -101,7 +101,7 @@ def test_ranks_share_the_same_micro_batches(stream):
             )
             assert len(batches) == G // MICRO and all(map(same, whole[step][0], batches))
             assert all(part[step][1] == whole[step][1] for part in parts)
-    # And resumed on another number of processes.
+    # The stream is also resumed on another number of processes.
     resumed = [take(stream(), 3, rank, 2, state=whole[9][1]) for rank in range(2)]
     assert same(whole[10][0][1], resumed[1][0][0][0]) and same(whole[12][0][2], resumed[0][2][0][1])
 
@@ -152,4 +152,4 @@ def test_bad_streams(stream, tmp_path, sentencepiece_model):
     empty.write_text('{"text": ""}\n{"text": ""}')
     data = StreamData(DatasetArguments("json", data_files=[str(empty)]), tokenizer, SEQ_LEN)
     with pytest.raises(UserError, match="gives no tokens"):
-        next(StreamLoader(data, Batching(G, MICRO)))  # the thread's error comes out here
+        next(StreamLoader(data, Batching(G, MICRO)))  # the error of the thread is raised here

@@ -1,4 +1,4 @@
-"""Runs that hang, side by side: `hanging_worker.py SPECS.json`. Imports once and forks the ranks of every run.
+"""Run trainings that hang side by side: `hanging_worker.py SPECS.json`. Import once, and fork the ranks of every run.
 
 SPECS maps a name to {"config": {...}, "at_step_3": [what each rank does while it fetches the data of step 3]}:
     "": goes on; "stop": SIGSTOP to itself; "crash": SIGSEGV to itself; "sleep": never returns;
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"
-# Imported late by a training, which takes seconds: once for all ranks.
+# A training imports these late, which takes seconds; here it is done once for all ranks.
 import datasets  # noqa: F401
 import deepspeed  # noqa: F401
 import torch
@@ -30,7 +30,7 @@ from lrnn.pretrain.train import train
 
 DEADLINE_S = 90
 PAUSE_S = 6
-STUCK = ("stop", "raise")  # what leaves a process that does not end by itself
+STUCK = ("stop", "raise")  # actions after which a process does not end by itself
 
 
 def forget_the_time() -> None:
@@ -55,7 +55,7 @@ def act(action: str, mark: Path) -> None:
 
 
 def be_rank(rank: int, spec: dict, port: int, folder: Path) -> None:
-    """Never returns."""
+    """Run one rank. Never returns."""
     actions = spec["at_step_3"]
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
@@ -108,7 +108,7 @@ class Run:
             self.processes.append(process)
 
     def look(self) -> bool:
-        """Note who has ended and suspend whom the specification says; whether all that is to come has come."""
+        """Note which ranks have ended, and suspend those that the specification names; return whether all ended."""
         for rank, process in enumerate(self.processes):
             if rank not in self.status:
                 ended, status = os.waitpid(process, os.WNOHANG)
@@ -127,7 +127,7 @@ class Run:
                 os.kill(process, number)
 
     def end(self) -> None:
-        """Kill what is left, and write down how the run ended."""
+        """Kill the remaining processes, and write down how the run ended."""
         self._signal(signal.SIGKILL)
         status = [self.status.get(rank) for rank in range(len(self.processes))]
         began = min((mark.stat().st_mtime for mark in self.folder.glob("*.mark")), default=0.0)
@@ -141,7 +141,7 @@ def main() -> None:
     runs = [Run(spec, file.parent / name) for name, spec in json.loads(file.read_text()).items()]
     deadline = time.time() + DEADLINE_S
     while not all([run.look() for run in runs]) and time.time() < deadline:
-        # Processes that cannot end by themselves are all that is left.
+        # Only processes that cannot end by themselves remain.
         others = [r for run in runs for r, a in enumerate(run.actions) if r not in run.status and a not in STUCK]
         if not others and time.time() > max(run.last_end for run in runs) + 1:
             break

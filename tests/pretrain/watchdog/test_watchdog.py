@@ -1,4 +1,4 @@
-"""Runs that hang end, and say on whom; runs that do not hang are left alone."""
+"""A run that hangs ends and names the rank that it hangs on; other runs are left alone."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def test_nobody_is_lost_who_speaks_or_said_goodbye():
     others = [
         seen(1, heard=990.1),
         seen(2, heard=10, left=10.0),  # a normal end, long ago
-        seen(3, left=990.1, error="OSError: disk"),  # the others may be about to follow
+        seen(3, left=990.1, error="OSError: disk"),  # the others may be about to end too
         seen(4, broken=1000.1 - BROKEN_SECONDS),
     ]
     assert find_lost(1000, [seen(0), *others], SETTINGS) is None
@@ -224,7 +224,7 @@ class Group:
         threading.Event().wait()  # the thread does no more, as in a process that ended
 
     def leave(self, *order: int) -> None:
-        """The ranks leave one after the other, each longer after the last than would make a rank lost."""
+        """Make the ranks leave one after the other, with pauses longer than the limit for a lost rank."""
         for i, rank in enumerate(order):
             time.sleep(1.6 if i else 0)
             self.dogs[rank].__exit__(None, None, None)
@@ -293,7 +293,7 @@ def test_a_defect_of_the_watchdog_is_not_silent_and_ends_no_run(monkeypatch, cap
 
 
 def test_a_hang_ends_the_process_though_nothing_can_be_written(monkeypatch):
-    """Who hangs may hold the outputs too."""
+    """A process that hangs may block the outputs too."""
     monkeypatch.setattr(watchdog, "REPORT_S", 0.5)
     monkeypatch.setattr(watchdog, "_write", lambda text: time.sleep(20))
     stall = WatchdogConfig(lost_seconds=9, stall_seconds=0.4, startup_seconds=0.4, heartbeat_seconds=9)
@@ -304,7 +304,7 @@ def test_a_hang_ends_the_process_though_nothing_can_be_written(monkeypatch):
 # --- Real trainings ---------------------------------------------------------------------------------------------------
 
 LOST_S, STALL_S = 4, 5
-MARGIN_S = 8  # for intervals, last words, and a busy machine
+MARGIN_S = 8  # for intervals, last messages and a busy machine
 RUNS = {  # what the ranks do while they fetch the data of step 3
     "stopped": ["", "stop"],
     "main stopped": ["stop", ""],
@@ -316,7 +316,7 @@ RUNS = {  # what the ranks do while they fetch the data of step 3
 
 
 class Outcome:
-    """How one of `RUNS` ended."""
+    """The end of one of `RUNS`."""
 
     def __init__(self, folder: Path, run_dir: Path):
         ended = json.loads((folder / "ended.json").read_text())
@@ -328,9 +328,9 @@ class Outcome:
 
 @pytest.fixture(scope="module")
 def outcomes(config_in, tmp_path_factory):
-    """All runs side by side: they mostly wait."""
+    """Run all of them side by side, because they mostly wait."""
     folder = tmp_path_factory.mktemp("hangs")
-    # The limit that is not at stake is out of reach: on a busy machine the two are soon mixed up.
+    # The other limit is out of reach, because a busy machine could reach either.
     settings = {"lost_seconds": LOST_S, "stall_seconds": 60, "startup_seconds": 300, "heartbeat_seconds": 1}
     specs = {
         name: {"config": config_in(folder, f"run {name}", steps=4, watchdog=dict(settings)), "at_step_3": actions}
@@ -398,4 +398,4 @@ def test_collectives_do_not_give_up_before_the_watchdog(outcomes):
     limits = [field.metadata[1].le for field in WatchdogConfig.model_fields.values()]
     assert max(limits) < COLLECTIVE_TIMEOUT.total_seconds()
     said = [line for line in outcomes["paused"].out[0].splitlines() if line.startswith("collectives end after")]
-    assert said == [f"collectives end after {COLLECTIVE_TIMEOUT}"] * 3  # ours, and one of torch's own default
+    assert said == [f"collectives end after {COLLECTIVE_TIMEOUT}"] * 3  # our two groups, and one with torch's default
