@@ -94,6 +94,11 @@ class Killed(BaseException):
 
 
 PLACES = ["save_file", "seal", "write_manifest", "sync", "rename", "write_atomically"]
+HOLDERS = {
+    "save_file": checkpoint_writer.safetensors.torch,
+    "rename": Path,
+    "write_atomically": checkpoint_writer,
+}  # of the functions that are not in `format`
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -104,7 +109,7 @@ def test_killed_while_saving(tmp_path, monkeypatch, place):
     def kill(*args, **kwargs):
         raise Killed
 
-    holder = {"save_file": checkpoint_writer.safetensors.torch, "rename": Path}.get(place, checkpoint)
+    holder = HOLDERS.get(place, checkpoint)
     with monkeypatch.context() as patch:
         saver = Saver(tmp_path, monkeypatch)
         patch.setattr(holder, place, kill)
@@ -170,7 +175,7 @@ def test_an_error_at_any_place(tmp_path, monkeypatch, place):
     def fail(*args, **kwargs):
         raise OSError(5, "Input/output error")
 
-    holder = {"save_file": checkpoint_writer.safetensors.torch, "rename": Path}.get(place, checkpoint)
+    holder = HOLDERS.get(place, checkpoint)
     with monkeypatch.context() as patch:
         patch.setattr(holder, place, fail)
         saver.begin(2)
