@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import shutil
 from itertools import pairwise
@@ -231,7 +232,7 @@ def test_latest_is_never_half_written(tmp_path, monkeypatch):
     def kill(*args):
         raise Killed
 
-    monkeypatch.setattr(checkpoint.os, "replace", kill)
+    monkeypatch.setattr(os, "replace", kill)
     with pytest.raises(Killed):
         write_atomically(tmp_path / "latest", "new\n")
     assert (tmp_path / "latest").read_text() == "old\n"
