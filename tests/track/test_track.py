@@ -89,7 +89,7 @@ def test_parity_needs_negative_eigenvalues(grid_file, tmp_path, capsys):
     out = tmp_path / "out"
     table = (out / "table.md").read_text()
     assert "| deltanet | [-1, 1] | 1.000 [1.000] | 1.000 [1.000] | 256 [256] | 1.000 [.999] |" in table, table
-    assert "always giving the most frequent answer has 0.000" in " ".join(table.split())
+    assert "always giving the most frequent answer scores 0.000" in " ".join(table.split())
     pictures = {p: p.read_bytes() for p in (out / "accuracy-parity.png", out / "eigenvalues-parity.png")}
     for picture in pictures:
         pixels = imread(picture)[..., :3]
