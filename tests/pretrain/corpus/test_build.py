@@ -1,4 +1,4 @@
-"""Building a corpus: what is written is compared with what SentencePiece and `datasets` make of the same files."""
+"""Build corpora, and compare them with what SentencePiece and `datasets` make of the same files."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ def expected_documents(texts, model: Path) -> list[list[int]]:
 
 
 def content(corpus: Path) -> dict[str, str]:
-    """sha256 of every file of the corpus but the manifest, whose order of keys and arguments is free."""
+    """Return the sha256 of every file of the corpus except the manifest, where the order of keys is free."""
     return {
         str(p.relative_to(corpus)): hashlib.sha256(p.read_bytes()).hexdigest()
         for p in files_of(corpus)
@@ -42,7 +42,7 @@ def content(corpus: Path) -> dict[str, str]:
 
 
 def error_of(capsys: pytest.CaptureFixture, *arguments: object) -> str:
-    """The one line that `lrnn corpus` fails with."""
+    """Return the one line that `lrnn corpus` fails with."""
     capsys.readouterr()
     assert main(["corpus", *map(str, arguments)]) == 2
     lines = [
@@ -127,7 +127,7 @@ def test_heldout_is_decided_by_the_path_alone(build_corpus, text_folder, small_p
     )
     assert len(heldout) == len(chosen) and train | heldout == whole and not train & heldout
 
-    part = build_corpus(text_folder, "--heldout", "0.3", "--include", "d1/*", out="part")  # other files beside it
+    part = build_corpus(text_folder, "--heldout", "0.3", "--include", "d1/*", out="part")  # with other files beside it
     rows = [json.loads(line) for line in (part / "heldout.jsonl").read_text().splitlines()]
     assert [row["source"] for row in rows] == [n for n in chosen if n.startswith("d1/")]
 
@@ -146,7 +146,7 @@ def test_trained_tokenizer_keeps_text(build_corpus, text_folder):
     texts = [p.read_bytes().decode() for p in files_of(text_folder)]
     documents = documents_of(corpus)
     assert [processor.decode(d[1:-1]) for d in documents] == texts
-    assert all(d[0] == 1 and d[-1] == 2 and not {1, 2} & set(d[1:-1]) for d in documents)  # "</s>" stands in the texts
+    assert all(d[0] == 1 and d[-1] == 2 and not {1, 2} & set(d[1:-1]) for d in documents)  # "</s>" appears in the texts
     for text in ["\n\n  \t x  ", "    def f():\r\n\treturn 1\n", "\x00\x0c", "한글 ∑ 👩‍👩‍👧", " ", "a" * 5000]:
         assert processor.decode(processor.encode(text)) == text
 
@@ -188,7 +188,7 @@ def test_large_vocabulary_is_uint32(build_corpus, tmp_path):
 
 @pytest.fixture
 def jsonl(tmp_path) -> tuple[Path, list[str]]:
-    """Two files of rows with the text in column `body`; the texts, with two empty ones."""
+    """Return two files of rows with the text in column `body`, and the texts, two of them empty."""
     texts = [f"row {i} " + "some words " * (i % 50) for i in range(300)]
     texts[7], texts[150] = "", ""
     for part in range(2):
@@ -285,7 +285,7 @@ def test_empty_corpus(bad_folder, sentencepiece_model, tmp_path, capsys):
     assert "empty corpus" in error_of(capsys, tmp_path / "none", *end)
     (tmp_path / "rows.jsonl").write_text("")
     assert "data set 'json'" in error_of(capsys, "json", "--data-files", tmp_path / "rows.jsonl", *end)
-    # Every document held out, and none left to train on.
+    # Every document is held out, and none is left to train on.
     assert "held out" in error_of(capsys, bad_folder, "--include", "a*", "--heldout", "0.9999", *end)
     assert not (tmp_path / "c").exists()
 
@@ -301,7 +301,7 @@ def test_bad_arguments(text_folder, sentencepiece_model, tmp_path, capsys):
     (tmp_path / "x.model").write_bytes(b"not a model")
     assert "not a SentencePiece model" in error(tokenizer=("--tokenizer", tmp_path / "x.model"))
     assert "at least 300" in error("--processes", "1", tokenizer=("--train-tokenizer", "258"))
-    assert not (tmp_path / "c.partial").exists()  # which the next command would have to remove
+    assert not (tmp_path / "c.partial").exists()  # The next command would have to remove it.
     message = error("--processes", "1", tokenizer=("--train-tokenizer", "50000"), out=tmp_path / "d")
     assert "Vocabulary size too high" in message
     (tmp_path / "thesis").mkdir()
@@ -311,7 +311,7 @@ def test_bad_arguments(text_folder, sentencepiece_model, tmp_path, capsys):
     assert (tmp_path / "thesis" / "only_copy.tex").exists()
 
 
-def test_existing_corpus_is_kept_unless_told(build_corpus, text_folder, sentencepiece_model, tmp_path, capsys):
+def test_existing_corpus_is_kept_without_overwrite(build_corpus, text_folder, sentencepiece_model, tmp_path, capsys):
     corpus = build_corpus(text_folder)
     before = content(corpus)
     end = ["--tokenizer", sentencepiece_model, "--out", corpus, "--processes", "1"]
@@ -325,7 +325,7 @@ def test_existing_corpus_is_kept_unless_told(build_corpus, text_folder, sentence
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_unfinished_corpus_goes_on(build_corpus, jsonl, small_parts, monkeypatch, streaming, capsys):
+def test_unfinished_corpus_is_continued(build_corpus, jsonl, small_parts, monkeypatch, streaming, capsys):
     files, _ = jsonl
     arguments = ["json", "--data-files", str(files), "--text-column", "body", "--heldout", "0.2"]
     arguments += ["--streaming"] if streaming else []
@@ -347,14 +347,14 @@ def test_unfinished_corpus_goes_on(build_corpus, jsonl, small_parts, monkeypatch
     (partial / "train" / "part-00003.arrow.tmp-1").write_bytes(b"half a shard")
     assert not whole.with_name("corpus").exists()
 
-    # Other arguments do not go on where these stood.
+    # Other arguments do not continue this corpus.
     model = ["--tokenizer", str(partial / "tokenizer"), "--out", str(whole.with_name("corpus")), "--processes", "1"]
     assert "other arguments" in error_of(capsys, *arguments, "--heldout", "0.1", *model)
 
     monkeypatch.setattr(build_corpus_module, "write_part", lambda *a: written.append(a[1]) or real(*a))
     corpus = build_corpus(*arguments)
     shards = len(json.loads((whole / "manifest.json").read_text())["splits"]["train"]["shards"])
-    assert written == list(range(shards))  # every part once
+    assert written == list(range(shards))  # every part was written once
     assert content(corpus) == content(whole)
     manifests = [json.loads((c / "manifest.json").read_text()) for c in (corpus, whole)]
     assert manifests[0] == manifests[1]
@@ -385,8 +385,8 @@ def test_cut_off_while_finishing(build_corpus, text_folder, small_parts, monkeyp
     assert content(build_corpus(text_folder, "--heldout", "0.2")) == content(whole)
 
 
-def test_older_format_does_not_go_on(build_corpus, text_folder, tmp_path, monkeypatch, capsys, sentencepiece_model):
-    """Shards that an older version of the program wrote have no tables."""
+def test_older_format_is_not_continued(build_corpus, text_folder, tmp_path, monkeypatch, capsys, sentencepiece_model):
+    """Shards of an older version of the program have no tables."""
 
     def fail(*_):
         raise KeyboardInterrupt
@@ -400,7 +400,7 @@ def test_older_format_does_not_go_on(build_corpus, text_folder, tmp_path, monkey
     assert "another version of this program" in error_of(capsys, *arguments)
 
 
-def test_changed_source_does_not_go_on(build_corpus, tmp_path, monkeypatch, capsys, sentencepiece_model):
+def test_changed_source_is_not_continued(build_corpus, tmp_path, monkeypatch, capsys, sentencepiece_model):
     folder = tmp_path / "text"
     folder.mkdir()
     (folder / "a.txt").write_text("some text")
@@ -419,8 +419,8 @@ def test_changed_source_does_not_go_on(build_corpus, tmp_path, monkeypatch, caps
     assert documents_of(corpus) == expected_documents(["other text, and longer"], sentencepiece_model)
 
 
-def test_killed_build_goes_on(tmp_path, sentencepiece_model, build_corpus):
-    """A real SIGKILL of the main process, with workers: they end too, and the next call finishes the corpus."""
+def test_killed_build_is_continued(tmp_path, sentencepiece_model, build_corpus):
+    """After SIGKILL of the main process its workers end too, and the next call finishes the corpus."""
     folder = tmp_path / "text"
     folder.mkdir()
     for i in range(20):
@@ -436,7 +436,7 @@ def test_killed_build_goes_on(tmp_path, sentencepiece_model, build_corpus):
     process.send_signal(signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 20
-    while True:  # the group is empty when the workers have ended
+    while True:  # The group is empty when the workers have ended.
         try:
             os.killpg(process.pid, 0)
         except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""A corpus that is damaged, cut off or gone while it is read: what is whole is read right, what is not is named."""
+"""A corpus that is damaged, cut off or gone while it is read: intact data is read correctly, damage is named."""
 
 import errno
 import gc
@@ -31,7 +31,7 @@ SHARD = "train/data-1.arrow"
 
 
 def write_corpus(path: Path, dtype: str = "uint16", shards: int = 3, batches: int = 3, documents: int = 21_000) -> Path:
-    """Random ids in short documents: ids and offsets of a record batch both take more than a block (by default)."""
+    """Write random ids in short documents; ids and offsets of a record batch both take more than a block by default."""
     rng = np.random.default_rng(0)
     (path / "train").mkdir(parents=True)
     entries = []
@@ -55,12 +55,12 @@ def whole(request, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def path(tmp_path) -> Path:
-    """A corpus to be damaged."""
+    """Return a corpus to damage."""
     return write_corpus(tmp_path / "corpus")
 
 
 def arrow_truth(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and document starts of the whole stream, as pyarrow reads the shards."""
+    """Return ids and document starts of the whole stream, as pyarrow reads the shards."""
     shards = json.loads((path / "manifest.json").read_text())["splits"]["train"]["shards"]
     tables = [pa.ipc.open_stream(pa.OSFile(str(path / shard["file"]))).read_all() for shard in shards]
     column = pa.concat_tables(tables).column("tokens").combine_chunks()
@@ -73,12 +73,12 @@ def read_all(corpus: TokenCorpus) -> None:
 
 
 def open_files(path: Path) -> int:
-    """Descriptors of files under `path` that this process holds."""
+    """Return the descriptors of files under `path` that this process holds."""
     links = []
     for entry in os.listdir("/proc/self/fd"):
         try:
             links.append(os.readlink(f"/proc/self/fd/{entry}"))
-        except OSError:  # closed by another thread meanwhile
+        except OSError:  # Another thread closed it meanwhile.
             continue
     return sum(link.startswith(str(path)) for link in links)
 
@@ -119,7 +119,7 @@ def test_ids_are_a_view_that_cannot_be_written_to(whole):
 
 
 def test_short_reads_are_completed(whole, monkeypatch):
-    """A network file system may give less than was asked for."""
+    """A network file system may return fewer bytes than requested."""
     ids, starts = arrow_truth(whole)
     pread = os.pread
     monkeypatch.setattr(os, "pread", lambda fd, size, offset: pread(fd, min(size, 5000), offset))
@@ -146,7 +146,7 @@ def test_digests_do_not_depend_on_the_writes(size):
 
 
 def named_bytes(error: CorruptData, path: Path, words: str) -> tuple[int, int]:
-    """The range of bytes that a message names; asserts that it names the corpus, the shard and the way out as well."""
+    """Return the range of bytes that a message names, and check that it names the corpus, the shard and a remedy."""
     message = str(error)
     assert message.startswith(f"corpus {path}: shard {SHARD} ") and re.search(words, message), message
     assert "copy the shard again" in message and "build the corpus again" in message and "the same command" in message
@@ -156,7 +156,7 @@ def named_bytes(error: CorruptData, path: Path, words: str) -> tuple[int, int]:
 
 
 def parts_of(corpus: TokenCorpus) -> Iterator[tuple[int, int, int, Callable[[], object]]]:
-    """(shard, first byte, last byte, how to read it) of single ids throughout, and of the offsets of each batch."""
+    """Yield (shard, first byte, last byte, how to read it) of single ids, and of the offsets of each batch."""
     for number, (start, batch) in enumerate(zip(corpus._starts, corpus._batches, strict=True)):
         shard = number // 3
         for i in range(0, batch.num_ids, BLOCK_BYTES // 8):
@@ -166,12 +166,12 @@ def parts_of(corpus: TokenCorpus) -> Iterator[tuple[int, int, int, Callable[[], 
         yield shard, batch.offsets_at, stop, partial(corpus.document_starts, start, start + 1)
 
 
-def test_any_flipped_bit_is_noticed_where_it_lies(path):
+def test_any_flipped_bit_is_noticed_where_it_is(path):
     good = (path / SHARD).read_bytes()
-    assert len(good) % BLOCK_BYTES > 1000  # the last block holds ids too, not the end mark alone
+    assert len(good) % BLOCK_BYTES > 1000  # The last block holds ids too, not only the end mark.
     rng = random.Random(0)
     messages = [match.start() for match in re.finditer(rb"\xff{4}[^\0]\0\0\0.\0\0\0", good, re.DOTALL)]
-    assert len(messages) == 4  # headers inside of the file: of the schema, and of three batches
+    assert len(messages) == 4  # headers inside the file: one of the schema, three of batches
     positions = [at + rng.randrange(100) for at in messages for _ in range(5)]
     positions += [0, len(good) - 1, *(rng.randrange(len(good)) for _ in range(100))]
     for at in positions:
@@ -194,10 +194,10 @@ def test_any_flipped_bit_is_noticed_where_it_lies(path):
 
 @pytest.mark.parametrize("held", [False, True])
 def test_cut_off_after_opening(path, held):
-    """Mapped memory would end the process by SIGBUS here."""
+    """With mapped memory the process would die of SIGBUS here."""
     size = (path / SHARD).stat().st_size
     corpus = TokenCorpus(path)
-    first, last = corpus._starts[3], corpus._starts[6] - 1  # of the second shard
+    first, last = corpus._starts[3], corpus._starts[6] - 1  # in the second shard
     if held:
         corpus.tokens(first, first + 1)
     os.truncate(path / SHARD, size - 1)
@@ -228,7 +228,7 @@ def test_vanished_after_opening(path):
     held = TokenCorpus(write_corpus(path.with_name("held")))
     held.tokens(first, first + 1)
     (path.with_name("held") / SHARD).unlink()
-    read_all(held)  # what is open stays
+    read_all(held)  # What is open stays readable.
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_damaged_table(path):
 
 
 def test_a_shard_in_the_place_of_another(path):
-    """As when folders of two corpora were mixed up: everything is readable, and of the right size."""
+    """Two corpora were mixed up: everything is readable and has the right size."""
     write_corpus(path.with_name("other"), "uint32")
     other = (path.with_name("other") / SHARD).read_bytes()
     size = (path / SHARD).stat().st_size
@@ -304,7 +304,7 @@ def test_many_shards_and_few_descriptors(tmp_path, monkeypatch):
     assert most == 4
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(read, range(4)))
-    assert most <= 4 + 2 * 4  # each thread may be reading from one that was put out, and opening another
+    assert most <= 4 + 2 * 4  # Each thread may read from one that was dropped, and open another.
     assert open_files(path) == 4
 
 
@@ -330,7 +330,7 @@ def test_the_descriptor_used_last_stays(tmp_path, monkeypatch):
 
 
 def test_descriptors_are_closed_when_python_exits(path, monkeypatch):
-    """Modules may be gone before the last objects are; an error then would be printed below a run's last line."""
+    """Modules may be gone before the last objects; an error would then be printed below the last line of a run."""
     errors: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", errors.append)
     corpus = TokenCorpus(path)
@@ -347,7 +347,7 @@ def test_descriptors_are_closed_when_python_exits(path, monkeypatch):
 
 
 def test_loader_names_the_samples(path):
-    """The steps before the damage come whole; the one that would hold it is an error."""
+    """The steps before the damage are complete; the step that contains it is an error."""
     data = bytearray((path / SHARD).read_bytes())
     data[2 * BLOCK_BYTES + 100] ^= 4  # among ids; offsets would spoil every sample of their record batch
     (path / SHARD).write_bytes(data)
@@ -362,7 +362,7 @@ def test_loader_names_the_samples(path):
         return True
 
     bad = next(sample for sample in range(source.num_windows) if not readable(sample))
-    assert bad >= 16  # or the test would show little
+    assert bad >= 16  # Otherwise the test would show little.
     first = bad // 4 * 4
     with Loader(source, Batching(8, 4)) as loader:
         for step in range(bad // 8):
@@ -378,6 +378,6 @@ def test_loader_names_the_samples(path):
 
 
 def test_fingerprint_is_that_of_the_shards(path):
-    """It says which data a run was trained on, so the tables are not in it."""
+    """It identifies the data that a run was trained on, so it does not include the tables."""
     sums = "".join(hashlib.sha256((path / f"train/data-{i}.arrow").read_bytes()).hexdigest() for i in range(3))
     assert TokenCorpus(path).fingerprint == hashlib.sha256(sums.encode()).hexdigest()

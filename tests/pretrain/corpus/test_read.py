@@ -1,4 +1,4 @@
-"""Reading a corpus: the stream of tokens as `datasets.load_from_disk` sees it, and what can be wrong with the files."""
+"""Read a corpus: the stream of tokens as `datasets.load_from_disk` sees it, and everything that can be wrong."""
 
 import json
 import shutil
@@ -17,12 +17,12 @@ from lrnn.pretrain.corpus.reader import TokenCorpus, check_model_matches_corpora
 
 @pytest.fixture
 def corpus_path(build_corpus, text_folder, monkeypatch) -> Path:
-    """A corpus of several shards, each of several record batches, one shard of which is empty."""
+    """Return a corpus of several shards with several record batches each; one shard is empty."""
     monkeypatch.setattr(source, "MIN_PART_BYTES", 8 << 10)
     monkeypatch.setattr(shard_writer, "FLUSH_TOKENS", 1000)
     monkeypatch.setattr(shard_writer, "BATCH_CHARS", 2000)
     path = build_corpus(text_folder, "--heldout", "0.2")
-    # What a shard looks like whose documents were all held out.
+    # A shard is empty if all of its documents were held out.
     manifest = json.loads((path / "manifest.json").read_text())
     entry = shard_writer.ShardWriter(path / "train" / "none.arrow", "uint16").close()
     assert entry["tokens"] == 0
@@ -65,7 +65,7 @@ def test_one_stream_of_tokens(corpus_path, split):
 
 
 def test_shards_are_not_read_at_the_start(corpus_path):
-    """Of a corpus of terabytes that would take hours. What is wrong inside shows where it is read."""
+    """With terabytes that would take hours. Damage inside a shard is found when it is read."""
     assert len(TokenCorpus(corpus_path)._batches) > len(list((corpus_path / "train").glob("*.arrow"))) > 3
     for shard in (corpus_path / "train").glob("*.arrow"):
         shard.write_bytes(b"\xff" * shard.stat().st_size)
@@ -90,7 +90,7 @@ def test_missing_and_corrupt_shards(corpus_path, tmp_path):
         (copy / shard).write_bytes(data)
 
     def lose_a_batch(copy):
-        """A shard that was written with another number of tokens, and its table; everything fits but the manifest."""
+        """Write a shard with another number of tokens, and its table; only the manifest disagrees."""
         rows = datasets.Dataset.from_file(str(copy / shard))["tokens"][1:]
         writer = shard_writer.ShardWriter(copy / shard, "uint16")
         writer.write(rows)
@@ -113,7 +113,7 @@ def test_missing_and_corrupt_shards(corpus_path, tmp_path):
         TokenCorpus(broken("less", lose_a_batch))
 
 
-def test_ids_outside_of_the_vocabulary(corpus_path):
+def test_ids_outside_the_vocabulary(corpus_path):
     edit_manifest(corpus_path, lambda m: m["tokenizer"].update(vocab_size=200))
     with pytest.raises(
         UserError, match=r"train/data-\S+ holds token id 2\d\d, outside of its tokenizer's vocabulary of 200"

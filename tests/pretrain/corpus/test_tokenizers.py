@@ -16,7 +16,7 @@ TEXTS = ["def f(x):\n    return x\n", "a </s> b <s>", "日本 🎉", " ", "\n\n\
 
 @pytest.fixture(scope="module")
 def huggingface_folder(tmp_path_factory) -> Path:
-    """A byte-level BPE with bos and eos that, used plainly, adds a bos, truncates to 16 ids and pads."""
+    """Return a byte-level BPE with bos and eos that by default adds a bos, truncates to 16 ids and pads."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -55,7 +55,7 @@ def test_huggingface(huggingface_folder, tmp_path):
     assert [tokenizer.decode(i) for i in ids] == TEXTS
     every = "".join(map(chr, range(33, 120)))
     plain = AutoTokenizer.from_pretrained(huggingface_folder).backend_tokenizer
-    assert len(plain.encode(every).ids) == 16  # what it does when left alone
+    assert len(plain.encode(every).ids) == 16  # the default
     assert tokenizer.decode(tokenizer.encode_batch([every])[0]) == every
     assert tokenizer.kind == "huggingface" and tokenizer.vocab_size == len(truth)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (truth.bos_token_id, truth.eos_token_id)
@@ -67,7 +67,7 @@ def test_huggingface(huggingface_folder, tmp_path):
 
 def test_special_tokens_in_text_are_text(huggingface_folder, sentencepiece_model):
     plain = AutoTokenizer.from_pretrained(huggingface_folder)
-    assert plain.eos_token_id in plain("a </s> b", add_special_tokens=False).input_ids  # what has to be avoided
+    assert plain.eos_token_id in plain("a </s> b", add_special_tokens=False).input_ids  # This has to be avoided.
     for path in (huggingface_folder, sentencepiece_model):
         tokenizer = load_tokenizer(path)
         (ids,) = tokenizer.encode_batch(["a </s> b <s>"])
@@ -118,4 +118,6 @@ def test_training_is_repeatable_and_learns_newlines_and_indentation(tmp_path):
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "a.model"))
     pieces = [processor.id_to_piece(i) for i in set(ids)]
     assert any(piece.endswith(":\n") for piece in pieces) and "▁▁▁▁" in pieces
-    assert not any(len(piece) > 1 and any(c.isdigit() for c in piece) for piece in pieces)  # digits stand alone
+    assert not any(
+        len(piece) > 1 and any(c.isdigit() for c in piece) for piece in pieces
+    )  # Every digit is a piece of its own.

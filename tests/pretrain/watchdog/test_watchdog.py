@@ -387,7 +387,7 @@ def test_a_rank_that_failed_while_others_wait_is_named(outcomes):
     assert "rank 1 (" in run.err[0] and "ended with RuntimeError: the disk is broken" in run.err[0]
 
 
-def test_a_suspended_run_goes_on(outcomes):
+def test_a_suspended_run_continues(outcomes):
     run = outcomes["paused"]
     assert run.status == [0, 0] and run.seconds > LOST_S and run.seconds > STALL_S
     assert run.err == ["", ""] and run.events == []
