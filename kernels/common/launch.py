@@ -1,7 +1,7 @@
 """Launches of Triton kernels that cost the host little.
 
-A launch by `kernel[grid](...)` binds and specialises every argument anew, constants included. That takes longer than
-many a kernel runs. Here the compiled kernel is looked up by what Triton would specialise on, and launched itself.
+A launch by `kernel[grid](...)` binds and specialises every argument again, constants included. That takes longer than
+many kernels run. Here the compiled kernel is looked up by what Triton would specialise on, and is launched directly.
 """
 
 import functools
@@ -16,16 +16,17 @@ from triton.runtime import driver
 from lrnn.kernels.common.dispatch import INTERPRETED
 from lrnn.kernels.common.tiles import GluonTiles, Tiles
 
-_compiled: dict[tuple, tuple[CompiledKernel, tuple]] = {}  # with the values of the kernel's constants, in its order
+# Compiled kernels with the values of their constants, in the order of the kernel.
+_compiled: dict[tuple, tuple[CompiledKernel, tuple]] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, int, int], *args: Any, **constants: Any) -> None:
-    """`kernel[grid](*args, **constants)` on the current device.
+    """Do what `kernel[grid](*args, **constants)` does, on the current device.
 
     Args:
         kernel: a function under `triton.jit` or `gluon.jit`, which takes its constants (`tl.constexpr`) last.
         args: every other argument: tensors, `Tiles`, integers, floats or None.
-        constants: every constant, and `num_warps` and `num_stages` where they are not Triton's own.
+        constants: every constant, and `num_warps` and `num_stages` unless they are Triton's own.
     """
     if INTERPRETED:
         kernel[grid](*args, **constants)
@@ -50,7 +51,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def _specialization(x: Any) -> Any:
-    """Equal for arguments that the same compiled kernel may be given."""
+    """Return a value that is equal for arguments that the same compiled kernel may be given."""
     if x is None:
         return None
     if isinstance(x, Tensor):
@@ -58,6 +59,6 @@ def _specialization(x: Any) -> Any:
     if isinstance(x, Tiles):
         return x.kind
     if isinstance(x, int):
-        # More than Triton asks of an argument under `do_not_specialize`: of that it knows the width alone.
+        # Finer than Triton's own rule for an argument under `do_not_specialize`, which looks at the width alone.
         return x == 1, x % 16 == 0, -(2**31) <= x < 2**31
     return type(x)

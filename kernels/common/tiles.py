@@ -8,9 +8,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def with_rows(x: Tensor) -> Tensor:
-    """x [B, T, H, D], or a copy where its strides are such that no matrix [B * T, H * D] lies there for the TMA.
+    """Return x [B, T, H, D], or a copy if the TMA cannot read it as a matrix [B * T, H * D].
 
-    The TMA wants rows of contiguous elements that start at multiples of 16 bytes.
+    The TMA needs rows of contiguous elements that start at multiples of 16 bytes.
     """
     B, T, H, D = x.shape
     by_sequence, by_token, by_head, by_element = x.stride()
@@ -23,8 +23,8 @@ def with_rows(x: Tensor) -> Tensor:
 class Tiles(TensorDescriptor):
     """Tiles [rows, columns] of a matrix, for loads and stores by the TMA.
 
-    The matrix is a new one, or [B * T, H * D] of what `with_rows` returns. Triton's own constructor would look again
-    whether the TMA can read it, which takes longer than all the rest of it.
+    The matrix is a new one, or [B * T, H * D] of what `with_rows` returns. Triton's own constructor would check again
+    whether the TMA can read it, which takes longer than everything else it does.
     """
 
     def __init__(self, x: Tensor, rows: int, columns: int):
@@ -39,8 +39,11 @@ class Tiles(TensorDescriptor):
 
 
 class GluonTiles(GluonTensorDescriptor):
-    """What a kernel in Gluon is compiled for, which wants to know how tiles lie in shared memory: rows swizzled by 128
-    bytes, as the tensor cores read them, or a single row as it is. Compiled, it takes the `Tiles` themselves."""
+    """Tiles as a kernel in Gluon is compiled for them, with their layout in shared memory.
+
+    Rows are swizzled by 128 bytes, as the tensor cores read them; a single row is not. The compiled kernel takes the
+    `Tiles` themselves.
+    """
 
     def __init__(self, tiles: Tiles):
         self.base, self.shape, self.strides = tiles.base, tiles.shape, tiles.strides

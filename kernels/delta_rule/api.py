@@ -1,14 +1,15 @@
-"""The gated delta rule for training and generation: on CUDA through Triton kernels, on CPU by chunks in PyTorch.
+"""The gated delta rule for training and generation: by Triton kernels on CUDA, by chunks in PyTorch on the CPU.
 
     S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        alpha_t = exp(g_t)
     o_t = scale S_t^T q_t
 
-(gated DeltaNet, arXiv 2412.06464, equation 10; DeltaNet, arXiv 2406.06484, without a gate.) With |k| = 1 the factor has
-the eigenvalue 1 - beta along k: beta in (0, 2) reaches [-1, 1], which state tracking needs (arXiv 2411.12537).
+This is gated DeltaNet (arXiv 2412.06464, equation 10) or, without a gate, DeltaNet (arXiv 2406.06484). With |k| = 1 the
+factor has the eigenvalue 1 - beta along k. With beta in (0, 2) it reaches [-1, 1], which state tracking needs (arXiv
+2411.12537).
 
 On CUDA there is no other path: what the kernels do not support is an error. They are written for heads of 64, 128 and
-256; heads of another size are padded with zeros to the next of them, which changes no result. TRITON_INTERPRET=1 runs
-the kernels on the CPU, for tests.
+256. Heads of another size are padded with zeros to the next of these, which changes no result. With TRITON_INTERPRET=1
+the kernels run on the CPU, for tests.
 """
 
 from collections.abc import Iterator
@@ -24,17 +25,17 @@ from lrnn.kernels.common.dtypes import DTYPES
 from lrnn.kernels.delta_rule.operator import gated_delta_rule_forward, gated_delta_rule_recurrent
 from lrnn.kernels.reference import delta_rule as reference
 
-SHORT = 16  # tokens up to which the recurrence is the faster one, where no gradient is needed
-_saving = False  # what `save_states` is where it is not given
+SHORT = 16  # tokens up to which the recurrence is faster, if no gradient is needed
+_saving = False  # the default of `save_states`
 
 
 @contextmanager
 def saving_states() -> Iterator[None]:
-    """Inside, `save_states` is True where it is not given: for layers that are computed anew.
+    """Make `save_states` True by default inside this context, for layers that are recomputed.
 
-    Their backward pass follows at once, so what is saved takes no memory that it would not take itself, and a scan is
-    spared. To be entered by the second context that `context_fn` of `torch.utils.checkpoint.checkpoint` returns. What
-    is saved then differs in size from the first time, so `determinism_check` must be "none".
+    Their backward pass follows at once, so what is saved takes no memory that the pass would not take itself, and one
+    scan is avoided. Enter it in the second context that `context_fn` of `torch.utils.checkpoint.checkpoint` returns.
+    What is saved then differs in size from the first time, so `determinism_check` must be "none".
     """
     global _saving
     before, _saving = _saving, True
@@ -59,41 +60,42 @@ def gated_delta_rule(
     precision: str = "standard",
     save_states: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gated delta rule over whole sequences, with gradients to every floating-point argument.
+    """Apply the gated delta rule to whole sequences, with gradients to every floating-point argument.
 
     Args:
-        q, k: queries and keys [B, T, H, K]; on CUDA K and V are at most 256, each for itself, and q, k, v of one dtype,
-            bfloat16, float16 or float32. A size costs what the next of 64, 128 and 256 does.
+        q, k: queries and keys [B, T, H, K]; on CUDA K and V are each at most 256, and q, k, v have one dtype,
+            bfloat16, float16 or float32. A size costs as much as the next of 64, 128 and 256.
         v: values [B, T, HV, V], HV a multiple of H: value head h uses query and key head h // (HV // H).
         g: log-gates [B, T, HV], at most 0, any float dtype; None for no gate.
         beta: step sizes [B, T, HV], in [0, 2], any float dtype.
         scale: factor on the output, above 0; default K ** -0.5.
-        normalize_qk: use q/|q| and k/|k|, |x| at least 1e-6. The norms are those of q and k as given, in float32, and
-            stay out of the rounded operands: the factor applied has the eigenvalue 1 - beta whatever the dtype. Without
-            it, a key that was rounded after it was normalised has not: |k|^2 is off by the rounding.
+        normalize_qk: use q/|q| and k/|k|, with |x| at least 1e-6. The norms are those of q and k as given, in float32,
+            and stay out of the rounded operands: the factor has the eigenvalue 1 - beta in every dtype. A key that was
+            normalised and then rounded does not give that, because |k|^2 is off by the rounding.
         initial_state: [N, HV, K, V] float32, or None for zeros; N is B, or the number of documents with `cu_seqlens`.
         output_final_state: whether the final state is returned.
-        cu_seqlens: int32 or int64 [N + 1], boundaries of documents in the flattened B * T tokens, all of them covered:
-            from 0 to B * T, not falling. On CUDA that is not checked: it would wait for the GPU. The state starts anew
-            at each document, which may be empty. All tokens must be finite: a NaN can reach the document before its
-            own.
-        precision: "standard", or "split": what enters the states, and their gradients, is a sum of two numbers of 16
-            bits, for one product more in each scan. A state that is carried by reflections along several keys is then
-            about 3 times as exact in bfloat16, and little more so in float16. With float32 it changes nothing: its
-            products are split either way; nor on up to 16 tokens without gradients, where no state is rounded.
-        save_states: keep, until the backward pass, what it would compute anew by a second scan: the states ahead of
-            chunks of 64 tokens and an error for each value. That is V (2 + K / 32) bytes a token and value head in 16
-            bits, twice as many in float32: 768 with K = V = 128 (the sizes of the kernels, as above). It changes no
-            result. Nothing is kept where no gradient is needed, nor with K above 128, in float32 above 64, where the
-            scan that saves would exceed the shared memory. By default only inside `saving_states`.
+        cu_seqlens: int32 or int64 [N + 1], boundaries of documents in the flattened B * T tokens. They cover all of
+            them, from 0 to B * T, and do not fall. On CUDA this is not checked, because that would wait for the GPU.
+            Each document starts from its initial state, and may be empty. All tokens must be finite: a NaN can reach
+            the document before its own.
+        precision: "standard" or "split". With "split", what enters the states, and their gradients, is a sum of two
+            numbers of 16 bits, for one product more in each scan. A state that is carried by reflections along several
+            keys is then about 3 times as exact in bfloat16, and little more exact in float16. It changes nothing in
+            float32, whose products are split either way, nor for up to 16 tokens without gradients, where no state is
+            rounded.
+        save_states: keep until the backward pass what it would otherwise recompute by a second scan: the states ahead
+            of chunks of 64 tokens, and an error for each value. That takes V (2 + K / 32) bytes per token and value
+            head in 16 bits (768 with K = V = 128), twice as many in float32; K and V are the sizes of the kernels, as
+            above. It changes no result. Nothing is kept if no gradient is needed, nor with K above 128 (in float32
+            above 64), where the scan that saves would exceed the shared memory. Default: only inside `saving_states`.
 
     Returns:
         o [B, T, HV, V] in the dtype of v, and the final state [N, HV, K, V] in float32, or None.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, no tokens, a scale that is not positive, `cu_seqlens` on
-            the CPU that does not cover the tokens in order, an unknown precision; on CUDA a head size or dtype that is
-            not supported.
+        ValueError: shapes, dtypes or devices do not fit, there are no tokens, the scale is not positive, `cu_seqlens`
+            on the CPU does not cover the tokens in order, or the precision is unknown; on CUDA, a head size or dtype
+            is not supported.
     """
     reference.check_shapes(q, k, v, g, beta, initial_state, cu_seqlens, scale)
     reference.check_precision(precision)
@@ -132,17 +134,17 @@ def fused_gated_delta_rule(
     precision: str = "standard",
     save_states: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gated delta rule from raw projections: norms, gates and step sizes are computed inside the kernels.
+    """Apply the gated delta rule to raw projections: norms, gates and step sizes are computed inside the kernels.
 
         k^ = k/|k|, q^ = q/|q|        beta = beta_range sigmoid(b)        g = -exp(A_log) softplus(a + dt_bias)
 
     Args:
         q, k, v: as in `gated_delta_rule`, before normalisation.
         a: raw gates [B, T, HV], any float dtype; None, with A_log and dt_bias, for no gate (DeltaNet).
-        b: logits of the step sizes [B, T, HV], any float dtype. -inf, and a of -inf, leave the state as it is.
+        b: logits of the step sizes [B, T, HV], any float dtype. A token with b and a of -inf leaves the state as it is.
         A_log, dt_bias: [HV], any float dtype, contiguous.
-        beta_range: 2 for eigenvalues in [-1, 1] (arXiv 2411.12537), 1 for [0, 1]; None if b are the step sizes
-            themselves.
+        beta_range: 2 for eigenvalues in [-1, 1] (arXiv 2411.12537), 1 for [0, 1]; None if b holds the step sizes
+            themselves, in [0, 2]. At most 2.
 
     The other arguments, the results and the errors are those of `gated_delta_rule`.
     """
@@ -185,11 +187,11 @@ def gated_delta_product(
     precision: str = "standard",
     save_states: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gated DeltaProduct (arXiv 2502.10297): n_h generalised Householder factors a token.
+    """Apply gated DeltaProduct (arXiv 2502.10297): n_h generalised Householder factors per token.
 
         S_t = prod_j (I - beta_tj k_tj k_tj^T) alpha_t S_{t-1} + what the factors write        o_t = scale S_t^T q_t
 
-    It is the gated delta rule on n_h steps a token, with the gate on the first and the output after the last; each
+    It is the gated delta rule on n_h steps per token, with the gate on the first and the output after the last. Each
     factor has its own eigenvalue 1 - beta in [-1, 1].
 
     Args:
@@ -229,7 +231,7 @@ def _run(
             f"got {q.dtype}, {k.dtype}, {v.dtype}"
         )
     scale = K**-0.5 if scale is None else float(scale)
-    # Zeros in q and k add nothing to norms and products, and their rows of the state stay zero; so do the columns of v.
+    # Zeros in q and k add nothing to norms and products, and their rows of the state stay zero. So do columns of v.
     more_k, more_v = _missing(K), _missing(V)
     if more_k:
         q, k = F.pad(q, (0, more_k)), F.pad(k, (0, more_k))
@@ -251,5 +253,5 @@ def _run(
 
 
 def _missing(size: int) -> int:
-    """Columns to the next head size that the kernels support."""
+    """Return how many columns are missing to the next head size that the kernels support."""
     return next(supported for supported in HEAD_SIZES if supported >= size) - size

@@ -106,8 +106,8 @@ def fused_gated_delta_rule(
     Args:
         a, b: [B, T, HV], any float dtype; a is None (with A_log and dt_bias) for no gate.
         A_log, dt_bias: [HV], any float dtype, contiguous.
-        beta_range: 2 for eigenvalues in [-1, 1] (arXiv 2411.12537), 1 for [0, 1]; None if b are the step sizes
-            themselves.
+        beta_range: 2 for eigenvalues in [-1, 1] (arXiv 2411.12537), 1 for [0, 1]; None if b holds the step sizes
+            themselves, in [0, 2]. At most 2.
 
     The other arguments, the results and the errors are those of `gated_delta_rule`.
     """

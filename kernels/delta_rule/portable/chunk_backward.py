@@ -1,8 +1,8 @@
-"""The backward pass inside each chunk, all chunks at once: gradients of q, k, v and beta, and the gate's parts.
+"""Compute the gradients inside all chunks at once: those of q, k, v and beta, and the parts of the gate's.
 
-Two programs a chunk and value head: one for dq, one for dk, dbeta and what is missing of dv. They follow each other in
-the grid, so that what both read comes from the second-level cache the second time. In the notation of `chunk_forward`
-and `chunk_scan_backward` (Y, dX, S and dS' are read; N = beta Y, dX = beta dW; rows i, columns j):
+There are two programs per chunk and value head: one for dq, one for dk, dbeta and what is missing of dv. They follow
+each other in the grid, so that what both read comes from the second-level cache the second time. In the notation of
+`chunk_forward` and `chunk_scan_backward` (Y, dX, S and dS' are read; N = beta Y, dX = beta dW; rows i, columns j):
 
     dP = scale G . (dO N^T)  (i >= j)             dM = -G . (dX N^T)  (i > j)
     dq^ = scale gamma (dO S^T) + dP K^
@@ -13,9 +13,9 @@ and `chunk_scan_backward` (Y, dX, S and dS' are read; N = beta Y, dX = beta dW; 
 dg is the gradient of the accumulated log-gate; <S', dS'> = gamma_C <S, dS'> + sum <k^, third bracket>. Where keys and
 queries are normalised, dk = r (dk^ - k^ <k^, dk^>), and dq likewise.
 
-dv is there already, but for tokens with small step sizes (`is_kept_small`): of these dW was kept in its place.
+dv is complete already, except for tokens with small step sizes (`is_kept_small`), for which dW is kept in its place.
 
-The accumulators hold rq dq^ and r dk^, so that both programs round the same numbers, dP' = rq dP r: the token's own
+The accumulators hold rq dq^ and r dk^, so that both programs round the same numbers, dP' = rq dP r. The token's own
 part of <q^, dq^> and <k^, dk^>, which no gate touches, then cancels in dg, however small the rest is.
 """
 
@@ -94,9 +94,9 @@ def _key_part(
     o_t = tl.arange(0, BT)
     o_k = tl.arange(0, K)
     dtype = k.dtype
-    # The products [BT, BT] first, then [BT, K], in loops of their own: together they do not fit into registers.
+    # The products [BT, BT] come first, then [BT, K], in separate loops: together they do not fit into registers.
     b_dm = tl.zeros([BT, BT], tl.float32)  # dX Y^T
-    b_dmt = tl.zeros([BT, BT], tl.float32)  # its transpose, computed: transposing an accumulator costs more
+    b_dmt = tl.zeros([BT, BT], tl.float32)  # its transpose, computed, because transposing an accumulator costs more
     b_dpt = tl.zeros([BT, BT], tl.float32)  # Y dO^T
     b_dbeta = tl.zeros([BT], tl.float32)
     for i_v in tl.range(0, V // BV, num_stages=STAGES):
@@ -107,7 +107,7 @@ def _key_part(
         b_dmt = tl.dot(b_y, tl.trans(b_dx), b_dmt, input_precision=PRECISION)
         b_dpt = tl.dot(b_y, tl.trans(b_do), b_dpt, input_precision=PRECISION)
         b_dbeta += tl.sum(b_dx.to(tl.float32) * b_y.to(tl.float32), 1)
-    # Of tokens with small step sizes dW stands where the others have dX (`chunk_scan_backward`).
+    # For tokens with small step sizes dW is where the others have dX (`scan_backward`).
     is_small = is_kept_small(b_beta, dtype)
     tl.store(dbeta + head + t, b_dbeta / tl.where(is_small, 1.0, b_beta), mask=m_t)
     dx_r = tl.where(is_small, b_beta, 1.0) * rk
@@ -122,7 +122,7 @@ def _key_part(
     b_dmt = tl.where(m_m, b_dmt * decay * -beta_r[:, None] * dx_r[None, :], 0.0).to(dtype)
     b_dpt = tl.where(m_p, b_dpt * decay * beta_r[:, None] * (rq * scale)[None, :], 0.0).to(dtype)
 
-    # r dk^ = -gamma r (dX S^T) + dM' K. Rows are scaled behind the products of the loops: Triton before 3.8 writes the
+    # r dk^ = -gamma r (dX S^T) + dM' K. Rows are scaled after the products of the loops: Triton before 3.8 writes the
     # next left operand in registers over one that the tensor cores may still read (its issue 9433).
     b_dk = tl.zeros([BT, K], tl.float32)
     for i_v in tl.range(0, V // BV, num_stages=STAGES):
@@ -153,7 +153,7 @@ def _key_part(
     p_dk = dk + ((row + o_t[:, None]).to(tl.int64) * HV + i_h) * K + o_k[None, :]
     tl.store(p_dk, b_dk.to(dtype), mask=m_t[:, None])
 
-    # dv of small step sizes: last, since dW is read where it is written
+    # dv of small step sizes comes last, because dW is read where it is written.
     m_small = m_t & is_small
     if tl.max(m_small.to(tl.int32), 0) > 0:
         p_dv = dv + ((row + o_t[:, None]).to(tl.int64) * HV + i_h) * V + tl.arange(0, BV)[None, :]

@@ -1,7 +1,7 @@
-"""The scan over chunks: output and final state, and for the backward pass the states and the errors of each chunk.
+"""Scan the chunks forward: output and final state, and for the backward pass the states and the errors of each chunk.
 
 A program owns one sequence, one value head and BV columns of values. It keeps the transposed state S^T [BV, K] in
-registers in float32, so that every product has its left operand in registers and its right one as it lies in memory.
+registers in float32, so that every product has its left operand in registers and its right one as it is in memory.
 With k^ = r k (r = 1/|k|), q^ likewise, gamma_i = exp(g_i), rho_i = exp(g_C - g_i) and C of `chunk_inverse`:
 
     X = V - gamma r (K S)
@@ -9,10 +9,10 @@ With k^ = r k (r = 1/|k|), q^ likewise, gamma_i = exp(g_i), rho_i = exp(g_C - g_
     O = scale (gamma Q^ S + tril(G . Q^ K^T r) N)
     S' = gamma_C S + K^T (rho r N)
 
-Only beta X is rounded, and X is taken back from it: so with one key and beta = 2 the values written cancel in pairs
-without any error, and a reflection is carried as far as one likes. arXiv 2412.06464, section 3.3.
+Only beta X is rounded, and X is recovered from it. With one key and beta = 2 the values written then cancel in pairs
+without any error, and a reflection is carried over any number of tokens. See arXiv 2412.06464, section 3.3.
 
-With several keys the rounding of rho r N adds up in the state. SPLIT takes it as a sum of two numbers of 16 bits, high
+With several keys the rounding of rho r N adds up in the state. With SPLIT it is a sum of two numbers of 16 bits, high
 and low, each with a product of its own: S' = gamma_C S + K^T high + K^T low.
 """
 
@@ -80,8 +80,9 @@ def chunk_forward_kernel(
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # Columns of state: the values', and with TRANSITION K more that start as the identity and are written nothing:
-    # they end as the product of the sequence's transitions. Either begin at the chunk that `reach` names.
+    # The columns of the state are those of the values and, with TRANSITION, K more that start as the identity and are
+    # written nothing: they end as the product of the sequence's transitions. Both begin at the chunk that `reach`
+    # names.
     COLUMNS: tl.constexpr = (V + K if TRANSITION else V) // BV
     pid = tl.program_id(0)
     i_v = pid % COLUMNS
@@ -105,7 +106,7 @@ def chunk_forward_kernel(
     first = 0
     if TRANSITION:
         first = tl.load(reach + 3 * (i_n * HV + i_h) + tl.where(is_value, 0, 1))
-        is_one = (o_v[:, None] - V == o_k[None, :]) & (first == 0)  # of what ends as nothing no chunk is scanned
+        is_one = (o_v[:, None] - V == o_k[None, :]) & (first == 0)  # a transition of which nothing is left scans no chunk
         b_s = tl.where(is_value, b_s, tl.where(is_one, 1.0, 0.0))
 
     for i_t in tl.range(first, tl.cdiv(length, BT), num_stages=STAGES):
@@ -129,10 +130,10 @@ def chunk_forward_kernel(
             log_rk = tl.reshape(vector_rows.load([4 * i_h + 2, column]), [BT])
             if OUTPUT:
                 if STAGES > 1:
-                    # |q|^2 on the diagonal of Q Q^T: the tensor cores are idle, registers are not
+                    # |q|^2 is on the diagonal of Q Q^T: the tensor cores are idle, registers are not.
                     b_qq = tl.dot(b_q, tl.trans(b_q), input_precision=PRECISION)
                     b_qq = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_qq, 0.0), 1)
-                else:  # Triton 3.6 fails on that product where the load of q is not pipelined
+                else:  # Triton 3.6 fails on that product if the load of q is not pipelined
                     b_qq = tl.sum(b_q.to(tl.float32) * b_q.to(tl.float32), 1)
                 log_rq = -0.5 * tl.log2(tl.maximum(b_qq, 1e-12))
                 if i_v == 0:
@@ -160,8 +161,8 @@ def chunk_forward_kernel(
         if SAVE_STATES:
             b_y_kept = b_y
             if c.dtype == tl.bfloat16:
-                # The state needs the rounded X to cancel; the gradient of beta, a sum of small differences, the exact
-                # one. Rounded to float16 it is exact enough.
+                # The state needs the rounded X, which cancels; the gradient of beta, a sum of small differences, needs
+                # the exact one. Rounded to float16, X is exact enough.
                 b_y_kept += b_x - b_x_used
             store_result(y, tl.trans(b_y_kept.to(dtype)), row, i_h * V + i_v * BV, HV * V, m_t, IS_FULL)
         if OUTPUT:

@@ -1,16 +1,18 @@
-"""Per chunk of 64 tokens: gates, step sizes, key norms, and the matrix that turns the recurrence into products.
+"""Compute for each chunk of 64 tokens its gates, step sizes and key norms, and the matrix that turns the recurrence
+into products.
 
 With unit keys k^_i = r_i k_i (r_i = 1/|k_i|, or 1 where keys are used as given), the log-gate g_i accumulated inside
 the chunk and G_ij = exp(g_i - g_j), the chunk's tokens are coupled by
 
     M = tril(G . K^ K^^T, -1)          C = M (I + diag(beta) M)^-1          (strictly lower, |C_ij| <= 1 for unit keys)
 
-so that (I + diag(beta) M)^-1 = I - diag(beta) C: the identity and beta stay in float32 outside of C, which alone is
-rounded. arXiv 2406.06484, section 3.2 (WY form); the gate commutes with the inverse (arXiv 2412.06464, section 3.3).
+Then (I + diag(beta) M)^-1 = I - diag(beta) C: the identity and beta stay in float32 outside of C, which alone is
+rounded. This is the WY form of arXiv 2406.06484, section 3.2; the gate commutes with the inverse (arXiv 2412.06464,
+section 3.3).
 
-C is found by forward substitution in float32 in the diagonal blocks of 16, which are then merged by products whose
-operands are sums of two numbers of C's dtype (tf32x3 in float32). A power series for the inverse would lose everything
-for nearly parallel keys at beta near 2.
+C is found by forward substitution in float32 in the diagonal blocks of 16. These are then merged by products whose
+operands are sums of two numbers of C's dtype (tf32x3 in float32). A power series for the inverse would lose all
+accuracy for nearly parallel keys at beta near 2.
 """
 
 import triton
@@ -26,7 +28,7 @@ INVERSE_LAUNCH = {"num_warps": 1, "num_stages": 3}  # the blocks of 16 x 16 are 
 
 @triton.jit
 def _log_gates(gate, A_log, dt_bias, row, m, i_h, HV: tl.constexpr, GATE: tl.constexpr):
-    # log-gates (base 2) of some tokens; 0, no decay, where m is false
+    # Return the log-gates (base 2) of some tokens; 0, which is no decay, where m is false.
     b_g = tl.zeros([row.shape[0]], tl.float32)
     if GATE != "none":
         b_g += tl.load(gate + row * HV + i_h, mask=m, other=0.0).to(tl.float32)
@@ -40,7 +42,7 @@ def _log_gates(gate, A_log, dt_bias, row, m, i_h, HV: tl.constexpr, GATE: tl.con
 
 @triton.jit
 def _step_sizes(beta, row, m, i_h, beta_range, HV: tl.constexpr, RAW_BETA: tl.constexpr):
-    # step sizes of some tokens; 0, the identity, where m is false
+    # Return the step sizes of some tokens; 0, which is the identity, where m is false.
     b_beta = tl.load(beta + row * HV + i_h, mask=m, other=0.0).to(tl.float32)
     if RAW_BETA:
         b_beta = beta_range * tl.sigmoid(b_beta)
@@ -49,7 +51,7 @@ def _step_sizes(beta, row, m, i_h, beta_range, HV: tl.constexpr, RAW_BETA: tl.co
 
 @triton.jit
 def _log_norm(kk, m, NORMALIZE: tl.constexpr):
-    # log2 of the inverse norms of a block's keys, which stand on the diagonal of K_I K_I^T
+    # Return log2 of the inverse norms of a block's keys. Their squares are on the diagonal of K_I K_I^T.
     o = tl.arange(0, 16)
     if not NORMALIZE:
         return tl.zeros([16], tl.float32)
@@ -59,13 +61,13 @@ def _log_norm(kk, m, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def _coupling(kk, g_i, r_i, g_j, r_j):
-    # M_IJ = G . K^_I K^_J^T for I > J; norms (log2) join the gates in the exponent
+    # Return M_IJ = G . K^_I K^_J^T for I > J. Norms (log2) join the gates in the exponent.
     return kk * tl.exp2((g_i + r_i)[:, None] - (g_j - r_j)[None, :])
 
 
 @triton.jit
 def _coupling_inside(kk, g, r):
-    # M_II: the gates above the diagonal would overflow, so the exponent is masked, not the product
+    # Return M_II. The gates above the diagonal would overflow, so the exponent is masked, not the product.
     o = tl.arange(0, 16)
     below = o[:, None] > o[None, :]
     return kk * tl.exp2(tl.where(below, (g + r)[:, None] - (g - r)[None, :], float("-inf")))
@@ -73,14 +75,14 @@ def _coupling_inside(kk, g, r):
 
 @triton.jit
 def _split(x, dtype: tl.constexpr):
-    # x as a sum of two numbers of a dtype; float32 is left to tf32x3
+    # Return x as a sum of two numbers of a dtype. float32 is left to tf32x3.
     high = x.to(dtype)
     return high, (x - high.to(tl.float32)).to(dtype)
 
 
 @triton.jit
 def _product(a, b):
-    # a b, of sums of two
+    # Return a b, where both are sums of two numbers.
     if a[0].dtype == tl.float32:
         return tl.dot(a[0], b[0], input_precision="tf32x3")
     small = tl.dot(a[1], b[0], tl.dot(a[0], b[1]))
@@ -89,8 +91,9 @@ def _product(a, b):
 
 @triton.jit
 def _substitute(p_m, p_beta, step, left):
-    # C_i = M_i - sum_{l < i} M_il beta_l C_l, in the four diagonal blocks side by side. A lane holds columns, so of M
-    # it needs a number for each block: read where M was put, that costs less than out of other lanes' registers.
+    # C_i = M_i - sum_{l < i} M_il beta_l C_l, in the four diagonal blocks side by side. A lane holds columns, so it
+    # needs one number of M for each block. To read it where M was put costs less than from the registers of other
+    # lanes.
     o_b = 16 * tl.arange(0, 4)
     p_row = p_m + o_b[:, None] * step + tl.arange(0, 16)[None, :]
     scaled = ()
@@ -134,7 +137,7 @@ def chunk_inverse_kernel(
     i_n, i_t, bos, length = chunk_position(i_c, cu_seqlens, chunk_table, T, BT, IS_VARLEN)
     o_t = tl.arange(0, BT)
     p_g = vectors + 4 * i_h.to(tl.int64) * R + i_c * BT
-    if i_n < 0:  # nothing that is returned stays unwritten
+    if i_n < 0:  # there is no such chunk, but nothing that is returned stays unwritten
         for i in range(4):
             tl.store(p_g + i * R + o_t, tl.zeros([BT], tl.float32))
         return
@@ -143,7 +146,7 @@ def chunk_inverse_kernel(
     o_r = tl.arange(0, 16)
     row = (first + o_r).to(tl.int64)
 
-    # step sizes and log-gates, accumulated over the chunk
+    # The step sizes, and the log-gates accumulated over the chunk.
     beta0 = _step_sizes(beta, row, o_r < left, i_h, beta_range, HV, RAW_BETA)
     beta1 = _step_sizes(beta, row + 16, o_r + 16 < left, i_h, beta_range, HV, RAW_BETA)
     beta2 = _step_sizes(beta, row + 32, o_r + 32 < left, i_h, beta_range, HV, RAW_BETA)
@@ -156,7 +159,7 @@ def chunk_inverse_kernel(
     g2 += tl.sum(tl.where(o_r == 15, g1, 0.0), 0)
     g3 += tl.sum(tl.where(o_r == 15, g2, 0.0), 0)
 
-    # K_I K_J^T of the blocks of 16 tokens, a slice of the keys at a time
+    # K_I K_J^T of the blocks of 16 tokens, one slice of the keys at a time.
     m_0, m_1 = o_r[:, None] < left, o_r[:, None] < left - 16
     m_2, m_3 = o_r[:, None] < left - 32, o_r[:, None] < left - 48
     p_k = k + (first + o_r[:, None]).to(tl.int64) * stride_k + (i_h // (HV // H)) * K + tl.arange(0, BK)[None, :]
@@ -195,10 +198,10 @@ def chunk_inverse_kernel(
     tl.store(p_v + 2 * R + 16, r1)
     tl.store(p_v + 2 * R + 32, r2)
     tl.store(p_v + 2 * R + 48, r3)
-    if not NORMALIZE:  # else `chunk_forward` writes it
+    if not NORMALIZE:  # otherwise `chunk_forward` writes it
         tl.store(p_g + 3 * R + o_t, tl.zeros([BT], tl.float32))
 
-    # The diagonal blocks: M_II goes through memory, where C will stand, to the lanes that need it, and C_II comes back.
+    # The diagonal blocks: M_II goes to the lanes that need it through the memory of C, and C_II comes back.
     dtype = c_out.dtype.element_ty
     p_c = c_out + (first.to(tl.int64) * HV + i_h) * BT
     p_m = p_c.to(tl.pointer_type(tl.float32))

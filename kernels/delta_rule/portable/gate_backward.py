@@ -1,12 +1,12 @@
-"""From the gradients that `chunk_backward` leaves to those of gates and step sizes, raw or not.
+"""Turn the gradients that `chunk_backward` leaves into those of gates and step sizes, raw or not.
 
     d(log gate)_t = sum over the tokens i >= t of the chunk of d(accumulated log-gate)_i
     raw gate, g = -exp(A_log) softplus(a + dt_bias):      da = -dg exp(A_log) sigmoid(a + dt_bias), a token's d(dt_bias)
                                                           dg g, a token's d(A_log)
     raw step size, beta = range sigmoid(b):               db = dbeta beta (1 - beta / range)
 
-The sums over all tokens that A_log and dt_bias need are left as one number a chunk and head, so that their order is
-fixed. A program takes BH heads of a chunk: raw gates and step sizes lie side by side by head.
+The sums over all tokens that A_log and dt_bias need are left as one number per chunk and head, so that their order is
+fixed. A program takes BH heads of a chunk, because raw gates and step sizes of neighbouring heads are side by side.
 """
 
 import torch

@@ -29,7 +29,7 @@ class Launch(NamedTuple):
 
 @triton.jit
 def chunk_position(i_c, cu_seqlens, chunk_table, T, BT: tl.constexpr, IS_VARLEN: tl.constexpr):
-    # (sequence, chunk in it, its first row, its length) of the i_c-th chunk; sequence -1 past the last chunk
+    # Return (sequence, chunk in it, its first row, its length) of the i_c-th chunk; sequence -1 past the last chunk.
     if IS_VARLEN:
         i_n = tl.load(chunk_table + 2 * i_c)
         i_t = tl.load(chunk_table + 2 * i_c + 1)
@@ -46,7 +46,7 @@ def chunk_position(i_c, cu_seqlens, chunk_table, T, BT: tl.constexpr, IS_VARLEN:
 
 @triton.jit
 def sequence_position(i_n, cu_seqlens, chunk_starts, T, BT: tl.constexpr, IS_VARLEN: tl.constexpr):
-    # (first row, length, number of its first chunk) of the i_n-th sequence
+    # Return (first row, length, number of its first chunk) of the i_n-th sequence.
     if IS_VARLEN:
         bos = tl.load(cu_seqlens + i_n).to(tl.int32)
         length = tl.load(cu_seqlens + i_n + 1).to(tl.int32) - bos
@@ -60,7 +60,8 @@ def sequence_position(i_n, cu_seqlens, chunk_starts, T, BT: tl.constexpr, IS_VAR
 
 @triton.jit
 def store_result(to, value, row, column, width, m_t, IS_FULL: tl.constexpr):
-    # value [rows, columns] to a matrix of `width` columns: by the TMA where all rows of a chunk exist (`result_tiles`)
+    # Store value [rows, columns] to a matrix of `width` columns: by the TMA if all rows of a chunk exist
+    # (`result_tiles`).
     if IS_FULL and value.dtype != tl.float32:
         to.store([row, column], value)
     else:
@@ -71,10 +72,10 @@ def store_result(to, value, row, column, width, m_t, IS_FULL: tl.constexpr):
 
 @triton.jit
 def step_and_back(x, beta, dtype: tl.constexpr):
-    # (beta x rounded to a dtype, x as it is recovered from that, what rows of both are to be multiplied by), with x
-    # [BV, BT] and beta [BT]. Rows for float16 are scaled so that their largest |x| lies in [1, 2): it then holds them
-    # to 11 bits, whatever their size. From a small beta nothing could be recovered: its x is kept as it is, and adds
-    # too little for the rounding to matter.
+    # Return (beta x rounded to a dtype, x as it is recovered from that, what rows of both must be multiplied by), with
+    # x [BV, BT] and beta [BT]. Rows for float16 are scaled so that their largest |x| is in [1, 2): float16 then holds
+    # them to 11 bits, whatever their size. From a small beta nothing could be recovered: its x is kept as it is, and
+    # adds too little for the rounding to matter.
     down = tl.full([x.shape[0]], 1.0, tl.float32)
     if dtype == tl.float16:
         exponent = tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) & 0x7F800000
@@ -88,8 +89,8 @@ def step_and_back(x, beta, dtype: tl.constexpr):
 
 @triton.jit
 def is_kept_small(beta, dtype: tl.constexpr):
-    # Whether dW is kept as it is instead of beta dW, the gradient of v: where the dtype would lose too much of the
-    # latter to be rid of beta again. float16 has few exponents.
+    # Return whether dW is kept as it is instead of beta dW, the gradient of v: where the dtype would lose too much of
+    # the latter for dW to be recovered. float16 has few exponents.
     if dtype == tl.float16:
         return beta < LEAST_KEPT_FP16
     else:
@@ -98,9 +99,9 @@ def is_kept_small(beta, dtype: tl.constexpr):
 
 @triton.jit
 def decay_between(mask, g, log_q, log_k, PRECISION: tl.constexpr):
-    # [BT, BT]: exp2(g_i - g_j + log_q_i + log_k_j) where the mask is true, else 0. The exponent is masked, since above
-    # the diagonal it would overflow. Norms join the gates first, which saves an addition for each element; but then
-    # large gates take away the norms' last bits, of which float32 has use.
+    # Return exp2(g_i - g_j + log_q_i + log_k_j) [BT, BT] where the mask is true, else 0. The exponent is masked because
+    # it would overflow above the diagonal. Norms join the gates first, which saves an addition for each element. But
+    # large gates then take away the norms' last bits, which float32 needs.
     if PRECISION == "tf32x3":
         exponent = (g[:, None] - g[None, :]) + (log_q[:, None] + log_k[None, :])
     else:

@@ -1,9 +1,9 @@
-"""Generation: the recurrence token by token, for one token or a few, without gradients.
+"""Compute the recurrence token by token, for one token or a few, without gradients: for generation.
 
     S_t = exp(g_t) S_{t-1} + beta_t k^_t (v_t - S_{t-1}^T k^_t exp(g_t))^T        o_t = scale S_t^T q^_t
 
-(arXiv 2412.06464, equation 10.) A program owns one sequence, one value head and BV columns of values; all of it is in
-float32, without tensor cores.
+This is equation 10 of arXiv 2412.06464. A program owns one sequence, one value head and BV columns of values. It
+computes everything in float32, without tensor cores.
 """
 
 import torch
@@ -53,7 +53,7 @@ def recurrent_kernel(
     i_h = (pid // (V // BV)) % HV
     i_n = pid // (V // BV * HV)
     i_hk = i_h // (HV // H)
-    # No chunks here: the table of first chunks is not read.
+    # There are no chunks here, so the table of first chunks is not read.
     bos, length, _ = sequence_position(i_n, cu_seqlens, cu_seqlens, T, 1, IS_VARLEN)
     o_k = tl.arange(0, K)
     o_v = i_v * BV + tl.arange(0, BV)

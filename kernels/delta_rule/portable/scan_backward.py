@@ -1,4 +1,4 @@
-"""The scan of the backward pass, from the last chunk to the first: the gradients of the states and of the values.
+"""Scan the chunks from the last to the first, for the gradients of the states and of the values.
 
 A program owns one sequence, one value head and BV columns of values, and keeps the transposed gradient dS'^T [BV, K]
 of the state that leaves a chunk in float32 registers. In the notation of `chunk_forward`, P = scale tril(G . Q^ K^T r):
@@ -7,9 +7,9 @@ of the state that leaves a chunk in float32 registers. In the notation of `chunk
     dW = dN - C^T (beta dN)                        (beta dW is the gradient of V)
     dS = gamma_C dS' - K^T (gamma r beta dW) + Q^^T (scale gamma dO)
 
-Only beta dN is rounded, and dN taken back from it, as X is in the forward scan. dS' of each chunk is stored for
-`chunk_backward`, and so is dX = beta dW, the gradient of V, from which dW is had back. Where beta is too small for that
-(`is_kept_small`) dW stands in its place. With SPLIT gamma r beta dW is a sum of two numbers of 16 bits, as
+Only beta dN is rounded, and dN is recovered from it, as X is in the forward scan. dS' of each chunk is stored for
+`chunk_backward`, and so is dX = beta dW, the gradient of V, from which dW is recovered. Where beta is too small for
+that (`is_kept_small`), dW is stored in its place. With SPLIT, gamma r beta dW is a sum of two numbers of 16 bits, as
 rho r N is in the forward scan.
 """
 
@@ -117,13 +117,13 @@ def chunk_scan_backward_kernel(
         log_rq += log_scale
         b_dsh = b_ds.to(dtype)
         if SAVE_STATES:
-            # in halves: a buffer for the whole would leave room for one program on a multiprocessor, not two
+            # In halves: a buffer for the whole would leave room for one program on a multiprocessor, not two.
             left, right = tl.split(tl.permute(tl.reshape(b_dsh, [BV, 2, K // 2]), [0, 2, 1]))
             state_row = ((first_chunk + i_t) * HV + i_h) * V + i_v * BV
             dstates.store([state_row, 0], left)
             dstates.store([state_row, K // 2], right)
 
-        # dN^T = (dS'^T K^T) rho r + dO^T P; rows of P past the end would bring in another sequence's dO
+        # dN^T = (dS'^T K^T) rho r + dO^T P. Rows of P past the end would bring in another sequence's dO.
         m_p = (o_t[:, None] >= o_t[None, :]) & m_t[:, None]
         decay = decay_between(m_p, b_g, log_rq, log_rk, PRECISION)
         b_p = (tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * decay).to(dtype)

@@ -1,10 +1,10 @@
-"""Which chunks of a segment reach its ends: those of which something is left there.
+"""Find which chunks of a segment reach its ends: those of which something is left there.
 
-Unit keys and step sizes in [0, 2] make every factor I - beta k k^T of a transition a contraction. So what a chunk
-leaves is at its segment's end no larger than the gates between let it be, and nor is the transition itself. Where these
-leave less than 2^-160, an entry below 2^11 ends below float32's smallest number, as it would in the recurrence. Such
-chunks are left out of the scans that look for a segment's transition and end state and, seen from the segment's start,
-of the backward one. With the gates of a model they are most.
+Unit keys and step sizes in [0, 2] make every factor I - beta k k^T of a transition a contraction. What a chunk leaves
+is then no larger at its segment's end than the gates in between allow, and neither is the transition itself. Where
+these gates leave less than 2^-160, an entry below 2^11 ends below float32's smallest number, as it would in the
+recurrence. Such chunks are left out of the scans that look for a segment's transition and end state and, seen from the
+segment's start, of the backward scan. With the gates of a model they are most of the chunks.
 """
 
 import torch
@@ -35,19 +35,20 @@ def segment_reach_kernel(
     HAS_START: tl.constexpr,
     SAVE_LAST: tl.constexpr,
 ):
-    # reach [N, HV, 3] int32, of each segment and head: the first chunk that its end state depends on; the same of its
-    # transition, which is 0 or, where nothing of it is left, `chunks`; how many chunks the gradient of the state ahead
-    # of it depends on. What `segment_scan` has no use for depends on none. `least` is LEAST, or -inf for no limit.
+    # reach [N, HV, 3] int32 holds for each segment and head: the first chunk that its end state depends on; the first
+    # one that its transition depends on, which is 0 or, if nothing of it is left, `chunks`; and how many chunks the
+    # gradient of the state ahead of it depends on. What `segment_scan` does not use depends on none. `least` is LEAST,
+    # or -inf for no limit.
     i_n, i_h = tl.program_id(0), tl.program_id(1)
     p_g = vectors + 4 * i_h.to(tl.int64) * R + i_n * chunks * BT + BT - 1  # each chunk's accumulated log-gates
     o_c = tl.arange(0, BN)
     is_first = i_n % segments == 0
     is_last = i_n % segments == segments - 1
 
-    # A comparison with not-a-number is false: such gates hide nothing.
+    # A comparison with not-a-number is false, so such gates hide nothing.
     first, after = chunks, tl.zeros([], tl.float32)
     for i in range(tl.cdiv(chunks, BN)):
-        place = chunks - 1 - (i * BN + o_c)  # from the last on
+        place = chunks - 1 - (i * BN + o_c)  # from the last one backward
         g = tl.load(p_g + place * BT, mask=place >= 0, other=0.0)
         later = after + tl.cumsum(g, 0) - g
         first = tl.minimum(first, tl.min(tl.where((place < 0) | (later < least), chunks, place), 0))
@@ -60,7 +61,7 @@ def segment_reach_kernel(
         count = tl.maximum(count, tl.max(tl.where((place >= chunks) | (earlier < least), 0, place + 1), 0))
         before += tl.sum(g, 0)
 
-    # No segment follows the last one, and none comes ahead of the first.
+    # No segment follows the last one, and none comes ahead of the first one.
     is_lost = after < least
     if not HAS_START:
         is_lost |= is_first

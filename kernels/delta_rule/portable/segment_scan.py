@@ -1,12 +1,12 @@
-"""Joins the segments that a long sequence was cut into: the states in which they start, one after the other.
+"""Join the segments that a long sequence was cut into: find the states in which they start, one after the other.
 
-Of each segment i its transition M_i [K, K] and its end state from nothing E_i [K, V] are known:
+The transition M_i [K, K] and the end state from nothing E_i [K, V] of each segment i are known:
 
     forward:    S_0 = initial state       S_{i+1} = M_i S_i + E_i
     backward:   D_n = d(final state)      D_i = M_i^T D_{i+1} + D'_i
 
 where D_i is the gradient of the state before segment i, and D'_i the same from that segment's outputs alone. A program
-owns the columns BV of one sequence and value head; what it stores for a segment it loads again for the next. Products
+owns BV columns of one sequence and value head. What it stores for a segment it loads again for the next one. Products
 have float32 accuracy (tf32x3).
 """
 
@@ -19,7 +19,7 @@ from lrnn.kernels.delta_rule.call import Call
 
 
 def segment_scan_launch(K: int) -> dict[str, int]:
-    """Settings of `segment_scan`: keys of a product, columns of values of a program, warps."""
+    """Return the settings of `segment_scan`: keys per product, columns of values per program, warps."""
     return {"BK": min(K, 128), "BV": 32, "num_warps": 8}
 
 
@@ -63,8 +63,8 @@ def segment_scan_kernel(
     HAS_START: tl.constexpr,
     SAVE_LAST: tl.constexpr,
 ):
-    # joined [B, segments, HV, K, V]: the states before the segments, or the gradients of those after them; last [B, HV,
-    # K, V]: what comes after the last step. Rows of E (D') and of M are E_STRIDE and M_STRIDE apart.
+    # joined [B, segments, HV, K, V] gets the states before the segments, or the gradients of those after them; last [B,
+    # HV, K, V] gets what comes after the last step. Rows of E (D') and of M are E_STRIDE and M_STRIDE apart.
     i_v, i_b, i_h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
