@@ -106,7 +106,7 @@ def chunk_forward_kernel(
     first = 0
     if TRANSITION:
         first = tl.load(reach + 3 * (i_n * HV + i_h) + tl.where(is_value, 0, 1))
-        is_one = (o_v[:, None] - V == o_k[None, :]) & (first == 0)  # a transition of which nothing is left scans no chunk
+        is_one = (o_v[:, None] - V == o_k[None, :]) & (first == 0)  # if nothing is left of it, no chunk is scanned
         b_s = tl.where(is_value, b_s, tl.where(is_one, 1.0, 0.0))
 
     for i_t in tl.range(first, tl.cdiv(length, BT), num_stages=STAGES):
