@@ -66,7 +66,8 @@ def tables(schema: type[Section], path: str = "") -> Iterator[str]:
 
 def row(name: str, field: FieldInfo) -> list[str]:
     """Return the cells of one field: key, type, default, unit, bounds, meaning."""
-    units = [fact.name for fact in field.metadata if isinstance(fact, Unit)]
+    optional = [fact for a in get_args(field.annotation) for fact in getattr(a, "__metadata__", ())]
+    units = [fact.name for fact in [*field.metadata, *optional] if isinstance(fact, Unit)]
     bounds = ", ".join(bound for fact in field.metadata if (bound := bound_of(fact)))
     bounds = re.sub(r"at least (\d+) entries, at most \1 entries", r"\1 entries", bounds)
     default = "required" if field.is_required() else shown(field.get_default(call_default_factory=True))

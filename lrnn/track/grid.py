@@ -13,11 +13,13 @@ from lrnn import LrnnConfig
 from lrnn.errors import UserError
 from lrnn.model.mixers import MIXERS
 from lrnn.model_config import model_config_from
-from lrnn.settings import Section, load, validate
+from lrnn.settings import Section, Unit, load, validate
 from lrnn.track.tasks.base import Task
 from lrnn.track.tasks.registry import make_task
 
 Range = Literal["negative", "positive"]
+Tokens = Annotated[int, Unit("tokens")]
+Sequences = Annotated[int, Unit("sequences")]
 NO_RANGE = "none"  # the range, in results, of mixers that have none
 UNIMPORTANT = {"log_every", "checkpoint_seconds", "cuda_graphs", "concurrent"}  # settings that do not change results
 OF_THE_GRID = {"min_length", "max_length", "concurrent"}  # training settings that a model cannot override
@@ -27,55 +29,89 @@ RANGE_NAMES = {"negative": "[-1, 1]", "positive": "[0, 1]", NO_RANGE: "-"}
 class Stage(Section):
     """A stage of a curriculum: the same model trains on an easier task first. Values not given are those of `train`."""
 
-    steps: int = Field(gt=0)
-    task: dict[str, Any] = Field(default_factory=dict)  # parameters of the task that differ in this stage
-    min_length: int | None = Field(None, gt=0)
-    max_length: int | None = Field(None, gt=0)
-    batch_size: int | None = Field(None, gt=0)
+    steps: Annotated[int, Unit("steps")] = Field(gt=0)
+    """Length of the stage."""
+    task: dict[str, Any] = Field(default_factory=dict)
+    """Parameters of the task that differ in this stage."""
+    min_length: Tokens | None = Field(None, gt=0)
+    """Shortest sequence."""
+    max_length: Tokens | None = Field(None, gt=0)
+    """Longest sequence."""
+    batch_size: Sequences | None = Field(None, gt=0)
+    """Sequences per step."""
     lr: float | None = Field(None, gt=0)
+    """Peak learning rate."""
     state_passing: float | None = Field(None, ge=0, lt=1)
+    """Probability that a sequence continues from the previous one; see `train`."""
 
 
 class TrainSettings(Section):
-    min_length: int = Field(gt=0)
-    max_length: int = Field(gt=0)
-    steps: int = Field(gt=0)
-    batch_size: int = Field(gt=0)  # sequences
-    lr: float = Field(gt=0)  # peak; linear warm-up over the first 10% of steps, then a cosine down to min_lr
+    """How every model of the grid is trained, with AdamW."""
+
+    min_length: Tokens = Field(gt=0)
+    """Shortest sequence."""
+    max_length: Tokens = Field(gt=0)
+    """Longest sequence. It is also the `max_position_embeddings` of the model."""
+    steps: Annotated[int, Unit("steps")] = Field(gt=0)
+    """Length of the training, without its curriculum."""
+    batch_size: Sequences = Field(gt=0)
+    """Sequences per step."""
+    lr: float = Field(gt=0)
+    """Peak learning rate: linear warm-up over the first 10% of the steps, then a cosine down to `min_lr`."""
     min_lr: float = Field(1e-6, ge=0)
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)  # of AdamW
+    """Final learning rate."""
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
+    """Decay of the moving averages of the gradient and of its square."""
     weight_decay: float = Field(0.1, ge=0)
+    """Decoupled weight decay, on matrices only."""
     max_grad_norm: float = Field(1.0, gt=0)
-    # The probability that a sequence continues, in state and answers, from the end of the previous sequence in its row
-    # of the batch, provided that all answers there were right. Gradients stay within a sequence; states do not.
+    """Largest norm of the gradient; a larger one is scaled down to it."""
     state_passing: float = Field(0.0, ge=0, lt=1)
-    log_every: int = Field(100, gt=0)  # steps
-    checkpoint_seconds: float = Field(60.0, gt=0)
-    cuda_graphs: bool = True  # on a GPU, replay a step as one captured graph
-    concurrent: int = Field(6, ge=1, le=32)  # cells trained at once on a GPU
-    curriculum: list[Stage] = Field(
-        default_factory=list
-    )  # trained in turn, each stage with its own optimizer and schedule
+    """Probability that a sequence continues, in state and answers, from the end of the previous sequence in its row of
+    the batch, provided that all answers there were right. Gradients stay within a sequence; states do not."""
+    log_every: Annotated[int, Unit("steps")] = Field(100, gt=0)
+    """Interval between records."""
+    checkpoint_seconds: Annotated[float, Unit("seconds")] = Field(60.0, gt=0)
+    """Interval between checkpoints."""
+    cuda_graphs: bool = True
+    """On a GPU, replay a step as one captured graph."""
+    concurrent: Annotated[int, Unit("trainings")] = Field(6, ge=1, le=32)
+    """Number of trainings that run at once on a GPU."""
+    curriculum: list[Stage] = Field(default_factory=list)
+    """Stages that are trained first, in turn, each with its own optimizer and schedule."""
 
 
 class TestSettings(Section):
-    min_length: int = Field(gt=0)
-    max_length: int = Field(gt=0)
-    samples: int = Field(8192, gt=0)
-    batch_size: int = Field(512, gt=0)  # maximum sequences at once; long sequences are tested in smaller batches
+    """How every model of the grid is tested."""
+
+    min_length: Tokens = Field(gt=0)
+    """Shortest sequence."""
+    max_length: Tokens = Field(gt=0)
+    """Longest sequence."""
+    samples: Sequences = Field(8192, gt=0)
+    """Number of test sequences."""
+    batch_size: Sequences = Field(512, gt=0)
+    """Largest number of sequences at once. Long sequences are tested in smaller batches."""
 
 
 class GridConfig(Section):
-    out: str  # folder of all results
-    tasks: dict[str, dict[str, Any]] = Field(min_length=1)  # name in the results: {task: ..., parameters of the task}
-    # Name in the results: {fields of the model's config.json, and `train`: its own values of training settings}.
+    """A grid of trainings: tasks x models x ranges x seeds."""
+
+    out: str
+    """Folder of all results."""
+    tasks: dict[str, dict[str, Any]] = Field(min_length=1)
+    """Name in the results, and below it `task:` with the parameters of the task."""
     models: dict[str, dict[str, Any]] = Field(min_length=1)
-    ranges: list[Range] = Field(
-        ["negative", "positive"], min_length=1
-    )  # of the eigenvalues, for models that have a range
+    """Name in the results, and below it fields of the model's `config.json`, and `train:` with the training settings
+    that this model has for itself."""
+    ranges: list[Range] = Field(["negative", "positive"], min_length=1)
+    """Eigenvalue ranges to train each model with, if it has any: `negative` is [-1, 1], `positive` is [0, 1]."""
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
+    """Seeds of the weights and of the samples."""
     train: TrainSettings
+    """How every model is trained."""
     test: TestSettings
+    """How every model is tested."""
 
 
 @dataclass(frozen=True)
