@@ -2,20 +2,28 @@
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lrnn import LrnnConfig
 from lrnn.errors import UserError
 from lrnn.settings import name_hint, read_json
 
+if TYPE_CHECKING:
+    from lrnn import LrnnConfig
 
-def load_model_config(path: str | Path) -> LrnnConfig:
-    """The model described by a Hugging Face `config.json`. Raises UserError for unknown fields and bad values."""
+
+def load_model_config(path: str | Path) -> "LrnnConfig":
+    """Read the `config.json` of a model. Raises UserError for unknown fields and bad values."""
     return model_config_from(read_json(path, "model configuration"), f"model configuration {path}")
 
 
-def model_config_from(raw: dict[str, Any], origin: str) -> LrnnConfig:
-    """The model described by the fields of a `config.json`, strictly. Raises UserError that begins with `origin`."""
+def model_config_from(raw: dict[str, Any], origin: str) -> "LrnnConfig":
+    """Make a model's configuration of the fields of a `config.json`, strictly.
+
+    Raises:
+        UserError: another model type, an unknown field, a wrong type or value. The message begins with `origin`.
+    """
+    from lrnn import LrnnConfig  # here, because it imports transformers and torch
+
     fields = dict(raw)
     kind = fields.pop("model_type", LrnnConfig.model_type)
     if kind != LrnnConfig.model_type:

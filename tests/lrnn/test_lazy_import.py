@@ -1,0 +1,139 @@
+"""`import lrnn` and the help of the command line take no time, and transformers knows the model all the same."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lrnn import LrnnConfig, LrnnForCausalLM
+from lrnn.eval.export.write import AUTO_MAP, code_files
+
+HEAVY = ("torch", "transformers")
+CPU_SECONDS = 0.5
+
+
+def run(code: str, tmp_path: Path, *arguments: str) -> str:
+    """Run Python code in a process of its own, outside of the repository, and return what it prints."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    env["PYTHONPATH"] = os.pathsep.join(str(Path(path).absolute()) for path in sys.path if path)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def help_of(*arguments: str) -> str:
+    """Code that prints the help of a command, and then which of the heavy packages have been imported."""
+    return (
+        "import sys\n"
+        "from lrnn import cli\n"
+        f"try: cli.main([{', '.join(map(repr, arguments))}])\n"
+        "except SystemExit as ended: assert ended.code == 0\n"
+        f"print('IMPORTED', [name for name in {HEAVY} if name in sys.modules])"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["submit", "--help"]], ids=" ".join)
+def test_help_imports_neither_torch_nor_transformers(arguments, tmp_path):
+    out = run(help_of(*arguments), tmp_path)
+    assert out.startswith("usage: lrnn") and out.endswith("IMPORTED []\n")
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("arguments", [["--help"], ["submit", "--help"]], ids=" ".join)
+def test_help_takes_no_time(arguments, tmp_path):
+    def used() -> float:
+        times = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return times.ru_utime + times.ru_stime
+
+    taken = []
+    for _ in range(3):  # the first one may compile files
+        before = used()
+        run(help_of(*arguments), tmp_path)
+        taken.append(used() - before)
+    assert min(taken) < CPU_SECONDS
+
+
+SELECT = "from transformers import AutoConfig, AutoModel, AutoModelForCausalLM"
+ORDERS = {
+    "lrnn": f"import lrnn; {SELECT}",
+    "Auto classes": f"{SELECT}; import lrnn",
+    "transformers": f"import transformers, lrnn; {SELECT}",
+    "a class of lrnn": f"from lrnn import LrnnForCausalLM; {SELECT}",
+    "a module of the model": f"import lrnn.model.layers; {SELECT}",
+    "the module of the classes": f"import lrnn.model.modeling_lrnn; {SELECT}",
+    "a configuration": f"import lrnn; lrnn.LrnnConfig(); {SELECT}",
+}
+LOAD = "loaded = [x.from_pretrained(FOLDER) for x in (AutoConfig, AutoModel, AutoModelForCausalLM)]"
+CASES = {f"{name} first": f"{imports}; {LOAD}" for name, imports in ORDERS.items()}
+CASES |= {
+    # `AutoConfig` is in a module of its own, which other code imports without that of the models.
+    "AutoConfig alone": "import lrnn; from transformers import AutoConfig; "
+    "loaded = [AutoConfig.from_pretrained(FOLDER)]",
+    "trusted, lrnn first": f"{ORDERS['lrnn']}; loaded = [AutoModel.from_pretrained(FOLDER, trust_remote_code=True)]",
+    "trusted, lrnn last": f"{ORDERS['Auto classes']}; "
+    "loaded = [AutoModel.from_pretrained(FOLDER, trust_remote_code=True)]",
+}
+# Runs each case in a child of one process, which has imported what takes long and is of no matter here.
+FORKED = """
+import json, os, sys, traceback
+import torch
+for name, code in json.loads(sys.argv[1]).items():
+    sys.stdout.flush()
+    if os.fork() == 0:
+        try:
+            scope = {"FOLDER": sys.argv[2]}
+            exec(code, scope)
+            print(json.dumps([name, [f"{type(x).__module__}.{type(x).__name__}" for x in scope["loaded"]]]), flush=True)
+        except BaseException:
+            print(json.dumps([name, traceback.format_exc()]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[str, list[str]]:
+    """The classes that each case gives for a folder which holds what an exported one holds of the model."""
+    root = tmp_path_factory.mktemp("loaded")
+    folder = root / "model"
+    size = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 16}
+    torch.manual_seed(0)
+    LrnnForCausalLM(LrnnConfig(**size, intermediate_size=48)).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": AUTO_MAP}))
+    for name, text in code_files().items():
+        (folder / name).write_text(text)
+    lines = run(FORKED, root, json.dumps(CASES), str(folder)).splitlines()
+    return dict(json.loads(line) for line in lines)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name.endswith(" first") and "trusted" not in name])
+def test_transformers_loads_a_folder_with_the_classes_of_lrnn(case, found):
+    assert found[case] == [
+        "lrnn.model.configuration_lrnn.LrnnConfig",
+        "lrnn.model.modeling_lrnn.LrnnModel",
+        "lrnn.model.modeling_lrnn.LrnnForCausalLM",
+    ]
+
+
+def test_a_configuration_alone(found):
+    assert found["AutoConfig alone"] == ["lrnn.model.configuration_lrnn.LrnnConfig"]
+
+
+@pytest.mark.parametrize("case", ["trusted, lrnn first", "trusted, lrnn last"])
+def test_trusted_code_loads_beside_lrnn(case, found):
+    assert len(found[case]) == 1 and found[case][0].endswith(".modeling_lrnn.LrnnModel"), found[case]
+
+
+def test_unknown_attributes_are_errors():
+    import lrnn
+
+    with pytest.raises(AttributeError, match="module 'lrnn' has no attribute 'LrnnModle'"):
+        _ = lrnn.LrnnModle
