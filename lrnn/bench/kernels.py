@@ -1,15 +1,13 @@
-"""The gated delta rule's kernels on a GPU, beside those of flash-linear-attention (fla) and FlashQLA, in one run."""
+"""Measure the kernels of the gated delta rule on a GPU, beside those of fla and FlashQLA, in one run."""
 
 import argparse
 import contextlib
 import functools
-import importlib.util
 import json
-import os
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -17,31 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrnn.bench.model import bench_models
+from lrnn.bench.peers import Contender, Inputs, find_peers, fla_guard_lifted
 from lrnn.errors import UserError
-
-Inputs = dict[str, Tensor]
-
-
-@dataclass
-class Contender:
-    """A function from the inputs of a layer's kernel to its output, and what to know about its figures."""
-
-    name: str
-    run: Callable[[Inputs], Tensor]
-    note: str = ""
-    lifts_guard: bool = False
 
 
 @dataclass
 class Measurement:
-    """Milliseconds (median, 20% and 80% quantile) and MiB beyond the inputs; `error` where it did not run."""
+    """Milliseconds (median, 20% and 80% quantile) and MiB beyond the inputs; `error` if it did not run."""
 
     contender: str
     batch_size: int
     seq_len: int
     forward: list[float] = field(default_factory=list)
     forward_backward: list[float] = field(default_factory=list)
-    graph: list[list[float]] = field(default_factory=list)  # both, replayed as CUDA graphs: without the host's time
+    graph: list[list[float]] = field(default_factory=list)  # both passes as CUDA graphs, without the host's time
     peak_forward: float = 0.0
     peak_forward_backward: float = 0.0
     first_call_seconds: float = 0.0
@@ -49,9 +37,10 @@ class Measurement:
 
 
 def make_inputs(batch_size: int, seq_len: int, heads: int, size: int, device: str = "cuda", seed: int = 0) -> Inputs:
-    """A layer's raw projections in bf16: q, k, v [B, T, H, D], gate and step logits a, b [B, T, H], A_log, dt_bias [H].
+    """Return a layer's raw projections in bf16.
 
-    Gates as at the start of training (A uniform in (0, 16), steps log-uniform in [0.001, 0.1]).
+    They are q, k, v [B, T, H, D], the logits a, b [B, T, H] of gates and step sizes, and A_log, dt_bias [H]. Gates are
+    those of the start of training: A is uniform in (0, 16), and steps are log-uniform in [0.001, 0.1].
     """
     r = torch.Generator(device).manual_seed(seed)
 
@@ -67,7 +56,7 @@ def make_inputs(batch_size: int, seq_len: int, heads: int, size: int, device: st
 
 
 def ours(x: Inputs, **options: Any) -> Tensor:
-    """lrnn, with options of its function: norms, gates and step sizes inside the kernels."""
+    """Call lrnn, which computes norms, gates and step sizes inside the kernels."""
     from lrnn.kernels.delta_rule.api import fused_gated_delta_rule
 
     return fused_gated_delta_rule(x["q"], x["k"], x["v"], x["a"], x["b"], x["A_log"], x["dt_bias"], **options)[0]
@@ -75,95 +64,11 @@ def ours(x: Inputs, **options: Any) -> Tensor:
 
 ours_split = functools.partial(ours, precision="split")
 ours_saved = functools.partial(ours, save_states=True)
-
-
-def fla(x: Inputs) -> Tensor:
-    """fla, called as its own layer does."""
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-    return chunk_gated_delta_rule(
-        q=x["q"],
-        k=x["k"],
-        v=x["v"],
-        g=x["a"],
-        beta=x["b"],
-        use_qk_l2norm_in_kernel=True,
-        use_gate_in_kernel=True,
-        A_log=x["A_log"],
-        dt_bias=x["dt_bias"],
-        use_beta_sigmoid_in_kernel=True,
-        allow_neg_eigval=True,
-    )[0]
-
-
-def flash_qla(x: Inputs) -> Tensor:
-    """FlashQLA: it takes log-gates and step sizes in float32, which `make_log_inputs` makes ahead of the clock."""
-    from flash_qla import chunk_gated_delta_rule
-
-    return chunk_gated_delta_rule(x["q"], x["k"], x["v"], x["g"], x["beta"], use_qk_l2norm_in_kernel=True)[0]
-
-
-def make_log_inputs(x: Inputs) -> Inputs:
-    """The inputs with log-gates g and step sizes beta in float32 in place of the raw projections."""
-    g = -x["A_log"].exp() * torch.nn.functional.softplus(x["a"].float() + x["dt_bias"])
-    return {"q": x["q"], "k": x["k"], "v": x["v"], "g": g, "beta": 2 * x["b"].float().sigmoid()}
-
-
-def fla_guard() -> str | None:
-    """A note where fla refuses its gated backward pass, on Hopper with Triton 3.4 to 3.7.0; None elsewhere.
-
-    With tilelang installed fla uses another kernel there, and refuses nothing, unless FLA_TILELANG=0 forbids it.
-    """
-    from fla.ops.common import chunk_o
-
-    refuses = chunk_o.IS_NVIDIA_HOPPER and chunk_o.TRITON_ABOVE_3_4_0 and not chunk_o.TRITON_ABOVE_3_7_1
-    tilelang = importlib.util.find_spec("tilelang") is not None and os.environ.get("FLA_TILELANG") != "0"
-    if not refuses or tilelang:
-        return None
-    import triton
-
-    return (
-        f"fla's own check calls the result of its gated backward pass incorrect under Triton {triton.__version__} on "
-        "Hopper and refuses it; the check was lifted: timed for speed only"
-    )
-
-
-@contextlib.contextmanager
-def fla_guard_lifted() -> Iterator[None]:
-    """fla's gated backward pass runs where fla refuses it. For its time and its memory: its gradients may be wrong."""
-    from fla.ops.common import chunk_o
-
-    before = chunk_o.TRITON_ABOVE_3_7_1
-    chunk_o.TRITON_ABOVE_3_7_1 = True
-    try:
-        yield
-    finally:
-        chunk_o.TRITON_ABOVE_3_7_1 = before
-
-
-def contenders(only_ours: bool) -> tuple[list[Contender], list[str]]:
-    """What can be timed here, and a line for each peer on why it is left out or what its figures mean."""
-    mine = ("lrnn", ours), ("lrnn split", ours_split), ("lrnn save_states", ours_saved)
-    found, lines = [Contender(*one) for one in mine], []
-    if only_ours:
-        return found, ["fla, FlashQLA: left out (--only-ours)"]
-    for name, package, run in (("fla", "fla", fla), ("FlashQLA", "flash_qla", flash_qla)):
-        if importlib.util.find_spec(package) is None:
-            lines.append(f"{name}: skipped, {package} is not installed")
-            continue
-        try:
-            importlib.import_module(package)
-            note = (fla_guard() or "") if name == "fla" else "gates and step sizes computed ahead of the clock"
-        except Exception as error:  # a peer that does not import here must not keep ours from being measured
-            lines.append(f"{name}: skipped, importing {package} failed: {error!r}")
-            continue
-        found.append(Contender(name, run, note, lifts_guard=name == "fla"))
-        lines.append(f"{name}: found" + (f"; {note}" if note else ""))
-    return found, lines
+OURS: dict[str, Callable[..., Tensor]] = {"lrnn": ours, "lrnn split": ours_split, "lrnn save_states": ours_saved}
 
 
 def peak_memory(run: Callable[[], Any]) -> float:
-    """MiB that a call takes at its peak, beyond what was there before."""
+    """Return the MiB that a call allocates at its peak, beyond what was allocated before."""
     run()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -174,7 +79,10 @@ def peak_memory(run: Callable[[], Any]) -> float:
 
 
 def passes(run: Callable[[Inputs], Tensor], x: Inputs) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """The forward pass as training runs it, and forward and backward: gradients of all inputs from a fixed one of o."""
+    """Return calls of the forward pass as training runs it, and of both passes.
+
+    The latter computes the gradients of all inputs from a fixed gradient of o.
+    """
     leaves = {name: y.detach().clone().requires_grad_() for name, y in x.items()}
     do = torch.randn_like(leaves["v"])
 
@@ -188,10 +96,10 @@ def passes(run: Callable[[Inputs], Tensor], x: Inputs) -> tuple[Callable[[], Any
 
 
 def as_graph(run: Callable[[], Any]) -> Callable[[], None]:
-    """Replays of a call that was captured once."""
+    """Capture a call once and return a function that replays it."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        for _ in range(2):  # what a first call allocates and looks up is not captured
+        for _ in range(2):  # what the first calls allocate and look up must not be captured
             run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -201,13 +109,13 @@ def as_graph(run: Callable[[], Any]) -> Callable[[], None]:
 
 
 def measure(contender: Contender, batch_size: int, seq_len: int, heads: int, size: int) -> Measurement:
-    """Time one contender at one shape. A peer that fails is noted, not fatal."""
+    """Time one contender at one shape. If a peer fails, its error is in the result."""
     from triton.testing import do_bench
 
     result = Measurement(contender.name, batch_size, seq_len)
     x = make_inputs(batch_size, seq_len, heads, size)
-    if contender.name == "FlashQLA":
-        x = make_log_inputs(x)
+    if contender.prepare is not None:
+        x = contender.prepare(x)
     quantiles = [0.5, 0.2, 0.8]
     with fla_guard_lifted() if contender.lifts_guard else contextlib.nullcontext():
         try:
@@ -222,14 +130,14 @@ def measure(contender: Contender, batch_size: int, seq_len: int, heads: int, siz
             for run in (forward, both):
                 result.graph.append(do_bench(as_graph(run), warmup=50, rep=200, quantiles=quantiles))
         except Exception as error:
-            if contender.name.startswith("lrnn"):
+            if contender.name in OURS:
                 raise
             result.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     return result
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a copy of 1 GB on the device."""
+    """Return the bytes per second, read and written, of a copy of 1 GB on the device."""
     from triton.testing import do_bench
 
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
@@ -238,9 +146,9 @@ def copy_bandwidth() -> float:
 
 
 def floor_milliseconds(tokens: int, heads: int, size: int, bandwidth: float) -> tuple[float, float]:
-    """What reading every input and writing every result once takes: forward, and forward and backward.
+    """Return the time to read every input and write every result once, in bf16: forward, and both passes.
 
-    Forward reads q, k, v, a, b and writes o; backward reads q, k, v, a, b, do and writes dq, dk, dv, da, db. bf16.
+    Forward reads q, k, v, a, b and writes o. Backward reads q, k, v, a, b, do and writes dq, dk, dv, da, db.
     """
     forward = tokens * heads * 2 * (4 * size + 2)
     backward = tokens * heads * 2 * (7 * size + 4)
@@ -250,7 +158,7 @@ def floor_milliseconds(tokens: int, heads: int, size: int, bandwidth: float) -> 
 def breakdown(
     batch_size: int, seq_len: int, heads: int, size: int, repeats: int = 10
 ) -> list[tuple[str, float, float]]:
-    """Each GPU kernel of our forward and backward pass: name, milliseconds a pass, launches a pass."""
+    """Return name, milliseconds and launches of each GPU kernel of one forward and backward pass of lrnn."""
     from torch.profiler import ProfilerActivity, profile
 
     _, both = passes(ours, make_inputs(batch_size, seq_len, heads, size))
@@ -269,7 +177,7 @@ def breakdown(
 
 
 def installed(package: str) -> str:
-    """Version of a package, or "not installed"."""
+    """Return the version of a package, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -277,7 +185,7 @@ def installed(package: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """The GPU, and the versions that the figures depend on."""
+    """Return the name of the GPU and the versions that the figures depend on."""
     import triton
     from triton.backends.nvidia.compiler import get_ptxas
 
@@ -304,10 +212,10 @@ def environment() -> dict[str, str]:
 
 
 def parse_shape(text: str) -> tuple[int, int]:
-    """BxT as (batch size, sequence length)."""
+    """Return (batch size, sequence length) of a text BxT."""
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if not match or 0 in (sizes := (int(match[1]), int(match[2]))):
-        raise UserError(f"--shapes takes batch sizes and lengths as 8x4096; got {text!r}")
+        raise UserError(f"--shapes takes batch size and length as in 8x4096; got {text!r}")
     return sizes
 
 
@@ -315,11 +223,23 @@ def bench_kernels(args: argparse.Namespace) -> None:
     """Print the tables of `lrnn bench kernels`."""
     shapes = [parse_shape(shape) for shape in args.shapes]
     if not torch.cuda.is_available():
-        raise UserError("bench kernels measures a GPU; PyTorch sees none here")
+        raise UserError("lrnn bench kernels needs a GPU, and PyTorch finds none here")
     env = environment()
     print("\n".join(f"{name:22}{value}" for name, value in env.items()))
-    runners, lines = contenders(args.only_ours)
+    peers, lines = ([], ["fla, FlashQLA: left out (--only-ours)"]) if args.only_ours else find_peers()
     print("\n".join(lines))
+    results = _bench_shapes(shapes, [*(Contender(name, run) for name, run in OURS.items()), *peers], args)
+    models = bench_models(args.only_ours) if args.model else []
+    if args.json:
+        args.json.write_text(
+            json.dumps({"environment": env, "notes": lines, "kernels": results, "models": models}, indent=1) + "\n"
+        )
+
+
+def _bench_shapes(
+    shapes: list[tuple[int, int]], contenders: list[Contender], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Print a table of every contender at every shape, and return its rows for JSON."""
     bandwidth = copy_bandwidth()
     print(
         f"device copy: {bandwidth / 1e12:.2f} TB/s, read and written; the floor is every input and result once at that"
@@ -331,15 +251,15 @@ def bench_kernels(args: argparse.Namespace) -> None:
     )
     results: list[dict[str, Any]] = []
     for batch_size, seq_len in shapes:
-        floor = floor_milliseconds(batch_size * seq_len, args.heads, args.head_size, bandwidth)
-        rows = []
-        for contender in runners:
+        rows: list[Measurement] = []
+        for contender in contenders:
             rows.append(measure(contender, batch_size, seq_len, args.heads, args.head_size))
             torch.cuda.empty_cache()
             row = rows[-1]
             print(f"{f'B{batch_size} T{seq_len}':12} {row.contender:16} {_figures(row, rows[0])}", flush=True)
             if not row.error:
                 print(f"{'':12} {'- graph':16} {_graph_figures(row, rows[0])}", flush=True)
+        floor = floor_milliseconds(batch_size * seq_len, args.heads, args.head_size, bandwidth)
         print(f"{'':12} {'floor':16} {floor[0]:21.3f} {floor[1]:24.3f}")
         results += [asdict(row) for row in rows]
         results.append({"contender": "floor", "batch_size": batch_size, "seq_len": seq_len, "forward": [floor[0]]})
@@ -347,15 +267,7 @@ def bench_kernels(args: argparse.Namespace) -> None:
         if args.breakdown:
             for name, milliseconds, launches in breakdown(batch_size, seq_len, args.heads, args.head_size):
                 print(f"{'':12} {milliseconds:8.3f} ms {launches:5.1f} x  {name[:80]}")
-    models: list[dict[str, Any]] = []
-    if args.model:
-        from lrnn.bench.model import bench_models
-
-        models = bench_models(args.only_ours)
-    if args.json:
-        args.json.write_text(
-            json.dumps({"environment": env, "notes": lines, "kernels": results, "models": models}, indent=1) + "\n"
-        )
+    return results
 
 
 def _spread(times: list[float]) -> str:

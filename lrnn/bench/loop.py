@@ -1,4 +1,4 @@
-"""What the training loop costs beside forward, backward and update."""
+"""Measure the time of a training step outside of forward, backward and update."""
 
 import gc
 import statistics
@@ -19,11 +19,11 @@ from lrnn.pretrain.step import warm_up
 from lrnn.pretrain.train import train
 from lrnn.records import read_metrics
 
-SETTLING = 5  # first steps, not counted
+SETTLING = 5  # first steps, which are not counted
 
 
 def bare_steps(config: Config, ranks: Ranks, steps: int) -> list[float]:
-    """Seconds of each step that is forward, backward and update alone, on micro-batches already on the device."""
+    """Return the seconds of each step of forward, backward and update alone, on micro-batches already on the device."""
     model_config = load_model_of(config)
     data = open_data(config, model_config, ranks)
     engine = build_engine(
@@ -47,14 +47,14 @@ def bare_steps(config: Config, ranks: Ranks, steps: int) -> list[float]:
 
 
 def whole_steps(config: Config, ranks: Ranks) -> tuple[list[float], list[float]]:
-    """Seconds a step of the real loop, and those of them outside of forward, backward and update, of each record."""
+    """Return the seconds per step of the real loop, and those outside of forward, backward and update, per record."""
     train(config, ranks, StopRequest())
     records = [r for r in read_metrics(Path(config.run_dir)) if "event" not in r and r["step"] > SETTLING]
     return [r["step_seconds"] for r in records], [r["loop_seconds"] for r in records]
 
 
 def bench_loop(path: str, overrides: list[str], steps: int) -> None:
-    """Print the table of `lrnn bench loop`: bare and whole steps in turn."""
+    """Print the table of `lrnn bench loop`, with bare and whole steps in turn."""
     ranks = init_ranks()
     rows: list[tuple[str, list[float]]] = []
     shares = []
@@ -71,7 +71,7 @@ def bench_loop(path: str, overrides: list[str], steps: int) -> None:
     dist.destroy_process_group()
     device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "CPU"
     print(f"{path}: {device}, torch {torch.__version__}, {steps} steps, the first {SETTLING} left out")
-    print(f"{'milliseconds a step':28} {'min':>9} {'median':>9} {'max':>9}")
+    print(f"{'milliseconds per step':28} {'min':>9} {'median':>9} {'max':>9}")
     for name, seconds in rows:
         figures = (min(seconds), statistics.median(seconds), max(seconds))
         print(f"{name:28} " + " ".join(f"{1e3 * x:9.2f}" for x in figures))

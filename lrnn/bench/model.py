@@ -1,4 +1,4 @@
-"""A training step of whole models on a GPU, ours and fla's of the same shape: tokens a second and peak memory."""
+"""Measure a training step of whole models on a GPU, ours and fla's of the same shape."""
 
 import gc
 import statistics
@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from lrnn import LrnnConfig, LrnnForCausalLM
-from lrnn.bench.kernels import fla_guard, fla_guard_lifted
+from lrnn.bench.peers import fla_guard, fla_guard_lifted
 
-TOKENS, SEQ_LEN = 16384, 2048  # of a step
+TOKENS, SEQ_LEN = 16384, 2048  # per step and per sequence
 WARM_UP, STEPS = 3, 10
 PARAMETERS = ("float32", "bfloat16")
 
 
 @dataclass
 class Step:
-    """What one model did; `error` where it did not run."""
+    """The figures of one model; `error` if it did not run."""
 
     model: str
     shape: str
@@ -33,7 +33,7 @@ class Step:
 
 
 def shapes() -> dict[str, LrnnConfig]:
-    """The 340M model of `configs/`, and 1.47B: the configuration's defaults, at which the peers were measured."""
+    """Return the configurations: 340M of `configs/`, and the defaults, 1.47B, at which the peers were measured."""
     path = Path(__file__).resolve().parents[2] / "configs" / "models" / "340m.json"
     small = LrnnConfig.from_json_file(str(path)) if path.is_file() else LrnnConfig(
         hidden_size=1024, num_hidden_layers=20, num_heads=8, intermediate_size=2816
@@ -42,7 +42,7 @@ def shapes() -> dict[str, LrnnConfig]:
 
 
 def fla_model(config: LrnnConfig) -> nn.Module:
-    """fla's gated DeltaNet of the same shape, with its fused cross-entropy that never holds all logits."""
+    """Return fla's gated DeltaNet of the same shape, with its fused cross-entropy, which never holds all logits."""
     from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 
     return GatedDeltaNetForCausalLM(
@@ -66,7 +66,10 @@ def fla_model(config: LrnnConfig) -> nn.Module:
 
 
 def build(which: str, config: LrnnConfig, parameters: str) -> nn.Module:
-    """A model on the GPU. With bfloat16 parameters A_log and dt_bias stay float32, as in both models' own loading."""
+    """Return a model on the GPU.
+
+    With bfloat16 parameters, A_log and dt_bias stay float32, as they do when either model is loaded.
+    """
     with torch.device("cuda"):
         model: nn.Module = LrnnForCausalLM(config) if which == "lrnn" else fla_model(config)
     model.train()
@@ -78,7 +81,7 @@ def build(which: str, config: LrnnConfig, parameters: str) -> nn.Module:
 
 
 def step_loss(which: str, model: nn.Module, ids: Tensor) -> Tensor:
-    """The mean loss of the next token."""
+    """Return the mean loss of the next token."""
     if which == "lrnn":
         labels = torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:]
         return model(input_ids=ids, shift_labels=labels, use_cache=False).loss
@@ -86,7 +89,7 @@ def step_loss(which: str, model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def measure_step(which: str, shape: str, config: LrnnConfig, parameters: str) -> Step:
-    """Forward, backward and AdamW on one batch, under bf16 autocast; the median of several steps."""
+    """Time forward, backward and AdamW on one batch under bf16 autocast, as the median of several steps."""
     result = Step(which, shape, parameters)
     model = build(which, config, parameters)
     result.billions = sum(p.numel() for p in model.parameters()) / 1e9
@@ -140,7 +143,7 @@ def bench_models(only_ours: bool) -> list[dict[str, Any]]:
 
 
 def _try(which: str, shape: str, config: LrnnConfig, parameters: str) -> Step:
-    """A row of the table, also where a model does not fit, or a peer does not run in this setting."""
+    """Return a row of the table, even if a model does not fit or a peer does not run in this setting."""
     try:
         with fla_guard_lifted():
             return measure_step(which, shape, config, parameters)

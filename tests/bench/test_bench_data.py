@@ -1,8 +1,8 @@
-"""The data loader is fast enough never to be waited for, on a slow and shared machine too."""
+"""The data loader is fast enough that training never waits for it, even on a slow and shared machine."""
 
 import pytest
 
-from lrnn.bench.bench import measure_loader, write_synthetic_corpus
+from lrnn.bench.loader import measure_loader, write_synthetic_corpus
 from lrnn.cli import main
 from lrnn.pretrain.corpus.reader import TokenCorpus
 

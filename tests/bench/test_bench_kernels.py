@@ -1,4 +1,4 @@
-"""`lrnn bench kernels` without a GPU: what it refuses, and the parts of it that need none."""
+"""`lrnn bench kernels` without a GPU: the options that it refuses, and the parts that need no GPU."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch
 from lrnn import LrnnForCausalLM
 from lrnn.bench import kernels as bench_kernels
 from lrnn.bench import model as bench_model
+from lrnn.bench import peers
 from lrnn.cli import main
 
 
@@ -29,16 +30,16 @@ def test_both_passes_reach_every_input(run):
 
 
 def test_log_inputs_are_the_same_function():
-    """FlashQLA is given these: they must stand for the same gates and step sizes as the raw projections."""
+    """The inputs of FlashQLA have the same gates and step sizes as the raw projections."""
     from lrnn.kernels.delta_rule.api import gated_delta_rule
 
     x = bench_kernels.make_inputs(1, 20, 2, 64, device="cpu")
-    o, _ = gated_delta_rule(**bench_kernels.make_log_inputs(x), normalize_qk=True)
+    o, _ = gated_delta_rule(**peers.make_log_inputs(x), normalize_qk=True)
     torch.testing.assert_close(o, bench_kernels.ours(x))
 
 
 def test_the_floor():
-    """At 3 TB/s and the first shape: reading q, k, v and writing o is 0.18 ms, backward 0.31 ms."""
+    """At 3 TB/s and the first shape, reading q, k, v and writing o takes 0.18 ms, and backward takes 0.31 ms."""
     forward, both = bench_kernels.floor_milliseconds(8 * 4096, 16, 128, 3e12)
     assert forward == pytest.approx(0.18, abs=0.005) and both - forward == pytest.approx(0.31, abs=0.01)
 
@@ -57,19 +58,19 @@ def test_flas_guard_is_back_afterwards():
     from fla.ops.common import chunk_o
 
     before = chunk_o.TRITON_ABOVE_3_7_1
-    with bench_kernels.fla_guard_lifted():
+    with peers.fla_guard_lifted():
         assert chunk_o.TRITON_ABOVE_3_7_1
     assert before == chunk_o.TRITON_ABOVE_3_7_1
 
 
 def test_what_tilelang_does_for_fla(monkeypatch):
-    """With it fla refuses nothing on Hopper, unless it is forbidden."""
+    """With tilelang, fla refuses nothing on Hopper, unless tilelang is forbidden."""
     from fla.ops.common import chunk_o
 
     for name, value in (("IS_NVIDIA_HOPPER", True), ("TRITON_ABOVE_3_4_0", True), ("TRITON_ABOVE_3_7_1", False)):
         monkeypatch.setattr(chunk_o, name, value)
-    monkeypatch.setattr(bench_kernels.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: object())
     monkeypatch.delenv("FLA_TILELANG", raising=False)
-    assert bench_kernels.fla_guard() is None
+    assert peers.fla_guard() is None
     monkeypatch.setenv("FLA_TILELANG", "0")
-    assert "timed for speed only" in bench_kernels.fla_guard()
+    assert "timed for speed only" in peers.fla_guard()
