@@ -62,11 +62,10 @@ def evaluate(
     min_tokens = min_tokens or max_length
     tokenizers = [load_tokenizer(model, config) for model, config in zip(models, configs, strict=True)]
     print(f"looking for long documents in {path}", flush=True)
-    documents = (
-        join_documents(path, tokenizers[0], max_length, limit)
-        if join
-        else find_documents(path, tokenizers[0], min_tokens, max_length, limit)
-    )
+    if join:
+        documents = join_documents(path, tokenizers[0], max_length, limit)
+    else:
+        documents = find_documents(path, tokenizers[0], min_tokens, max_length, limit)
     for model, tokenizer in zip(models[1:], tokenizers[1:], strict=True):
         check_same_tokens(path, documents, tokenizers[0], tokenizer, f"{models[0]} and {model}")
     edges = log_edges(max(document.length for document in documents), known[0] if known else 1, bins_per_octave)

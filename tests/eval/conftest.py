@@ -13,13 +13,13 @@ from lrnn.tokenizer import train_sentencepiece
 
 @pytest.fixture(scope="session")
 def eval_data():
-    """Folder of the real benchmark data; fetched once into the cache if it is not there."""
+    """Return the folder of the real benchmark data, fetched into the cache if it is missing."""
     return fetch_data.fetch()
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """Folder of a random two-layer Llama with a byte-level tokenizer, as an export would leave it."""
+    """Return the folder of a random two-layer Llama with a byte-level tokenizer, in the form of an export."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""What an export checks and says, and what must stop it."""
+"""Test what an export checks, what it prints, and what must stop it."""
 
 import shutil
 import sysconfig
@@ -36,7 +36,7 @@ def test_what_it_says_in_a_log_file(checkpoint, tmp_path, capsys):
 
 
 def refused(capsys, tmp_path, *arguments) -> str:
-    """The one error line of an export that must not succeed; nothing may be left where it was to be written."""
+    """Return the only error line of an export that must fail, and check that it leaves nothing behind."""
     before = sorted(tmp_path.iterdir())
     assert cli.main(["export", *map(str, arguments)]) == 2
     assert sorted(tmp_path.iterdir()) == before
@@ -65,7 +65,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("lost", ["whole", "part"])
     def test_missing_fragment(self, checkpoint, tmp_path, capsys, lost):
-        """A manifest that fits the files does not help where the files lack a parameter."""
+        """A manifest that fits the files does not help if the files lack a parameter."""
         name = "model.layers.1.attn.o_proj.weight"
         for file in sorted(checkpoint.glob("state-*"))[0 if lost == "whole" else 1 :]:
             save_file({k: v for k, v in load_file(file).items() if f"param:{name}:" not in k}, file)
@@ -161,7 +161,7 @@ def test_code_that_computes_something_else_is_found(checkpoint, tmp_path, monkey
 
 
 def test_code_that_needs_lrnn_is_found(checkpoint, tmp_path, monkeypatch):
-    """Without its kernels' files the code runs only where lrnn is installed."""
+    """Without the kernels' files, the code runs only if lrnn is installed."""
     code = tuple(file for file in write.CODE if not file.startswith("kernels/"))
     monkeypatch.setattr(write, "CODE", code)
     with pytest.raises(RuntimeError, match="does not load without lrnn"):

@@ -1,4 +1,4 @@
-"""Exported folders: what a stranger's process makes of them, what is in them, and fla both ways."""
+"""Test exported folders: their use in a process without lrnn, their content, and fla both ways."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, sentencepiece_model):
-    """Folder of exported models: tied gated DeltaNet in bfloat16, DeltaNet in float32, and every other mixer."""
+    """Return a folder of exported models: tied gated DeltaNet in bfloat16, DeltaNet in float32, all other mixers."""
     root = tmp_path_factory.mktemp("exported")
     for variant, dtype in DTYPES.items():
         write_checkpoint(root / "runs" / variant, random_model(variant), sentencepiece_model)
@@ -58,7 +58,7 @@ def exported(tmp_path_factory, sentencepiece_model):
     return root
 
 
-# What somebody does with a folder, in float32 arithmetic; prints one JSON object a folder.
+# What a user does with a folder, in float32 arithmetic. Prints one JSON object per folder.
 USE = """
 import json, sys
 if sys.argv[1] == "blocked":
@@ -122,7 +122,7 @@ for folder in sys.argv[2:]:
 
 
 def use(tmp_path: Path, mode: str, folders: list[Path]) -> list[dict]:
-    """Run USE outside of the repository; returns its results."""
+    """Run USE outside the repository, and return its results."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-I", "-c", USE, mode, *map(str, folders)]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -132,7 +132,7 @@ def use(tmp_path: Path, mode: str, folders: list[Path]) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def stranger(exported, tmp_path_factory):
-    """What a process finds that cannot import lrnn."""
+    """Return what a process finds that cannot import lrnn."""
     results = use(tmp_path_factory.mktemp("stranger"), "blocked", [exported / v for v in DTYPES])
     return dict(zip(DTYPES, results, strict=True))
 
@@ -151,7 +151,7 @@ class TestWithoutLrnn:
 
     def test_generation(self, stranger, variant):
         found = stranger[variant]
-        assert found["distinct tokens"] > 5  # else equality says little
+        assert found["distinct tokens"] > 5  # otherwise equality says little
         assert found["cached"], "greedy generation with and without the cache differ"
         assert found["left padded"], "a left-padded batch generates other tokens than each prompt alone"
         assert found["beam"][0] == 3 and all(found["one beam per prompt"])
@@ -253,7 +253,7 @@ def test_round_trip_through_fla_is_bitwise(variant, tmp_path, sentencepiece_mode
 
 
 def test_a_model_made_by_fla_comes_in(tmp_path, sentencepiece_model):
-    """fla writes the folder itself; --from-fla makes an hf folder of it."""
+    """fla itself writes the folder, and --from-fla converts it to an hf folder."""
     from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 
     config = GatedDeltaNetConfig(

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("eval_data")
 
 
 class Oracle(LM):
-    """Answers with the gold answer, spoken as each benchmark's own examples speak."""
+    """Answers with the gold answer, phrased as in each benchmark's own examples."""
 
     def generate_until(self, requests):
         return [self.answer(request.doc) for request in requests]
@@ -38,7 +38,7 @@ class Oracle(LM):
 
 
 class FinalAnswerOracle(Oracle):
-    """Says a MATH answer by the phrase of the examples, which `exact_match` looks for."""
+    """Gives a MATH answer in the phrase of the examples, which `exact_match` looks for."""
 
     @staticmethod
     def answer(doc):

@@ -28,7 +28,7 @@ def training_texts() -> list[str]:
 
 
 def other_texts() -> list[str]:
-    """Text that neither the tokenizer was trained on nor the exporter compares."""
+    """Return text on which the tokenizer was not trained and that the exporter does not compare."""
     texts = [(STDLIB / name).read_text() for name in ("tarfile.py", "re/_parser.py", "site.py")]
     return [text[i : i + 3000] for text in texts for i in range(0, len(text), 3000)]
 
@@ -80,7 +80,7 @@ def test_text_survives(exported):
 
 @pytest.mark.parametrize("order", ["shuffled", "by vocabulary"])
 def test_wrong_merges_are_found(exported, model_file, tmp_path, order):
-    """Also the order that transformers' own conversion takes: by the ids of the parts instead of by score."""
+    """Also compares the order of transformers' own conversion: by the ids of the parts instead of by score."""
     content = json.loads((exported / "tokenizer.json").read_text())
     merges, vocabulary = content["model"]["merges"], content["model"]["vocab"]
     if order == "shuffled":
@@ -170,7 +170,7 @@ def test_models_whose_conversion_is_not_exact_are_found(tmp_path, options):
 
 
 def test_hugging_face_tokenizer_of_a_corpus(tmp_path):
-    """A byte-level tokenizer that adds a bos by itself and has no pad token, as many on the hub."""
+    """Return a byte-level tokenizer that adds a bos and has no pad token, like many on the hub."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

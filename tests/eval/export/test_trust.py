@@ -36,13 +36,13 @@ ALL_CODE = {file.removesuffix(".py") for file in MODEL_CODE} | {"tokenizer", "ge
 
 @pytest.fixture(autouse=True)
 def somebody_says_yes(monkeypatch):
-    """transformers asks on a terminal whether to run the code; lrnn is not to get that far."""
+    """On a terminal transformers asks whether to run the code; lrnn must not get that far."""
     monkeypatch.setattr("builtins.input", lambda *args: "y")
 
 
 @pytest.fixture
 def marks(tmp_path) -> Path:
-    """Folder of the files that hostile code leaves."""
+    """Return the folder in which hostile code leaves files."""
     folder = tmp_path / "marks"
     folder.mkdir()
     return folder
@@ -62,7 +62,7 @@ def model(tiny_model):
 
 @pytest.fixture
 def exported(model, tiny_model, marks, tmp_path) -> Path:
-    """What an exported folder looks like, but that each of its modules leaves a mark, and a few more do."""
+    """Return a folder that looks exported, but whose modules, and some more files, leave marks when they run."""
     folder = tmp_path / "exported"
     model.save_pretrained(folder)
     for name in TOKENIZER_FILES:
@@ -130,7 +130,7 @@ def test_what_needs_its_own_code_is_not_evaluated(exported, marks, eval_data, ca
 
 @pytest.mark.parametrize("decoy", [None, "model.safetensors.index.json", "model.safetensors.old"])
 def test_pickled_weights_are_refused(exported, marks, eval_data, capsys, tmp_path, decoy):
-    """Also where something has the look of safetensors."""
+    """Even if another file looks like safetensors."""
     weights = exported / "pytorch_model.bin"
     (exported / "model.safetensors").unlink()
     weights.write_bytes(hostile_pickle(marks / "pickle"))
@@ -165,7 +165,7 @@ def test_pickled_weights_of_an_fla_folder_are_refused(exported, marks, capsys, t
 
 
 def seal(checkpoint: Path) -> None:
-    """Write the manifest that fits the files: a stranger can do that too."""
+    """Write a manifest that fits the files, as an attacker can."""
     files = {}
     for path in sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != "manifest.json"):
         content = path.read_bytes()
@@ -178,7 +178,7 @@ def seal(checkpoint: Path) -> None:
 
 @pytest.fixture
 def checkpoint(model, tiny_model, tmp_path) -> Path:
-    """A checkpoint in a run, with a Hugging Face tokenizer."""
+    """Return a checkpoint of a run, with a Hugging Face tokenizer."""
     folder = tmp_path / "run/checkpoints/step-00000001"
     (folder / "tokenizer").mkdir(parents=True)
     save_file(
@@ -200,7 +200,7 @@ def export(checkpoint: Path, out: Path) -> int:
 
 
 def test_code_that_a_checkpoint_names_is_neither_run_nor_passed_on(checkpoint, marks, tmp_path):
-    """By a path, so that the tokenizer's code would be found from the exported folder as well."""
+    """The code is named by a path, so that it would be found from the exported folder as well."""
     add_hostile_code(checkpoint / "tokenizer", marks / "tokenizer", known_class=True, elsewhere=True)
     pipeline = {"text-generation": {"impl": "own.Pipeline", "pt": ["AutoModelForCausalLM"]}}
     edit_json(checkpoint / "config.json", auto_map={"AutoConfig": "own.Config"}, custom_pipelines=pipeline)

@@ -1,4 +1,4 @@
-"""`lrnn position` end to end, and bad input."""
+"""Test `lrnn position` end to end, and with bad input."""
 
 import csv
 import json
@@ -148,7 +148,7 @@ def test_no_code_of_the_folder_is_run(folder, texts, tmp_path):
 
 @pytest.fixture
 def error_of(folder, texts, tmp_path, capsys, monkeypatch):
-    """The one line that a bad request ends with, before any model is loaded."""
+    """Return a function that gives the error line of a bad request, which must come before any model is loaded."""
     monkeypatch.setattr(position_evaluate, "load_model", lambda *args: pytest.fail("the model was loaded"))
 
     def call(*arguments, models=(folder,), path=texts):
@@ -226,7 +226,7 @@ def one_line(capsys, *models):
 
 
 def test_models_of_other_tokenizers_are_not_compared(error_of, folder, tmp_path):
-    """But one whose file only looks different is."""
+    """A tokenizer whose file merely looks different is accepted."""
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     spec = json.loads((copy / "tokenizer.json").read_text())

@@ -1,4 +1,4 @@
-"""What `lrnn position` computes: likelihoods against transformers' own, documents, bins, bootstrap."""
+"""Test what `lrnn position` computes: likelihoods against transformers' own, documents, bins, bootstrap."""
 
 import itertools
 import json
@@ -45,7 +45,7 @@ def texts(tmp_path):
 
 @pytest.mark.parametrize("kind", ["lrnn", "llama"])
 def test_likelihoods_are_those_of_the_whole_sequence(kind, model, tiny_model):
-    """Against transformers' loss, and piece by piece against one pass, wherever the cuts are."""
+    """Likelihoods equal transformers' loss, and are the same in pieces as in one pass, wherever the cuts are."""
     reader = model if kind == "lrnn" else AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     ids = torch.randint(250, (2, 201), generator=torch.Generator().manual_seed(0))
     (whole,) = position_nll.piecewise_nll(reader, ids, 10_000)
@@ -69,7 +69,7 @@ def test_the_state_matters(model):
 
 
 class PeakMemory(TorchDispatchMode):
-    """`peak`: most bytes of tensors made in this mode that lived at once."""
+    """Records in `peak` the most bytes of tensors created in this mode that were alive at once."""
 
     def __init__(self):
         super().__init__()
@@ -171,7 +171,7 @@ def test_log_edges_of_whole_octaves():
 
 @pytest.mark.parametrize(("piece", "batch_size"), [(7, 1), (64, 3), (10_000, 5)])
 def test_sums_by_bin(model, texts, tokenizer, piece, batch_size):
-    """Whatever the pieces and the padding: against a loop over tokens of one document at a time."""
+    """For any pieces and padding, the sums equal those of a loop over the tokens of one document at a time."""
     found = documents.find_documents(texts, tokenizer, 20, 300)
     edges = position_bins.log_edges(300, TRAINED, 2)
     read = []
@@ -200,7 +200,7 @@ def test_seams_are_not_summed(model, tokenizer, tmp_path):
 
 
 def synthetic(n, seed, mean=2.0, bins=4):
-    """Sums [n, bins] and counts of documents of unequal length; the mean over tokens is `mean` in every bin."""
+    """Return sums [n, bins] and counts of documents of unequal length, with the mean `mean` over tokens in all bins."""
     rng = np.random.default_rng(seed)
     counts = rng.integers(5, 50, size=(n, bins))
     values = mean + rng.normal(0, 0.3, size=(n, 1)) + rng.normal(0, 0.2, size=(n, bins))

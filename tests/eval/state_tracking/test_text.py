@@ -1,4 +1,4 @@
-"""The state-tracking questions: each answer found again from the text alone, balance, disjointness, determinism."""
+"""Test the text tasks: answers recovered from the text alone, balance, disjointness, determinism."""
 
 import hashlib
 import json
@@ -95,7 +95,7 @@ def test_a_sample_does_not_depend_on_its_batch():
 
 
 def test_no_symbol_alone_tells_the_answer():
-    """Every kind of move and every ball occurs, and a drawn ball or a line is as often one as the other."""
+    """Every kind of move and every ball occurs, and drawn balls and lines are uniform."""
     ids, _ = TEXT_TASKS["s5"].draw(4, torch.arange(2000), 8)
     balls = Counter(ids[:, -1].tolist())
     assert balls.keys() == set(range(5)) and min(balls.values()) > 330

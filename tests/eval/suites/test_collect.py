@@ -1,4 +1,4 @@
-"""The table of many results: what is a row, what is a column, and what cannot be put together."""
+"""Test the table of many results: its rows, its columns, and results that cannot be combined."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def write(folder: Path, step: int, values: dict[str, float], limit: int | None =
         {"task": task, "metric": "exact_match", "filter": "strict", "value": value, "stderr": 0.01}
         for task, value in values.items()
     ]
-    # An array task exports into a folder of its own: the path differs, name and weights do not.
+    # An array task exports into its own folder: the path differs, but name and weights do not.
     model = {"path": f"/tmp/{folder.name}/step-{step}", "training": {"step": step}, "weights_sha256": {"m": str(step)}}
     (folder / "results.json").write_text(json.dumps({"model": model, "metrics": rows, "limit": limit}))
 

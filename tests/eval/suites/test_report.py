@@ -1,4 +1,4 @@
-"""Standard errors and paired comparison against closed forms and known truth."""
+"""Test standard errors and paired comparison against closed forms and known truth."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from lrnn.eval.suites.compare import compare
 
 
 def documents(n, seed, bits=2.0):
-    """(log-likelihood, bytes) of n documents of unequal length whose bits per byte scatter around `bits`."""
+    """Return (log-likelihood, bytes) of n documents of unequal length whose bits per byte scatter around `bits`."""
     rng = np.random.default_rng(seed)
     n_bytes = rng.integers(50, 500, size=n)
     nats = -n_bytes * (bits + rng.normal(0, 0.3, size=n)) * math.log(2)
@@ -48,7 +48,7 @@ def test_paired_comparison_sees_a_difference_smaller_than_either_error(tmp_path)
     first = documents(300, 0)
     noise = np.random.default_rng(1).normal(0, 0.001, size=300)
     second = first.copy()
-    second[:, 0] -= first[:, 1] * (0.005 + noise) * math.log(2)  # 0.005 bits a byte worse on every document
+    second[:, 0] -= first[:, 1] * (0.005 + noise) * math.log(2)  # 0.005 bits per byte worse on every document
     write_results(tmp_path / "a", first)
     write_results(tmp_path / "b", second)
     assert statistics.bits_per_byte_stderr(first) > 0.01

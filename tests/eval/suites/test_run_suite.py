@@ -1,4 +1,4 @@
-"""`lrnn eval` end to end on a tiny random model, plain lm-eval on the same folder, and bad input."""
+"""Test `lrnn eval` end to end on a tiny random model, plain lm-eval on the same folder, and bad input."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def heldout(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quick(eval_data, tiny_model, heldout, tmp_path_factory):
-    """Result folder of the suite `quick`, made by the command line."""
+    """Return the result folder of the suite `quick`, written by the command line."""
     out = tmp_path_factory.mktemp("results") / "quick"
     options = ["--suite", "quick", "--heldout", heldout, "--limit", LIMIT, "--device", "cpu", "--out", out]
     assert cli.main(["eval", str(tiny_model), *map(str, options)]) == 0
@@ -40,7 +40,7 @@ def quick(eval_data, tiny_model, heldout, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def log_likelihood(tiny_model):
-    """log P(continuation | context) in nats, computed with transformers alone; no context means the BOS token."""
+    """Return log P(continuation | context) in nats, by transformers alone. No context means the BOS token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -147,7 +147,7 @@ def test_code_tasks_can_be_left_out():
 
 
 def generate_little(original):
-    """The same generation, cut to 8 tokens: a random model would go on for 1,024."""
+    """The same generation, cut to 8 tokens: a random model would continue for 1,024."""
 
     def generate(self, context, max_length, **kwargs):
         return original(self, context, max_length=context.shape[1] + 8, **kwargs)

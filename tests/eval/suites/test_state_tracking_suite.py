@@ -27,8 +27,8 @@ from lrnn.eval.suites.suites import STATE_TRACKING, TASK_FOLDER
 
 FOLDER = TASK_FOLDER / "state_tracking"
 METRIC = {"mc": "acc", "gen": "exact_match"}
-LIMIT = 7  # a document a length
-LONG_ENOUGH = 9000  # tokens, with a tokenizer that knows little more than bytes
+LIMIT = 7  # one document per length
+LONG_ENOUGH = 9000  # tokens, with a tokenizer of little more than bytes
 
 
 class Solver(LM):
