@@ -36,13 +36,13 @@ class _Place:
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.work: tuple | None = None  # the x that it belongs to, and the work
-        self.may_go_on: Callable[[], bool] = lambda: True
+        self.may_continue: Callable[[], bool] = lambda: True
 
-    def go_on(self) -> None:
+    def do_piece(self) -> None:
         """Do a piece. Raise StopIteration with the value of the work at its end."""
         assert self.work is not None
         with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
-            self.may_go_on = next(self.work[1])
+            self.may_continue = next(self.work[1])
 
 
 def interleave(
@@ -60,13 +60,13 @@ def interleave(
             for place in places:
                 if place.work is None:
                     for x in remaining:
-                        place.work, place.may_go_on = (x, start(x)), lambda: True
+                        place.work, place.may_continue = (x, start(x)), lambda: True
                         break
-                if place.work is None or not place.may_go_on():
+                if place.work is None or not place.may_continue():
                     continue
                 is_idle = False
                 try:
-                    place.go_on()
+                    place.do_piece()
                 except StopIteration as end:
                     x, place.work = place.work[0], None
                     yield x, end.value

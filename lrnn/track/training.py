@@ -71,7 +71,7 @@ class Training:
         )
         self._draw_chances = lambda numbers: happens(
             sample_keys(split_seed(cell.seed, "train"), (used + numbers).to(device)),
-            Field.GOES_ON, 0, settings.state_passing,
+            Field.CONTINUES, 0, settings.state_passing,
         )  # fmt: skip
         self.steps_at_once = max(1, min(settings.steps, SAMPLE_TOKENS // (settings.batch_size * settings.max_length)))
         shape = (self.steps_at_once, settings.batch_size, settings.max_length)
@@ -79,7 +79,7 @@ class Training:
         self._passes_state = settings.state_passing > 0
         self._answer_table = None if task.answer_table is None else task.answer_table.to(device)
         self._pad_id = task.pad_id
-        self._goes_on = torch.zeros(shape[:2], dtype=torch.bool, device=device)  # whether chance lets a row continue
+        self._continues = torch.zeros(shape[:2], dtype=torch.bool, device=device)  # whether chance lets a row continue
         # Per row of the batch, after the last step: whether all answers were right, the last answer, and the state of
         # each layer. None before the first step. A graph reads and writes them in place.
         self._carried: list[Tensor] | None = None
@@ -156,7 +156,7 @@ class Training:
         batch = self._draw_samples(numbers)
         rows = slice(self.step % N, self.step % N + len(self._drawn))
         if self._passes_state:
-            self._goes_on[rows] = self._draw_chances(numbers).view(-1, B)
+            self._continues[rows] = self._draw_chances(numbers).view(-1, B)
         self._input_ids[rows] = batch.input_ids.view(-1, B, self.settings.max_length)
         self._labels[rows] = batch.labels.view(-1, B, self.settings.max_length)
 
@@ -172,7 +172,7 @@ class Training:
         # None, not 0: backward then writes gradients instead of adding, and a graph writes them to the same place.
         self._optimizer.zero_grad(set_to_none=True)
         if self._passes_state:
-            loss = self._loss_passing_state(input_ids, labels, self._goes_on.index_select(0, row)[0])
+            loss = self._loss_passing_state(input_ids, labels, self._continues.index_select(0, row)[0])
         else:
             loss = self.model(input_ids=input_ids, shift_labels=labels).loss
         loss.backward()
@@ -181,8 +181,8 @@ class Training:
         self.loss = loss.detach()
         self._number += 1
 
-    def _loss_passing_state(self, input_ids: Tensor, labels: Tensor, goes_on: Tensor) -> Tensor:
-        """Return the loss of sequences [B, T] that continue from the previous ones where `goes_on` [B] is true.
+    def _loss_passing_state(self, input_ids: Tensor, labels: Tensor, continues: Tensor) -> Tensor:
+        """Return the loss of sequences [B, T] that continue from the previous ones where `continues` [B] is true.
 
         A row continues only if all its answers so far were right, because a wrong state teaches nothing. Rows therefore
         become as long as the model can follow, and it learns at the length at which it currently fails.
@@ -191,12 +191,12 @@ class Training:
         labelled = labels != IGNORE
         if self._carried is not None:
             was_right, answer, *states = self._carried
-            goes_on = goes_on & was_right
-            before = torch.where(goes_on, answer, 0)
+            continues = continues & was_right
+            before = torch.where(continues, answer, 0)
             joined = self._answer_table[before[:, None], labels.clamp(min=0)]  # type: ignore[index]
             labels = torch.where(labelled, joined, IGNORE)
             # A fresh state is zero. Convolutions always start fresh: their inputs are not in the cache.
-            cache.state = [torch.where(goes_on.view(-1, *[1] * (x.ndim - 1)), x, 0) for x in states]
+            cache.state = [torch.where(continues.view(-1, *[1] * (x.ndim - 1)), x, 0) for x in states]
         options = {"attention_mask": input_ids != self._pad_id, "past_key_values": cache, "use_cache": True}
         logits = self.model(input_ids=input_ids, **options).logits.float()
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)

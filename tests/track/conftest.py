@@ -24,7 +24,7 @@ TINY = {
 
 @pytest.fixture
 def tiny_cells(tmp_path):
-    """`tiny_cells(folder, **changes)`: the cells of a grid with results in tmp_path/folder, trained in a moment."""
+    """Return `tiny_cells(folder, **changes)`: the cells of a grid in tmp_path/folder that train in a moment."""
 
     def make(folder: str = "out", **changes):
         path = tmp_path / f"{folder}.yaml"
@@ -36,7 +36,7 @@ def tiny_cells(tmp_path):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Models this small are slower with several."""
+    """Models this small are slower with several threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""Arithmetic with brackets, against a recursive reader of its grammar and a recursive account of its probabilities."""
+"""Test arithmetic with brackets against a recursive reader of its grammar and recursive probabilities."""
 
 import ast
 from fractions import Fraction
@@ -15,7 +15,7 @@ SEED = 4
 
 
 def samples(task, count, min_length, max_length):
-    """(expression as text, answer, length) of each sample, after checking the layout."""
+    """Return (expression as text, answer, length) of each sample, after checking the layout."""
     symbols = [*map(str, range(task.num_classes)), "+", "-", "*", "(", ")", "=", "PAD"]
     assert len(symbols) == task.vocab_size
     batch = task.batch(SEED, torch.arange(count), min_length, max_length)
@@ -31,7 +31,7 @@ def samples(task, count, min_length, max_length):
 
 
 def value(text, modulus):
-    """The value by walking Python's syntax tree of the expression."""
+    """Return the value, by walking Python's syntax tree of the expression."""
 
     def walk(node):
         if isinstance(node, ast.Constant):
@@ -45,7 +45,7 @@ def value(text, modulus):
 
 
 def read(text):
-    """The nested (left, operator, right) of a list of tokens, by the grammar of the paper; leaves are their tokens."""
+    """Return the nested (left, operator, right) of a list of tokens, by the paper's grammar; leaves are tokens."""
     if len(text) < 5:
         shapes = {1: "d", 2: "-d", 3: "(d)", 4: "(-d)"}
         assert "".join("d" if token.isdigit() else token for token in text) == shapes[len(text)]
@@ -116,7 +116,7 @@ def test_sizes_below_five_become_five_as_released():
 
 @cache
 def reference_distribution(length, modulus, operators):
-    """Exact probabilities of an expression's values, by recursion over Python's fractions."""
+    """Return exact probabilities of an expression's values, by recursion over Python's fractions."""
     if length < 5:
         return tuple(Fraction(1, modulus) for _ in range(modulus))
     total = [Fraction(0)] * modulus
@@ -185,7 +185,7 @@ def test_running_values_are_those_of_what_has_been_read_with_its_brackets_closed
 
 
 def test_how_often_a_running_value_is_wanted():
-    """Values along one expression depend on one another, so this is a bound on frequencies, not a test of them."""
+    """Values along an expression depend on one another, so this is a bound on frequencies, not a test of them."""
     for operators in ("+-", "+-*"):
         task = BracketArithmetic(5, operators, running_values=True)
         labels = task.batch(SEED, torch.arange(40_000), 5, 24).labels

@@ -1,4 +1,4 @@
-"""Random integers: splitmix64 in Python's own integers, purity, uniformity, and seeds that never meet."""
+"""Test random integers: splitmix64 in Python's own integers, purity, uniformity, and disjoint seeds."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ MASK = 2**64 - 1
 
 
 def reference_mix(x):
-    """splitmix64's output function on unsigned Python integers."""
+    """Apply splitmix64's output function to unsigned Python integers."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
     return x ^ (x >> 31)

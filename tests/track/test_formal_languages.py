@@ -1,4 +1,4 @@
-"""Formal languages without brackets, against slow Python that reads the tokens one by one."""
+"""Test formal languages without brackets against slow Python that reads the tokens one by one."""
 
 import ast
 import itertools
@@ -16,7 +16,7 @@ SEED = 4
 
 
 def samples(task, count, min_length, max_length):
-    """(content ids, answer id, length) of each sample, after checking the layout."""
+    """Return (content ids, answer id, length) of each sample, after checking the layout."""
     batch = task.batch(SEED, torch.arange(count), min_length, max_length)
     assert batch.input_ids.shape == batch.labels.shape == (count, max_length)
     assert batch.input_ids.dtype == batch.labels.dtype == batch.lengths.dtype == torch.int64
@@ -33,7 +33,7 @@ def samples(task, count, min_length, max_length):
 
 
 def evaluate(expression, modulus):
-    """The value of a Python expression of + - * over digits, by walking Python's own syntax tree."""
+    """Return the value of a Python expression of + - * over digits, by walking Python's own syntax tree."""
 
     def walk(node):
         if isinstance(node, ast.Constant):
@@ -47,7 +47,7 @@ def evaluate(expression, modulus):
 
 
 def exact_distribution(answers, classes):
-    """Frequencies of all possible answers, as floats of exact fractions."""
+    """Return the frequencies of all possible answers, as floats of exact fractions."""
     counts = Counter(answers)
     return [float(Fraction(counts[c], sum(counts.values()))) for c in range(classes)]
 

@@ -1,4 +1,4 @@
-"""Groups and their word problems, against sympy's permutations."""
+"""Test groups and their word problems against sympy's permutations."""
 
 import pytest
 import torch
@@ -105,7 +105,7 @@ def test_four_tokens():
 
 
 def test_others_among_swaps():
-    """Each element is one of the 24 with the share's probability, else one of the 7 that move at most two points."""
+    """An element is one of all 24 with the share's probability, otherwise one of the 7 that move at most two points."""
     task = GroupWord("S4", "only_swaps", others=0.3)
     assert len(task.inputs) == 7 and task.vocab_size == GroupWord("S4").vocab_size
     ids, labels, _ = task.batch(SEED, torch.arange(4000), 6, 6)
@@ -127,7 +127,7 @@ FIVE_CYCLES = [[1, 2, 3, 4, 0], [1, 2, 4, 0, 3]]
 
 
 def test_words_of_a_few_elements():
-    """Two cycles of five, and a tenth of all 60; products are those of the permutations, by sympy."""
+    """Inputs are two cycles of five and a tenth of all 60 elements; products equal sympy's."""
     task = GroupWord("A5", others=0.1, inputs=FIVE_CYCLES)
     elements = task.group.elements.tolist()
     few = {elements.index(cycle) for cycle in FIVE_CYCLES}

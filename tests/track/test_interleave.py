@@ -1,4 +1,4 @@
-"""Several works at once: each goes on when it may, and cells trained so are those trained one by one."""
+"""Test several works at once: each continues when it may, and cells equal those trained one by one."""
 
 import json
 
@@ -73,7 +73,7 @@ def test_an_error_ends_all():
 
 
 def test_cells_at_once_are_cells_one_by_one(tiny_cells):
-    """Bitwise: records, states and results, of several architectures and seeds."""
+    """Records, states and results of several mixers and seeds are equal bitwise."""
     model = tiny_cells()[0].model_config.to_diff_dict()
     model = {k: model[k] for k in ("hidden_size", "num_hidden_layers", "num_heads", "head_dim", "intermediate_size")}
     models = {mixer: model | {"mixer": mixer} for mixer in ("deltanet", "mamba2", "transformer")}

@@ -1,4 +1,4 @@
-"""The registry, what holds for every task, and the scores."""
+"""Test the registry, what holds for every task, and the scores."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""`lrnn track`: parity is learned with eigenvalues in [-1, 1] and cannot be with [0, 1]; a grid resumes as it was."""
+"""Test `lrnn track`: parity can be learned with eigenvalues in [-1, 1] but not in [0, 1]; a grid resumes."""
 
 import csv
 import json
@@ -38,7 +38,7 @@ GRID = {
 
 @pytest.fixture
 def grid_file(tmp_path):
-    """`grid_file(**changes)`: a YAML file of the grid above with results in tmp_path/out."""
+    """Return `grid_file(**changes)`: a YAML file of the grid above with results in tmp_path/out."""
 
     def write(**changes) -> Path:
         path = tmp_path / "grid.yaml"
@@ -110,8 +110,8 @@ def test_parity_needs_negative_eigenvalues(grid_file, tmp_path, capsys):
     assert {p: p.read_bytes() for p in pictures} == pictures
 
 
-def test_a_grid_that_is_stopped_goes_on_as_if_it_had_not_been(grid_file, tmp_path, monkeypatch):
-    """Bitwise: the data are numbered, and the state has everything else."""
+def test_a_stopped_grid_resumes_as_if_it_had_not_stopped(grid_file, tmp_path, monkeypatch):
+    """Results are equal bitwise: samples are numbered, and the state holds everything else."""
     short = {"train": GRID["train"] | {"steps": 30, "log_every": 1, "checkpoint_seconds": 1e-9}, "ranges": ["negative"]}
     short["test"] = GRID["test"] | {"samples": 64}
     path = grid_file(**short)
@@ -152,7 +152,7 @@ def test_changed_settings_are_not_mixed(grid_file, tmp_path, capsys):
 
 
 def test_a_model_may_have_training_settings_of_its_own(grid_file, tmp_path):
-    """They are the cell's, decide its fingerprint, stand in the table, and leave other cells as they were."""
+    """They belong to the cell, decide its fingerprint, appear in the table, and leave other cells unchanged."""
     plain = GRID["models"]["deltanet"]
     changes = {"train": GRID["train"] | {"steps": 2}, "ranges": ["negative"], "test": GRID["test"] | {"samples": 8}}
     grid, (before,) = load_grid(grid_file(**changes))
@@ -192,7 +192,7 @@ def test_the_result_says_where_it_comes_from(grid_file, tmp_path):
 
 
 def test_every_architecture_takes_the_same_path(grid_file, tmp_path):
-    """Trained, measured and reported; those without a range once, with the papers' figures beside them."""
+    """They are trained, measured and reported beside the papers' figures; mixers without a range are trained once."""
     model = GRID["models"]["deltanet"]
     mixers = [
         "gla",
@@ -322,7 +322,7 @@ def test_the_commit_tells_whether_files_differ_from_it(tmp_path, monkeypatch):
 
 
 def test_the_checksum_of_the_code_is_that_of_its_files(tmp_path, capsys):
-    """Those of every room, linked or not, with their names; and nothing else that lies there."""
+    """It covers the files of every room, linked or not, with their names, and no other files."""
     package = tmp_path / "package"
     shutil.copytree(environment.PACKAGE, package)  # what links point to
     original = environment.source_checksum()
@@ -361,7 +361,7 @@ def test_the_table_tells_the_curriculum(grid_file, tmp_path):
 
 
 def test_the_speed_is_that_of_all_stages(grid_file, tmp_path):
-    """The last stage has only those first steps that are not counted."""
+    """The last stage consists only of first steps, which are not counted."""
     stages = {"steps": 3, "curriculum": [{"steps": 120}]}
     changes = {
         "ranges": ["negative"],

@@ -1,4 +1,4 @@
-"""What the tables and pictures of `lrnn track` show, of results that are made up."""
+"""Test what the tables and plots of `lrnn track` show for made-up results."""
 
 import json
 
@@ -15,7 +15,7 @@ S3 = {"task": "group_word", "group": "S3"}
 
 @pytest.fixture
 def grid(tmp_path):
-    """`grid(mixers, **changes)`: a grid of models named as their mixers, and its cells; two seeds."""
+    """Return `grid(mixers, **changes)`: a grid of models named after their mixers with two seeds, and its cells."""
 
     def make(*mixers, **changes):
         settings = {
@@ -32,7 +32,7 @@ def grid(tmp_path):
 
 
 def result(cell, by_length=None, scaled_accuracy=0.5):
-    """A cell's result as `result.json` has it."""
+    """Return a cell's result as in `result.json`."""
     return {
         "task": cell.task_name, "model": cell.model_name, "range": cell.range, "seed": cell.seed, "floor": 0.25,
         "scaled_floor": 0.0, "scaled_accuracy": scaled_accuracy, "by_length": by_length or {"10": 1.0, "12": 0.5},
@@ -40,12 +40,12 @@ def result(cell, by_length=None, scaled_accuracy=0.5):
 
 
 def curves(axis):
-    """(x, y) of the lines by label."""
+    """Return (x, y) of the lines by label."""
     return {line.get_label(): tuple(np.asarray(a).tolist() for a in line.get_data()) for line in axis.lines}
 
 
 def test_accuracy_by_length(grid):
-    """The median of the seeds, the band between them, the mark of the training length and the floor."""
+    """The plot shows the median and the band of the seeds, the training length and the floor."""
     _, cells = grid("deltanet")
     seeds = [{"10": 1.0, "11": 0.8, "13": 0.5}, {"10": 0.6, "13": 0.1}]  # no sample of 11
     results = [(cell, result(cell, seeds[cell.seed - 3])) for cell in cells]
@@ -78,7 +78,7 @@ def test_a_share_of_right_prefixes_has_no_floor(grid):
 
 
 def test_where_the_eigenvalues_went(grid):
-    """Of the first seed, which the title names; named 1 - beta where that is what they are."""
+    """They are those of the first seed, which the title names, and are called 1 - beta if they are that."""
     _, cells = grid("deltanet", "mamba", "transformer", ranges=["negative"])
     shares = {3: [0.25, 0.75] + [0.0] * 18, 4: [0.0] * 19 + [1.0]}
     for cell in cells:
@@ -96,7 +96,7 @@ def test_where_the_eigenvalues_went(grid):
 
 
 def test_a_table_of_all_tasks(grid, tmp_path):
-    """A row for each model and range, a column for each task; best [median] of the seeds."""
+    """It has a row per model and range and a column per task, with the best [median] of the seeds."""
     settings, cells = grid("rwkv7", "transformer", tasks={"parity": {"task": "parity"}, "s3": S3}, seeds=[3, 4, 5])
     scores = {3: 0.125, 4: 0.25, 5: 0.75}
     for cell in cells:

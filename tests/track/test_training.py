@@ -1,4 +1,4 @@
-"""The step of `lrnn track`: the same numbers as of a loop that draws every batch by itself, from any state."""
+"""Test the step of `lrnn track`: from any state it gives the numbers of a plain loop that draws each batch."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def measured(cell):
-    """Measure an untrained model; the result."""
+    """Measure an untrained model, and return the result."""
     torch.manual_seed(0)
     model = LrnnForCausalLM(cell.model_config)
     cell.folder.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def batch_of(cell, step, task=None, settings=None, used=0):
 
 
 def plain_losses(cell, model=None, task=None, settings=None, used=0) -> list[tuple[float, float]]:
-    """(loss, norm of the gradient) of every step, by a loop as one would write it."""
+    """Return (loss, gradient norm) of every step, by a plain loop."""
     settings = settings or cell.train
     if model is None:
         model = new_model(cell, CPU)
@@ -67,7 +67,7 @@ def losses(trained: Training, count: int) -> list[tuple[float, float]]:
 
 @pytest.fixture
 def three_at_once(monkeypatch):
-    """Samples of three steps at a time: 20 steps end within a block."""
+    """Samples are drawn for three steps at a time, so 20 steps end within a block."""
     monkeypatch.setattr(training, "SAMPLE_TOKENS", 3 * 8 * 10 + 7)
 
 
@@ -81,7 +81,7 @@ def test_steps_are_those_of_a_plain_loop(tiny_cells, three_at_once):
 
 @pytest.mark.parametrize("task", ["parity", "modular_arithmetic_brackets", "group_word"])
 def test_a_step_gets_the_samples_of_its_number(tiny_cells, three_at_once, task):
-    """Also where it resumes within a block, and the look ahead of it gets the same."""
+    """This holds even if it resumes within a block, and for the look before it."""
     cell, *_ = tiny_cells(tasks={"t": {"task": task}})
     trained = Training(cell, CPU)
     seen = []
@@ -101,7 +101,7 @@ def test_a_step_gets_the_samples_of_its_number(tiny_cells, three_at_once, task):
 
 
 def test_going_on_from_a_state_is_bitwise(tiny_cells, three_at_once, tmp_path):
-    """Also from that of a GPU, whose optimizer has other options and its learning rate in a tensor."""
+    """This holds even for a GPU's state, with other options and a learning rate in a tensor."""
     cell, *_ = tiny_cells()
     straight = Training(cell, CPU)
     expected = losses(straight, 20)
@@ -131,7 +131,7 @@ CURRICULUM = {
 
 
 def test_a_curriculum_comes_first(tiny_cells):
-    """Stage by stage the steps of a plain loop, each with its own task, lengths, batch size and rate."""
+    """Each stage has the steps of a plain loop with its own task, lengths, batch size and learning rate."""
     cell, *_ = tiny_cells(**CURRICULUM)
     swaps, shorter = cell.curriculum[0]
     assert len(swaps.inputs) == 4 and len(cell.task.inputs) == 6
@@ -148,8 +148,8 @@ def test_a_curriculum_comes_first(tiny_cells):
 
 
 @pytest.mark.parametrize("stop_at", [2, 4, 6, 8])
-def test_a_curriculum_that_is_stopped_goes_on_where_it_was(tiny_cells, monkeypatch, stop_at):
-    """In every stage, and between two of them."""
+def test_a_stopped_curriculum_resumes_where_it_was(tiny_cells, monkeypatch, stop_at):
+    """It may stop in any stage or between two stages."""
     train = CURRICULUM["train"] | {"log_every": 1, "checkpoint_seconds": 1e-9}
     settings = CURRICULUM | {"train": train, "seeds": [0]}
     whole, stopped = tiny_cells("whole", **settings)[0], tiny_cells("stopped", **settings)[0]
@@ -226,7 +226,7 @@ PASSING = {
 
 
 def product_of(word: list[int]) -> int:
-    """Of elements of S3 by their numbers, the first applied first."""
+    """Return the product of elements of S3, given by number, the first applied first."""
     elements = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
     images = (0, 1, 2)
     for element in word:
@@ -242,7 +242,7 @@ def test_a_stage_may_do_without_state_passing(tiny_cells):
 
 
 def value_of(expressions: list[list[int]], symbols: str) -> int:
-    """The sum of expressions modulo 5, each with a last token that is `=`."""
+    """Return the sum modulo 5 of expressions that each end in `=`."""
     return sum(eval("".join(symbols[i] for i in ids[:-1])) for ids in expressions) % 5
 
 
@@ -250,8 +250,8 @@ def value_of(expressions: list[list[int]], symbols: str) -> int:
     ("task", "mixer"),
     [("group_word", "gated_deltaproduct"), *(("parity", m) for m in ("gated_deltaproduct", "mamba", "mamba2", "gla"))],
 )
-def test_sequences_go_on_where_those_before_ended(tiny_cells, monkeypatch, task, mixer):
-    """The loss is that of the last sequence of all that a row has read since it began anew, read from nothing."""
+def test_sequences_continue_where_the_previous_ones_ended(tiny_cells, monkeypatch, task, mixer):
+    """The loss equals that of the row's last sequence in all that it has read since its last fresh start."""
     monkeypatch.setattr(training, "SAMPLE_TOKENS", 3 * 24 * 4)
     parameters = {"group": "S3"} if task == "group_word" else {}
     models = {"m": PASSING["models"]["deltaproduct"] | {"mixer": mixer}}
@@ -263,7 +263,7 @@ def test_sequences_go_on_where_those_before_ended(tiny_cells, monkeypatch, task,
     right, reached, by_chance = [False] * 24, 0, []
     for step in range(16):
         trained.run(1)
-        chances = trained._goes_on[step % 3].tolist()
+        chances = trained._continues[step % 3].tolist()
         by_chance += chances
         summed, labelled = 0.0, 0
         for row, ids in enumerate(batch_of(cell, step, used=120 * 24).input_ids.tolist()):
@@ -287,8 +287,8 @@ def test_sequences_go_on_where_those_before_ended(tiny_cells, monkeypatch, task,
     ("task", "symbols", "lengths"),
     [("modular_arithmetic", " +-* 01234", (3, 7)), ("modular_arithmetic_brackets", "01234+-*()", (5, 9))],
 )
-def test_expressions_go_on_as_sums(tiny_cells, task, symbols, lengths):
-    """An expression that goes on is added to those before; convolutions do not look back behind its beginning."""
+def test_expressions_continue_as_sums(tiny_cells, task, symbols, lengths):
+    """An expression that continues is added to the previous ones; convolutions do not look back past its beginning."""
     fields = PASSING["models"]["deltaproduct"] | {"conv_size": 2}
     train = PASSING["train"] | {"min_length": lengths[0], "max_length": lengths[1], "state_passing": 0.9}
     changes = {"tasks": {"t": {"task": task}}, "models": {"m": fields}, "train": train}
@@ -303,8 +303,8 @@ def test_expressions_go_on_as_sums(tiny_cells, task, symbols, lengths):
         summed = 0.0
         for row, ids in enumerate(batch_of(cell, step, used=120 * 24).input_ids.tolist()):
             expression = [i for i in ids if i != cell.task.pad_id]
-            goes_on = bool(trained._goes_on[step, row]) and right[row]
-            read[row] = [*read[row], expression] if goes_on else [expression]
+            continues = bool(trained._continues[step, row]) and right[row]
+            read[row] = [*read[row], expression] if continues else [expression]
             cache = LrnnCache(len(model.model.layers))
             with torch.no_grad():
                 for each in read[row]:
@@ -341,7 +341,7 @@ def test_going_on_from_a_state_with_its_sequences_is_bitwise(tiny_cells, tmp_pat
         ({"train": PASSING["train"] | {"state_passing": 1.0}}, "state_passing = 1.0"),
     ],
 )
-def test_sequences_that_cannot_go_on(tiny_cells, changes, message):
+def test_sequences_that_cannot_continue(tiny_cells, changes, message):
     with pytest.raises(UserError, match=message):
         tiny_cells(**PASSING | changes)
 

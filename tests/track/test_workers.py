@@ -1,4 +1,4 @@
-"""A grid over two devices, here two processes on the CPU."""
+"""Test a grid over two devices, here two processes on the CPU."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def test_a_signal_ends_the_processes_too(tiny_cells, tmp_path, number):
 
 
 def members(group: int) -> list[int]:
-    """The processes of a group that have not ended."""
+    """Return the processes of a group that have not ended."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

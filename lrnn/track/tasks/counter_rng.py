@@ -27,7 +27,7 @@ class Field(IntEnum):
     QUESTION = 4
     IS_OTHER = 5
     OTHER_SYMBOL = 6
-    GOES_ON = 7
+    CONTINUES = 7
 
 
 def _signed(value: int) -> int:
