@@ -56,18 +56,23 @@ def convert(raw: dict[str, Any], origin: str) -> dict[str, Any]:
     return changed
 
 
-def check_sequence_length(model: dict[str, Any], seq_len: int, origin: str | Path) -> None:
+def check_sequence_length(model: dict[str, Any], seq_len: int, origin: str | Path, *, in_workers: bool = False) -> None:
     """Give notice if the `config.json` of a model or checkpoint has another training length than `data.seq_len`."""
     length = model.get("max_position_embeddings", seq_len)
     if length != seq_len:
-        notice(f"{origin}: max_position_embeddings {length} gives way to data.seq_len {seq_len}")
+        notice(f"{origin}: max_position_embeddings {length} gives way to data.seq_len {seq_len}", in_workers=in_workers)
 
 
 @functools.cache
-def notice(text: str) -> None:
-    """Print a line to stderr, once per run: in the launcher, or in the main process if no launcher started it."""
+def notice(text: str, *, in_workers: bool = False) -> None:
+    """Print a line to stderr, once per run: in the launcher, or in the main process if no launcher started it.
+
+    Args:
+        text: the line.
+        in_workers: the launcher does not come to this call, so the main process prints even if it was launched.
+    """
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    if LAUNCHER not in os.environ and rank == "0":
+    if rank == "0" and (in_workers or LAUNCHER not in os.environ):
         print(f"lrnn: notice: {text}", file=sys.stderr)
 
 

@@ -41,7 +41,7 @@ def check_same_run(saved: Path, model_config: LrnnConfig, description: dict[str,
     # In a checkpoint that is older than a field, the model had what is now the field's default.
     before = LrnnConfig().to_dict() | json.loads((saved / "config.json").read_text())
     now = json.loads(model_config.to_json_string(use_diff=False))
-    check_sequence_length(before, model_config.max_position_embeddings, saved)
+    check_sequence_length(before, model_config.max_position_embeddings, saved, in_workers=True)
     ignored = {"transformers_version", "dtype", "max_position_embeddings"}  # the data's seq_len is compared below
     for key in sorted((set(before) | set(now)) - ignored):
         if before.get(key) != now.get(key):

@@ -144,3 +144,23 @@ def test_a_checkpoint_with_another_length_resumes(tmp_path, capsys):
     assert said(capsys) == [f"lrnn: notice: {tmp_path}: max_position_embeddings 512 gives way to data.seq_len 64"]
     with pytest.raises(UserError, match="was trained on data with seq_len = 64, now it is 32"):
         check_same_run(tmp_path, model, {"seq_len": 32})
+
+
+@pytest.mark.parametrize(
+    ("environment", "in_workers", "printed"),
+    [
+        ({}, False, True),  # a process alone, or the launcher
+        ({"RANK": "0", "LRNN_LAUNCHER": "1"}, False, False),  # its launcher has printed it
+        ({"RANK": "0", "LRNN_LAUNCHER": "1"}, True, True),
+        ({"RANK": "1", "LRNN_LAUNCHER": "1"}, True, False),
+        ({"SLURM_PROCID": "0"}, False, True),
+        ({"SLURM_PROCID": "1"}, False, False),
+    ],
+)
+def test_one_process_of_a_run_gives_notice(monkeypatch, capsys, environment, in_workers, printed):
+    for name in ("RANK", "SLURM_PROCID", "LRNN_LAUNCHER"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    notice("x", in_workers=in_workers)
+    assert said(capsys) == (["lrnn: notice: x"] if printed else [])
