@@ -20,6 +20,7 @@ import annotated_types
 from pydantic.fields import FieldInfo
 
 from lrnn import LrnnConfig
+from lrnn.model.mixers import MIXERS
 from lrnn.pretrain.config import Config
 from lrnn.settings import Section, Unit
 from lrnn.track.grid import GridConfig
@@ -46,6 +47,8 @@ def page() -> str:
         "## A model\n\nThe JSON file that a run's `model` names, in the form of a Hugging Face `config.json`. "
         "A run sets `max_position_embeddings` from its `data.seq_len`.\n",
         table(model_rows()),
+        "### Mixers\n\nThe values of `mixer`, and what the two ranges of eigenvalues mean in each.\n",
+        mixer_table(),
         "## A grid of state-tracking trainings\n\nThe YAML file of `lrnn track`.\n",
         *tables(GridConfig),
     ]
@@ -86,6 +89,16 @@ def model_rows() -> list[list[str]]:
         for p in parameters
         if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"
     ]
+
+
+def mixer_table() -> str:
+    """Return the table of the registered mixers: what each declares of itself."""
+    lines = ["| mixer | what it is | kind | paper | [-1, 1] | [0, 1] |", "|---|---|---|---|---|---|"]
+    for name, mixer in MIXERS.items():
+        ranges = ("-", "-") if mixer.ranges is None else (mixer.ranges.negative, mixer.ranges.positive)
+        cells = [f"`{name}`", mixer.title, mixer.kind.replace("rnn", "RNN"), f"arXiv:{mixer.paper}", *ranges]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def arguments_of(docstring: str) -> Iterator[tuple[str, str]]:

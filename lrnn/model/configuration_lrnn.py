@@ -1,4 +1,4 @@
-"""Configuration of an lrnn model. Depends on transformers alone: copied as it is into exported model folders."""
+"""The configuration of an lrnn model. Copied into exported folders."""
 
 from transformers.configuration_utils import PretrainedConfig
 
@@ -12,15 +12,13 @@ class LrnnConfig(PretrainedConfig):
         vocab_size: rows of the embedding.
         hidden_size: width of the residual stream.
         num_hidden_layers: number of blocks.
-        mixer: "gated_deltanet" (arXiv 2412.06464), "deltanet" (2406.06484: no gate on the state or the output),
-            "gated_deltaproduct" and "deltaproduct" (2502.10297), "gla" (2312.06635), "mamba2" (2405.21060), "mamba"
-            (2312.00752), "mlstm" and "slstm" (2405.04517), "rwkv7" (2503.14456), or "transformer".
-        num_heads, head_dim: heads of the mixer and their key and value size.
-        num_householder: factors a token of the DeltaProduct mixers, 1 to 4; the others do not read it.
+        mixer: name under which a file `mixer_*.py` registers its token mixer.
+        num_heads, head_dim: heads of the mixer, and their key and value size.
+        num_householder: factors per token of the DeltaProduct mixers, 1 to 4; the others do not read it.
         state_size: numbers that each channel of "mamba" keeps; the others do not read it.
-        allow_neg_eigval: eigenvalues of the state transition in [-1, 1] rather than [0, 1] (arXiv 2411.12537): for the
-            DeltaNet mixers beta = 2 sigmoid rather than sigmoid, for the others see their files. "slstm" and
-            "transformer" have no such range.
+        allow_neg_eigval: eigenvalues of the state transition in [-1, 1] rather than [0, 1] (arXiv 2411.12537). For the
+            DeltaNet mixers it means beta = 2 sigmoid rather than sigmoid; for the others see their files. A mixer that
+            has no such range does not read it.
         delta_rule_precision: of the DeltaNet and DeltaProduct mixers on a GPU in 16 bits: "standard", or "split", which
             carries states several times as exactly (see `lrnn.kernels.delta_rule.api`); the others do not read it.
         conv_size: taps of the causal short convolutions, in the mixers that have any.
@@ -29,12 +27,12 @@ class LrnnConfig(PretrainedConfig):
         max_position_embeddings: sequence length in training, in tokens. Nothing in the model is bound to it; evaluation
             tools read their window from it.
         initializer_range: standard deviation of linear and embedding weights at the start.
-        tokenizer_fingerprint: SHA-256 of the tokenizer's `tokenizer.model` or `tokenizer.json`, as a corpus' manifest
-            has it. Where it is given, corpora made with another tokenizer are refused.
+        tokenizer_fingerprint: SHA-256 of the tokenizer's `tokenizer.model` or `tokenizer.json`, as the manifest of a
+            corpus has it. If it is given, corpora made with another tokenizer are refused.
 
     Raises:
-        ValueError: an unknown mixer or precision, a size that is not positive, more than 4 Householder factors, an odd
-            head_dim of a "transformer".
+        ValueError: an unknown mixer or precision, a size that is not positive, more than 4 Householder factors, or a
+            value that the mixer cannot have.
     """
 
     model_type = "lrnn"
