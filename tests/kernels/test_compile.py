@@ -1,16 +1,18 @@
-"""Each kernel as training uses it, compiled for a Hopper GPU (sm_90a), which need not be there: registers, spills and
-shared memory against what is recorded in `compile_limits.json`.
+"""Every kernel, as training uses it, is compiled for a Hopper GPU (sm_90a), which the machine need not have.
 
-A change of a kernel, or of Triton, that makes the compiler spill more, or takes the room of the second block of a
-multiprocessor, costs speed that no other test on a CPU notices. Nor does one see where the compiled kernel uses
-registers that the tensor cores may still read. Triton before 3.8 makes that of some loops, later ones of the same loops
-do not, so a change of a kernel is compiled under each (PYTHONPATH=/where/that/triton/lies).
+Spills and the blocks that fit on a multiprocessor are compared with `compile_limits.json`. A change of a kernel or of
+Triton that makes the compiler spill more, or leaves no room for a multiprocessor's second block, costs speed that no
+other test on a CPU notices. The PTX is searched for registers that are used while the tensor cores may still read them,
+which no other test on a CPU notices either. Triton before 3.8 does that in some loops in which later versions do not.
+Compile a changed kernel under each version therefore (PYTHONPATH=/folder/of/that/triton).
 
-The limits are what each Triton gives with the ptxas that it brings along for sm_90a: 3.6.0 and 3.7.1 with 12.8.93,
-3.8.0 with 12.9.86, 3.9.0 with 13.4.59. Another one spills otherwise, so TRITON_PTXAS_PATH is not looked at here.
+The limits are what each Triton gives with the ptxas that it brings for sm_90a: 3.6.0 and 3.7.1 with 12.8.93, 3.8.0 with
+12.9.86, 3.9.0 with 13.4.59. Another ptxas spills otherwise, so these tests ignore TRITON_PTXAS_PATH.
 
-    pytest tests/kernels/test_compile.py -s         prints what was found
-    RECORD_COMPILE_LIMITS=1 pytest ...              writes it down as the new limits; to be read before it is committed
+    pytest tests/kernels/test_compile.py -s                               print registers, spills and shared memory
+    RECORD_COMPILE_LIMITS=1 pytest tests/kernels/test_compile.py          record this Triton's limits; read the diff
+
+A kernel that is in Triton's cache is not compiled again.
 """
 
 import contextlib
@@ -27,8 +29,9 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.runtime.cache import get_cache_manager
 from wgmma_hazards import find_hazards
 
 KERNELS = Path(__file__).parents[2] / "kernels"
@@ -63,29 +66,46 @@ def triton_minor() -> str:
     return ".".join(triton.__version__.split(".")[:2])
 
 
-def limits() -> dict[str, dict[str, int]]:
-    """What is recorded for this Triton, else for the nearest older one, else for the oldest."""
-    record = json.loads(RECORD.read_text())["triton"]
+def limits(name: str) -> tuple[int, int]:
+    """Return the bytes that a kernel may spill and the blocks that must fit on a multiprocessor.
+
+    They are those of this Triton, or of the nearest older one that is recorded, or of the oldest.
+    """
+    limit = json.loads(RECORD.read_text())["limits"]
+    assert name in limit, f"{name} has no limits in {RECORD.name}"
 
     def number(version: str) -> list[int]:
         return [int(part) for part in version.split(".")]
 
     here = number(triton_minor())
-    older = [v for v in record if number(v) <= here]
-    return record[max(older, key=number) if older else min(record, key=number)]
+    older = [v for v in limit[name] if number(v) <= here]
+    spilled, blocks = limit[name][max(older, key=number) if older else min(limit[name], key=number)]
+    return spilled, blocks
+
+
+def record(name: str, spilled: int, blocks: int) -> None:
+    """Write the limits of a kernel under this Triton, one line per kernel."""
+    found = json.loads(RECORD.read_text())
+    found["limits"].setdefault(name, {})[triton_minor()] = [spilled, blocks]
+    lines = [f'  "{n}": {json.dumps(dict(sorted(of.items())))}' for n, of in sorted(found["limits"].items())]
+    RECORD.write_text(
+        f'{{\n "not_compiled": {json.dumps(found["not_compiled"])},\n "limits": {{\n' + ",\n".join(lines) + "\n }\n}\n"
+    )
 
 
 def aligned_places(argument_type: str | tuple, place: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Where an argument, or a tuple's elements, would tell the compiler that they are multiples of 16, as pointers and
-    sizes are."""
+    """Return the places of an argument, or of a tuple's elements, that a call tells the compiler are multiples of 16.
+    Pointers and sizes are."""
     if isinstance(argument_type, tuple):
         return [p for i, element in enumerate(argument_type) for p in aligned_places(element, (*place, i))]
     return [place] if argument_type.startswith(("*", "i")) else []
 
 
 def compiled(kernel, types, constants, warps, stages) -> tuple[dict[str, int], str]:
-    """Registers a thread, bytes spilled by a thread (stores), bytes of shared memory, and warps, as ptxas reports; and
-    the PTX."""
+    """Return what a compiled kernel uses, and its PTX.
+
+    Used are registers per thread, bytes that a thread spills (stores), bytes of shared memory, and warps.
+    """
     names = kernel.arg_names
     assert set(types) | set(constants) == set(names), set(names) ^ (set(types) | set(constants))
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
@@ -101,16 +121,10 @@ def compiled(kernel, types, constants, warps, stages) -> tuple[dict[str, int], s
         constexprs={(names.index(n),): value for n, value in constants.items()},
         attrs={place: [["tt.divisibility", 16]] for place in aligned},
     )
-    log = io.StringIO()
-    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
-        knobs.nvidia.dump_ptxas_log = True
-        knobs.compilation.always_compile = True  # a cached kernel has no log
-        result = triton.compile(
-            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages}
-        )
-    registers = re.search(r"Used (\d+) registers", log.getvalue())
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
-    assert registers and spills, f"ptxas did not say what it used:\n{log.getvalue()}"
+    result, report = compile_and_report(source, {"num_warps": warps, "num_stages": stages})
+    registers = re.search(r"Used (\d+) registers", report)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert registers and spills, f"ptxas did not report what the kernel uses:\n{report}"
     used = {
         "registers": int(registers[1]),
         "spilled": int(spills[1]),
@@ -120,15 +134,37 @@ def compiled(kernel, types, constants, warps, stages) -> tuple[dict[str, int], s
     return used, result.asm["ptx"]
 
 
+def compile_and_report(source: ASTSource, options: dict[str, int]) -> tuple[CompiledKernel, str]:
+    """Compile for sm_90a, or take the kernel from Triton's cache. Return it with the report of ptxas, which is kept
+    there too."""
+
+    def run() -> tuple[CompiledKernel, str]:
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options), log.getvalue()
+
+    with knobs.nvidia.scope(), knobs.compilation.scope():
+        knobs.nvidia.dump_ptxas_log = True
+        result, report = run()
+        cache = get_cache_manager(result.hash)
+        if "registers" not in report and (path := cache.get_file("ptxas_report")) is not None:
+            return result, Path(path).read_text()
+        if "registers" not in report:  # something else has compiled it
+            knobs.compilation.always_compile = True
+            result, report = run()
+    cache.put(report, "ptxas_report", binary=False)
+    return result, report
+
+
 def blocks(used: dict[str, int]) -> int:
-    """Blocks of a kernel that a multiprocessor holds at a time, as far as shared memory and registers go."""
-    per_warp = -(-used["registers"] * 32 // 256) * 256  # the unit in which registers are given out
+    """Return how many blocks of a kernel a multiprocessor holds at a time by shared memory and registers."""
+    per_warp = -(-used["registers"] * 32 // 256) * 256  # registers are allocated in units of 256
     by_registers = SM_REGISTERS // (per_warp * used["warps"])
     return min(by_registers, SM_SHARED // (used["shared"] + 1024), 32)
 
 
 def test_every_kernel_is_compiled():
-    """A kernel that is launched somewhere and has no case here would escape this file."""
+    """Every kernel that is launched somewhere has a case here."""
     launched = set()
     for path in KERNELS.rglob("*.py"):
         text = path.read_text()
@@ -137,6 +173,8 @@ def test_every_kernel_is_compiled():
     tested = {case[0].__name__ for case in CASES.values()}
     exempt = set(json.loads(RECORD.read_text())["not_compiled"])
     assert launched - tested == exempt, f"without a case: {launched - tested}; listed as such: {exempt}"
+    recorded = set(json.loads(RECORD.read_text())["limits"])
+    assert recorded <= set(CASES), f"limits without a case: {recorded - set(CASES)}"
 
 
 def test_ptxas_is_named(capsys):
@@ -150,14 +188,11 @@ def test_ptxas_is_named(capsys):
 @pytest.mark.parametrize("name", CASES)
 def test_compiles_within_its_limits(name):
     used, ptx = compiled(*CASES[name])
-    print(f"{name}: {used}, {blocks(used)} blocks a multiprocessor")
+    print(f"{name}: {used}, {blocks(used)} blocks per multiprocessor")
     if os.environ.get("RECORD_COMPILE_LIMITS"):
-        record = json.loads(RECORD.read_text())
-        record["triton"].setdefault(triton_minor(), {})[name] = used | {"blocks": blocks(used)}
-        RECORD.write_text(json.dumps(record, indent=1) + "\n")
-    limit = limits()
-    assert name in limit, f"{name} has no limits in {RECORD.name}"
-    assert used["spilled"] <= limit[name]["spilled"]
-    assert blocks(used) >= limit[name]["blocks"], "fewer blocks fit on a multiprocessor than planned"
+        record(name, used["spilled"], blocks(used))
+    most_spilled, least_blocks = limits(name)
+    assert used["spilled"] <= most_spilled
+    assert blocks(used) >= least_blocks, "fewer blocks fit on a multiprocessor than planned"
     assert used["shared"] <= SM_SHARED - 1024
     assert not find_hazards(ptx), "registers of products under way are used, which gives other results now and then"
