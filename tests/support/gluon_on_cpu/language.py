@@ -28,7 +28,7 @@ def launch_on_cpu(
 
     Args:
         seed: of the order in which things happen.
-        changes: texts of the kernel's module, each of which stands there once, and what is run instead.
+        changes: texts of the kernel's module, each of which appears there once, and what is run instead.
 
     Raises:
         AssertionError: a check failed; `Deadlock` is one.
@@ -64,7 +64,7 @@ class _Machine:
     # Modules whose imports from Gluon are mocks
 
     def load_module(self, name: str, changes: Changes = ()) -> dict[str, Any]:
-        """The names of a module of kernels in Gluon, run anew."""
+        """Run a module of kernels in Gluon again, and return its names."""
         if name not in self.loaded:
             path = importlib.util.find_spec(name).origin
             text = Path(path).read_text()

@@ -12,7 +12,7 @@ import torch
 
 
 class Deadlock(AssertionError):
-    """Nothing can go on, and not all parts have ended."""
+    """Nothing can continue, and not all parts have ended."""
 
 
 class _Stopped(BaseException):
@@ -125,7 +125,7 @@ class Part:
 
 
 class Scheduler:
-    """Chooses who goes on. A program at a time runs, with what it has begun."""
+    """Chooses who continues. One program runs at a time, with the operations that it has begun."""
 
     def __init__(self, chance: random.Random, programs: int):
         self.chance, self.programs, self.program = chance, programs, 0
@@ -200,7 +200,7 @@ class Scheduler:
         return self.parts[-1]
 
     def step(self, what: Any, may_go_on: Callable[[], bool] = lambda: True) -> None:
-        """Called by a part: others may do something now, and must until `may_go_on`."""
+        """Let others do something now, and until `may_go_on`. Parts call this."""
         part = self.current
         part.what, part.may_go_on = what, may_go_on
         self.baton.release()
@@ -219,7 +219,7 @@ class Scheduler:
         self.step(_Waiting(barrier, parity), lambda: barrier.parity != parity)
 
     def wait_for_operations(self, operations: list[Operation], pending: int) -> list[Operation]:
-        """Until at most `pending` of a part's operations are under way; returns those that are over."""
+        """Wait until at most `pending` of a part's operations are under way, and return those that are over."""
         over = operations[: max(0, len(operations) - pending)]
         self.step("its products or copies", lambda: all(x.done for x in over))
         for x in over:
