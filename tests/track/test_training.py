@@ -323,7 +323,7 @@ def test_going_on_from_a_state_with_its_sequences_is_bitwise(tiny_cells, tmp_pat
     expected = losses(straight, 60)
     first = Training(cell, CPU)
     losses(first, 50)
-    assert first._carried is not None and first._carried[0].any()  # there are some to go on with
+    assert first._carried is not None and first._carried[0].any()  # there are some to continue from
     torch.save(first.state(), tmp_path / "state.pt")
     second = Training(cell, CPU)
     second.load(torch.load(tmp_path / "state.pt", weights_only=True))
@@ -337,7 +337,7 @@ def test_going_on_from_a_state_with_its_sequences_is_bitwise(tiny_cells, tmp_pat
             {"tasks": {"pairs": {"task": "even_pairs"}}},
             "is for parity, group_word, modular_arithmetic and modular_arithmetic_brackets",
         ),
-        ({"models": {"m": PASSING["models"]["deltaproduct"] | {"mixer": "mlstm"}}}, "mamba2, mamba, not for mlstm"),
+        ({"models": {"m": PASSING["models"]["deltaproduct"] | {"mixer": "mlstm"}}}, "mamba, mamba2, not for mlstm"),
         ({"train": PASSING["train"] | {"state_passing": 1.0}}, "state_passing = 1.0"),
     ],
 )
