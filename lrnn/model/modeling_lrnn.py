@@ -1,9 +1,9 @@
-"""The lrnn model: blocks of a token mixer and an MLP, and the language model on them.
+"""The lrnn model: blocks of a token mixer and an MLP, and the language model on them. Copied into exported folders.
 
-The files `*_lrnn.py` and `mixer_*.py` depend on torch and transformers, and on the kernels of `lrnn.kernels` or, in an
-exported folder without lrnn, on the plain PyTorch files beside them. On CUDA, wherever lrnn is installed, the mixers
-run on its Triton kernels, or in 16 bits on those of `fla` (`lrnn.kernels.recurrences`); on CPU and without lrnn it is
-PyTorch.
+The files of this folder depend on torch and transformers, and through `ops.py` on the kernels of `lrnn.kernels` or, in
+an exported folder without lrnn, on the plain PyTorch files beside them. On CUDA, if lrnn is installed, the mixers run
+on its Triton kernels, or in 16 bits on those of `fla` (`lrnn.kernels.recurrences`). On CPU and without lrnn they run
+in PyTorch.
 
 Parameter names and shapes of the DeltaNet mixers are those of `fla`'s `gated_deltanet` and `delta_net` models.
 """
@@ -20,8 +20,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
+from .cache import LrnnCache
 from .configuration_lrnn import LrnnConfig
-from .layers import LrnnCache, Mixer, RMSNorm, ShortConvolution
+from .layers import Mixer, RMSNorm, ShortConvolution
 from .mixers import MIXERS
 from .ops import document_ids
 
@@ -101,7 +102,7 @@ class LrnnModel(LrnnPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Hidden states of a batch of token sequences.
+        """Return the hidden states of a batch of token sequences.
 
         Args:
             input_ids: int64 [B, T].
@@ -109,7 +110,7 @@ class LrnnModel(LrnnPreTrainedModel):
                 on the left, since the convolutions read the inputs next to them.
             past_key_values: the `LrnnCache` of the tokens before, or None.
             cu_seqlens: int32 [N + 1], boundaries of documents in the flattened B * T tokens; the state and the
-                convolutions start anew at each. Every row must start a document. Training only: it excludes the cache.
+                convolutions are reset at each. Every row must start a document. Training only: it excludes the cache.
         """
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if torch.is_autocast_enabled(x.device.type):
@@ -167,13 +168,13 @@ class LrnnForCausalLM(LrnnPreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, vocab] and, with labels, the loss.
+        """Return logits [B, T, vocab] and, with labels, the loss.
 
         Args:
-            labels: int64 [B, T], -100 where there is none; shifted by one inside.
+            labels: int64 [B, T], -100 at tokens without one; shifted by one inside.
             shift_labels: int64 [B, T], labels that are already shifted. Then no logits are returned, so that the logits
                 of the whole batch never exist at once.
-            num_items_in_batch: what the summed loss is divided by; default the number of labels.
+            num_items_in_batch: divisor of the summed loss; default the number of labels.
 
         The other arguments are those of `LrnnModel.forward`.
         """
@@ -194,8 +195,10 @@ class LrnnForCausalLM(LrnnPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
 
     def _loss(self, h: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-        """Cross-entropy summed over the labels, by pieces whose logits are computed anew in the backward pass, unless
-        they are few."""
+        """Return the cross-entropy summed over the labels, divided by `num_items`.
+
+        Unless the logits are few, they are computed in pieces, and again in the backward pass.
+        """
 
         def piece(h: Tensor, labels: Tensor) -> Tensor:
             return F.cross_entropy(self.lm_head(h).float(), labels, reduction="sum")
@@ -204,7 +207,7 @@ class LrnnForCausalLM(LrnnPreTrainedModel, GenerationMixin):
         if flat_labels.numel() * self.config.vocab_size <= SMALL_LOGITS:
             total = piece(flat_h, flat_labels)
         else:
-            # There is no randomness in it, and the state of a generator cannot be read while a CUDA graph is captured.
+            # Nothing random is inside, and a generator's state cannot be read while a CUDA graph is captured.
             run = partial(checkpoint, piece, use_reentrant=False, preserve_rng_state=False)
             pieces = zip(flat_h.split(LOSS_CHUNK), flat_labels.split(LOSS_CHUNK), strict=True)
             total = torch.stack([run(*p) for p in pieces]).sum()

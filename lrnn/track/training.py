@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrnn import LrnnForCausalLM
-from lrnn.model.layers import LrnnCache
+from lrnn.model.cache import LrnnCache
 from lrnn.pretrain.optim import parameter_groups
 from lrnn.track.grid import Cell, TrainSettings
 from lrnn.track.tasks.base import IGNORE

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from lrnn import LrnnConfig, LrnnForCausalLM
+from lrnn.model.cache import LrnnCache
 from lrnn.model.mixers import MIXERS as ALL_MIXERS
-from lrnn.model.modeling_lrnn import LrnnCache
 
 SIZE = {
     "vocab_size": 97,

@@ -5,7 +5,7 @@ import torch
 
 from lrnn import LrnnForCausalLM
 from lrnn.errors import UserError
-from lrnn.model.layers import LrnnCache
+from lrnn.model.cache import LrnnCache
 from lrnn.pretrain.optim import parameter_groups
 from lrnn.records import read_metrics
 from lrnn.track import measure, training

@@ -20,7 +20,7 @@ from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.kernels import fla_recurrences, recurrences
 from lrnn.kernels.reference import steps as step_recurrences
 from lrnn.kernels.reference.documents import document_ids
-from lrnn.model.layers import LrnnCache
+from lrnn.model.cache import LrnnCache
 
 FP16, FP32 = torch.float16, torch.float32
 BARS = {FP16: {"": 2e-3}, FP32: {"": 1e-4}}

@@ -9,6 +9,7 @@ from lrnn.kernels.reference import delta_rule as delta_rule_reference
 from lrnn.kernels.reference import gated_rms_norm as gated_rms_norm_reference
 from lrnn.kernels.short_conv.api import short_conv
 from lrnn.model import layers, mixer_deltanet
+from lrnn.model.cache import LrnnCache
 from lrnn.pretrain.engine import build_model
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 64}
@@ -141,7 +142,7 @@ def test_one_launch_gives_what_three_give(kind, launches):
     if kind == "documents":
         cu_seqlens = torch.tensor([0, 4, 4, 11, 18])
     if kind == "continued":
-        cache, earlier = layers.LrnnCache(1), make_inputs(5)
+        cache, earlier = LrnnCache(1), make_inputs(5)
         layers.convolve(convolutions, earlier, cache, 0, None)
         before = [[x[:, 2:]] for x in earlier]
     launches.clear()
