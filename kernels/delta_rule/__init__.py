@@ -6,5 +6,5 @@ computes the matrices of the chunks, scans the chunks forward and, for gradients
 inside chunks. `segments` scans few long sequences in parts, side by side.
 
 `portable/` is plain Triton for every GPU, `hopper/` Gluon for Hopper. Each launcher is in the file of its kernel.
-`compile_cases` lists all kernels as training uses them, to be compiled without a GPU.
+`compile_cases` in each lists the kernels as training uses them, to be compiled without a GPU.
 """
