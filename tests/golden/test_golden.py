@@ -1,0 +1,76 @@
+"""Compare what the code computes with what it computed when `golden.json` was written; see record.py.
+
+Floats may differ by 1e-5, relative or absolute: another processor rounds otherwise. With LRNN_GOLDEN_BITWISE=1 they may
+not differ at all, which holds on the machine that wrote the record. All else must be equal.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+GOLDEN = json.loads((HERE / "golden.json").read_text(encoding="utf-8"))
+ENTRIES = [(part, name) for part in GOLDEN for name in GOLDEN[part]]
+TOLERANCE = 0.0 if os.environ.get("LRNN_GOLDEN_BITWISE") == "1" else 1e-5
+SHOWN = 20  # differences of an entry
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[str, Any]:
+    """The record of the code as it is, from one process: recording takes a minute or two."""
+    out = tmp_path_factory.mktemp("golden") / "found.json"
+    done = subprocess.run([sys.executable, HERE / "record.py", out], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout.decode(errors="replace")[-8000:]
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def differences(golden: Any, found: Any, name: str) -> Iterator[str]:
+    """A line for each value that is not what it was."""
+    if isinstance(golden, dict) and isinstance(found, dict):
+        for key in sorted(golden.keys() | found.keys()):
+            if key not in found or key not in golden:
+                yield f"{name} / {key}: {'missing' if key in golden else 'new'}"
+            else:
+                yield from differences(golden[key], found[key], f"{name} / {key}")
+    elif isinstance(golden, list) and isinstance(found, list) and len(golden) == len(found):
+        for i, values in enumerate(zip(golden, found, strict=True)):
+            yield from differences(*values, f"{name}[{i}]")
+    elif isinstance(golden, float) and isinstance(found, float):
+        if not math.isclose(golden, found, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
+            yield f"{name}: {found!r}, it was {golden!r} ({found - golden:+.2g})"
+    elif golden != found or type(golden) is not type(found):
+        yield f"{name}: {found!r}, it was {golden!r}"
+
+
+def check(golden: Any, found: Any, name: str) -> None:
+    lines = list(differences(golden, found, name))
+    if lines:
+        more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        pytest.fail("\n".join([f"{len(lines)} values differ from golden.json:", *lines[:SHOWN], *more]), pytrace=False)
+
+
+def test_entries_are_the_same(found):
+    check({part: sorted(GOLDEN[part]) for part in GOLDEN}, {part: sorted(found[part]) for part in found}, "golden")
+
+
+@pytest.mark.parametrize(("part", "name"), ENTRIES, ids=[f"{part}-{name}" for part, name in ENTRIES])
+def test_entry_is_unchanged(found, part, name):
+    if name in found[part]:  # else it is named above
+        check(GOLDEN[part][name], found[part][name], f"{part} / {name}")
+
+
+def test_old_checkpoint_resumes_as_if_never_stopped(found):
+    """Its other steps are those of the record: neither the format nor the meaning of a checkpoint has changed."""
+    whole, rest = GOLDEN["old checkpoint"]["never stopped"], found["old checkpoint"]["resumed"]
+    assert found["old checkpoint"]["start"] == [8, True]
+    for key in ("step", "loss", "grad_norm", "lr"):
+        check(whole[key][8:], rest[key], f"resumed / {key}")
+    check(whole["eigenvalues"], rest["eigenvalues"], "resumed / eigenvalues")
+    assert [rest["tokens"], rest["samples"]] == [whole["tokens"], whole["samples"]]
