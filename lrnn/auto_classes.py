@@ -20,7 +20,7 @@ PAIRS = ((AUTO_CONFIG, CONFIG), (AUTO_MODEL, MODEL))
 
 
 class _Watcher(MetaPathFinder):
-    """Finds the watched modules as everybody else does, and lets `_register` know when they have been executed."""
+    """Find the watched modules as usual, and call `_register` when they have been executed."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if not any(name in pair for pair in PAIRS):
@@ -40,7 +40,7 @@ class _Watcher(MetaPathFinder):
         return spec
 
 
-_executed: set[str] = set()  # watched modules that are there as a whole
+_executed: set[str] = set()  # watched modules that have been executed completely
 
 
 def install() -> None:
@@ -52,7 +52,7 @@ def install() -> None:
 
 
 def _register() -> None:
-    """Register what can be: of each pair, where transformers' module is there and lrnn's is not on its way."""
+    """Register each pair of which transformers' module is complete and lrnn's is not just being imported."""
     for auto, ours in PAIRS:
         if auto not in _executed or (ours in sys.modules and ours not in _executed):
             continue  # not needed yet; or it is being imported, and comes back here when it is done

@@ -1,4 +1,4 @@
-"""The command line `lrnn`: one subcommand a job, each in the module that does the work.
+"""The command line `lrnn`: one subcommand per job, each in the module that does the work.
 
 A command module has `add_arguments(parser)` and `main(args) -> int | None` (the exit status). Modules are imported only
 when their command is named.
@@ -13,7 +13,7 @@ from lrnn.errors import UserError
 COMMANDS = {
     "corpus": ("lrnn.pretrain.corpus.build", "tokenise text or code into a corpus of Arrow shards"),
     "pretrain": ("lrnn.pretrain.train", "pretrain a model, or resume a run"),
-    "submit": ("lrnn.pretrain.submit", "submit a run to SLURM, or go on with it"),
+    "submit": ("lrnn.pretrain.submit", "submit a run to SLURM, or resume it"),
     "export": ("lrnn.eval.export.command", "write a checkpoint as a Hugging Face model folder"),
     "eval": ("lrnn.eval.suites.command", "run an evaluation suite of lm-eval on an exported model"),
     "track": ("lrnn.track.track", "train small models on state-tracking tasks and compare their lengths"),
@@ -28,7 +28,7 @@ COMMANDS = {
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
-    """Parse the command line; returns the namespace and the name of the command's module."""
+    """Parse the command line. Return the namespace and the name of the command's module."""
     parser = argparse.ArgumentParser(prog="lrnn", description="Pretrain linear RNNs that can track state.")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     named = next((a for a in argv if not a.startswith("-")), None)
@@ -40,14 +40,14 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
             command.add_arguments(sub)
     args, rest = parser.parse_known_args(argv)
     if rest and hasattr(args, "overrides") and not any(word.startswith("-") for word in rest):
-        args.overrides += rest  # argparse takes no more of them once an option stood between
+        args.overrides += rest  # argparse takes no more of them after an option
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args, COMMANDS[args.command][0]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the `lrnn` program; returns the exit status (2 for bad input)."""
+    """Run the `lrnn` program. Return the exit status (2 for bad input)."""
     try:
         args, module = parse(sys.argv[1:] if argv is None else argv)
         return importlib.import_module(module).main(args) or 0

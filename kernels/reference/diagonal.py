@@ -2,13 +2,13 @@
 
     S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = scale S_t^T q_t        a_t = sign_t exp(g_t), g_t <= 0
 
-a_t is a vector over the key dimension (GLA, arXiv 2312.06635) or one number a head (Mamba-2, arXiv 2405.21060, mLSTM,
-arXiv 2405.04517). There it is positive. That it may be negative by 2a - 1, as arXiv 2411.12537 has it for Mamba, and
-the form by chunks for it are new here: the sign of the product of a between tokens j and t is s_t s_j, where s_t is
-the running product of all signs. Folded into q and k, it leaves a recurrence with decays |a|, computed in log space.
+a_t is a vector over the key dimension (GLA, arXiv 2312.06635) or one number per head (Mamba-2, arXiv 2405.21060, mLSTM,
+arXiv 2405.04517). In these papers it is positive. Negative values through 2a - 1, which arXiv 2411.12537 uses for
+Mamba, and their chunkwise form are new here: the sign of the product of a between tokens j and t is s_t s_j, where s_t
+is the running product of all signs. Folded into q and k, it leaves a recurrence with decays |a|, computed in log space.
 
-This file is the truth that kernels are tested against, and what runs in float32 on CUDA (`recurrences.py` says what
-runs where). Everything is computed in float32, or in float64 for float64 inputs, whatever autocast says. The file
+Kernels are tested against this file, and it is what runs in float32 on CUDA (`recurrences.py` decides what runs
+where). Everything is computed in float32, or in float64 for float64 inputs, whatever autocast says. The file
 depends on torch alone: it is copied into exported model folders.
 """
 
@@ -18,10 +18,10 @@ from torch import Tensor
 
 
 def signed_decay(log_a: Tensor) -> tuple[Tensor, Tensor]:
-    """2a - 1 for a = exp(log_a) in [0, 1], as (log|2a - 1|, sign): both of the shape and dtype of log_a.
+    """Return 2a - 1 for a = exp(log_a) in [0, 1] as (log|2a - 1|, sign), both of the shape and dtype of log_a.
 
     Where |2a - 1| is below the dtype's resolution (1e-8 for float64) its logarithm is that of the resolution; the
-    gradient goes on as if it were not.
+    gradient is computed as if it were not.
     """
     near_one = -torch.expm1(log_a)  # 1 - a
     a = log_a.exp()
@@ -45,20 +45,20 @@ def diagonal_recurrence(
     document: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The recurrence over whole sequences, by chunks; one token at a time where T is 1.
+    """Compute the recurrence over whole sequences, in chunks; token by token if T is 1.
 
     Args:
         q, k: [B, T, H, K], any float dtype.
         v: [B, T, H, V].
-        g: log|a|, [B, T, H, K], or [B, T, H, 1] for one number a head; finite and at most 0.
+        g: log|a|, [B, T, H, K], or [B, T, H, 1] for one number per head; finite and at most 0.
         sign: of a, 1 or -1, of the shape of g; None where all are positive.
         scale: factor on the output.
         initial_state: [B, H, K, V], or None for zeros.
         output_final_state: whether the final state is returned.
-        document: int64 [B, T], which document a token belongs to (`document_ids`): the state starts anew at each. It
-            excludes states.
-        chunk_size: tokens a chunk; default 64 with one number a head, 16 with a vector, whose decays between the tokens
-            of a chunk are a tensor [chunk, chunk, K].
+        document: int64 [B, T], the document of each token (`document_ids`): the state is reset at each. It excludes
+            states.
+        chunk_size: tokens per chunk; default 64 with one number per head, 16 with a vector, whose decays between the
+            tokens of a chunk are a tensor [chunk, chunk, K].
 
     Returns:
         o [B, T, H, V] and the final state [B, H, K, V], in float32 (float64 for float64 v); or None for the state.
@@ -86,7 +86,7 @@ def diagonal_recurrence(
 
 
 def recurrent(q: Tensor, k: Tensor, v: Tensor, a: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The recurrence as it is written above, token by token: the truth for the form by chunks.
+    """Compute the recurrence as it is written above, token by token: the truth for the chunkwise form.
 
     a [B, T, H, K] or [B, T, H, 1], of either sign; the other arguments and the results as above, with a scale of 1.
     """
@@ -99,7 +99,7 @@ def recurrent(q: Tensor, k: Tensor, v: Tensor, a: Tensor, state: Tensor | None =
 
 
 def check(q, k, v, g, sign, initial_state, output_final_state, document):
-    """Raise ValueError where the arguments of `diagonal_recurrence` do not fit each other."""
+    """Raise ValueError if the arguments of `diagonal_recurrence` do not fit each other."""
     fits = q.ndim == v.ndim == 4 and q.shape == k.shape and v.shape[:3] == q.shape[:3]
     if not fits or g.shape not in (q.shape, (*q.shape[:3], 1)) or (sign is not None and sign.shape != g.shape):
         raise ValueError(
@@ -112,12 +112,14 @@ def check(q, k, v, g, sign, initial_state, output_final_state, document):
 
 
 def _chunkwise(q, k, v, g, state, document, chunk_size):
-    """With decays exp(g) by chunks of C tokens; G_ij = exp(g_{j+1} + ... + g_i), gamma_i the decay up to token i:
+    """Compute the recurrence with decays exp(g) in chunks of C tokens.
+
+    With G_ij = exp(g_{j+1} + ... + g_i) and gamma_i the decay up to token i:
 
         O = gamma Q S + tril(sum_d Q_id K_jd G_ijd) V        S' = gamma_C S + (gamma_C / gamma . K)^T V
 
     Only differences that are at most 0 are exponentiated, so no decay is too strong. A document that starts inside the
-    chunk cuts every product that would reach behind its start.
+    chunk cuts every product that would reach back past its start.
     """
     B, T, H, K = q.shape
     C = min(chunk_size, T)

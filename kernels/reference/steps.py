@@ -1,9 +1,9 @@
-"""Recurrences of token mixers that have no form by chunks here, in plain PyTorch.
+"""Recurrences of token mixers that have no chunkwise form here, in plain PyTorch.
 
-Mamba's selective scan (arXiv 2312.00752) and RWKV-7's generalised delta rule (arXiv 2503.14456). Both take transitions
-of either sign as they are. They are computed in float32, or float64 for float64 inputs, whatever autocast says, in
-segments of which backward keeps the first state alone. On CUDA `recurrences.py` says what runs on kernels instead; this
-is the truth for them. The file depends on torch alone: it is copied into exported model folders.
+They are Mamba's selective scan (arXiv 2312.00752) and RWKV-7's generalised delta rule (arXiv 2503.14456). Both accept
+transitions of either sign. They are computed in float32, or in float64 for float64 inputs, whatever autocast says, in
+segments of which the backward pass keeps the first state only. `recurrences.py` decides what runs on kernels instead;
+this file is the truth for these. It depends on torch alone: it is copied into exported model folders.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ def selective_scan(
         A: [D, N], at most 0.
         B, C: [B, T, N].
         initial_state: [B, D, N], or None for zeros.
-        document: int64 [B, T]: the state starts anew at each document.
+        document: int64 [B, T], the document of each token, at each of which the state is reset; or None.
 
     Returns:
         y [B, T, D] and the state h [B, D, N] after the last token.
@@ -79,8 +79,8 @@ def rwkv7_recurrence(
         r, w, k, kappa, a: [B, T, H, K]: receptance, decay, key, removal key of norm 1, in-context rate.
         v: [B, T, H, V].
         initial_state: [B, H, K, V], or None for zeros.
-        cu_seqlens: int32 or int64 [N + 1], boundaries of documents in the flattened B * T tokens: the state starts anew
-            at each. Every row must start one. It excludes an initial state.
+        cu_seqlens: int32 or int64 [N + 1], boundaries of documents in the flattened B * T tokens: the state is reset at
+            each. Every row must start one. It excludes an initial state.
 
     Returns:
         o [B, T, H, V] and the state [B, H, K, V] after the last token.
@@ -109,7 +109,7 @@ def rwkv7_recurrence(
 
 
 def _scan(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
-    """h_t = a_t h_{t-1} + b_t for all t of [B, T, ...], given h [B, ...] ahead of the first: log2(T) doublings."""
+    """Return h_t = a_t h_{t-1} + b_t for all t of [B, T, ...] in log2(T) doublings; h [B, ...] is before the first."""
     b = torch.cat([(b[:, 0] + a[:, 0] * h)[:, None], b[:, 1:]], 1)
     reach = 1
     while reach < b.shape[1]:
@@ -120,7 +120,7 @@ def _scan(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
 
 
 def _by_segments(function: Callable, state: Tensor, inputs: Sequence[Tensor], start: Tensor | None):
-    """Run function(state, *inputs of a segment) -> (outputs, state) over inputs [B, T, ...], in turn."""
+    """Run function(state, *inputs of a segment) -> (outputs, state) over inputs [B, T, ...], segment by segment."""
     if start is not None:
         inputs = [*inputs, start]
     outputs = []

@@ -15,7 +15,7 @@ ROTARY_BASE = 10_000.0
 class Attention(Mixer):
     """Causal multi-head attention (arXiv 1706.03762) with rotary positions (2104.09864). It has no eigenvalue range.
 
-    Its state in the cache is (keys [B, H, S, D], values [B, H, S, D], bool [B, S] of what is no padding).
+    Its state in the cache is (keys [B, H, S, D], values [B, H, S, D], bool [B, S] that is False at padding).
     """
 
     title, paper = "Softmax attention with rotary positions", "1706.03762"
@@ -48,7 +48,7 @@ class Attention(Mixer):
         T = x.shape[1]
         before = self.read_state(cache)
         start = 0 if before is None else before[0].shape[2]
-        # Attention sees differences of positions alone, so they may count padding, and run on through documents.
+        # Attention depends on differences of positions only, so they may count padding and continue across documents.
         q, k = rotate(q, start), rotate(k, start)
         seen = mask
         if cache is not None:
@@ -65,8 +65,17 @@ class Attention(Mixer):
 
 
 def attention_pattern(T: int, start: int, seen: Tensor | None, document: Tensor | None, device: torch.device) -> Tensor:
-    """Bool [1 or B, 1, T, start + T]: token i, after `start` others, sees what is not behind it, no padding (`seen`
-    [B, start + T]) and of its own document ([B, T], for start = 0); and always itself, so that no row is empty."""
+    """Return which tokens each token sees: bool [1 or B, 1, T, start + T].
+
+    A token sees no later token, no padding and no other document. It always sees itself, so that no row is empty.
+
+    Args:
+        T: number of tokens.
+        start: number of tokens before them.
+        seen: bool [B, start + T] that is False at padding, or None.
+        document: int64 [B, T], the document of each token, or None. Only with start = 0.
+        device: of the result.
+    """
     position = torch.arange(start + T, device=device)
     ahead = position[start:, None] - position
     sees = (ahead >= 0)[None, None]
@@ -78,7 +87,10 @@ def attention_pattern(T: int, start: int, seen: Tensor | None, document: Tensor 
 
 
 def rotate(x: Tensor, start: int) -> Tensor:
-    """Rotary positions start, start + 1, ... on x [B, H, T, D]: pairs (i, i + D/2) turn by position / base^(2i/D)."""
+    """Apply rotary positions start, start + 1, ... to x [B, H, T, D].
+
+    Each pair of channels (i, i + D/2) is rotated by the angle position / base^(2i/D).
+    """
     D = x.shape[-1]
     frequency = ROTARY_BASE ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
     angle = torch.arange(start, start + x.shape[2], device=x.device, dtype=torch.float32)[:, None] * frequency

@@ -20,8 +20,8 @@ class DeltaNet(Mixer):
         S_t = prod_j (I - beta_tj k_tj k_tj^T) alpha_t S_{t-1} + what the factors write        o_t = K^-0.5 S_t^T q_t
 
     beta_tj = range * sigmoid(W_b x_t), with range 2 for eigenvalues in [-1, 1] and 1 for [0, 1] (2411.12537);
-    log alpha_t = -exp(A_log) softplus(W_a x_t + dt_bias), 0 without a gate. The gate comes ahead of the first factor,
-    the query reads after the last. Rows of the projections of k, v and b go by factor, then head, as in `fla`.
+    log alpha_t = -exp(A_log) softplus(W_a x_t + dt_bias), 0 without a gate. The gate acts before the first factor,
+    and the query reads after the last. Rows of the projections of k, v and b go by factor, then head, as in `fla`.
     """
 
     title, paper = "DeltaNet", "2406.06484"
@@ -75,7 +75,7 @@ class DeltaNet(Mixer):
     def reset_parameters(self):
         """Gates as in Mamba-2 and `fla`: A uniform in (0, 16), step softplus(dt_bias) log-uniform in [0.001, 0.1]."""
         if self.gated:
-            # The lower bound keeps log A finite; a head at it decays by less than 1e-5 a step.
+            # The lower bound keeps log A finite; a head with it decays by less than 1e-5 per step.
             self.set_fresh("A_log", torch.empty_like(self.A_log).uniform_(0, 16).clamp_(min=1e-4).log_())
             self.set_fresh_steps("dt_bias")
 

@@ -8,7 +8,7 @@ from .layers import GatedRMSNorm, Mixer, zero_at_padding
 from .ops import diagonal_recurrence
 from .registry import Cost, Ranges, register
 
-LOW_RANK = 16  # of the decay's projection
+LOW_RANK = 16  # rank of the decay's projection
 TEMPERATURE = 16  # decays near 1: sigmoid^(1/16)
 
 

@@ -19,8 +19,8 @@ class Mamba(Mixer):
         x = silu(conv(W_v u))        dt = softplus(W_dt W_r x + dt_bias)        (B, C) = W_B x, W_C x
         h_t = a_t h_{t-1} + dt_t B_t x_t        a_t = exp(-dt_t exp(A_log))        y_t = C_t^T h_t + D x_t
 
-    then y silu(W_g u), without a norm. For eigenvalues in [-1, 1] a_t = 2 exp(-dt_t exp(A_log)) - 1, the rest stays as
-    it is (2411.12537).
+    then y silu(W_g u), without a norm. For eigenvalues in [-1, 1] a_t = 2 exp(-dt_t exp(A_log)) - 1, and the rest
+    is unchanged (2411.12537).
     """
 
     title, paper = "Mamba", "2312.00752"

@@ -15,11 +15,11 @@ class Mamba2(Mixer):
     """Mamba-2 (arXiv 2405.21060, section 7), with q, k, v for its C, B, x:
 
         S_t = a_t S_{t-1} + dt_t k_t v_t^T        o_t = S_t^T q_t + D v_t
-        dt_t = softplus(W_a x_t + dt_bias)        a_t = exp(-exp(A_log) dt_t), one number a head
+        dt_t = softplus(W_a x_t + dt_bias)        a_t = exp(-exp(A_log) dt_t), one number per head
 
     then norm(o_t) silu(W_g x_t), the norm over a head. q and k, of size `head_dim`, are shared by the heads; q, k and v
-    pass through a short convolution. For eigenvalues in [-1, 1] the decay is 2 a_t - 1, dt_t k_t stays as it is: done
-    for Mamba-1 in arXiv 2411.12537, for Mamba-2 it is new here.
+    pass through a short convolution. For eigenvalues in [-1, 1] the decay is 2 a_t - 1 and dt_t k_t is unchanged.
+    arXiv 2411.12537 does so for Mamba-1; for Mamba-2 it is new here.
     """
 
     title, paper = "Mamba-2", "2405.21060"

@@ -9,7 +9,7 @@ from .layers import GatedRMSNorm, Mixer, ShortConvolution, convolve, zero_at_pad
 from .ops import diagonal_recurrence, document_starts
 from .registry import Cost, Ranges, register
 
-FAR = 1e4  # a log-decay that nothing outlasts
+FAR = 1e4  # a log-decay after which nothing is left
 
 
 @register("mlstm")
@@ -17,14 +17,14 @@ class MLSTM(Mixer):
     """The mLSTM (arXiv 2405.04517), with C_t transposed to [K, V]:
 
         C_t = f_t C_{t-1} + i_t k_t v_t^T        n_t = f_t n_{t-1} + i_t k_t
-        h_t = C_t^T q_t / max(|n_t^T q_t|, 1)    i_t = exp(W_i x_t + b_i), f_t = sigmoid(W_f x_t + b_f), one a head
+        h_t = C_t^T q_t / max(|n_t^T q_t|, 1)    i_t = exp(W_i x_t + b_i), f_t = sigmoid(W_f x_t + b_f), one per head
 
     then norm(h_t) sigmoid(W_g x_t), the norm over a head. k_t has the factor K^-0.5; q and k pass through a short
     convolution. For eigenvalues in [-1, 1] the forget gate is 2 f_t - 1, which is new here.
 
     Everything is kept divided by exp(m_t), m_t = max(log|f_t| + m_{t-1}, log i_t), m_0 = 0, so that no gate overflows;
-    the result does not depend on m. The state in the cache is (C and, as its last column, n: [B, H, K, V + 1]; m
-    [B, H]).
+    the result does not depend on m. The state in the cache is ([B, H, K, V + 1], which is C with n as its last
+    column; m [B, H]).
     """
 
     title, paper = "mLSTM", "2405.04517"
@@ -80,7 +80,7 @@ class MLSTM(Mixer):
             q,
             self.heads[1] ** -0.5 * k.float() * (log_i - m).exp()[..., None],
             v,
-            (g + shift)[..., None].clamp(max=0),  # at most 0 but for rounding
+            (g + shift)[..., None].clamp(max=0),  # at most 0 except for rounding
             None if sign is None else sign[..., None],
             initial_state=C,
             output_final_state=cache is not None,
@@ -94,9 +94,9 @@ class MLSTM(Mixer):
 
 @torch.no_grad()
 def stabilizer(log_i: Tensor, g: Tensor, before: Tensor | None, document: Tensor | None) -> tuple[Tensor, Tensor]:
-    """m_t = max(g_t + m_{t-1}, log_i_t) [B, T, H], and m_{t-1} - m_t, with m = `before` [B, H] or 0 ahead of the first
-    token and 0 ahead of every document.
+    """Return m_t = max(g_t + m_{t-1}, log_i_t) and m_{t-1} - m_t, both [B, T, H].
 
+    Ahead of the first token m is `before` [B, H], or 0 if that is None. Ahead of every document it is 0.
     With G the running sum of g, m_t = G_t + max_{j <= t} (log_i_j - G_j).
     """
     g, log_i = g.double(), log_i.double()

@@ -11,8 +11,8 @@ from .layers import GatedRMSNorm, Mixer, last_inputs, zero_at_padding
 from .ops import rwkv7_recurrence
 from .registry import Cost, Ranges, register
 
-INPUTS = "rwkvag"  # what has a token shift of its own: receptance, decay, key, value, in-context rate, gate
-LOW_RANK = 32  # of the projections of decay, rate and gate
+INPUTS = "rwkvag"  # the inputs with a token shift of their own: receptance, decay, key, value, in-context rate, gate
+LOW_RANK = 32  # rank of the projections of decay, rate and gate
 
 
 @register("rwkv7")
@@ -26,11 +26,11 @@ class RWKV7(Mixer):
         S_t = (diag(w_t) - (c_t a_t . kappa_t) kappa_t^T) S_{t-1} + k'_t v_t^T
         y_t = norm(S_t^T r_t) + (r_t . rho . k'_t summed) v_t, times g_t
 
-    c_t is 1 in the paper. For eigenvalues in [-1, 1] the in-context rate should be doubled, as DeltaNet's beta is; but
-    the decay stands beside the removal here, not ahead of it, and the least eigenvalue can be as low as min(w) - c: so
-    c_t = 1 + min_i w_ti, a head and token, which is 2 where nothing decays. That is new here. (The paper's appendix has
-    a constant c, below 1 + the least decay possible.) With c_t = 1 and decay, eigenvalues go below 0 too, down to
-    min(w) - 1 > -0.46: the [0, 1] of the name is exact only where nothing decays.
+    c_t is 1 in the paper. For eigenvalues in [-1, 1] the in-context rate should be doubled, as DeltaNet's beta is. But
+    here the decay is added to the removal instead of acting before it, and the least eigenvalue can be as low as
+    min(w) - c. So c_t = 1 + min_i w_ti, per head and token, which is 2 where nothing decays. That is new here. (The
+    paper's appendix has a constant c, below 1 + the least possible decay.) With c_t = 1 and decay, eigenvalues go below
+    0 too, down to min(w) - 1 > -0.46: the range [0, 1] is exact only where nothing decays.
     Unlike the paper's, the norm over a head is an RMS norm, and no value is carried from the first layer to others.
     """
 
@@ -90,7 +90,7 @@ class RWKV7(Mixer):
         if cache is not None:
             cache.conv[self.layer_idx] = last_inputs(x, before, 1)
         x_r, x_w, x_k, x_v, x_a, x_g = (x + (previous - x) * self.shift_mix.to(x.dtype)).unbind(0)
-        # The dtype of r is the one in which the recurrence may run.
+        # The recurrence may run in the dtype of r.
         r, k, v = (y.unflatten(-1, self.heads) for y in (self.r_proj(x_r), self.k_proj(x_k), self.v_proj(x_v)))
         k, v = k.float(), v.float()
         log_w = -math.exp(-0.5) * self.w_proj(x_w).float().sigmoid().unflatten(-1, self.heads)
@@ -120,7 +120,10 @@ class RWKV7(Mixer):
 
 
 def rayleigh_quotient(w: Tensor, rate: Tensor, kappa: Tensor) -> Tensor:
-    """u^T M u / u^T u [B, T, H] for the symmetric matrix M = diag(w) - u u^T, u = sqrt(rate) kappa, which has the
-    eigenvalues of the transition: it lies between the least and the largest, and is the one along u where w is even."""
+    """Return u^T M u / u^T u [B, T, H] for the symmetric matrix M = diag(w) - u u^T, u = sqrt(rate) kappa.
+
+    M has the eigenvalues of the transition. The quotient lies between the least and the largest of them, and is the
+    eigenvalue along u if all w are equal.
+    """
     square = rate * kappa**2
     return (square * w).sum(-1) / square.sum(-1).clamp(min=1e-12) - square.sum(-1)

@@ -12,13 +12,13 @@ from .registry import Cost, register
 
 @register("slstm")
 class SLSTM(Mixer):
-    """The sLSTM (arXiv 2405.04517), where each head has a recurrent matrix R of its own:
+    """The sLSTM (arXiv 2405.04517), in which each head has its own recurrent matrix R:
 
         (z~, i~, f~, o~)_t = W x_t + R h_{t-1} + b
         c_t = f_t c_{t-1} + i_t tanh(z~_t)        n_t = f_t n_{t-1} + i_t        h_t = sigmoid(o~_t) c_t / n_t
         i_t = exp(i~_t), f_t = sigmoid(f~_t)
 
-    then a norm of each head. It is not linear in its state, so it runs token by token and has no eigenvalue range.
+    then a norm over each head. It is not linear in its state, so it runs token by token and has no eigenvalue range.
     c and n are kept divided by exp(m_t), m_t = max(log f_t + m_{t-1}, i~_t). The state in the cache is (c, n, h, m),
     each [B, H, D] in float32.
     """
@@ -52,7 +52,7 @@ class SLSTM(Mixer):
     def forward(self, x, cache, mask, cu_seqlens, document) -> Tensor:
         H, D = self.heads
         inputs = self.zifo_proj(x).float().unflatten(-1, (H, 4 * D)) + self.gate_bias.float()
-        # Such an m makes the first step write c / n = tanh(z~), whatever its gates.
+        # With this m the first step writes c / n = tanh(z~), whatever its gates are.
         fresh = (*(inputs.new_zeros(x.shape[0], H, D) for _ in range(3)), inputs.new_full((x.shape[0], H, D), -1e30))
         before = self.read_state(cache)
         state = fresh if before is None else before
@@ -76,7 +76,7 @@ class SLSTM(Mixer):
 
 
 def step(state: tuple[Tensor, ...], inputs: Tensor, R: Tensor) -> tuple[Tensor, ...]:
-    """(c, n, h, m) [B, H, D] after one token; inputs [B, H, 4 D] is W x + b, R [H, D, 4 D]."""
+    """Return (c, n, h, m), each [B, H, D], after one token; `inputs` [B, H, 4 D] is W x + b, R is [H, D, 4 D]."""
     c, n, h, m = state
     z, i, f, o = (inputs + torch.einsum("bhd,hde->bhe", h, R)).chunk(4, -1)
     log_f = F.logsigmoid(f)

@@ -1,7 +1,7 @@
 """Every mixer beside this file, imported so that it registers itself.
 
-In an exported folder a generated file stands in its place, with one import for each mixer: transformers copies only the
-files that such lines name.
+In an exported folder a generated file takes its place, with one import per mixer file, because transformers copies only
+the files that such lines name.
 """
 
 import importlib
