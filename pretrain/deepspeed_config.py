@@ -15,8 +15,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         UserError: the JSON is missing or unfit, or contradicts the run's configuration; the batch sizes do not divide.
     """
     if config.deepspeed is None:
-        assert config.zero is not None
-        raw = zero_settings(config.zero)
+        assert config.zero is not None and config.precision is not None
+        raw = zero_settings(config.zero, config.precision)
     else:
         raw = _read_deepspeed_json(config.deepspeed, config)
     raw["gradient_clipping"] = config.optim.clip
@@ -63,6 +63,12 @@ def _check_agreement(raw: dict[str, Any], path: str, config: Config) -> None:
         raise UserError(
             f"{path}: zero_optimization.stage is {stage!r}, and zero of the run's configuration is {config.zero}; "
             "keep one (the override zero= removes the latter)"
+        )
+    precision = "bfloat16" if raw.get("torch_autocast", {}).get("enabled") else "float32"
+    if config.precision not in (None, precision):
+        raise UserError(
+            f"{path}: its torch_autocast means {precision}, and precision of the run's configuration is "
+            f"{config.precision}; keep one (the override precision= removes the latter)"
         )
     clip = raw.get("gradient_clipping")
     if clip not in (None, config.optim.clip):

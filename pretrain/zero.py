@@ -9,11 +9,12 @@ PERSISTENT_NUMEL = 100_000  # parameters of ZeRO-3 up to this size stay whole on
 AUTOCAST = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
 
 
-def zero_settings(stage: int) -> dict[str, Any]:
+def zero_settings(stage: int, precision: str = "bfloat16") -> dict[str, Any]:
     """Return the DeepSpeed settings of a ZeRO stage, without batch sizes and clipping.
 
     Args:
         stage: 1 shards the optimizer's state over the ranks, 2 the gradients too, 3 the parameters too.
+        precision: "bfloat16", or "float32" for no autocast.
     """
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": True, "reduce_bucket_size": BUCKET_NUMEL}
     if stage == 3:
@@ -23,4 +24,4 @@ def zero_settings(stage: int) -> dict[str, Any]:
         }
     else:
         zero |= {"contiguous_gradients": True, "reduce_scatter": True, "allgather_bucket_size": BUCKET_NUMEL}
-    return {"zero_optimization": zero, "torch_autocast": dict(AUTOCAST)}
+    return {"zero_optimization": zero} | ({"torch_autocast": dict(AUTOCAST)} if precision == "bfloat16" else {})

@@ -13,6 +13,7 @@ from lrnn.model.mixers import MIXERS
 from lrnn.model_config import load_model_config
 from lrnn.pretrain.config import Config, load_config, load_model_of
 from lrnn.pretrain.deepspeed_config import deepspeed_config
+from lrnn.pretrain.zero import zero_settings
 from lrnn.settings import dump
 
 ROOT = Path(__file__).parents[2]
@@ -319,6 +320,15 @@ def test_bad_deepspeed(deepspeed, tmp_path, changes, parts):
     message = error_of(deepspeed, changes)
     assert str(tmp_path / "zero.json") in message
     assert all(part in message for part in parts), message
+
+
+def test_precision(load, tmp_path):
+    assert deepspeed_config(load(), 1)["torch_autocast"]["dtype"] == "bfloat16"
+    assert "torch_autocast" not in deepspeed_config(load("precision=float32"), 1)
+    (tmp_path / "autocast.json").write_text(json.dumps(zero_settings(2)))
+    config = load("zero=", f"deepspeed={tmp_path / 'autocast.json'}", "precision=float32")
+    message = error_of(deepspeed_config, config, 1)
+    assert "torch_autocast means bfloat16, and precision of the run's configuration is float32" in message
 
 
 def test_disabled_modes_are_fine(deepspeed):
