@@ -325,7 +325,7 @@ def test_bad_deepspeed(deepspeed, tmp_path, changes, parts):
 def test_precision(load, tmp_path):
     assert deepspeed_config(load(), 1)["torch_autocast"]["dtype"] == "bfloat16"
     assert "torch_autocast" not in deepspeed_config(load("precision=float32"), 1)
-    (tmp_path / "autocast.json").write_text(json.dumps(zero_settings(2)))
+    (tmp_path / "autocast.json").write_text(json.dumps({**zero_settings(2), "steps_per_print": 5}))
     config = load("zero=", f"deepspeed={tmp_path / 'autocast.json'}", "precision=float32")
     message = error_of(deepspeed_config, config, 1)
     assert "torch_autocast means bfloat16, and precision of the run's configuration is float32" in message
