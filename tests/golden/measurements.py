@@ -1,6 +1,6 @@
-"""The parts of the golden record. Each is a function of a work folder, which holds what earlier parts left.
+"""The parts of the golden record. Each is a function of a work folder, which holds the results of earlier parts.
 
-Each runs in a process of its own (see record.py) and returns what JSON can hold.
+Each part runs in its own process (see record.py) and returns values that JSON can hold.
 """
 
 import hashlib
@@ -46,8 +46,8 @@ WORDS = [
 WORDS += ["é", "日本", "</s>", "{}", ":", "\n", "\n    ", "\t"]
 SPLITS = ("train", "heldout")
 MANIFEST_KEYS = ("format", "format_version", "tokenizer", "dtype", "document_prefix", "document_suffix", "skipped")
-# Processors that round differently must stay together for 20 steps. A norm of almost nothing, or an update by the sign
-# of almost nothing, would drive them apart: hence the large epsilons of the norms and of Adam.
+# Losses on processors that round differently must stay close for 20 steps. Normalising a vector near zero, or updating
+# by the sign of a gradient near zero, would drive them apart, so the norms and Adam have large epsilons.
 MODEL = {
     "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 16, "state_size": 4,
     "intermediate_size": 48, "max_position_embeddings": 64, "initializer_range": 0.1,
@@ -65,7 +65,7 @@ Record = dict[str, Any]
 
 
 def write_text(folder: Path, seed: int, files: int) -> None:
-    """Write files of 2 to 30 words; Python promises that the numbers of `random()` stay as they are."""
+    """Write files of 2 to 30 words; Python guarantees that `random()` keeps its numbers in all versions."""
     folder.mkdir()
     rng = random.Random(seed)
     for i in range(files):
@@ -74,7 +74,7 @@ def write_text(folder: Path, seed: int, files: int) -> None:
 
 
 def corpora(work: Path) -> Record:
-    """Two corpora, the second so small that a run needs several epochs of it, and a tokenizer trained on the first."""
+    """Make two corpora and a tokenizer trained on the first. A run needs several epochs of the second, which is small."""
     record: Record = {}
     for name, seed, files in (("a", 1, 100), ("b", 2, 24)):
         text, folder = work / f"text_{name}", work / "corpora" / name
@@ -104,7 +104,7 @@ def corpora(work: Path) -> Record:
 
 
 def order(work: Path) -> Record:
-    """The order of windows in an epoch, and that of the samples of one corpus and of a mix of two."""
+    """Return the order of windows in an epoch, and the order of samples of one corpus and of a mix of two."""
     record: Record = {}
     samples = np.concatenate([np.arange(start, start + 300) for start in (0, 4000, 10**9)])
     for seed in (0, 1, 12345):
@@ -126,7 +126,7 @@ def order(work: Path) -> Record:
 
 
 def training(work: Path) -> Record:
-    """Losses of every mixer with every range, and the checkpoints that these runs leave for the export."""
+    """Return the losses of every mixer with every range. The runs leave checkpoints for the export."""
     record = {}
     for mixer, eigenvalue_range in RUNS:
         name = f"{mixer} {eigenvalue_range}"
@@ -134,7 +134,7 @@ def training(work: Path) -> Record:
         model = MODEL | {"mixer": mixer, "allow_neg_eigval": RANGES[eigenvalue_range]}
         # 80 tokens are more than a chunk of the delta rule.
         shape = {"seq_len": 80, "micro_batch_size": 2} if mixer == MAIN else {"seq_len": 20, "micro_batch_size": 4}
-        # Each mixer that has two runs resets its state in one and carries it on in the other.
+        # Each mixer that has two runs resets its state in one and carries it over in the other.
         resets = mixer == MAIN or eigenvalue_range != "positive"
         surfaces.command("pretrain", _write_run(work, name, name, model, resets=resets, **shape))
         record[name] = _metrics(work / "runs" / name) | {
@@ -144,13 +144,13 @@ def training(work: Path) -> Record:
 
 
 def zero(work: Path) -> Record | None:
-    """Losses of this process and another one under each ZeRO stage; None in the other."""
+    """Return the losses of a run on two processes under each ZeRO stage; None in the second process."""
     record = {}
     rank = int(os.environ["RANK"])
     for stage in (1, 2, 3):
         name = f"stage {stage}"
         print(name, flush=True)
-        shape = {"seq_len": 48, "micro_batch_size": 1}  # two micro-batches a step
+        shape = {"seq_len": 48, "micro_batch_size": 1}  # two micro-batches per step
         config = _write_run(
             work,
             name,
@@ -167,9 +167,9 @@ def zero(work: Path) -> Record | None:
 
 
 def old_checkpoint(work: Path) -> Record:
-    """A run that was never stopped, and the same one resumed from the checkpoint that an earlier version left of it."""
+    """Record a run that was never stopped, and the same run resumed from a checkpoint of an earlier version."""
     shutil.copytree(OLD_CHECKPOINT, work / "old_checkpoint")
-    os.chdir(work)  # its configuration has relative paths
+    os.chdir(work)  # its configuration contains relative paths
     config = "old_checkpoint/run.yaml"
     surfaces.command("pretrain", config, "run_dir=runs/never_stopped")
     surfaces.command("pretrain", config)
@@ -192,7 +192,7 @@ def _write_run(
     resets: bool,
     zero_stage: int = 2,
 ) -> Path:
-    """Write the configuration of a run into a folder of its own; returns its YAML file."""
+    """Write the configuration of a run into its own folder. Return the YAML file."""
     run = {
         "run_dir": str(work / "runs" / name),
         "steps": STEPS,
@@ -223,7 +223,7 @@ def _events(run: Path, kind: str) -> list[Record]:
 
 
 def _metrics(run: Path) -> Record:
-    """Losses, gradient norms and learning rates of all steps; of the last one eigenvalues and counts as well."""
+    """Return losses, gradient norms and learning rates of all steps, and the eigenvalues and counts of the last one."""
     steps = [record for record in _records(run) if "event" not in record]
     last = steps[-1]
     series = {key: [record[key] for record in steps] for key in ("step", "loss", "grad_norm", "lr")}
@@ -233,7 +233,7 @@ def _metrics(run: Path) -> Record:
 
 
 def _checkpoint(work: Path, name: str, values: bool) -> Record:
-    """Files, tensors and progress of the newest checkpoint of a run; with `values` also what the tensors hold."""
+    """Return files, tensors and progress of the newest checkpoint of a run; with `values`, also the tensors' values."""
     root = work / "runs" / name / "checkpoints"
     folder = root / (root / "latest").read_text().strip()
     shapes, held = {}, {}
@@ -258,7 +258,7 @@ def _checkpoint(work: Path, name: str, values: bool) -> Record:
 
 
 def export(work: Path) -> Record:
-    """Exported folders of every run: what is in them, and logits with lrnn and in a process that cannot import it."""
+    """Export every run. Return the contents of the folders, and logits with lrnn and in a process without it."""
     record: Record = {}
     exports = work / "exports"
     with surfaces.without_checks():
@@ -286,13 +286,13 @@ def export(work: Path) -> Record:
 
 
 def _folder(folder: Path) -> Record:
-    """Names of the files, `config.json`, and names, shapes and types of the parameters."""
+    """Return the names of the files, `config.json`, and names, shapes and types of the parameters."""
     with safetensors.safe_open(folder / "model.safetensors", framework="pt") as tensors:
         slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 (no mapping)
         shapes = {key: [part.get_dtype(), part.get_shape()] for key, part in slices.items()}
     config = json.loads((folder / "config.json").read_text())
     del config["transformers_version"]
-    config["lrnn_training"].pop("run_config_sha256", None)  # the configuration has paths of the work folder
+    config["lrnn_training"].pop("run_config_sha256", None)  # the configuration contains paths of the work folder
     parameters = json.dumps(shapes, sort_keys=True)
     return {"files": _files(folder), "config.json": config, "parameters": [len(shapes), _sha256(parameters.encode())]}
 
@@ -326,7 +326,7 @@ VARIANTS: dict[str, list[Record]] = {
 
 
 def track_samples(work: Path) -> Record:
-    """Samples of every state-tracking task, at two seeds and in two splits."""
+    """Return samples of every state-tracking task, for two seeds and two splits."""
     record: Record = {}
     for task in surfaces.TRACK_TASKS:
         for parameters in VARIANTS[task]:
@@ -339,7 +339,7 @@ def track_samples(work: Path) -> Record:
 
 
 def track_grid(work: Path) -> Record:
-    """A small grid of `lrnn track`, with a curriculum and states that are passed on."""
+    """Run a small grid of `lrnn track`, with a curriculum and with states that are passed on."""
     (work / "grid.yaml").write_text(yaml.safe_dump(GRID | {"out": str(work / "track")}))
     surfaces.command("track", work / "grid.yaml", "--device", "cpu")
     record: Record = {"files": _files(work / "track")}
@@ -375,7 +375,7 @@ GRID: Record = {
 
 
 def text_documents(work: Path) -> Record:
-    """Documents of the evaluation suite `state_tracking`, of every task."""
+    """Return documents of every task of the evaluation suite `state_tracking`."""
     record: Record = {}
     for task in surfaces.TEXT_TASK_NAMES:
         found = surfaces.text_documents(task)
@@ -392,7 +392,7 @@ def _sha256(data: bytes) -> str:
 
 
 def _digest(values: np.ndarray) -> str:
-    """Of integers, whatever their type."""
+    """Return the digest of integers, whatever their type."""
     return _sha256(np.ascontiguousarray(values, dtype="<i8").tobytes())
 
 
@@ -400,7 +400,7 @@ def _files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-# In the order in which they run; `zero` needs two processes.
+# The parts in the order in which they run. `zero` needs two processes.
 PARTS: dict[str, Callable[[Path], Record | None]] = {
     "corpora": corpora,
     "order": order,

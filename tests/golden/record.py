@@ -1,11 +1,11 @@
 """Record what lrnn computes: a golden record that guards it against changes that should not change it.
 
-`golden.json` is what this program wrote, and test_golden.py compares. If a change is meant to alter results, record
+This program writes `golden.json`, and test_golden.py compares with it. If a change is meant to alter results, record
 again, and look at the difference before committing it:
 
     python tests/golden/record.py tests/golden/golden.json
 
-`old_checkpoint/` is never written again: its folder `run/` is what version 0.1.0 left after step 8 of its `run.yaml`.
+`old_checkpoint/` is never written again. Its folder `run/` was left by version 0.1.0 after step 8 of its `run.yaml`.
 Later versions resume from it.
 """
 
@@ -27,21 +27,21 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "DS_ACCELERATOR": "cpu",
     "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",  # another split of a sum is another rounding
+    "OMP_NUM_THREADS": "1",  # splitting a sum differently would round differently
     "OPENBLAS_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-PROCESSES = {"zero": 2}  # all other parts: one
+PROCESSES = {"zero": 2}  # all other parts run in one process
 
 
 def record(work: Path) -> Iterator[tuple[str, Any]]:
-    """Compute the parts of the record in the folder `work`; yields (name, what JSON holds of it).
+    """Compute the parts of the record in the folder `work`. Yield (name, result as JSON holds it) for each.
 
-    Each part runs in processes that are forked from this one, which imports everything and computes nothing. So a start
-    takes no time, and a training finds no traces of another one.
+    Each part runs in processes forked from this one, which imports everything and computes nothing. A process therefore
+    starts at once, and a training finds no traces of another one.
 
     Raises:
-        RuntimeError: a part failed.
+        RuntimeError: If a part fails.
     """
     os.environ.update(ENVIRONMENT)
     import measurements
@@ -62,7 +62,7 @@ def record(work: Path) -> Iterator[tuple[str, Any]]:
         for child in children:
             child.start()
         while any(child.is_alive() for child in children):
-            if any(child.exitcode for child in children):  # the others would wait for it
+            if any(child.exitcode for child in children):  # the others would wait for the failed one
                 for child in children:
                     child.kill()
             time.sleep(0.02)
@@ -74,13 +74,13 @@ def record(work: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _seconds() -> float:
-    """Processor time of the children that have ended."""
+    """Return the processor time of the children that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def _places(count: int) -> list[dict[str, str]]:
-    """The place in a group of `count` processes, as torchrun would set it; one process alone has none."""
+    """Return a process's place in a group of `count`, as torchrun would set it. A single process has none."""
     if count == 1:
         return [{}]
     with socket.socket() as s:
@@ -90,7 +90,7 @@ def _places(count: int) -> list[dict[str, str]]:
 
 
 def _run(part: Any, work: Path, place: dict[str, str], log: Path, out: Path) -> None:
-    """In a process of its own: write what a part returns into `out`, and what it prints into `log`."""
+    """Run a part in this process. Write its result into `out`, and its output into `log`."""
     import torch
 
     torch.set_num_threads(1)
@@ -108,7 +108,7 @@ def _run(part: Any, work: Path, place: dict[str, str], log: Path, out: Path) -> 
 
 
 def dump(value: Any, indent: str = "") -> str:
-    """JSON with an object's members on lines of their own, and every list on one."""
+    """Return JSON with one line per member of an object, and every list on one line."""
     if not isinstance(value, dict) or not value:
         return json.dumps(value, ensure_ascii=False)
     inner = indent + " "

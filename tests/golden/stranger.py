@@ -1,7 +1,7 @@
 """Logits of exported folders, in the form in which the golden record keeps them.
 
-Run as `python -I stranger.py FOLDERS.json OUT.json` it is a process that cannot import lrnn: FOLDERS is a list of
-folders, OUT becomes an object of what `logits_of` returns for each.
+Run as `python -I stranger.py FOLDERS.json OUT.json`, it is a process that cannot import lrnn. FOLDERS is a list of
+folders. OUT becomes an object with the result of `logits_of` for each folder.
 """
 
 import json
@@ -16,7 +16,7 @@ ROWS, TOKENS, DECODED, PADDED = 2, 80, 5, 9  # 80 tokens are more than a chunk o
 
 @torch.no_grad()
 def logits_of(folder: str, trust_remote_code: bool) -> dict[str, Any]:
-    """Some logits of fixed tokens: of a pass over all of them, of decoding one by one, and behind padding."""
+    """Return some logits of fixed tokens: from one pass over them, from decoding one by one, and with padding ahead."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=trust_remote_code, dtype=torch.float32, local_files_only=True
     ).eval()
@@ -50,5 +50,5 @@ def main(folders_file: str, out_file: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.modules["lrnn"] = None  # type: ignore[assignment]  # makes `import lrnn` fail, also where it is installed
+    sys.modules["lrnn"] = None  # type: ignore[assignment]  # makes `import lrnn` fail even if it is installed
     main(*sys.argv[1:])

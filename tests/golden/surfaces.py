@@ -1,6 +1,6 @@
-"""What the golden record takes from lrnn: every import of its modules, and every form of file that it is given.
+"""Everything that the golden record uses of lrnn: imports of its modules, and forms of files that lrnn reads.
 
-Where a module, an option or a form of configuration moves, this file alone is to follow.
+If a module, an option or a form of configuration changes, only this file needs to follow.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import deepspeed  # noqa: F401  imported ahead of the fork: a training needs it at its start
+import deepspeed  # noqa: F401  imported before the fork, because a training needs it when it starts
 import numpy as np
 import pandas  # noqa: F401  likewise
 import torch
@@ -24,7 +24,7 @@ from lrnn.eval.export import write as export_write
 from lrnn.eval.state_tracking.documents import documents
 from lrnn.eval.state_tracking.tasks import TEXT_TASKS
 from lrnn.model.mixers import MIXERS
-from lrnn.pretrain import train  # noqa: F401  the command's module, imported ahead of the fork
+from lrnn.pretrain import train  # noqa: F401  the command's module, imported before the fork
 from lrnn.pretrain.corpus.reader import TokenCorpus
 from lrnn.pretrain.data.order import MixedOrder, window_index
 from lrnn.track.tasks.counter_rng import split_seed
@@ -42,10 +42,10 @@ FLA_MIXERS = ("gated_deltanet", "deltanet")
 def command(*arguments: str | Path) -> None:
     """Run a command line of `lrnn` in this process.
 
-    Leaves the group of processes that a training makes: DeepSpeed cannot begin a second one.
+    Leave the group of processes that a training makes, because DeepSpeed cannot begin a second one.
 
     Raises:
-        RuntimeError: the command ends with a status other than 0.
+        RuntimeError: If the command ends with a status other than 0.
     """
     environment = dict(os.environ)
     try:
@@ -60,9 +60,9 @@ def command(*arguments: str | Path) -> None:
 
 @contextmanager
 def without_checks() -> Iterator[None]:
-    """Keep `lrnn export` from reading back what it writes, which takes a process for each folder and much text.
+    """Keep `lrnn export` from reading back what it writes, which takes one process per folder and much text.
 
-    The record has one process that reads all of them.
+    The record reads all folders in one process.
     """
     with (
         patch.object(export_write, "sample_batch", lambda tokenizer: torch.zeros(1, 2, dtype=torch.int64)),
@@ -73,7 +73,7 @@ def without_checks() -> Iterator[None]:
 
 
 def write_run(folder: Path, model: dict[str, Any], run: dict[str, Any], zero_stage: int) -> Path:
-    """Write the configuration of a run into `folder`; returns its YAML file."""
+    """Write the configuration of a run into `folder`. Return the YAML file."""
     folder.mkdir(parents=True)
     engine = {
         "zero_optimization": {
@@ -93,32 +93,32 @@ def write_run(folder: Path, model: dict[str, Any], run: dict[str, Any], zero_sta
 
 
 def read_corpus(path: Path, split: str) -> tuple[np.ndarray, np.ndarray, str]:
-    """Tokens of a split, positions at which its documents start, and its fingerprint."""
+    """Return the tokens of a split, the positions at which its documents start, and its fingerprint."""
     corpus = TokenCorpus(path, split)
     n = corpus.num_tokens
     return corpus.tokens(0, n), corpus.document_starts(0, n), corpus.fingerprint
 
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order of the `n` windows of a corpus in an epoch."""
+    """Return the order of the `n` windows of a corpus in an epoch."""
     return window_index(seed, epoch, np.arange(n), n)
 
 
 def mixed_order(
     num_windows: list[int], weights: list[float], seed: int, samples: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Corpus, epoch and window of each sample."""
+    """Return corpus, epoch and window of each sample."""
     return MixedOrder(num_windows, weights, seed)(samples)
 
 
 def track_samples(
     task: str, parameters: dict[str, Any], seed: int, split: str, count: int, lengths: tuple[int, int]
 ) -> dict[str, torch.Tensor]:
-    """The first `count` samples of a state-tracking task."""
+    """Return the first `count` samples of a state-tracking task."""
     batch = make_task(task, **parameters).batch(split_seed(seed, split), torch.arange(count), *lengths)
     return {"input_ids": batch.input_ids, "labels": batch.labels, "lengths": batch.lengths}
 
 
 def text_documents(task: str) -> list[dict[str, Any]]:
-    """The documents of a task of the evaluation suite `state_tracking`."""
+    """Return the documents of a task of the evaluation suite `state_tracking`."""
     return [dict(document) for document in documents(task)]

@@ -1,7 +1,7 @@
 """Compare what the code computes with what it computed when `golden.json` was written; see record.py.
 
-Floats may differ by 1e-5, relative or absolute: another processor rounds otherwise. With LRNN_GOLDEN_BITWISE=1 they may
-not differ at all, which holds on the machine that wrote the record. All else must be equal.
+Floats may differ by 1e-5, relative or absolute, because processors round differently. With LRNN_GOLDEN_BITWISE=1 they
+must be equal, as they are on the machine that wrote the record. Everything else must be equal.
 """
 
 import json
@@ -19,12 +19,12 @@ HERE = Path(__file__).parent
 GOLDEN = json.loads((HERE / "golden.json").read_text(encoding="utf-8"))
 ENTRIES = [(part, name) for part in GOLDEN for name in GOLDEN[part]]
 TOLERANCE = 0.0 if os.environ.get("LRNN_GOLDEN_BITWISE") == "1" else 1e-5
-SHOWN = 20  # differences of an entry
+SHOWN = 20  # at most so many differences of an entry are printed
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, Any]:
-    """The record of the code as it is, from one process: recording takes a minute or two."""
+    """Record the current code, once for all tests of a process. This takes a minute or two."""
     out = tmp_path_factory.mktemp("golden") / "found.json"
     done = subprocess.run([sys.executable, HERE / "record.py", out], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout.decode(errors="replace")[-8000:]
@@ -32,7 +32,7 @@ def found(tmp_path_factory) -> dict[str, Any]:
 
 
 def differences(golden: Any, found: Any, name: str) -> Iterator[str]:
-    """A line for each value that is not what it was."""
+    """Return a line for each value that has changed."""
     if isinstance(golden, dict) and isinstance(found, dict):
         for key in sorted(golden.keys() | found.keys()):
             if key not in found or key not in golden:
@@ -62,12 +62,12 @@ def test_entries_are_the_same(found):
 
 @pytest.mark.parametrize(("part", "name"), ENTRIES, ids=[f"{part}-{name}" for part, name in ENTRIES])
 def test_entry_is_unchanged(found, part, name):
-    if name in found[part]:  # else it is named above
+    if name in found[part]:  # a missing entry is named by the test above
         check(GOLDEN[part][name], found[part][name], f"{part} / {name}")
 
 
 def test_old_checkpoint_resumes_as_if_never_stopped(found):
-    """Its other steps are those of the record: neither the format nor the meaning of a checkpoint has changed."""
+    """The remaining steps equal the record, so neither the format nor the meaning of a checkpoint has changed."""
     whole, rest = GOLDEN["old checkpoint"]["never stopped"], found["old checkpoint"]["resumed"]
     assert found["old checkpoint"]["start"] == [8, True]
     for key in ("step", "loss", "grad_norm", "lr"):

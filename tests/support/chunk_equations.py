@@ -1,6 +1,7 @@
-"""What the scans over chunks, and the backward pass inside chunks, are given and should find, in float64.
+"""Inputs and expected results, in float64, of the scans over chunks and of the backward pass inside chunks.
 
-Heads have 128 keys and values. The scans are compared with the recurrence, token by token, and autograd's gradients.
+Heads have 128 keys and values. The expected results of the scans come from the recurrence, token by token, and from
+autograd.
 """
 
 import torch
@@ -30,7 +31,7 @@ def check(found, truth, bar=1e-5):
 
 
 def recurrence_inputs(B, T, H, HV, normalize, seed=0, dtype=torch.float32):
-    """A call's tensors: q and k of any length where they are normalised, else about 1; gates as they are added up."""
+    """Return a call's tensors, with accumulated gates. q and k have any length if they are normalised, else about 1."""
     r = torch.Generator().manual_seed(seed)
     q, k = (torch.randn(B, T, H, D, generator=r) / (1 if normalize else D**0.5) for _ in range(2))
     x = {"q": q.to(dtype), "k": k.to(dtype), "v": torch.randn(B, T, HV, D, generator=r).to(dtype)}
@@ -39,14 +40,16 @@ def recurrence_inputs(B, T, H, HV, normalize, seed=0, dtype=torch.float32):
 
 
 def by_head(x):
-    """x [B, T, HV] as [HV, B * T]"""
+    """Return x [B, T, HV] as [HV, B * T]."""
     return x.flatten(0, 1).T
 
 
 def make_scan(x, normalize, split=False):
-    """The scans of a call, with what `chunk_inverse` gives them: C, and gates, step sizes and norms by row."""
+    """Return the scans of a call with the results of `chunk_inverse`: C, and rows of gates, step sizes and norms."""
     (B, T, HV), H = x["beta"].shape, x["k"].shape[2]
-    vectors = nans(HV, 4, B * T) if normalize else torch.zeros(HV, 4, B * T)  # the forward scan finds norms of queries
+    vectors = (
+        nans(HV, 4, B * T) if normalize else torch.zeros(HV, 4, B * T)
+    )  # the forward scan computes the norms of queries
     g = by_head(x["g"]).reshape(HV, -1, CHUNK).cumsum(-1) / torch.log(torch.tensor(2.0))
     vectors[:, 0], vectors[:, 1] = g.flatten(1), by_head(x["beta"])
     k = x["k"].double().repeat_interleave(HV // H, 2)
@@ -63,12 +66,12 @@ def make_scan(x, normalize, split=False):
 
 
 def log_norms(q, HV):
-    """log2 of 1 / |q| for each value head, as the forward scan writes it"""
+    """Return log2 of 1 / |q| for each value head, as the forward scan writes it."""
     return -by_head(q.double().norm(dim=-1).log2().repeat_interleave(HV // q.shape[2], 2))
 
 
 def recurrence(x, initial, normalize):
-    """Token by token: outputs, the errors that tokens find, the states in which chunks start, and the last one."""
+    """Compute token by token the outputs, the errors that tokens find, the states before chunks, and the last one."""
     x = {name: y.double() for name, y in x.items()}
     q, k, v = (x[name] for name in "qkv")
     if normalize:
@@ -77,7 +80,7 @@ def recurrence(x, initial, normalize):
     state, outputs, errors, starts = initial.double(), [], [], []
     for t in range(v.shape[1]):
         if t % CHUNK == 0:
-            state = state.clone()  # a tensor of its own, for its gradient
+            state = state.clone()  # a separate tensor, so that it gets its own gradient
             starts.append(state)
         state = state * x["g"][:, t].exp()[..., None, None]
         errors.append(v[:, t] - (k[:, t, :, None] @ state)[..., 0, :])
@@ -88,7 +91,7 @@ def recurrence(x, initial, normalize):
 
 
 def state_rows(states):
-    """States [B, HV, K, V] of each chunk as kernels store them: S^T by sequence, chunk and head."""
+    """Return states [B, HV, K, V] of each chunk as kernels store them: S^T by sequence, chunk and head."""
     return torch.stack(states, 1).mT.reshape(-1, D)
 
 
@@ -97,7 +100,7 @@ def is_kept_small(beta, dtype):
 
 
 def scan_gradients(x, initial, do, dfinal, normalize=True):
-    """What autograd finds for the backward scan; where step sizes are small the values' gradients are without them."""
+    """Return autograd's results for the backward scan; where step sizes are small the values' gradients are without them."""
     leaves = {name: y.double().requires_grad_() for name, y in x.items()}
     start = initial.double().requires_grad_()
     o, _, starts, final = recurrence(leaves, start, normalize)
@@ -109,7 +112,7 @@ def scan_gradients(x, initial, do, dfinal, normalize=True):
 
 
 def inside_chunks(chunks, H, HV, normalize, seed=0, dtype=torch.float32):
-    """Scans, and what the backward pass inside their chunks is given, as random numbers."""
+    """Return scans, and random inputs of the backward pass inside their chunks."""
     n = chunks * CHUNK
     scan = make_scan(recurrence_inputs(1, n, H, HV, normalize, seed, dtype), normalize)
     vectors = scan.vectors.view(HV, 4, -1)
@@ -124,7 +127,7 @@ def inside_chunks(chunks, H, HV, normalize, seed=0, dtype=torch.float32):
 
 
 def chunk_gradients(scan, given, normalize):
-    """The equations of `chunk_backward`'s docstring."""
+    """Compute the equations in the docstring of `chunk_backward`."""
     H, HV, n = scan.call.H, scan.call.HV, scan.call.T
 
     def tiles(x):  # [HV, chunks, CHUNK, D]

@@ -1,4 +1,4 @@
-"""Calls of the delta rule on one backend, without the operators around them, and the launches that they make."""
+"""Calls of the delta rule on one backend without the operators around them, and records of their launches."""
 
 import functools
 from collections.abc import Callable
@@ -20,14 +20,14 @@ PORTABLE = (chunk_inverse, chunk_forward, scan_backward, chunk_backward)
 
 
 def replace_launch(monkeypatch: pytest.MonkeyPatch, replacement: Callable[..., None]) -> None:
-    """Until the test ends, launch the kernels of all backends by `replacement`."""
+    """Make all backends launch kernels by `replacement` until the test ends."""
     for module in HOPPER + PORTABLE:
         monkeypatch.setattr(module, "launch", replacement)
 
 
 class BackendCall:
-    """A call, with the launchers of a backend as its methods: `forward_scan(initial, final, ...)` and the others take
-    what `Backend` describes after the call and its operands."""
+    """A call with the launchers of a backend as its methods. `forward_scan(initial, final, ...)` and the others take the
+    arguments that `Backend` describes after the call and its operands."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""All outputs and gradients of a function against those of its truth, in the interpreter and on a GPU."""
+"""Compare all outputs and gradients of a function with those of its truth, in the interpreter and on a GPU."""
 
 import delta_rule_inputs as inputs
 import delta_rule_truth as truth
@@ -9,7 +9,7 @@ from lrnn.kernels.delta_rule.api import fused_gated_delta_rule, gated_delta_rule
 
 
 def compare(x, bars, label, ours=gated_delta_rule, true=truth.gated_delta_rule, zero=(), **options):
-    """All outputs and gradients of a function and of its truth; `zero` names gradients that are 0 but for rounding."""
+    """Compare all outputs and gradients with the truth. `zero` names gradients that are 0 except for rounding."""
     do, dstate = inputs.arriving(x)
     expected = evaluate_truth(true, x, do, dstate, **options)
     least = floors(expected, do) | dict.fromkeys(zero, torch.linalg.vector_norm(do.float()).item())
@@ -21,7 +21,7 @@ def compare_fused(x, bars, label, **options):
 
 
 def compare_short_vectors(x, bars):
-    """|x| is floored at 1e-6: a zero key neither writes nor erases, and below the floor x^ is linear in x."""
+    """Check vectors below the floor of |x|, 1e-6. A zero key neither writes nor erases, and x^ is linear in x there."""
     x["k"][:, 3], x["q"][:, 5] = 0.0, 0.0
     x["k"][:, 7] *= 1e-8
     short = [3, 5, 7]
@@ -29,7 +29,7 @@ def compare_short_vectors(x, bars):
     do, dstate = inputs.arriving(x)
     expected = evaluate_truth(truth.gated_delta_rule, x, do, dstate, normalize_qk=True)
     found = evaluate(gated_delta_rule, x, do, dstate, normalize_qk=True)
-    # Their gradients are a million times those of the other tokens: compared in one norm, they would hide them.
+    # Their gradients are a million times larger than those of the other tokens, and would hide them in a common norm.
     for tokens in (short, others):
 
         def of_tokens(values, tokens=tokens):

@@ -1,13 +1,13 @@
-"""Inputs of the gated delta rule for tests: random ones, and those that break implementations.
+"""Inputs of the gated delta rule for tests: random ones, and ones that break implementations.
 
-Makers return the tensors by argument name, of `gated_delta_rule` or, with `raw`, of `fused_gated_delta_rule`.
+The functions return tensors by the argument names of `gated_delta_rule` or, with `raw`, of `fused_gated_delta_rule`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# What an output or a gradient may be off, relative to its norm, on random inputs. "" is for the names not listed.
+# Bounds of the error of an output or a gradient on random inputs, relative to its norm. "" is for all other names.
 BARS = {
     torch.bfloat16: {"": 5e-3, "dbeta": 1e-2, "dg": 1e-2, "db": 1e-2, "da": 1e-2, "dA_log": 1e-2, "ddt_bias": 1e-2},
     torch.float16: {"": 1e-3, "dbeta": 2e-3, "dg": 2e-3, "db": 2e-3, "da": 2e-3, "dA_log": 2e-3, "ddt_bias": 2e-3},
@@ -33,10 +33,11 @@ def random(
     raw: bool = False,
     states: int | None = None,
 ) -> dict[str, Tensor | None]:
-    """Keys and queries of random direction and length, beta in (0, 2), log-gates in (-gate, 0), a random state.
+    """Return keys and queries of random direction and length, beta in (0, 2), log-gates in (-gate, 0), a random state.
 
-    states: initial states, default B; 0 for none. raw: logits and per-head parameters in place of g and beta, for gates
-    of about the same strength.
+    Args:
+        states: number of initial states, default B; 0 for none.
+        raw: return logits and per-head parameters in place of g and beta, for gates of about the same strength.
     """
     r = generator(device, seed)
     HV, V = HV or H, V or K
@@ -59,19 +60,19 @@ def random(
 
 
 def unit_keys(x: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """The same with q and k normalised and rounded, for calls without `normalize_qk`."""
+    """Normalise and round q and k, for calls without `normalize_qk`."""
     return x | {n: F.normalize(x[n].double(), dim=-1).to(x[n].dtype) for n in ("q", "k")}
 
 
 def arriving(x: dict[str, Tensor | None], seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Random gradients of o and of the final state (of v's dtype, as autograd would hand on, and float32)."""
+    """Return random gradients of o, in the dtype of v as autograd would pass it, and of the final state in float32."""
     r = generator(str(x["v"].device), seed)
     do = torch.randn(x["v"].shape, generator=r, device=x["v"].device).to(x["v"].dtype)
     return do, torch.randn(x["initial_state"].shape, generator=r, device=do.device)
 
 
 def key_sequence(kind: str, T: int, K: int, device: str = "cpu", seed: int = 0) -> Tensor:
-    """Keys [T, K], in float64, of any length unless the kind says otherwise.
+    """Return keys [T, K] in float64, of any length unless the kind says otherwise.
 
     parity: one key. alternating: k, -k, k, ... orthogonal: two orthogonal keys in turn. N keys: N random directions in
     random order. swaps: (e_i - e_j) / sqrt 2 of 8 axes, whose reflections swap two coordinates. parallel EPS: one key
@@ -111,7 +112,7 @@ KEYS += ["parallel 1e-1", "parallel 1e-2", "parallel 1e-3"]
 
 
 def set_keys(x: dict[str, Tensor | None], kind: str, seed: int = 3) -> dict[str, Tensor | None]:
-    """The same with other keys, one sequence of them a head, and queries that read along the keys."""
+    """Replace the keys by one sequence of keys per head, and the queries by ones that read along them."""
     B, T, H, K = x["k"].shape
     device = str(x["k"].device)
     keys = torch.stack([key_sequence(kind, T, K, device, seed + h) for h in range(H)], 1).to(x["k"].dtype)
@@ -119,10 +120,10 @@ def set_keys(x: dict[str, Tensor | None], kind: str, seed: int = 3) -> dict[str,
 
 
 def set_gates(x: dict[str, Tensor | None], kind: str) -> dict[str, Tensor | None]:
-    """The same with other log-gates.
+    """Replace the log-gates.
 
-    none: no gate. one: 0 at every token. tiny: -1e-6. A number: that at every token. once: -20 at the first token of
-    each 64 and at the 31st, else mild. mixed: a head without decay, the others -20, -80, ...
+    none: no gate. one: 0 at every token. tiny: -1e-6. A number: that number at every token. once: -20 at the first
+    token of each 64 and at the 31st, mild at the others. mixed: one head without decay, the others -20, -80, ...
     """
     g = torch.zeros_like(x["g"])
     if kind == "none":
@@ -144,9 +145,9 @@ GATES = ["none", "one", "tiny", "-20", "-80", "once", "mixed"]
 
 
 def set_betas(x: dict[str, Tensor | None], kind: str) -> dict[str, Tensor | None]:
-    """The same with other step sizes.
+    """Replace the step sizes.
 
-    A number: that at every token. rows: 0 at every third token and 2 at every fifth. chunk: 0 in the second 64 tokens.
+    A number: that number at every token. rows: 0 at every third token and 2 at every fifth. chunk: 0 in the second 64 tokens.
     """
     beta = x["beta"].clone()
     if kind == "rows":

@@ -1,11 +1,11 @@
-"""The gated delta rule as it is defined, token by token in float64, and how far another implementation is from it.
+"""The gated delta rule by its definition, token by token in float64, and the distance of other implementations to it.
 
     S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        alpha_t = exp(g_t)
     o_t = scale * S_t^T q_t
 
-Nothing here is shared with the code under test: no chunks, no inverse, and the gradients are autograd's. The functions
-have the signatures of those in `lrnn.kernels.delta_rule.api`, take any float dtype and device, and compute in float64
-from the tensors as they are given.
+Nothing here is shared with the code under test. There are no chunks and no inverse, and autograd computes the
+gradients. The functions have the signatures of those in `lrnn.kernels.delta_rule.api`, take any float dtype and device,
+and compute in float64 from the tensors as they are given.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-SEGMENT = 64  # tokens whose states autograd keeps at a time; of the others it keeps one state a segment
+SEGMENT = 64  # tokens whose states autograd keeps at a time; it keeps one state per segment otherwise
 
 
 def gated_delta_product(
@@ -31,7 +31,7 @@ def gated_delta_product(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """n factors a token, the gate ahead of the first, the output after the last.
+    """Apply n factors per token, with the gate before the first and the output after the last.
 
     q [B, T, H, K]; k [B, T, n, H, K]; v [B, T, n, HV, V]; g [B, T, HV]; beta [B, T, n, HV]; value head h uses the query
     and key of head h // (HV // H). Returns o [B, T, HV, V] and the state [N, HV, K, V] or None, in float64.
@@ -45,7 +45,7 @@ def gated_delta_product(
     q, k = (x.repeat_interleave(HV // H, -2) for x in (q, k))
     scale = K**-0.5 if scale is None else float(scale)
 
-    # Documents of different length become the rows of a batch. Behind its end a document has beta = 0 and g = 0, which
+    # Documents of different length become the rows of a batch. Past its end, a document has beta = 0 and g = 0, which
     # is the identity on the state.
     inside = None
     if cu_seqlens is not None:
@@ -83,12 +83,12 @@ def _scan(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tenso
 
 
 def gated_delta_rule(q, k, v, g, beta, **options) -> tuple[Tensor, Tensor | None]:
-    """One factor a token: k [B, T, H, K], v [B, T, HV, V], beta [B, T, HV]."""
+    """Apply one factor per token: k [B, T, H, K], v [B, T, HV, V], beta [B, T, HV]."""
     return gated_delta_product(q, k[:, :, None], v[:, :, None], g, beta[:, :, None], **options)
 
 
 def fused_gated_delta_rule(q, k, v, a, b, A_log, dt_bias, *, beta_range=2.0, **options):
-    """From raw projections: q / |q|, k / |k|, beta = beta_range sigmoid(b), g = -exp(A_log) softplus(a + dt_bias)."""
+    """Compute from raw projections: q / |q|, k / |k|, beta = beta_range sigmoid(b), g = -exp(A_log) softplus(a + dt_bias)."""
     beta = b if beta_range is None else beta_range * b.double().sigmoid()
     g = None if a is None else -A_log.double().exp() * F.softplus(a.double() + dt_bias.double())
     return gated_delta_rule(q, k, v, g, beta, normalize_qk=True, **options)
@@ -97,9 +97,9 @@ def fused_gated_delta_rule(q, k, v, a, b, A_log, dt_bias, *, beta_range=2.0, **o
 def evaluate(
     function: Callable, tensors: dict[str, Tensor | None], do: Tensor | None, dstate: Tensor | None = None, **options
 ) -> dict[str, Tensor]:
-    """Outputs `o` and `final_state` of a function, and the gradient `d<name>` of every tensor that it is given.
+    """Return outputs `o` and `final_state` of a function, and the gradient `d<name>` of every tensor argument.
 
-    `do` and `dstate` are the gradients that arrive at the outputs; where one is None, the loss does not depend on it.
+    `do` and `dstate` are the gradients of the outputs. If one is None, the loss does not depend on that output.
     """
     leaves = {name: None if x is None else x.detach().clone().requires_grad_() for name, x in tensors.items()}
     o, state = function(**leaves, **options, output_final_state=True)
@@ -115,14 +115,14 @@ def evaluate(
 
 
 def evaluate_truth(function: Callable, tensors: dict[str, Tensor | None], *arriving, **options) -> dict[str, Tensor]:
-    """`evaluate` on float64 copies, so that the gradients are float64 too."""
+    """Run `evaluate` on float64 copies, so that the gradients are float64 too."""
     return evaluate(function, {n: None if x is None else x.double() for n, x in tensors.items()}, *arriving, **options)
 
 
 def relative_error(x: Tensor, truth: Tensor, floor: float = 1e-20) -> float:
-    """|x - truth| / |truth| in the Euclidean norm; `floor` is the least that is divided by.
+    """Return |x - truth| / |truth| in the Euclidean norm. The divisor is at least `floor`.
 
-    The default floor lets zero stand for numbers that float32 hardly reaches (a gate of e^-80, twice).
+    With the default floor, zero passes for numbers that float32 hardly represents (a gate of e^-80, twice).
     """
     assert x.shape == truth.shape, (x.shape, truth.shape)
     truth = truth.double()
@@ -130,13 +130,13 @@ def relative_error(x: Tensor, truth: Tensor, floor: float = 1e-20) -> float:
 
 
 def floors(truth: dict[str, Tensor], do: Tensor) -> dict[str, float]:
-    """`floor` of `relative_error` for the gradients that strong gates leave almost nothing of.
+    """Return the `floor` of `relative_error` for gradients that strong gates make almost zero.
 
-    Under gates near 0 the true dg is e^-80 small. What an implementation returns is the difference of terms as large as
-    o_t . do_t, so its error is measured in their units: below a hundredth of them no relative accuracy is asked for.
-    The gradient of the initial state may underflow float16 where it is 1e-4 of that of the outputs. Gradients of A_log
-    and dt_bias are sums over all tokens of terms of either sign, at least as large as those of a: a head's sum can be
-    small by chance, its error is not.
+    Under gates near 0 the true dg is as small as e^-80. An implementation computes it as a difference of terms as large
+    as o_t . do_t, so its error is measured in their units, and no relative accuracy is required below a hundredth of
+    them. The gradient of the initial state may underflow float16 where it is 1e-4 of that of the outputs. Gradients of
+    A_log and dt_bias are sums over all tokens of terms of either sign, at least as large as those of a. The sum of a
+    head can be small by chance, but its error is not.
     """
     gate = 0.01 * torch.linalg.vector_norm((truth["o"] * do.double()).sum(-1)).item()
     least = {"dg": gate, "da": gate, "dinitial_state": 1e-4 * torch.linalg.vector_norm(do.double()).item()}
@@ -154,8 +154,9 @@ def check(
 ):
     """Print the relative errors of all outputs and gradients, and fail if one is not finite or above its bar.
 
-    bars: the bar by name; the one named "" is for names that are not listed.
-    floors: `floor` of `relative_error` by name.
+    Args:
+        bars: the bar by name; the one named "" is for names that are not listed.
+        floors: `floor` of `relative_error` by name.
     """
     assert found.keys() == truth.keys(), (sorted(found), sorted(truth))
     errors = {n: relative_error(found[n], t, max((floors or {}).get(n, 0.0), 1e-20)) for n, t in truth.items()}

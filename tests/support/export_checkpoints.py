@@ -1,4 +1,4 @@
-"""Models to be exported, and checkpoints of them."""
+"""Models for tests of the export, and checkpoints of them."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from lrnn.pretrain.checkpoint.format import manifest_text
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 16, "intermediate_size": 48}
 VARIANTS = {
     "gated": {},
-    "gated-tied": {"tie_word_embeddings": True, "num_heads": 3},  # heads that do not add up to hidden_size
+    "gated-tied": {"tie_word_embeddings": True, "num_heads": 3},  # the sizes of the heads do not add up to hidden_size
     "deltanet": {"mixer": "deltanet", "allow_neg_eigval": False},
     "deltanet-tied": {"mixer": "deltanet", "tie_word_embeddings": True, "num_heads": 3, "conv_size": 3},
 }
@@ -30,7 +30,7 @@ OTHER_MIXERS |= {
 
 
 def random_model(variant: str) -> LrnnForCausalLM:
-    """A model whose every parameter matters to its logits."""
+    """Return a model in which every parameter affects the logits."""
     torch.manual_seed(0)
     model = LrnnForCausalLM(
         LrnnConfig(vocab_size=640, max_position_embeddings=64, **{**SIZE, **(VARIANTS | OTHER_MIXERS)[variant]})
@@ -57,7 +57,7 @@ def write_manifest(folder: Path):
 
 
 def write_checkpoint(run: Path, model: LrnnForCausalLM, tokenizer: Path, step: int = 10) -> Path:
-    """A checkpoint in the format that lrnn.pretrain.checkpoint.format documents, as two processes would leave it."""
+    """Write a checkpoint in the format of lrnn.pretrain.checkpoint.format, as two processes would leave it."""
     folder = run / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
     parts: list[dict] = [{}, {}]

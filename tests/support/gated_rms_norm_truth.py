@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-# Bounds of the error of an output or a gradient, relative to its norm: from rounding the result, or float32 sums.
+# Bounds of the error of an output or a gradient, relative to its norm. It comes from rounding the result, or from sums
+# in float32.
 BARS = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}
 
 

@@ -1,4 +1,4 @@
-"""Files that leave a mark if something executes them, and the careless way to load them, which proves it."""
+"""Files that leave a mark if they are executed, and the careless ways to load them, which prove that they do."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class _Opens:
-    """Its pickle opens a file for writing when it is loaded."""
+    """An object whose pickle opens a file for writing when it is loaded."""
 
     def __init__(self, mark: Path):
         self.mark = mark
@@ -27,16 +27,16 @@ def hostile_yaml(mark: Path) -> str:
 
 
 def hostile_python(mark: Path) -> str:
-    """Goes in front of a module, or is one."""
+    """Return code that makes the mark, to be put in front of a module or used as one."""
     return f"open({str(mark)!r}, 'w').close()\n"
 
 
 def add_hostile_code(tokenizer: Path, mark: Path, *, known_class: bool, elsewhere: bool = False) -> None:
-    """Give a tokenizer folder code of its own.
+    """Give a tokenizer folder its own code.
 
     Args:
         mark: file that the code makes.
-        known_class: whether transformers has the class that the folder names too, and can do without the code.
+        known_class: whether transformers also has the class that the folder names, and does not need the code.
         elsewhere: name the code by a path, so that copies of the folder without the code find it.
     """
     (tokenizer / "tokenization_own.py").write_text(
@@ -53,7 +53,7 @@ def add_hostile_code(tokenizer: Path, mark: Path, *, known_class: bool, elsewher
 
 
 def load_carelessly(code: str, work: Path) -> None:
-    """Run Python code in a process without lrnn; whether it succeeds does not matter, the mark does."""
+    """Run Python code in a process without lrnn. It may fail, since only the mark matters."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(work / "modules")}
     program = f"import sys\nsys.modules['lrnn'] = None\n{code}"
     subprocess.run([sys.executable, "-I", "-c", program], cwd=work, env=env, capture_output=True, timeout=120)

@@ -1,4 +1,4 @@
-"""Small models of every token mixer for tests, of which each parameter matters."""
+"""Small models of every token mixer for tests, in which every parameter affects the results."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ every_case = pytest.mark.parametrize(
 
 
 def make_model(variant: str, allow_neg_eigval: bool = True, **config) -> LrnnForCausalLM:
-    """A model whose every parameter matters, and whose decays and steps spread over their whole range."""
+    """Return a model in which every parameter matters, and decays and steps cover their whole range."""
     torch.manual_seed(0)
     fields = {**SIZE, **VARIANTS[variant], "allow_neg_eigval": allow_neg_eigval, "num_hidden_layers": 1, **config}
     model = LrnnForCausalLM(LrnnConfig(**fields))
@@ -33,7 +33,7 @@ def make_model(variant: str, allow_neg_eigval: bool = True, **config) -> LrnnFor
                 p.add_(0.3 * torch.randn_like(p))
             elif name.endswith(("A_log", "dt_bias", "gate_bias")):
                 p.copy_(0.5 * torch.randn_like(p))
-            if "gk_proj.1" in name:  # GLA's decay is below 0.5 where the logit is below -11
+            if "gk_proj.1" in name:  # GLA's decay is below 0.5 if the logit is below -11
                 p.mul_(12).sub_(8 if p.ndim == 1 else 0)
             if "a_proj.1.weight" in name:
                 p.mul_(4)  # RWKV-7's in-context rates, near 0 and 1

@@ -1,4 +1,4 @@
-"""Recurrences of token mixers for tests: inputs, float64 truths, and the comparison of all results and gradients."""
+"""Recurrences of token mixers for tests: inputs, float64 truths, and a comparison of all results and gradients."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ def random(seed: int, *shape: int, device: str = "cpu") -> Tensor:
 
 
 def diagonal_inputs(B: int, T: int, H: int, K: int, V: int, numbers: int, device: str = "cpu") -> Inputs:
-    """q, k, v, logits of the decay, of which there are 1 or K a head, and an initial state."""
+    """Return q, k, v, logits of the decay (1 or K per head), and an initial state."""
     shapes = {"q": (B, T, H, K), "k": (B, T, H, K), "v": (B, T, H, V), "logit": (B, T, H, numbers)}
     shapes["initial_state"] = (B, H, K, V)
     x = {name: random(seed, *shape, device=device) for seed, (name, shape) in enumerate(shapes.items())}
@@ -25,7 +25,7 @@ def diagonal_inputs(B: int, T: int, H: int, K: int, V: int, numbers: int, device
 
 
 def by_logit(rule: Callable, negative: bool) -> Callable:
-    """A diagonal recurrence of the logit of a, with decays a or 2a - 1, whose gradients the logit's then has in it."""
+    """Wrap a diagonal recurrence to take the logit of a, with decays a or 2a - 1, so that the logit gets their gradient."""
 
     def run(q, k, v, logit, initial_state=None, **options):
         log_a = F.logsigmoid(logit)
@@ -36,7 +36,7 @@ def by_logit(rule: Callable, negative: bool) -> Callable:
 
 
 def true_diagonal(q, k, v, g, sign, scale, initial_state=None, output_final_state=False, document=None):
-    """S_t = diag(a_t) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t, token by token."""
+    """Compute S_t = diag(a_t) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t token by token."""
     a = g.exp() if sign is None else sign * g.exp()
     if document is not None:
         a = a * ~document_starts(document)[..., None, None]
@@ -45,7 +45,7 @@ def true_diagonal(q, k, v, g, sign, scale, initial_state=None, output_final_stat
 
 
 def rwkv7_inputs(B: int, T: int, H: int, K: int, V: int, negative: bool, device: str = "cpu") -> Inputs:
-    """Decays in the range of the mixer's, removal keys of norm 1, rates as the mixer makes them."""
+    """Return decays in the range of the mixer's, removal keys of norm 1, and rates as the mixer computes them."""
     x = {name: random(i, B, T, H, V if name == "v" else K, device=device) for i, name in enumerate("rkv")}
     x["w"] = 0.545 + 0.455 * random(3, B, T, H, K, device=device).sigmoid()
     x["kappa"] = F.normalize(random(4, B, T, H, K, device=device), dim=-1)
@@ -70,10 +70,12 @@ def compare(
     bars: dict[str, float],
     **options,
 ) -> None:
-    """All results and gradients of a function against those of its truth in float64, from the same values.
+    """Compare all results and gradients of a function with those of its truth in float64, from the same values.
 
-    rounded: names of the inputs that have the dtype; the others are float32. bars: what an output or a gradient
-    (d<name>) may be off, relative to its norm; the bar named "" is for names that are not listed.
+    Args:
+        rounded: names of the inputs that have the dtype; the others are float32.
+        bars: bounds of the error of an output or a gradient (d<name>), relative to its norm; the bar named "" is for
+            names that are not listed.
     """
     x = {n: y.to(dtype) if n in rounded else y for n, y in x.items()}
     results = []

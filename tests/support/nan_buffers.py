@@ -1,20 +1,20 @@
-"""Memory that nobody has written yet reads as NaN, so that a kernel that reads it shows."""
+"""Fill new memory with NaN, so that a kernel that reads it before it is written fails its test."""
 
 import pytest
 import torch
 
 
 def fill_new_buffers_with_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the test ends, torch.empty and its relatives return NaN in tensors of a float dtype.
+    """Make torch.empty and its relatives return NaN in tensors of a float dtype until the test ends.
 
-    The allocator often returns zeros or an older result of the same test: a kernel that leaves a part of its output
-    unwritten, or multiplies what it should not have read by 0, would pass.
+    The allocator often returns zeros or an older result of the same test. A kernel that leaves a part of its output
+    unwritten, or multiplies a value that it should not have read by 0, would then pass.
     """
 
     def filled(function):
         def wrapper(*args, **kwargs):
             x = function(*args, **kwargs)
-            with torch.no_grad():  # some of torch's own code asks for an empty leaf that requires gradients
+            with torch.no_grad():  # some of torch's own code creates an empty leaf that requires gradients
                 return x.fill_(float("nan")) if x.is_floating_point() else x
 
         return wrapper

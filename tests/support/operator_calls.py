@@ -1,4 +1,4 @@
-"""Which of this project's operators a piece of code calls, and with what."""
+"""Record which of this project's operators a piece of code calls, and the arguments."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class OperatorCalls(TorchDispatchMode):
-    """`with OperatorCalls() as calls:` keeps, in `calls.made`, (operator, args, kwargs) of the last call of each."""
+    """`with OperatorCalls() as calls:` keeps (operator, args, kwargs) of the last call of each in `calls.made`."""
 
     def __enter__(self):
         self.made: dict[str, tuple[Any, tuple, dict]] = {}
@@ -19,7 +19,7 @@ class OperatorCalls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def opcheck(self):
-        """torch.library.opcheck of each: schema, fake implementation, autograd registration, dynamic shapes."""
+        """Run torch.library.opcheck on each: schema, fake implementation, autograd registration, dynamic shapes."""
         for name, (function, args, kwargs) in self.made.items():
             leaves = name.endswith("forward")  # the others have no gradients
             args = [

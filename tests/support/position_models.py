@@ -9,12 +9,12 @@ import torch
 
 from lrnn import LrnnConfig, LrnnForCausalLM
 
-TRAINED = 32  # tokens; training length of the models
+TRAINED = 32  # the training length of the models in tokens
 WORDS = ["def", "f(x):\n   ", "return", "x\n", "for", "i", "in", "range(9):", "print(i)\n", "über", "日本", ""]
 
 
 def make_model(tiny_model: Path, folder: Path, *, negative: bool = True, seed: int = 0) -> Path:
-    """Folder of a random model with the tokenizer of `tiny_model`."""
+    """Return the folder of a random model with the tokenizer of `tiny_model`."""
     torch.manual_seed(seed)
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 16, "intermediate_size": 48}
     config = LrnnConfig(
@@ -42,6 +42,6 @@ def write_texts(path: Path, texts: list[str]) -> Path:
 
 
 def write_heldout(path: Path) -> Path:
-    """Four short documents, an empty one, and three of more than 16 times the training length."""
+    """Write four short documents, an empty one, and three of more than 16 times the training length."""
     words = [5, 400, 9, 300, 0, 12, 350, 7]
     return write_texts(path, [text_of(n, seed) for seed, n in enumerate(words)])

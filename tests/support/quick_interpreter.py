@@ -1,11 +1,11 @@
-"""Triton's interpreter without work that it does for nothing; every number stays what it was.
+"""Remove useless work from Triton's interpreter. No number changes.
 
-It takes half of the time of a kernel:
-- Each sum and product of integers is computed once more in 64 bits and compared with the limits of its type, for an
-  assertion that `debug` alone makes, and the interpreter has that off.
-- Each call of a device function replaces all of `triton.language` by what the interpreter has for it, though the launch
-  has done so, and looks through every member of the modules for that.
-- Each look-up of a NumPy type makes a dictionary of all.
+This work takes half of a kernel's time:
+- Each sum and product of integers is computed again in 64 bits and compared with the limits of its type. This is for an
+  assertion that only `debug` makes, which the interpreter has turned off.
+- Each call of a device function replaces all of `triton.language` by the interpreter's functions and looks through
+  every member of the modules for that, although the launch has already done so.
+- Each look-up of a NumPy type makes a dictionary of all types.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from triton.runtime import interpreter
 
 
 def quicken() -> None:
-    """For the rest of this process, in which `triton.language` then stays the interpreter's."""
+    """Apply for the rest of this process, in which `triton.language` then remains the interpreter's."""
     builder, patch = interpreter.interpreter_builder, interpreter._patch_lang
     assert not builder.options.debug, "the interpreter looks at what it is spared here"
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
@@ -25,7 +25,7 @@ def quicken() -> None:
         module = fn.__globals__["__name__"]
         if module not in patched:
             patched.add(module)
-            patch(fn)  # what it returns could undo it
+            patch(fn)  # the object that it returns could undo it
         return interpreter._LangPatchScope()
 
     interpreter._patch_lang = patch_once

@@ -1,4 +1,4 @@
-"""The short convolution by PyTorch's own convolution, document by document in float64, and inputs for it."""
+"""The short convolution computed by PyTorch's own, document by document in float64, and inputs for it."""
 
 from itertools import pairwise
 
@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Bounds of the error of an output or a gradient, relative to its norm: from rounding the result, or float32 sums.
+# Bounds of the error of an output or a gradient, relative to its norm. It comes from rounding the result, or from sums
+# in float32.
 BARS = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}
 
 

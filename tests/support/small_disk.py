@@ -1,4 +1,4 @@
-"""A file system that is soon full."""
+"""A file system that fills up quickly."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 
 @contextmanager
 def mounted(folder: Path, size: str) -> Iterator[Path]:
-    """Mount a tmpfs of `size` (as for mount: 64k, 8m) on a new folder; skips the test where that is not allowed."""
+    """Mount a tmpfs of `size` (as for mount: 64k, 8m) on a new folder. Skip the test if that is not allowed."""
     folder.mkdir()
     if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]).returncode:
         pytest.skip("mounting a small file system takes root")

@@ -1,4 +1,4 @@
-"""Checkpoints of a made-up training state, written by the real writer without a model or an engine."""
+"""Checkpoints of a synthetic training state, written by the real writer without a model or an engine."""
 
 import json
 import threading
@@ -15,7 +15,7 @@ SHAPES = {"embed.weight": (7, 5), "norm.weight": (5,), "A_log": (1,)}
 
 
 class ThreadRank:
-    """One of several ranks that are threads of this process; alone by default."""
+    """One of several ranks that are threads of this process. By default, the only one."""
 
     def __init__(self, rank: int = 0, values: list | None = None, meeting: threading.Barrier | None = None):
         self._values, self._meeting = values or [None], meeting or threading.Barrier(1)
@@ -36,14 +36,14 @@ class ThreadRank:
 
 
 def state_of(seed: int) -> dict[tuple[str, str], torch.Tensor]:
-    """A parameter and its moments, flat, by (kind, name)."""
+    """Return a parameter and its moments, flattened, by (kind, name)."""
     generator = torch.Generator().manual_seed(seed)
     sizes = {name: torch.Size(shape).numel() for name, shape in SHAPES.items()}
     return {(kind, name): torch.randn(n, generator=generator) for kind in KINDS for name, n in sizes.items()}
 
 
 def fragments_of(state: dict[tuple[str, str], torch.Tensor], rank: int = 0, world_size: int = 1):
-    """What a rank holds of the state: an equal part of every tensor, the last one shorter."""
+    """Return the part of the state that a rank holds: an equal part of every tensor, shorter on the last rank."""
     for name, shape in SHAPES.items():
         n = torch.Size(shape).numel()
         part = -(-n // world_size)
@@ -59,13 +59,13 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def contents(step: int) -> tuple[dict, dict[str, str]]:
-    """`progress.json` and the other small files of a checkpoint."""
+    """Return `progress.json` and the other small files of a checkpoint."""
     progress = {"step": step, "progress": {"step": step, "samples": 8 * step}}
     return progress, {"config.json": json.dumps({"hidden_size": 5}), "run.yaml": f"steps: {step}\n"}
 
 
 class Saver:
-    """Writes checkpoints into `run_dir` as one rank of a run does; `outcomes` is what was reported."""
+    """Writes checkpoints into `run_dir` as one rank of a run does. `outcomes` holds the reported outcomes."""
 
     def __init__(self, run_dir: Path, monkeypatch, ranks: ThreadRank | None = None, **settings):
         self._ranks = ranks or ThreadRank()
@@ -77,7 +77,7 @@ class Saver:
         )
 
     def begin(self, step: int, state: dict[tuple[str, str], torch.Tensor] | None = None) -> None:
-        """Begin a checkpoint of `state`, or else of `state_of(step)`."""
+        """Begin a checkpoint of `state`, by default of `state_of(step)`."""
         engine = (state or state_of(step), self._ranks.rank, self._ranks.world_size)
         self.writer.begin(engine, *contents(step))
 

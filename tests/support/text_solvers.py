@@ -1,4 +1,4 @@
-"""Slow solvers of the state-tracking questions that see nothing but the text: (answer, length) of a question."""
+"""Slow solvers of the state-tracking questions. They read only the text and return (answer, length) of a question."""
 
 import re
 
@@ -25,7 +25,7 @@ def cycle_navigation(question):
 
 
 def python(question):
-    """The value that the last comparison wants, from running the text with nothing built in."""
+    """Return the value that the last comparison expects, by running the text without built-ins."""
     *lines, last = question.split("\n")
     names = {}
     assert set(re.findall(r"[a-z]+", question)) <= {"x", "assert"}
@@ -77,5 +77,5 @@ SOLVERS = {
 
 
 def solve(name, prompt):
-    """(answer, length) of the last question of a prompt."""
+    """Return (answer, length) of the last question of a prompt."""
     return SOLVERS[name](prompt.split("\n\n")[-1])

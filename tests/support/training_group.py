@@ -1,4 +1,4 @@
-"""Run trainings in groups of processes, forked from one that has imported everything: a start costs 1 s, not 9."""
+"""Run trainings in groups of processes forked from one that has imported everything. A start takes 1 s, not 9 s."""
 
 import json
 import multiprocessing
@@ -11,7 +11,9 @@ from lrnn.pretrain.launch import free_port, local_environment
 from lrnn.records import read_metrics
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["training_worker", "deepspeed", "pandas"])  # modules that a start imports late
+_CONTEXT.set_forkserver_preload(
+    ["training_worker", "deepspeed", "pandas"]
+)  # modules that are otherwise imported late in a start
 
 
 def run_group(tmp_path, specs, processes=2):
@@ -26,7 +28,7 @@ def run_group(tmp_path, specs, processes=2):
     for worker in workers:
         worker.start()
     while any(worker.is_alive() for worker in workers):
-        if any(worker.exitcode for worker in workers):  # the others would wait for it
+        if any(worker.exitcode for worker in workers):  # the others would wait for the failed one
             for worker in workers:
                 worker.kill()
         time.sleep(0.02)

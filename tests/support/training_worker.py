@@ -1,12 +1,13 @@
-"""One process of a group that runs trainings one after the other (training_group.py).
+"""Run trainings one after the other, as one process of a group (see training_group.py).
 
 SPEC is a list of {"config": {...}} with these optional keys:
-    "stop_at": at this step the last rank gets the signal that announces a pre-emption; 0: while the engine starts;
+    "stop_at": at this step the last rank gets the signal that announces a preemption; 0 means while the engine starts;
     "poison_at": at this step one gradient of the last rank becomes NaN;
     "strange_at": at this step the labels of the last rank's last micro-batch are all the same token;
-    "fill_at": before this step the disk of the run folder is filled up, "free_at": and freed before this one;
-    "remove": [step, path]: before this step the file is removed;
-    "no_warm_up": true leaves out the throw-away pass before the first step.
+    "fill_at": before this step the disk of the run folder is filled up;
+    "free_at": before this step it is freed again;
+    "remove": [step, path]: before this step the file at this path is removed;
+    "no_warm_up": true skips the discarded pass before the first step.
 """
 
 import json
@@ -31,14 +32,14 @@ original_warm_up = run_module.warm_up
 
 
 def fill(path: Path) -> None:
-    """Write until there is no room."""
+    """Write a file until the disk is full."""
     with path.open("wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(b"x" * 4096)
 
 
 def main(file: Path, environment: dict[str, str]) -> None:
-    """Run the trainings of SPEC, which `file` holds, as the process that `environment` (RANK, ...) describes."""
+    """Run the trainings of the SPEC in `file`, as the process that `environment` (RANK, ...) describes."""
     torch.set_num_threads(1)
     os.environ.update(environment)
     ranks = init_ranks()

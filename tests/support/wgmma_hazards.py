@@ -1,4 +1,4 @@
-"""Registers of asynchronous products (wgmma) that PTX uses before the products are waited for."""
+"""Find registers of asynchronous products (wgmma) that PTX uses before the products are waited for."""
 
 import re
 
@@ -8,17 +8,18 @@ _NO_RESULT = ("st.", "red.", "bar.", "mbarrier.", "cp.", "fence", "bra", "ret", 
 
 
 def find_hazards(ptx: str) -> list[str]:
-    """Instructions of a kernel that write an operand, or read or write an accumulator, of a product under way.
+    """Find instructions that write an operand, or read or write an accumulator, of a product under way.
 
-    PTX leaves the outcome undefined (ISA, `wgmma.wait_group`). Every path through the branches is followed, around
-    loops too: a register is free once a wait leaves no more groups pending than were committed after its own. Of paths
-    that meet, the one counts on which a register has been in use for the fewest groups. Indirect branches, by which the
-    warps of Gluon's parts find their own, are not followed; nothing is under way there.
+    PTX leaves their outcome undefined (ISA, `wgmma.wait_group`). Every path through the branches is followed, also
+    around loops. A register is free once a wait leaves no more groups pending than were committed after its own. If
+    paths meet, the one on which a register has been in use for the fewest groups counts. Indirect branches, by which
+    the warps of Gluon's parts find their own code, are not followed, because nothing is under way there.
 
-    Returns: for each, its line and the register.
+    Returns:
+        The line and the register of each such instruction.
 
     Raises:
-        ValueError: a product is written in a way that is not known here.
+        ValueError: If a product is written in an unknown way.
     """
     blocks, labels = _blocks(ptx)
     entered: list[dict[str, tuple[int, bool]]] = [{} for _ in blocks]

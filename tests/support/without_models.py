@@ -1,4 +1,4 @@
-"""Processes of tests that use parts of `lrnn` which need no models.
+"""Test processes that use parts of `lrnn` which need no models.
 
 `import lrnn` registers its models with transformers, whose import takes seconds.
 """
@@ -9,12 +9,12 @@ import sys
 import types
 from pathlib import Path
 
-# For a process that is to import this file.
+# The environment of a process that imports this file.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
 
 
 def leave_models_out() -> None:
-    """Make `lrnn` a package that only finds its modules."""
+    """Make `lrnn` a package that finds its modules and imports nothing itself."""
     spec = importlib.util.find_spec("lrnn")
     assert spec is not None and "lrnn" not in sys.modules
     sys.modules["lrnn"] = types.ModuleType("lrnn")

@@ -1,4 +1,4 @@
-"""The names that kernels import from Gluon, and the launch of a kernel whose module was run with them."""
+"""Mocks of the names that kernels import from Gluon, and the launch of a kernel in a module that was run with them."""
 
 import builtins
 import dataclasses
@@ -24,14 +24,14 @@ Changes = Sequence[tuple[str, str]]
 def launch_on_cpu(
     kernel: Any, grid: tuple[int, int, int], *args: Any, seed: int = 0, changes: Changes = (), **constants: Any
 ) -> None:
-    """`lrnn.kernels.common.launch.launch` for a kernel in Gluon and tensors on the CPU.
+    """Do what `lrnn.kernels.common.launch.launch` does, for a kernel in Gluon and tensors on the CPU.
 
     Args:
-        seed: of the order in which things happen.
-        changes: texts of the kernel's module, each of which appears there once, and what is run instead.
+        seed: seed of the order in which things happen.
+        changes: replacements in the source of the kernel's module, by texts that each appear there once.
 
     Raises:
-        AssertionError: a check failed; `Deadlock` is one.
+        AssertionError: If a check fails. `Deadlock` is one.
     """
     assert grid[1:] == (1, 1)
     machine = _Machine(Scheduler(random.Random(seed), grid[0]))
@@ -54,7 +54,7 @@ def _as_argument(x: Any) -> Any:
 
 
 class _Machine:
-    """Gluon's functions for the program that its scheduler runs."""
+    """Mock Gluon's functions for the program that the scheduler runs."""
 
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
@@ -64,7 +64,7 @@ class _Machine:
     # Modules whose imports from Gluon are mocks
 
     def load_module(self, name: str, changes: Changes = ()) -> dict[str, Any]:
-        """Run a module of kernels in Gluon again, and return its names."""
+        """Run a module of kernels in Gluon again with the mocks, and return its names."""
         if name not in self.loaded:
             path = importlib.util.find_spec(name).origin
             text = Path(path).read_text()
@@ -241,7 +241,7 @@ class _Machine:
 
 
 def _use(memories: list[Memory]) -> Callable[[], None]:
-    # an asynchronous operation reads them, until what is returned is called
+    # an asynchronous operation reads them until the returned function is called
     for memory in memories:
         memory.read()
         memory.check_fenced()

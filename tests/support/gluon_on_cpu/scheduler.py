@@ -1,4 +1,4 @@
-"""The order of what happens: parts of a program, operations under way, and barriers, one step at a time."""
+"""Choose the order in which things happen: parts of a program, operations under way, and barriers, step by step."""
 
 import operator
 import random
@@ -12,15 +12,15 @@ import torch
 
 
 class Deadlock(AssertionError):
-    """Nothing can continue, and not all parts have ended."""
+    """Raised if nothing can continue, but not all parts have ended."""
 
 
 class _Stopped(BaseException):
-    """Ends the thread of a part after a failure elsewhere."""
+    """Raised in the thread of a part, to end it after a failure elsewhere."""
 
 
 class Operation:
-    """Something under way: what it does at its end, and what happens when its part has waited for it."""
+    """An operation under way: its effect when it ends, and the effect once its part has waited for it."""
 
     def __init__(self, kind: str, finish: Callable[[], None], release: Callable[[], None] = lambda: None):
         self.kind, self.finish, self.release = kind, finish, release
@@ -28,7 +28,7 @@ class Operation:
 
 
 class Barrier:
-    """An mbarrier: a count of arrivals and of bytes to come; its phase ends when none is missing."""
+    """An mbarrier, which counts outstanding arrivals and bytes. Its phase ends when none is outstanding."""
 
     def __init__(self, label: str):
         self.label = label
@@ -73,7 +73,7 @@ class Barriers:
 
 
 class _Waiting:
-    """Says what a part waits for, as the barrier is when it is asked."""
+    """Return what a part waits for, from the barrier's current state."""
 
     def __init__(self, barrier: Barrier, parity: int):
         self.barrier, self.parity = barrier, parity
@@ -83,7 +83,7 @@ class _Waiting:
 
 
 class Part:
-    """A part of a program: a thread that runs when the scheduler says so."""
+    """A part of a program, in a thread that runs when the scheduler resumes it."""
 
     def __init__(self, scheduler: "Scheduler", name: str, function: Callable[[], None]):
         self.scheduler, self.name, self.function = scheduler, name, function
@@ -92,7 +92,7 @@ class Part:
         self.what: Any = "its start"
         self.ended = False
         self.error: BaseException | None = None
-        self.products: list[Operation] = []  # begun and not waited for, in order
+        self.products: list[Operation] = []  # begun but not waited for, in order
         self.copies: list[Operation] = []  # out of shared memory, likewise
         self.unfenced: list[torch.Tensor] = []  # flags of shared memory that it stored to since its last fence
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -125,7 +125,7 @@ class Part:
 
 
 class Scheduler:
-    """Chooses who continues. One program runs at a time, with the operations that it has begun."""
+    """Choose which part or operation continues. One program runs at a time, with the operations that it has begun."""
 
     def __init__(self, chance: random.Random, programs: int):
         self.chance, self.programs, self.program = chance, programs, 0
@@ -158,7 +158,7 @@ class Scheduler:
                 part.thread.join()
 
     def _go_on(self) -> None:
-        # one part up to its next step, or the end of one operation
+        # run one part up to its next step, or end one operation
         choices: list[Part | Operation] = []
         weights: list[float] = []
 
@@ -200,7 +200,7 @@ class Scheduler:
         return self.parts[-1]
 
     def step(self, what: Any, may_go_on: Callable[[], bool] = lambda: True) -> None:
-        """Let others do something now, and until `may_go_on`. Parts call this."""
+        """Let others run now, and until `may_go_on` is true. Parts call this."""
         part = self.current
         part.what, part.may_go_on = what, may_go_on
         self.baton.release()
@@ -215,7 +215,7 @@ class Scheduler:
     def wait_for_barrier(self, barrier: Barrier, parity: int) -> None:
         assert barrier.count, "a barrier is used that was not initialised"
         assert parity in (0, 1)
-        # The phase of this parity is over while the barrier is in one of the other.
+        # The phase of this parity is over while the barrier is in a phase of the other parity.
         self.step(_Waiting(barrier, parity), lambda: barrier.parity != parity)
 
     def wait_for_operations(self, operations: list[Operation], pending: int) -> list[Operation]:

@@ -1,4 +1,4 @@
-"""What a kernel computes with: tensors in registers, pointers, shared memory, and tiles of a matrix."""
+"""The values that a kernel computes with: tensors in registers, pointers, shared memory, and tiles of a matrix."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from .scheduler import Scheduler
 
 
 def plain(x: Any) -> Any:
-    """x as an operand of torch."""
+    """Return x as an operand for torch."""
     if isinstance(x, Tensor):
         return x.values
     return x.value if isinstance(x, tl.constexpr) else x
@@ -84,7 +84,7 @@ _add_operators()
 
 
 class Product(Tensor):
-    """The result of `warpgroup_mma`, of no use but to be added to until it has been waited for."""
+    """The result of `warpgroup_mma`. Until it has been waited for, it can only be added to."""
 
     def __init__(self, shape: torch.Size):
         super().__init__(torch.empty(shape))
@@ -122,8 +122,11 @@ class Pointer:
 
 
 class Memory:
-    """A view of shared memory: its values, how many operations use each (`users`), and which of them were stored by
-    threads and not fenced since (`unfenced`)."""
+    """A view of shared memory.
+
+    It holds the values, how many operations use each (`users`), and which of them were stored by threads and not fenced
+    since (`unfenced`).
+    """
 
     def __init__(self, scheduler: Scheduler, values: torch.Tensor, users: torch.Tensor, unfenced: torch.Tensor):
         self.scheduler, self.values, self.users, self.unfenced = scheduler, values, users, unfenced
