@@ -74,7 +74,7 @@ def write_text(folder: Path, seed: int, files: int) -> None:
 
 
 def corpora(work: Path) -> Record:
-    """Make two corpora and a tokenizer trained on the first. A run needs several epochs of the second, which is small."""
+    """Make two corpora, and a tokenizer trained on the first. The second is small: a run needs several epochs of it."""
     record: Record = {}
     for name, seed, files in (("a", 1, 100), ("b", 2, 24)):
         text, folder = work / f"text_{name}", work / "corpora" / name

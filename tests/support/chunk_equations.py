@@ -86,7 +86,7 @@ def recurrence(x, initial, normalize):
         errors.append(v[:, t] - (k[:, t, :, None] @ state)[..., 0, :])
         state = state + k[:, t, :, :, None] * (x["beta"][:, t, :, None] * errors[-1])[..., None, :]
         outputs.append(SCALE * (q[:, t, :, None] @ state)[..., 0, :])
-    # The last output reads the state too: its gradient is not that of the state which leaves the chunk.
+    # The last output reads the state too. The clone gets only the gradient of the state that leaves the chunk.
     return torch.stack(outputs, 1), torch.stack(errors, 1), starts, state.clone()
 
 
@@ -100,7 +100,7 @@ def is_kept_small(beta, dtype):
 
 
 def scan_gradients(x, initial, do, dfinal, normalize=True):
-    """Return autograd's results for the backward scan; where step sizes are small the values' gradients are without them."""
+    """Return autograd's results for the backward scan. For small step sizes, dv is not multiplied by them."""
     leaves = {name: y.double().requires_grad_() for name, y in x.items()}
     start = initial.double().requires_grad_()
     o, _, starts, final = recurrence(leaves, start, normalize)

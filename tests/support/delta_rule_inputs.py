@@ -147,7 +147,8 @@ GATES = ["none", "one", "tiny", "-20", "-80", "once", "mixed"]
 def set_betas(x: dict[str, Tensor | None], kind: str) -> dict[str, Tensor | None]:
     """Replace the step sizes.
 
-    A number: that number at every token. rows: 0 at every third token and 2 at every fifth. chunk: 0 in the second 64 tokens.
+    A number: that number at every token. rows: 0 at every third token and 2 at every fifth. chunk: 0 in the second 64
+    tokens.
     """
     beta = x["beta"].clone()
     if kind == "rows":

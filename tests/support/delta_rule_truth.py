@@ -88,7 +88,7 @@ def gated_delta_rule(q, k, v, g, beta, **options) -> tuple[Tensor, Tensor | None
 
 
 def fused_gated_delta_rule(q, k, v, a, b, A_log, dt_bias, *, beta_range=2.0, **options):
-    """Compute from raw projections: q / |q|, k / |k|, beta = beta_range sigmoid(b), g = -exp(A_log) softplus(a + dt_bias)."""
+    """Take raw projections: q / |q|, k / |k|, beta = beta_range sigmoid(b), g = -exp(A_log) softplus(a + dt_bias)."""
     beta = b if beta_range is None else beta_range * b.double().sigmoid()
     g = None if a is None else -A_log.double().exp() * F.softplus(a.double() + dt_bias.double())
     return gated_delta_rule(q, k, v, g, beta, normalize_qk=True, **options)

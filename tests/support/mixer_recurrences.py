@@ -25,7 +25,7 @@ def diagonal_inputs(B: int, T: int, H: int, K: int, V: int, numbers: int, device
 
 
 def by_logit(rule: Callable, negative: bool) -> Callable:
-    """Wrap a diagonal recurrence to take the logit of a, with decays a or 2a - 1, so that the logit gets their gradient."""
+    """Wrap a diagonal recurrence to take the logit of a, with decays a or 2a - 1. The logit then gets the gradient."""
 
     def run(q, k, v, logit, initial_state=None, **options):
         log_a = F.logsigmoid(logit)
