@@ -11,10 +11,10 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session", autouse=True)
 def flas_first_configuration():
-    """fla's kernels take the first configuration that compiles and runs, instead of trying up to 48 each.
+    """Make fla's kernels take the first configuration that compiles and runs, instead of trying up to 48 each.
 
-    A configuration is a choice of tiles, warps and stages: it moves the speed and the last bits, not the function.
-    Trying them all takes more minutes than the tests.
+    A configuration is a choice of tiles, warps and stages. It affects the speed and the last bits, not the function.
+    Trying them all takes longer than the tests.
     """
     if not torch.cuda.is_available():
         yield
@@ -22,15 +22,15 @@ def flas_first_configuration():
     from triton.runtime.autotuner import Autotuner
 
     prune, bench = Autotuner.prune_configs, Autotuner._bench
-    found = set()  # autotuners that have one for the key at hand
+    found = set()  # autotuners that have a configuration for the current key
 
-    def prune_configs(self, kwargs):  # comes before a search
+    def prune_configs(self, kwargs):  # called before a search
         found.discard(self)
         return prune(self, kwargs)
 
     def first_that_runs(self, *args, config, **meta):
         if self in found:
-            return [float("inf")] * 3  # what triton itself says of a configuration that does not run
+            return [float("inf")] * 3  # triton's own result for a configuration that does not run
         times = bench(self, *args, config=config, **meta)
         if self.base_fn.__module__.startswith("fla.") and times[0] < float("inf"):
             found.add(self)

@@ -1,4 +1,4 @@
-"""The kernels of the gated RMS norm on the GPU, at the sizes of training, against its formula in float64."""
+"""Test the kernels of the gated RMS norm on the GPU, at the sizes of training, against its formula in float64."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ DTYPES = [BF16, FP16, FP32]
 
 @pytest.fixture(autouse=True)
 def nan_buffers(request, monkeypatch):
-    if "compile" not in request.node.name:  # the compiler allocates buffers of its own
+    if "compile" not in request.node.name:  # the compiler allocates its own buffers
         fill_new_buffers_with_nan(monkeypatch)
 
 
@@ -45,7 +45,7 @@ def test_dtypes(dtype, gate_dtype, weight_dtype):
 @pytest.mark.parametrize("heads", [3, 4])
 @pytest.mark.parametrize("offset", [0, 64, 3])
 def test_gate_as_slice_of_a_projection(offset, heads):
-    """Slices are read in place, aligned to 16 bytes or not. The channels on both sides are NaN."""
+    """Read slices in place, aligned to 16 bytes or not. The channels on both sides are NaN."""
     x, gate, weight, dy = make((2, 300, heads, 128), dtype=BF16, device="cuda")
     width = heads * 128
     whole = torch.full((2, 300, width + 128), float("nan"), dtype=BF16, device="cuda")
@@ -125,7 +125,7 @@ def test_more_than_2_to_the_31_elements():
     check(found, true_output_and_gradients(*alone), *alone[:3])
 
 
-def test_refuses_what_the_kernel_does_not_take():
+def test_refuses_unsupported_inputs():
     x, gate, weight, _ = make((2, 257), device="cuda")
     with pytest.raises(ValueError, match="256"):
         gated_rms_norm(x, gate, weight, 1e-6)

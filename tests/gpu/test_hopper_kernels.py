@@ -1,7 +1,7 @@
-"""The kernels in Gluon beside the plain ones: the same equations and roundings, so nearly the same numbers.
+"""Compare the kernels in Gluon with the plain ones. Equations and roundings are the same, so results nearly agree.
 
-What both compute is compared with a float64 recurrence in `delta_rule/`, which runs the kernels in Gluon
-wherever chunks are full and heads of size 128.
+The tests in `delta_rule/` compare both with a float64 recurrence. They run the kernels in Gluon wherever chunks are
+full and heads have size 128.
 """
 
 import delta_rule_inputs as inputs
@@ -40,12 +40,12 @@ def needs_gluon():
         pytest.skip(f"with ptxas {ptxas_version()} the kernels in Gluon are not used")
 
 
-# one program a head with all its values (H * B >= 100), one for each half, and segments whose transitions are joined
+# one program per head with all its values (H * B >= 100), one per half, and segments whose transitions are joined
 @pytest.mark.parametrize("sizes", [(2, 64, 1, 1), (2, 512, 2, 4), (7, 256, 16, 16), (1, 8192, 4, 4)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("precision", ["standard", "split"])
-def test_kernels_in_gluon_are_the_plain_ones(sizes, dtype, normalize, precision, launched, monkeypatch):
+def test_kernels_in_gluon_agree_with_the_plain_ones(sizes, dtype, normalize, precision, launched, monkeypatch):
     B, T, H, HV = sizes
     x = inputs.random(B, T, H, K=128, HV=HV, device="cuda", dtype=dtype)
     x = x if normalize else inputs.unit_keys(x)  # longer keys would make the state grow
@@ -60,13 +60,13 @@ def test_kernels_in_gluon_are_the_plain_ones(sizes, dtype, normalize, precision,
     assert gluon.keys() == plain.keys()
     errors = {name: relative_error(gluon[name], plain[name]) for name in plain}
     print(errors)
-    # A sum in another order moves a last bit of a 16-bit state here and there.
+    # Sums in another order occasionally change the last bit of a 16-bit state.
     bar = 5e-3 if dtype == torch.bfloat16 else 1e-3
     assert max(errors.values()) < bar, errors
 
 
 def inside_chunks(B, T, H, HV, dtype, normalize, seed=0):
-    """A call's scans, and what the backward pass inside its chunks is given: of random numbers, as if from scans."""
+    """Return a call's scans, and random inputs of the backward pass inside its chunks, as if from scans."""
     D, r = 128, torch.Generator("cuda").manual_seed(seed)
 
     def normal(*shape):
@@ -90,19 +90,19 @@ def inside_chunks(B, T, H, HV, dtype, normalize, seed=0):
 
 
 def chunk_backward(call, given):
-    """Everything that the backward pass inside chunks computes; what it leaves out is not a number."""
+    """Return all results of the backward pass inside chunks. Elements that it does not write are NaN."""
     sizes = call.call
     results = {n: sizes.empty(sizes.B, sizes.T, sizes.HV, sizes.K, dtype=sizes.dtype) for n in ("dq", "dk")}
     results |= {n: sizes.empty(sizes.HV, sizes.R) for n in ("dbeta", "dot_q", "dot_k")}
     for x in results.values():
         x.fill_(torch.nan)
-    given = given | {"dv": given["dv"].clone()}  # finished in its place
+    given = given | {"dv": given["dv"].clone()}  # finished in place
     call.chunk_backward(**given, **results)
     return results | {"dv": given["dv"]}
 
 
 def matrices(B, T, H, HV, dtype, normalize, gate, backend, seed=0):
-    """C and the rows of numbers that `chunk_inverse` writes; what it leaves out is not a number."""
+    """Return C and the rows of numbers that `chunk_inverse` writes. Elements that it does not write are NaN."""
     D, r = 128, torch.Generator("cuda").manual_seed(seed)
 
     def normal(*shape):
@@ -130,7 +130,7 @@ def matrices(B, T, H, HV, dtype, normalize, gate, backend, seed=0):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("gate", ["raw", "log", "none"])
-def test_matrices_in_gluon_are_the_plain_ones(sizes, dtype, normalize, gate, launched):
+def test_matrices_in_gluon_agree_with_the_plain_ones(sizes, dtype, normalize, gate, launched):
     needs_gluon()
     gluon = matrices(*sizes, dtype, normalize, gate, Hopper)
     for _ in range(5):
@@ -138,7 +138,7 @@ def test_matrices_in_gluon_are_the_plain_ones(sizes, dtype, normalize, gate, lau
         assert all(torch.equal(again[name], gluon[name]) for name in gluon)
     plain = matrices(*sizes, dtype, normalize, gate, Portable)
     assert set(launched) == {"chunk_inverse_hopper_kernel", "chunk_inverse_kernel"}
-    # C may differ by a last bit here and there, the others by the order of float32 sums.
+    # C may differ in the last bit of some elements, the others by the order of float32 sums.
     bar = 2e-3 if gluon["c"].dtype == torch.bfloat16 else 3e-4
     for name, x in plain.items():
         assert torch.isfinite(gluon[name]).all(), name
@@ -146,11 +146,11 @@ def test_matrices_in_gluon_are_the_plain_ones(sizes, dtype, normalize, gate, lau
         assert difference <= (bar if name == "c" else 2e-6) * x.double().norm().item(), (name, difference)
 
 
-# fewer chunks and heads than multiprocessors, one for most and two for some, and many for each
+# fewer chunks and heads than multiprocessors; one per multiprocessor and two for some; many per multiprocessor
 @pytest.mark.parametrize("sizes", [(1, 64, 1, 1), (2, 192, 2, 4), (1, 640, 15, 15), (2, 4096, 4, 16)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("normalize", [True, False])
-def test_backward_inside_chunks_in_gluon_is_the_plain_one(sizes, dtype, normalize, launched):
+def test_backward_inside_chunks_in_gluon_agrees_with_the_plain_one(sizes, dtype, normalize, launched):
     needs_gluon()
     call, given = inside_chunks(*sizes, dtype, normalize)
     assert Hopper.fits(call.call)
@@ -163,7 +163,7 @@ def test_backward_inside_chunks_in_gluon_is_the_plain_one(sizes, dtype, normaliz
     assert set(launched) == {"chunk_backward_hopper_kernel", "chunk_backward_kernel"}
     errors = {name: relative_error(gluon[name], plain[name]) for name in plain}
     print(errors)
-    # A sum in another order moves a last bit of dP', dM' or a result here and there. In the plain kernel rows are
-    # scaled behind the product with dS', in Gluon ahead of it, and so rounded once more.
+    # Sums in another order occasionally change the last bit of dP', dM' or a result. The plain kernel scales rows after
+    # the product with dS'. The kernel in Gluon scales them before it, and so rounds them once more.
     bars = {"dk": 3e-3, "dot_k": 3e-3} if dtype == torch.bfloat16 else {}
     assert all(error < bars.get(name, 1e-3) for name, error in errors.items()), errors

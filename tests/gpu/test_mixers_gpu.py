@@ -1,5 +1,7 @@
-"""On a GPU: recurrences of the mixers against float64, and whole models against the same model on the CPU, whose
-mixers `tests/lrnn/test_mixer_equations.py` compares with the equations of their papers."""
+"""Compare mixers on a GPU: recurrences with float64, and whole models with the same model on the CPU.
+
+`tests/lrnn/test_mixer_equations.py` compares the mixers on the CPU with the equations of their papers.
+"""
 
 import copy
 
@@ -43,7 +45,7 @@ def error(x: torch.Tensor, truth: torch.Tensor) -> float:
 def test_diagonal_recurrence(K, V, numbers, dtype, negative):
     x = diagonal_inputs(2, T, 2, K, V, numbers, DEVICE)
     functions = by_logit(recurrences.diagonal_recurrence, negative), by_logit(true_diagonal, negative)
-    # In 16 bits the gradient of 2a - 1 is damped near 0, and made of tf32 products.
+    # In 16 bits the gradient of 2a - 1 is damped near 0, and computed by tf32 products.
     bars = {"": 1e-4, "dlogit": 5e-4} if dtype == FP32 else {"": 2e-2, "dlogit": 0.2 if negative else 3e-2}
     compare(*functions, x, "qkv", dtype, bars, output_final_state=True)
     del x["initial_state"]
@@ -58,7 +60,7 @@ def test_strong_decays(strong, numbers, dtype):
     g = -0.1 * x.pop("logit").abs()
     g[:, ::3] = g[:, 60:80] = strong
     x["g"] = g
-    start = x.pop("initial_state")  # its gradient is none
+    start = x.pop("initial_state")  # it gets no gradient
 
     def run(rule):
         return lambda **y: rule(**y, sign=None, scale=1.0, initial_state=start, output_final_state=True)
@@ -106,7 +108,7 @@ every_case = pytest.mark.parametrize(
 
 
 def make_model(variant: str, negative: bool = True, conv_size: int = 4, head_dim: int = 32) -> LrnnForCausalLM:
-    """A model whose every parameter matters, and whose decays and steps spread over their range. On the CPU."""
+    """Return a model on the CPU in which every parameter matters, and decays and steps cover their range."""
     torch.manual_seed(0)
     sizes = {**SIZE, **VARIANTS[variant], "head_dim": head_dim, "conv_size": conv_size}
     model = LrnnForCausalLM(LrnnConfig(**sizes, allow_neg_eigval=negative))
@@ -134,7 +136,7 @@ def inputs(kind: str) -> dict[str, torch.Tensor]:
 
 
 def results(model: LrnnForCausalLM, x: dict[str, torch.Tensor], device: str, autocast: bool) -> dict[str, torch.Tensor]:
-    """Logits, gradients of all parameters and, without documents, the states; on the CPU."""
+    """Return logits, gradients of all parameters and, without documents, the states, on the CPU."""
     model = copy.deepcopy(model).to(device)
     x = {n: y.to(device) for n, y in x.items()}
     with torch.autocast(device, BF16, enabled=autocast):
@@ -163,7 +165,7 @@ def test_models_in_float32(kind, variant, negative):
 @every_case
 @pytest.mark.parametrize("kind", ["plain", "documents", "padded"])
 def test_models_under_autocast(kind, variant, negative):
-    """Beside what bfloat16 costs on the CPU, where the recurrences are computed in float32."""
+    """Compare the error with that of bfloat16 on the CPU, where the recurrences are computed in float32."""
     model = make_model(variant, negative, conv_size=1 if kind == "plain" else 4)
     truth = results(model, inputs(kind), "cpu", autocast=False)
     usual = results(model, inputs(kind), "cpu", autocast=True)
@@ -215,7 +217,7 @@ def test_training_reads_nothing_back_from_the_gpu(kind, variant, negative, dtype
 @every_case
 @both_dtypes
 def test_training_steps_can_be_captured(variant, negative, dtype):
-    """Forward and backward pass as a CUDA graph, as small models need it."""
+    """Capture forward and backward pass as a CUDA graph, as small models need it."""
     model = make_model(variant, negative, conv_size=1).to(DEVICE).train()
     x = {n: y.to(DEVICE) for n, y in inputs("plain").items()}
     side = torch.cuda.Stream()

@@ -1,4 +1,4 @@
-"""On a GPU: the reference against a float64 recurrence, and the model's logits against those of fla's model."""
+"""Compare on a GPU the reference with a float64 recurrence, and the model's logits with those of fla's model."""
 
 import pytest
 import torch
@@ -40,14 +40,14 @@ def test_reference_matches_float64(T):
 
 
 def pair_of_models(mixer: str, negative: bool, attn_mode: str):
-    """Our model and fla's, with the same float32 weights; `attn_mode` is how fla computes more than 64 tokens."""
+    """Return our model and fla's with the same float32 weights. `attn_mode` is fla's method for more than 64 tokens."""
     import fla.models  # noqa: F401, registers the models
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     config = LrnnConfig(**SIZES, intermediate_size=512, mixer=mixer, allow_neg_eigval=negative)
     ours = LrnnForCausalLM(config).cuda().eval()
-    with torch.no_grad():  # larger weights than at the start: the states should matter
+    with torch.no_grad():  # larger weights than at initialisation, so that the states matter
         for name, parameter in ours.named_parameters():
             if parameter.ndim == 2 and "embeddings" not in name:
                 parameter.mul_(3)
@@ -68,7 +68,7 @@ def logits(model, T: int, autocast: bool = False):
 @pytest.mark.parametrize("negative", [True, False])
 @pytest.mark.parametrize("mixer", ["gated_deltanet", "deltanet"])
 def test_logits_match_fla_in_float32(mixer, negative, T):
-    """fla's recurrence: its chunked delta rule refuses float32."""
+    """Use fla's recurrence, since its chunked delta rule refuses float32."""
     ours, theirs = pair_of_models(mixer, negative, attn_mode="fused_recurrent")
     found = error(logits(theirs, T), logits(ours, T))
     print(f"{mixer}, negative {negative}, T {T}: relative difference of the logits {found:.1e}")
@@ -78,7 +78,7 @@ def test_logits_match_fla_in_float32(mixer, negative, T):
 @pytest.mark.parametrize("negative", [True, False])
 @pytest.mark.parametrize("mixer", ["gated_deltanet", "deltanet"])
 def test_logits_match_flas_chunked_kernels_in_bf16(mixer, negative):
-    """Both under autocast, each against our logits in float32."""
+    """Compare both under autocast with our logits in float32."""
     ours, theirs = pair_of_models(mixer, negative, attn_mode="chunk")
     truth = logits(ours, 700)
     found, own = (error(logits(model, 700, autocast=True), truth) for model in (theirs, ours))
@@ -99,8 +99,10 @@ def test_generation_on_the_gpu_equals_the_whole_pass():
 
 @pytest.mark.parametrize("T", [500, 512])
 def test_recomputed_layers_give_the_same_gradients(T, monkeypatch):
-    """Computed anew, layers save their states for the backward pass (T 512 in Gluon, T 500 in plain Triton); the first
-    time they do not. Both kernels give the same bits with and without."""
+    """Layers save their states for the backward pass when they are recomputed, and not the first time.
+
+    T = 512 runs in Gluon, T = 500 in plain Triton. Both kernels give the same bits with and without saved states.
+    """
     saved = []
     forward = delta_rule_op._forward_results
     monkeypatch.setattr(delta_rule_op, "_forward_results", lambda *a: saved.append(a[-1]) or forward(*a))

@@ -1,4 +1,4 @@
-"""The kernels of the short convolution on the GPU, at the sizes of training, against PyTorch's own in float64."""
+"""Test the kernels of the short convolution on the GPU, at training sizes, against PyTorch's own in float64."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ DTYPES = [BF16, FP16, FP32]
 
 @pytest.fixture(autouse=True)
 def nan_buffers(request, monkeypatch):
-    if "compile" not in request.node.name:  # the compiler allocates buffers of its own
+    if "compile" not in request.node.name:  # the compiler allocates its own buffers
         fill_new_buffers_with_nan(monkeypatch)
 
 
@@ -89,7 +89,7 @@ def test_documents_do_not_touch_each_other(T):
 
 @pytest.mark.parametrize("offset", [0, 64, 3])
 def test_slices_of_one_projection(offset):
-    """Slices are read in place, aligned to 16 bytes or not. The channels on both sides are NaN."""
+    """Read slices in place, aligned to 16 bytes or not. The channels on both sides are NaN."""
     xs, weights, _, dys = make(2, 500, [256, 256, 128], dtype=BF16, device="cuda")
     whole = torch.full((2, 500, offset + 640 + 64), float("nan"), device="cuda", dtype=BF16)
     whole[..., offset : offset + 640] = torch.cat([x.detach() for x in xs], -1)
@@ -100,7 +100,7 @@ def test_slices_of_one_projection(offset):
 
 
 def test_generation_token_by_token():
-    """One token at a time, given the inputs before it, has the results of the whole sequence."""
+    """Computing one token at a time, given the inputs before it, gives the results of the whole sequence."""
     xs, weights, _, _ = make(2, 40, [256, 128], dtype=BF16, device="cuda")
     with torch.no_grad():
         whole = short_conv(xs, weights)
@@ -206,7 +206,7 @@ def test_more_than_2_to_the_31_elements():
     truth = true_outputs_and_gradients(short, weights, [dy[-1:, -tail:]])
     check([y[-1:, -tail:], dx[-1:, -tail:], dw], truth, short, weights)
     assert not y[0].any() and not dx[0].any()
-    # Rows ahead of the tail are zeros, except for gradients of the taps that reach back out of it.
+    # Rows before the tail are zeros, except for gradients of the taps that reach back out of it.
     assert not y[1, :-tail].any() and not dx[1, : -tail - 3].any()
 
 

@@ -1,4 +1,4 @@
-"""State tracking on the GPU: samples as on the CPU, steps as one graph, several cells at once."""
+"""Test state tracking on the GPU: samples equal those on the CPU, steps run as one graph, and several cells at once."""
 
 import dataclasses
 import json
@@ -35,17 +35,17 @@ def test_cuda_draws_what_the_cpu_draws(name):
 
 
 def cells_of(config: str, tmp_path: Path, *overrides: str) -> list[Cell]:
-    """The cells of a grid, all at a small step size.
+    """Return the cells of a grid, all with a small step size.
 
-    At the 1e-2 of parity.yaml a DeltaNet learns parity within 50 steps, and while it does, weights that differ by 1e-6
-    come to losses that differ by more than half; at 1e-3 and a short warm-up by 1e-2.
+    With the 1e-2 of parity.yaml, a DeltaNet learns parity within 50 steps. While it does, weights that differ by 1e-6
+    lead to losses that differ by more than half. With 1e-3 and a short warm-up, they differ by 1e-2.
     """
     cells = load_grid(CONFIGS / f"{config}.yaml", [f"out={tmp_path}", "seeds=[0]", *overrides])[1]
     return [dataclasses.replace(cell, train=cell.train.model_copy(update={"lr": 1e-4})) for cell in cells]
 
 
 def one_cell(config: str, model: str, tmp_path: Path, *overrides: str) -> Cell:
-    """The cell of a model with negative eigenvalues, where it has any."""
+    """Return the cell of a model, with negative eigenvalues if it has any."""
     cells = cells_of(config, tmp_path, *overrides)
     return next(cell for cell in cells if cell.model_name == model and cell.range != "positive")
 
@@ -81,10 +81,11 @@ def on_a_stream():
     ],
 )
 def test_a_graph_takes_the_steps_of_a_loop(config, model, tmp_path, on_a_stream, monkeypatch):
-    """The first 50, over several draws of samples.
+    """Compare the first 50 steps, over several draws of samples.
 
-    To a captured call cuBLAS gives another workspace, so that it may sum in another order, and a training spreads a
-    last bit: after 50 steps GLA's losses were up to 1.6e-4 apart on an H100, a norm of its gradients 4.3e-3 on an H200.
+    cuBLAS gives a captured call another workspace, so it may sum in another order, and training amplifies a difference
+    in the last bit. After 50 steps, GLA's losses differed by up to 1.6e-4 on an H100, and a norm of its gradients by
+    4.3e-3 on an H200.
     """
     cell = one_cell(config, model, tmp_path)
     monkeypatch.setattr("lrnn.track.training.SAMPLE_TOKENS", 20 * cell.train.batch_size * cell.train.max_length)
@@ -97,21 +98,23 @@ def test_a_graph_takes_the_steps_of_a_loop(config, model, tmp_path, on_a_stream,
     torch.testing.assert_close(found[1][: EAGER_STEPS + 2], found[0][: EAGER_STEPS + 2], rtol=1e-5, atol=0)
     torch.testing.assert_close(found[1][:, 0], found[0][:, 0], rtol=2e-3, atol=0)
     torch.testing.assert_close(found[1][:, 1], found[0][:, 1], rtol=2e-2, atol=0)
-    assert found[0][-1, 0] < found[0][0, 0] * 1.2  # and they are losses of a training that does not blow up
+    assert found[0][-1, 0] < found[0][0, 0] * 1.2  # the training does not diverge
 
 
 def test_a_graph_passes_states_on(tmp_path, on_a_stream, monkeypatch):
-    """As a loop does, over several draws of samples, and from a state of its own."""
+    """States are passed on as in a loop, over several draws of samples, and after resuming from a graph's state."""
     short = [f"train.{setting}" for setting in ("curriculum=[]", "min_length=4", "max_length=4", "batch_size=64")]
     cell = one_cell("s3_long", "deltaproduct_2", tmp_path, *short, "train.steps=200")
-    cell = dataclasses.replace(cell, train=cell.train.model_copy(update={"lr": 1e-2}))  # to be right after 120 steps
+    cell = dataclasses.replace(
+        cell, train=cell.train.model_copy(update={"lr": 1e-2})
+    )  # large enough to be right after 120 steps
     monkeypatch.setattr("lrnn.track.training.SAMPLE_TOKENS", 20 * 64 * 4)
     loop = dataclasses.replace(cell, train=cell.train.model_copy(update={"cuda_graphs": False}))
     trained, straight = Training(cell, CUDA), Training(loop, CUDA)
     torch.testing.assert_close(losses(trained, 30), losses(straight, 30), rtol=2e-3, atol=0)
     trained.run(90)
     torch.cuda.synchronize()
-    assert trained._carried is not None and trained._carried[0].any()  # rows that are right, and go on
+    assert trained._carried is not None and trained._carried[0].any()  # rows that are right, and continue
     torch.save(trained.state(), tmp_path / "state.pt")
     expected = losses(trained, 20)
     resumed = Training(cell, CUDA)
@@ -120,7 +123,7 @@ def test_a_graph_passes_states_on(tmp_path, on_a_stream, monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["deltanet", "mamba"])
-def test_steps_wait_for_nothing(model, tmp_path, on_a_stream):
+def test_steps_do_not_synchronise(model, tmp_path, on_a_stream):
     trained = Training(one_cell("parity", model, tmp_path), CUDA)
     trained.run(EAGER_STEPS + 1)
     torch.cuda.synchronize()
@@ -145,8 +148,8 @@ def test_a_look_changes_no_step(tmp_path, on_a_stream):
 
 
 @pytest.mark.parametrize("before", ["graph", "loop", "cpu"])
-def test_going_on_from_a_state(before, tmp_path, on_a_stream):
-    """A state of either mode, or of the CPU, goes on as a graph."""
+def test_resuming_from_a_state(before, tmp_path, on_a_stream):
+    """A state of either mode, or from the CPU, resumes as a graph."""
     cell = one_cell("parity", "deltanet", tmp_path, "train.steps=200", "train.batch_size=32")
     own = dataclasses.replace(cell, train=cell.train.model_copy(update={"cuda_graphs": before == "graph"}))
     straight = Training(own, CUDA if before != "cpu" else torch.device("cpu"))
@@ -160,7 +163,7 @@ def test_going_on_from_a_state(before, tmp_path, on_a_stream):
     torch.testing.assert_close(found, expected, rtol=1e-6 if before != "cpu" else 1e-3, atol=0)
 
 
-def test_a_state_of_a_graph_goes_on_on_the_cpu(tmp_path, on_a_stream):
+def test_a_state_of_a_graph_resumes_on_the_cpu(tmp_path, on_a_stream):
     cell = one_cell("parity", "deltanet", tmp_path, "train.steps=200", "train.batch_size=32")
     straight = Training(cell, CUDA)
     losses(straight, 17)
@@ -173,7 +176,7 @@ def test_a_state_of_a_graph_goes_on_on_the_cpu(tmp_path, on_a_stream):
 SHORT = ("train.steps=120", "train.log_every=30", "test.samples=600", "test.batch_size=200")
 
 
-def test_cells_at_once_are_cells_one_by_one(tmp_path):
+def test_cells_at_once_equal_cells_one_by_one(tmp_path):
     found = []
     for name, at_once in (("one", 1), ("two", 2)):
         cells = [
@@ -193,14 +196,15 @@ def test_cells_at_once_are_cells_one_by_one(tmp_path):
         assert all(len(records) == 4 for records in numbers)
         assert all(r["eigenvalues"]["histogram"] for cell in cells for r in read_metrics(cell.folder))
         found.append((torch.tensor(numbers, dtype=torch.float64), {m: r["accuracy"] for m, r in results.items()}))
-    # as for a graph beside a loop; after 120 steps the losses are small, and differ by more of themselves
+    # The bounds are those of a graph compared with a loop. After 120 steps the losses are small, so their relative
+    # difference is larger.
     torch.testing.assert_close(found[1][0][:, 0], found[0][0][:, 0], rtol=2e-3, atol=0)
     torch.testing.assert_close(found[1][0], found[0][0], rtol=5e-2, atol=1e-4)
     assert found[1][1] == pytest.approx(found[0][1], abs=0.02)
 
 
 def test_all_devices(tmp_path):
-    """A process for each; with one GPU, two processes share it."""
+    """Run one process per GPU. With one GPU, two processes share it."""
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     devices = devices if len(devices) > 1 else devices * 2
     cells = [cell for cell in cells_of("parity", tmp_path, *SHORT) if cell.model_name in ("deltanet", "gla")]

@@ -28,8 +28,8 @@ def replace_launch(monkeypatch: pytest.MonkeyPatch, replacement: Callable[..., N
 class BackendCall:
     """A call with the launchers of a backend as its methods.
 
-    `forward_scan(initial, final, ...)` and the others take the arguments that `Backend` describes after the call and its
-    operands.
+    `forward_scan(initial, final, ...)` and the others take the arguments that `Backend` describes after the call and
+    its operands.
     """
 
     def __init__(

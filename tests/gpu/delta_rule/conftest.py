@@ -1,6 +1,6 @@
-"""The kernels of the gated delta rule on the GPU, at the sizes of training, against the float64 recurrence.
+"""Test the kernels of the gated delta rule on the GPU, at the sizes of training, against the float64 recurrence.
 
-Printed with -s: every error, and how far our kernels, fla's and FlashQLA's (where installed) carry a state.
+With -s, every error is printed, and how exactly our kernels, fla's and FlashQLA's (if installed) carry a state.
 """
 
 import pytest
@@ -10,7 +10,7 @@ from nan_buffers import fill_new_buffers_with_nan
 
 @pytest.fixture
 def plain_buffers():
-    """For tests of memory and of speed: new buffers are left as they are."""
+    """Leave new buffers as they are, for tests of memory and speed."""
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Inputs that break implementations: keys that repeat, gates and step sizes at their limits."""
+"""Test inputs that break implementations: repeated keys, and gates and step sizes at their limits."""
 
 import delta_rule_inputs as inputs
 import delta_rule_truth as truth
@@ -14,7 +14,7 @@ from lrnn.kernels.delta_rule.api import gated_delta_rule
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 @pytest.mark.parametrize("kind", KEYS)
-def test_keys_that_repeat(kind, dtype):
+def test_repeated_keys(kind, dtype):
     x = inputs.set_gates(inputs.set_keys(random(1, 200, H=1, dtype=dtype), kind), "none")
     for beta in ("2", "1.9"):
         compare(inputs.set_betas(x, beta), HARD[dtype], f"{kind}, beta {beta}, {dtype}", normalize_qk=True)
@@ -34,7 +34,7 @@ def test_gates(kind, dtype):
     compare(x, LIMITS[dtype], f"gates {kind}, {dtype}", normalize_qk=True)
 
 
-def test_vectors_of_no_length():
+def test_zero_vectors():
     compare_short_vectors(random(2, 100, dtype=FP32), BARS[FP32])
 
 
@@ -46,7 +46,7 @@ def test_first_gate_has_no_gradient_without_a_state():
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_raw_projections_at_their_limits(dtype):
-    """Logits of +-40 (beta of 2 and of 0), raw gates of +-40, and -inf on both: a token that leaves the state alone."""
+    """Test logits of +-40 (beta of 2 and 0), raw gates of +-40, and -inf for both, which leaves the state unchanged."""
     x = random(2, 200, raw=True, dtype=dtype)
     x["b"][:, ::4], x["b"][:, 1::4] = 40.0, -40.0
     x["a"][:, ::3], x["a"][:, 1::6] = -40.0, 40.0
@@ -56,13 +56,13 @@ def test_raw_projections_at_their_limits(dtype):
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_all_ones(dtype):
-    """Triton compiles arguments that equal 1 in: scale = 1 is one of them."""
+    """Triton compiles arguments that equal 1 as constants. scale = 1 is one of them."""
     x = {n: torch.ones_like(y) for n, y in random(2, 200, dtype=dtype).items()} | {"g": None}
-    # All vectors are parallel: the gradients of q and k are, before the norm's part is taken out of them.
+    # All vectors are parallel, and so are the gradients of q and k before the norm's part is taken out of them.
     compare(x, LIMITS[dtype], f"ones, {dtype}", zero=("dq", "dk"), normalize_qk=True, scale=1.0)
 
 
-def test_rows_of_a_batch_do_not_meet():
+def test_rows_of_a_batch_are_independent():
     x = random(2, 70)
     do, dstate = inputs.arriving(x)
     for y in (x["q"], x["k"], x["v"], do):

@@ -1,4 +1,4 @@
-"""States carried over thousands of tokens without a gate, beta = 2: ours, fla's and FlashQLA's."""
+"""Compare states carried over thousands of tokens without a gate, at beta = 2, by our kernels, fla's and FlashQLA's."""
 
 import functools
 import importlib.util
@@ -16,7 +16,7 @@ from lrnn.kernels.delta_rule.api import fused_gated_delta_rule, gated_delta_rule
 
 
 def span_error(state, true, keys):
-    """Relative error of the part of the states [H, K, V] that lies in the span of their keys [T, H, K]."""
+    """Return the relative error of the part of the states [H, K, V] that lies in the span of their keys [T, H, K]."""
     errors = []
     for h in range(keys.shape[1]):
         distinct = torch.unique(keys[:, h].double(), dim=0)
@@ -60,8 +60,8 @@ def flash_qla_final_state(x):
     return chunk_gated_delta_rule(**arguments, use_qk_l2norm_in_kernel=True, output_final_state=True)[1]
 
 
-def test_tracking_beside_the_peers():
-    """A state set once and carried by reflections along a few keys for 4,096 tokens; raw bf16 keys for everybody."""
+def test_tracking_compared_with_the_peers():
+    """Carry a state, set once, by reflections along a few keys for 4,096 tokens. All get the same raw bf16 keys."""
     kinds, T = ["2 keys", "4 keys", "8 keys", "swaps"], 4096
     rows = [inputs.set_keys(random(1, T, H=4), kind, seed=10 * i) for i, kind in enumerate(kinds)]
     x = {n: torch.cat([row[n] for row in rows]) for n in rows[0]}
@@ -96,7 +96,7 @@ def test_tracking_beside_the_peers():
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 @pytest.mark.parametrize("documents", [False, True])
 def test_split_precision(documents, dtype):
-    """All results, on the scans in Gluon (without documents, in 16 bits) and on the plain ones."""
+    """Check all results of the scans in Gluon (without documents, in 16 bits) and of the plain ones."""
     bounds = torch.tensor([0, 0, 1, 80, 1000, 2048], device="cuda") if documents else None
     x = random(2, 1024, dtype=dtype, states=5 if documents else None, raw=True)
     ours = functools.partial(fused_gated_delta_rule, precision="split")

@@ -1,4 +1,4 @@
-"""Packed documents."""
+"""Test packed documents."""
 
 import delta_rule_inputs as inputs
 import delta_rule_truth as truth
@@ -14,7 +14,7 @@ from lrnn.kernels.delta_rule.api import gated_delta_rule
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_documents(dtype):
-    """Empty ones and ones of one token, in a batch whose rows they cross; a state and its gradient for each."""
+    """Test empty documents and ones of one token, across rows of a batch, each with a state and its gradient."""
     bounds = torch.tensor([0, 0, 1, 16, 80, 145, 145, 464, 465, 465, 1000, 2000, 2000], device="cuda")
     for index_dtype in (torch.int32, torch.int64):
         x = random(2, 1000, dtype=dtype, states=len(bounds) - 1, raw=True)
@@ -28,7 +28,7 @@ def test_a_thousand_short_documents():
     compare_fused(x, BARS[BF16], "1000 documents", cu_seqlens=bounds)
 
 
-def test_documents_do_not_meet():
+def test_documents_are_independent():
     bounds = torch.tensor([0, 70, 75, 300], dtype=torch.int32, device="cuda")
     x = random(1, 300, states=3)
     do, dstate = inputs.arriving(x)

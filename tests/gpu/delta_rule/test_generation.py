@@ -1,4 +1,4 @@
-"""Short sequences and single tokens, without gradients."""
+"""Test short sequences and single tokens, without gradients."""
 
 import delta_rule_truth as truth
 import pytest

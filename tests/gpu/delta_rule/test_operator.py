@@ -1,4 +1,4 @@
-"""How it behaves as an operator of PyTorch; size, memory and compilation."""
+"""Test the behaviour as an operator of PyTorch: sizes, memory and compilation."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ from lrnn.kernels.delta_rule.api import fused_gated_delta_rule
 
 
 def test_projections_may_be_slices():
-    """q, k and v as views of one projection, gates of another: the same bits as from tensors of their own."""
+    """With q, k and v as views of one projection and gates as views of another, results are the same bits."""
     x = random(2, 130, raw=True)
     joined = torch.cat([x[n].flatten(2) for n in ("q", "k", "v")], -1)
     gates = torch.cat([x["a"], x["b"]], -1)
@@ -47,14 +47,14 @@ def test_a_hundred_runs_are_bitwise_equal(B, T, H):
 @pytest.mark.parametrize(
     ("B", "T", "H", "K", "dtype"),
     [
-        (2, 512, 4, 128, BF16),  # in Gluon, a program for each half of the values; both in one; with segments
+        (2, 512, 4, 128, BF16),  # in Gluon: one program per half of the values, both halves in one, with segments
         (8, 512, 16, 128, BF16),
         (1, 8192, 4, 128, BF16),
         (2, 500, 4, 128, BF16),  # in plain Triton
         (2, 512, 4, 64, FP32),
     ],
 )
-def test_saved_states_are_those_computed_anew(B, T, H, K, dtype, precision):
+def test_saved_states_equal_recomputed_ones(B, T, H, K, dtype, precision):
     x = random(B, T, H=H, K=K, dtype=dtype, raw=True)
     arriving = inputs.arriving(x)
     anew, saved = (
@@ -63,7 +63,7 @@ def test_saved_states_are_those_computed_anew(B, T, H, K, dtype, precision):
     assert all(torch.equal(anew[n], saved[n]) for n in anew)
 
 
-def test_saved_states_take_the_memory_they_should(plain_buffers):
+def test_saved_states_take_the_expected_memory(plain_buffers):
     x = bench_kernels.make_inputs(4, 2048, 16, 128)
     kept = {}
     for run in (bench_kernels.ours, bench_kernels.ours_saved):
@@ -87,7 +87,7 @@ def test_without_gradients_the_output_is_the_same():
 
 @pytest.mark.parametrize("documents", [False, True])
 def test_torch_compile(documents, plain_buffers):
-    """Forward and backward without a graph break, also where the length changes."""
+    """Compile both passes without a graph break, also if the length changes."""
     torch._dynamo.reset()
     compiled = torch.compile(fused_gated_delta_rule, fullgraph=True)
     for T in (130, 200):
@@ -110,7 +110,7 @@ def test_autocast_changes_nothing():
     assert plain["o"].dtype == BF16 and plain["final_state"].dtype == plain["dA_log"].dtype == FP32
 
 
-def test_operators_keep_the_rules(plain_buffers):
+def test_operators_pass_opcheck(plain_buffers):
     x = random(2, 16, raw=True)
     bounds = torch.tensor([0, 5, 32], device="cuda")
     for options in ({}, {"cu_seqlens": bounds}):
@@ -123,7 +123,7 @@ def test_operators_keep_the_rules(plain_buffers):
 
 
 def test_more_than_2_to_the_31_elements(plain_buffers):
-    """Offsets beyond int32, and more programs than a grid's second axis holds: the last rows against the truth."""
+    """Compare the last rows with the truth, at offsets beyond int32 and beyond the programs of a grid's second axis."""
     B, T, H, K = 8208, 128, 16, 128
     assert B * T * H * K > 2**31 and B * H > 2**16
     r = inputs.generator("cuda", 0)
@@ -156,8 +156,10 @@ def test_peak_memory_is_no_more_than_flas(plain_buffers):
 
 
 def test_first_use_compiles_in_a_minute(tmp_path, plain_buffers):
-    """Training, packed documents and generation in a new process with an empty cache; the delta rule, the short
-    convolution and the gated norm."""
+    """Train, use packed documents and generate in a new process with an empty cache.
+
+    This runs the delta rule, the short convolution and the gated norm.
+    """
     code = """if True:
         import torch
         from lrnn.kernels.delta_rule.api import fused_gated_delta_rule

@@ -1,4 +1,4 @@
-"""Random inputs: lengths, head sizes, groups, factors, segments."""
+"""Test random inputs: lengths, head sizes, groups, factors, segments."""
 
 import math
 
@@ -46,7 +46,7 @@ def test_head_sizes(K, V, dtype):
 
 @pytest.mark.parametrize("H", [1, 3, 16])
 def test_heads(H):
-    # The gradients of A_log and dt_bias are one number for each head, a sum of either sign: one alone may be near 0.
+    # The gradients of A_log and dt_bias are one number per head, a sum of either sign. With one head it may be near 0.
     bars = BARS[BF16] | ({"dA_log": 5e-2, "ddt_bias": 5e-2} if H == 1 else {})
     compare_fused(random(2, 130, H=H, raw=True), bars, f"{H} heads")
 
@@ -69,7 +69,7 @@ def test_keys_as_given():
 def test_eigenvalues_between_0_and_1_and_no_gate():
     x = random(2, 300, raw=True)
     compare_fused(x, BARS[BF16], "beta below 1", beta_range=1.0)
-    # Nothing decays: the rounding of all chunks adds up.
+    # Nothing decays, so the rounding of all chunks adds up.
     compare_fused(x | {"a": None, "A_log": None, "dt_bias": None}, LIMITS[BF16], "no gate")
 
 
@@ -103,8 +103,8 @@ def test_long_sequence_in_segments():
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
-def test_what_does_not_reach_the_end_of_a_segment_changes_nothing(dtype, monkeypatch):
-    """Heads that forget within a chunk, a segment, or never: with nothing left out the results are the same bits."""
+def test_skipping_chunks_that_do_not_reach_the_end_of_a_segment_changes_nothing(dtype, monkeypatch):
+    """With heads that forget within a chunk, a segment, or never, the results are the same bits as without skipping."""
     x = random(1, 16384, H=3, dtype=dtype, raw=True)
     x["A_log"] = torch.tensor([8.0, 0.2, 1e-4], device="cuda").log()
     do, dstate = inputs.arriving(x)
