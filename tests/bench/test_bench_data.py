@@ -28,7 +28,7 @@ def test_synthetic_corpus_is_a_corpus(corpus_path):
 @pytest.mark.parametrize("reset", [False, True])
 def test_loader_speed(corpus_path, reset):
     rates = measure_loader(corpus_path, 2048, 8, 64, seconds=2.0, reset_at_document_boundaries=reset, repeats=4)
-    assert max(rates) > 5e6  # it is about 80e6 on an idle core; the best of four, as other tests may run beside it
+    assert max(rates) > 5e6  # about 80e6 on an idle core; the best counts, because other tests may run beside it
 
 
 def test_command(corpus_path, capsys):

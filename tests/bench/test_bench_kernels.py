@@ -54,7 +54,7 @@ def test_both_models_are_of_the_same_shape(name):
     assert round(sum(p.numel() for p in ours.parameters()) / 1e6) == millions
 
 
-def test_flas_guard_is_back_afterwards():
+def test_the_guard_of_fla_is_restored():
     from fla.ops.common import chunk_o
 
     before = chunk_o.TRITON_ABOVE_3_7_1

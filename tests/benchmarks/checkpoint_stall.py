@@ -1,9 +1,9 @@
-"""How long training waits for its checkpoints, written in the background and waited for.
+"""Measure how long training waits for its checkpoints, both written in the background and waited for.
 
     python tests/benchmarks/checkpoint_stall.py CORPUS WORK_FOLDER [--processes 2] [key.sub=value ...]
 
-Trains a model of some 80M parameters (1 GB of state) for 24 steps with a checkpoint every 8, twice in each way, in
-turn, and prints a table. The last checkpoint is waited for in either way and does not count.
+Trains a model of some 80M parameters (1 GB of state) for 24 steps with a checkpoint every 8, twice in each mode,
+alternating, and prints a table. The last checkpoint is waited for in both modes and does not count.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SETTINGS = [
 
 
 def measure(run_dir: Path, corpus: str, model: Path, processes: int, background: bool, more: list[str]) -> dict:
-    """Train once; returns the figures of its checkpoints."""
+    """Train once, and return the figures of its checkpoints."""
     overrides = [f"run_dir={run_dir}", f"model={model}"]
     overrides += [f"data.corpora=[{{path: {corpus}}}]", f"checkpoint.background={str(background).lower()}"]
     command = [sys.executable, "-m", "lrnn.cli", "pretrain", str(ROOT / "configs/tiny.yaml")]

@@ -1,4 +1,4 @@
-"""Time the kernels of two checkouts in one run: other, this, this, other, so that a drift of the card shows.
+"""Time the kernels of two checkouts in one run: other, this, this, other, so that a drift of the GPU shows.
 
     python tests/benchmarks/compare_kernels.py OTHER_CHECKOUT [--shapes 8x4096 2x4096] [--out FOLDER]
 
@@ -26,7 +26,7 @@ def turn(checkout: Path, shapes: list[str], file: Path) -> dict[tuple[str, str],
     return {
         (f"{row['batch_size']}x{row['seq_len']}", row["contender"]): [times[0] for times in row["graph"]]
         for row in rows
-        if row.get("graph")  # The floor has none.
+        if row.get("graph")  # The floor has no such times.
     }
 
 

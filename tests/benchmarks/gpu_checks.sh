@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# What only a GPU can show, beside the run of pretrain_340m.sh: the loop's own time, the loader, the tests in tests/gpu,
-# and a small model trained, exported and evaluated there. About 6 minutes.
+# Measure and test on a GPU what pretrain_340m.sh does not cover: the loop's own time, the loader, the tests in
+# tests/gpu, and a small model that is trained, exported and evaluated. Takes about 6 minutes.
 #   bash tests/benchmarks/gpu_checks.sh TEXT_FOLDER WORK_FOLDER RESULT_FOLDER
-# Of TEXT_FOLDER the .py files are read. Without network, `lrnn eval --fetch` must have run before. Every part runs, whatever
-# becomes of the others; the status at the end is 1 if one failed.
+# Reads the .py files of TEXT_FOLDER. Without a network, run `lrnn eval --fetch` beforehand. Every part runs even if
+# another fails, except that nothing runs without the corpora. The exit status is 1 if any part failed.
 set -uo pipefail
 text=$1 work=$2 results=$3
 lrnn() { echo "\$ lrnn $*"; timeout "$limit" python3 -m lrnn.cli "$@"; }
@@ -40,9 +40,9 @@ small_model() {
 
 mkdir -p "$work" "$results"
 part corpora 120 || exit 1
-part bench_loop 240 || failed=1 # alone on the machine, as is the next
+part bench_loop 240 || failed=1 # runs alone on the machine, like the next part
 part bench_data 60 || failed=1
-part gpu_tests 300 & # nothing is timed from here on
+part gpu_tests 300 & # nothing is timed from here on, so parts may run side by side
 tests=$!
 part small_model 120 || failed=1
 wait $tests || failed=1

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The 340M configuration on one GPU: corpus from a folder of text, 300 steps with a stop half-way as a pre-empted job would,
-# resume, plot, export.
+# Train the 340M configuration on one GPU: build a corpus from a folder of text, train 300 steps with a stop half-way
+# like that of a pre-empted job, resume, plot, and export.
 #   bash tests/benchmarks/pretrain_340m.sh TEXT_FOLDER WORK_FOLDER RESULT_FOLDER
 set -euo pipefail
 text=$1 work=$2 results=$3
@@ -12,7 +12,7 @@ lrnn corpus "$text" --train-tokenizer 32000 --heldout 0.02 --skip-bad-files --ou
 pretrain=(pretrain configs/340m.yaml "run_dir=$work/run" "data.corpora=[{path: $work/corpus}]" steps=300
     global_batch_size=16 optim.lr=1e-3 schedule.warmup_steps=30 log.every=5 log.heldout_every=50 log.heldout_batches=8)
 echo "\$ lrnn ${pretrain[*]}"
-python3 -m lrnn.cli "${pretrain[@]}" & # not the function: the signal has to reach Python itself
+python3 -m lrnn.cli "${pretrain[@]}" & # not through the function, because the signal has to reach Python itself
 run=$!
 until grep -qs '"step": 150, "loss"' "$work/run/metrics.jsonl"; do
     kill -0 $run # ends the script if the run has failed

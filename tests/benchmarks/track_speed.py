@@ -1,4 +1,4 @@
-"""Training steps a second of every model of a grid: driven kernel by kernel, as a CUDA graph, several at once.
+"""Measure steps per second of every model of a grid: launched kernel by kernel, as a CUDA graph, several at once.
 
 python tests/benchmarks/track_speed.py configs/track/parity.yaml [key.sub=value ...] [--profile]
 """
@@ -17,7 +17,7 @@ DEVICE = torch.device("cuda", 0)
 
 
 def warm(cell, graphs: bool) -> tuple[Training, torch.cuda.Stream]:
-    """A training after its first steps, and its stream."""
+    """Return a training after its first steps, and its stream."""
     stream = torch.cuda.Stream(DEVICE)
     settings = cell.train.model_copy(update={"cuda_graphs": graphs})
     with torch.cuda.stream(stream):
@@ -28,7 +28,7 @@ def warm(cell, graphs: bool) -> tuple[Training, torch.cuda.Stream]:
 
 
 def steps_per_second(trainings, steps: int = STEPS) -> float:
-    """Of all trainings together, each on its own stream."""
+    """Return the steps per second of all trainings together, each on its own stream."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(steps):
@@ -40,7 +40,7 @@ def steps_per_second(trainings, steps: int = STEPS) -> float:
 
 
 def profile(training, stream, steps: int = 10) -> None:
-    """Where the GPU's time goes in a step."""
+    """Print where the GPU's time goes in a step."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 

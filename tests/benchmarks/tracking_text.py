@@ -1,9 +1,9 @@
-"""A corpus of solved state-tracking questions, as the suite `state_tracking` of `lrnn eval` asks them.
+"""Write text with solved state-tracking questions, as the suite `state_tracking` of `lrnn eval` asks them.
 
     python tests/benchmarks/tracking_text.py OUT.jsonl [DOCUMENTS]
 
-Every document holds six solved questions of one task, of 1 to 32 units each; they come from the split `train`, the
-suite's own questions from `test`.
+Every document holds six solved questions of one task, of 1 to 32 units each. They come from the split `train`; the
+suite's own questions come from `test`.
 """
 
 import json

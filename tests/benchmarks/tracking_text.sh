@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Language models that have read solved state-tracking questions, with either range of eigenvalues, side by side: corpus,
-# training, export, the suite `state_tracking`, which asks eight times as far as they were trained, and perplexity by
-# position to sixteen times the training length.
+# Train language models on solved state-tracking questions, one per range of eigenvalues, side by side: build the
+# corpus, train, export, run the suite `state_tracking`, which asks for eight times the length of the training questions,
+# and measure perplexity by position to sixteen times the training length.
 #   bash tests/benchmarks/tracking_text.sh WORK_FOLDER RESULT_FOLDER [pretrain settings, e.g. steps=600]
 set -euo pipefail
 work=$1 results=$2
@@ -30,7 +30,7 @@ PYTHON
 echo "both ranges side by side: $results/negative.log, $results/positive.log"
 one_range negative true "$@" > "$results/negative.log" 2>&1 & negative=$!
 one_range positive false "$@" > "$results/positive.log" 2>&1 & positive=$!
-trap 'kill $negative $positive 2>/dev/null || true' EXIT  # neither goes on alone
+trap 'kill $negative $positive 2>/dev/null || true' EXIT  # if one fails, the other is stopped
 for range in negative positive; do
     wait "${!range}" || { echo "$range failed:" >&2; tail -n 5 "$results/$range.log" >&2; exit 1; }
 done

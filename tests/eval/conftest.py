@@ -1,4 +1,4 @@
-"""The real benchmark data, a tiny random model with its own tokenizer, a held-out file, a SentencePiece model."""
+"""Fixtures: the real benchmark data, a tiny random model with its tokenizer, a held-out file, a SentencePiece model."""
 
 import json
 import sysconfig
@@ -53,7 +53,7 @@ def sentencepiece_model(tmp_path_factory):
 @pytest.fixture
 def heldout_file(tmp_path):
     path = tmp_path / "heldout.jsonl"
-    # A text that looks like a list, one with a trailing newline, one that is not ASCII, one that is empty.
+    # One text looks like a list, one has a trailing newline, one is not ASCII, and one is empty.
     texts = ["[1, 2]", "def f(x):\n    return x\n", "\u00e4\u2028x", ""]
     path.write_text("".join(json.dumps({"text": text, "source": "a"}) + "\n" for text in texts))
     return path

@@ -1,4 +1,4 @@
-"""The command line: help with an example for every command, and errors that take one line."""
+"""Test the command line: help with an example for every command, and errors that take one line."""
 
 import argparse
 import re
@@ -28,7 +28,7 @@ def test_help(command, capsys):
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_examples_are_accepted_by_the_parser(command, capsys):
-    """An example with an option that is not there would mislead."""
+    """An example with an option that does not exist would mislead."""
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
     text = capsys.readouterr().out.replace("\\\n", " ")
@@ -70,7 +70,7 @@ def test_wrong_arguments(arguments, capsys):
 
 @pytest.fixture
 def command(monkeypatch):
-    """`command(main)`: makes `lrnn probe` run the function."""
+    """`command(main)` makes `lrnn probe` run the function."""
 
     def install(main) -> None:
         module = types.ModuleType("lrnn_probe", "A command.")
@@ -107,7 +107,7 @@ def test_exit_status(command, result, status):
     assert cli.main(["probe", "this"]) == status
 
 
-def test_overrides_may_stand_around_options():
+def test_overrides_may_surround_options():
     args, _ = cli.parse(["pretrain", "run.yaml", "a=1", "--nproc", "2", "b=2", "c=x y"])
     assert (args.config, args.nproc, args.overrides) == ("run.yaml", 2, ["a=1", "b=2", "c=x y"])
     args, _ = cli.parse(["pretrain", "--nproc", "2", "run.yaml", "a=1"])

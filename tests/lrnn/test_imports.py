@@ -1,7 +1,7 @@
-"""Who may import whom: kernels < lrnn.model < pretrain < lrnn.track, lrnn.bench < eval, without circles.
+"""Test who may import whom: kernels < lrnn.model < pretrain < lrnn.track, lrnn.bench < eval, without circles.
 
 All of them may import the floor: files, settings and others that know nothing of any room. Imports inside functions
-count, those under TYPE_CHECKING do not.
+count; those under TYPE_CHECKING do not.
 """
 
 import ast
@@ -14,7 +14,7 @@ LEVELS = {  # a room imports rooms of lower levels, and itself
     "lrnn.floor": 0,
     "lrnn.kernels": 1,
     "lrnn.model": 2,
-    "lrnn.package": 3,  # what registers the model and reads its description
+    "lrnn.package": 3,  # they register the model and read its description
     "lrnn.pretrain": 4,
     "lrnn.track": 5,
     "lrnn.bench": 5,
@@ -30,7 +30,7 @@ MAX_LINES = 500
 
 @cache
 def modules() -> dict[str, Path]:
-    """Return every module of the package, by its name. The rooms at the top of the repository are those in lrnn/."""
+    """Return every module of the package by its name. The rooms at the top of the repository are those in lrnn/."""
     found = {f"lrnn.{path.stem}".removesuffix(".__init__"): path for path in (REPOSITORY / "lrnn").glob("*.py")}
     for room, folder in (("kernels", "kernels"), ("pretrain", "pretrain"), ("eval", "eval")):
         found |= _modules_of(f"lrnn.{room}", REPOSITORY / folder)
@@ -55,7 +55,7 @@ def room_of(module: str) -> str:
 
 
 def imports(module: str, path: Path) -> Iterator[tuple[str, int, bool]]:
-    """Yield each module of lrnn that a module imports, the line, and whether it is imported when the module is."""
+    """Yield each module of lrnn that a module imports, the line, and whether this happens at its own import."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
 
     def walk(node: ast.AST, at_once: bool) -> Iterator[tuple[str, int, bool]]:
@@ -108,8 +108,8 @@ def test_imports_are_seen(tmp_path):
 
 
 def test_every_module_belongs_to_a_room():
-    strangers = {name: path for name, path in modules().items() if room_of(name) not in LEVELS}
-    assert not strangers, f"say in tests/lrnn/test_imports.py what may import {sorted(strangers)}"
+    unplaced = {name: path for name, path in modules().items() if room_of(name) not in LEVELS}
+    assert not unplaced, f"say in tests/lrnn/test_imports.py what may import {sorted(unplaced)}"
 
 
 def test_imports_go_down():
@@ -118,7 +118,7 @@ def test_imports_go_down():
         room = room_of(name)
         for other, line, _ in imports(name, path):
             target = room_of(other)
-            # `import lrnn` alone loads nothing. What is no module lies beside the importing file in exported folders.
+            # `import lrnn` alone loads nothing. Other names are files beside the importing one in exported folders.
             if other == "lrnn" or other not in modules():
                 continue
             if target != room and LEVELS[target] >= LEVELS[room]:

@@ -1,4 +1,4 @@
-"""The rooms at the top of the repository must not shadow packages of the same name."""
+"""Test that the rooms at the top of the repository do not shadow packages of the same name."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""`import lrnn` and the help of the command line take no time, and transformers knows the model all the same."""
+"""Test that `import lrnn` and the help of the command line take no time, yet transformers knows the model."""
 
 import json
 import os
@@ -18,7 +18,7 @@ CPU_SECONDS = 0.5
 
 
 def run(code: str, tmp_path: Path, *arguments: str) -> str:
-    """Run Python code in a process of its own, outside of the repository, and return what it prints."""
+    """Run Python code in a separate process, outside the repository, and return what it prints."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     env["PYTHONPATH"] = os.pathsep.join(str(Path(path).absolute()) for path in sys.path if path)
     done = subprocess.run(
@@ -29,7 +29,7 @@ def run(code: str, tmp_path: Path, *arguments: str) -> str:
 
 
 def help_of(*arguments: str) -> str:
-    """Code that prints the help of a command, and then which of the heavy packages have been imported."""
+    """Return code that prints the help of a command, and then which of the heavy packages have been imported."""
     return (
         "import sys\n"
         "from lrnn import cli\n"
@@ -53,7 +53,7 @@ def test_help_takes_no_time(arguments, tmp_path):
         return times.ru_utime + times.ru_stime
 
     taken = []
-    for _ in range(3):  # the first one may compile files
+    for _ in range(3):  # the first run may compile files
         before = used()
         run(help_of(*arguments), tmp_path)
         taken.append(used() - before)
@@ -73,14 +73,14 @@ ORDERS = {
 LOAD = "loaded = [x.from_pretrained(FOLDER) for x in (AutoConfig, AutoModel, AutoModelForCausalLM)]"
 CASES = {f"{name} first": f"{imports}; {LOAD}" for name, imports in ORDERS.items()}
 CASES |= {
-    # `AutoConfig` is in a module of its own, which other code imports without that of the models.
+    # `AutoConfig` is in its own module, which other code imports without that of the models.
     "AutoConfig alone": "import lrnn; from transformers import AutoConfig; "
     "loaded = [AutoConfig.from_pretrained(FOLDER)]",
     "trusted, lrnn first": f"{ORDERS['lrnn']}; loaded = [AutoModel.from_pretrained(FOLDER, trust_remote_code=True)]",
     "trusted, lrnn last": f"{ORDERS['Auto classes']}; "
     "loaded = [AutoModel.from_pretrained(FOLDER, trust_remote_code=True)]",
 }
-# Runs each case in a child of one process, which has imported what takes long and is of no matter here.
+# Runs each case in a child of one process that has already imported what takes long and does not matter here.
 FORKED = """
 import json, os, sys, traceback
 import torch
@@ -100,7 +100,7 @@ for name, code in json.loads(sys.argv[1]).items():
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, list[str]]:
-    """The classes that each case gives for a folder which holds what an exported one holds of the model."""
+    """Return the classes that each case gives for a folder with the model files of an exported one."""
     root = tmp_path_factory.mktemp("loaded")
     folder = root / "model"
     size = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 16}

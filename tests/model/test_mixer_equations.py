@@ -1,4 +1,4 @@
-"""Every token mixer against the equations of its paper: outputs, gradients and eigenvalues."""
+"""Compare every token mixer with the equations of its paper: outputs, gradients and eigenvalues."""
 
 import math
 
@@ -114,7 +114,7 @@ def mamba(x, p, c):
 
 
 def mlstm(x, p, c):
-    """Without a stabiliser: float64 holds the exponential gates of a short sequence."""
+    """There is no stabiliser: float64 holds the exponential gates of a short sequence."""
     H, D = c.num_heads, c.head_dim
     q, k = (conv(x @ p[f"{y}_proj.weight"].T, p[f"{y}_conv1d.weight"]).view(-1, H, D) for y in "qk")
     v, gate = ((x @ p[f"{y}_proj.weight"].T).view(-1, H, D) for y in "vg")
@@ -132,7 +132,7 @@ def mlstm(x, p, c):
 
 
 def rwkv7(x, p, c):
-    """With the state [V, K] and row vectors, as the paper writes it."""
+    """The state is [V, K] and vectors are rows, as in the paper."""
     H, D = c.num_heads, c.head_dim
     previous = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
     mixed = {name: x + p["shift_mix"][i, 0, 0] * (previous - x) for i, name in enumerate("rwkvag")}
@@ -159,7 +159,7 @@ def rwkv7(x, p, c):
 
 
 def slstm(x, p, c):
-    """Without a stabiliser."""
+    """There is no stabiliser, as in `mlstm`."""
     H, D = c.num_heads, c.head_dim
     inputs = (x @ p["zifo_proj.weight"].T).view(-1, H, 4 * D) + p["gate_bias"]
     cell, n, h = (torch.zeros(H, D).to(x) for _ in range(3))
@@ -194,7 +194,7 @@ TRUTH |= {"slstm": slstm, "transformer": transformer}
 
 
 def truth(model: LrnnForCausalLM, x: torch.Tensor):
-    """Output, eigenvalues and the gradients of the mixer, of one sequence [T, hidden], in float64."""
+    """Return the output, the eigenvalues and the gradients of the mixer for one sequence [T, hidden], in float64."""
     attn = model.model.layers[0].attn
     p = {n: y.detach().double().requires_grad_() for n, y in attn.named_parameters()}
     x = x.double().requires_grad_()
@@ -208,7 +208,7 @@ def direction(shape) -> torch.Tensor:
 
 
 @every_case
-def test_outputs_gradients_and_eigenvalues_are_those_of_the_paper(variant, allow_neg_eigval):
+def test_outputs_gradients_and_eigenvalues_equal_the_equations(variant, allow_neg_eigval):
     model = make_model(variant, allow_neg_eigval)
     attn = model.model.layers[0].attn
     x = torch.randn(70, 32, generator=torch.Generator().manual_seed(1))
@@ -244,7 +244,7 @@ def test_outputs_gradients_and_eigenvalues_are_those_of_the_paper(variant, allow
 @pytest.mark.parametrize("variant", ["mlstm", "slstm"])
 @pytest.mark.parametrize("input_gate", [-60, 200])
 def test_exponential_gates_far_from_one(variant, input_gate):
-    """exp(200) is no float32: the stabiliser keeps it out. exp(-60) leaves the mLSTM's normaliser below its bound."""
+    """exp(200) overflows float32, so the stabiliser avoids it. exp(-60) leaves mLSTM's normaliser below its bound."""
     model = make_model(variant)
     attn = model.model.layers[0].attn
     with torch.no_grad():
@@ -261,7 +261,7 @@ def test_exponential_gates_far_from_one(variant, input_gate):
 
 
 def test_stabilizer_of_the_mlstm():
-    """m_t by its recurrence, with documents, with padding and with a state ahead."""
+    """Compare m_t with its recurrence, with documents, with padding and with an initial state."""
     generator = torch.Generator().manual_seed(0)
     log_i, g = 30 * torch.randn(2, 50, 3, generator=generator), -10 * torch.rand(2, 50, 3, generator=generator)
     log_i[0, 10:20], g[0, 10:20] = float("-inf"), 0  # padding
@@ -289,6 +289,6 @@ def test_one_factor_is_deltanet(gate, allow_neg_eigval, monkeypatch):
     with torch.no_grad():
         logits = plain(ids).logits
         assert torch.equal(product(ids).logits, logits)
-        # The same rule runs for both. That for several factors agrees with it.
+        # Both run the same rule. The one for several factors agrees with it.
         monkeypatch.setattr(DeltaNet, "_one_factor", DeltaNet._several_factors)
         assert largest(product(ids).logits - logits) < 1e-5

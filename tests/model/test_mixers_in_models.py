@@ -1,4 +1,4 @@
-"""What generation and training ask of every token mixer: caches, padding, packed documents, precision, files."""
+"""Test what generation and training need of every token mixer: caches, padding, packed documents, precision, files."""
 
 import math
 
@@ -92,7 +92,7 @@ def test_padding_behind_a_text_leaves_the_state_as_it_is(variant):
             for a, b in zip(states(before), states(after), strict=True):
                 assert largest(a - b) < 1e-5 * max(1, largest(a))
             return
-        # Positions have gone on, but nothing that was padding is seen.
+        # Positions have advanced, but no padding is visible.
         assert not after.state[0][2][:, 20:].any()
         assert model(step, past_key_values=after).logits.isfinite().all()
 
@@ -108,7 +108,7 @@ def documents(x: torch.Tensor) -> list[torch.Tensor]:
 
 
 @every_case
-def test_packed_documents_are_as_if_each_were_alone(variant, allow_neg_eigval):
+def test_packed_documents_equal_each_one_alone(variant, allow_neg_eigval):
     model = make_model(variant, allow_neg_eigval, num_hidden_layers=2).train()
     ids, labels = tokens(2, 100), tokens(2, 100, seed=1)
     with torch.no_grad():
@@ -129,7 +129,7 @@ def test_packed_documents_are_as_if_each_were_alone(variant, allow_neg_eigval):
 
 
 @every_case
-def test_a_fresh_model_learns(variant, allow_neg_eigval):
+def test_a_new_model_learns(variant, allow_neg_eigval):
     torch.manual_seed(0)
     model = LrnnForCausalLM(
         LrnnConfig(**SIZE, **VARIANTS[variant], allow_neg_eigval=allow_neg_eigval, num_hidden_layers=1)
@@ -229,7 +229,7 @@ def test_the_probe_reads_every_mixer_with_a_range(variant):
     ids = tokens(2, 30)
     with torch.no_grad():
         model(ids)
-        assert probe.read() == {}  # not armed: nothing computed
+        assert probe.read() == {}  # not armed, so nothing is computed
         probe.arm()
         model(ids)
     found = probe.read()
@@ -243,7 +243,7 @@ def test_the_probe_reads_every_mixer_with_a_range(variant):
 
 @pytest.mark.parametrize("mixer", ["gated_deltanet", "deltanet", "gated_deltaproduct", "deltaproduct"])
 def test_delta_rule_precision_reaches_the_rule(mixer, monkeypatch):
-    """On a CPU nothing is rounded to 16 bits: the logits are the same, and the rule is asked for it."""
+    """The rule is called with the precision. On a CPU nothing is rounded to 16 bits, so the logits are the same."""
     name = "gated_delta_product" if mixer.endswith("product") else "fused_gated_delta_rule"
     rule, asked = getattr(mixer_deltanet, name), []
 

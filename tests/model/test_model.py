@@ -26,7 +26,7 @@ def one_thread():
 
 
 def make_model(**config) -> LrnnForCausalLM:
-    """A model whose every parameter matters to its logits."""
+    """Return a model in which every parameter affects the logits."""
     torch.manual_seed(0)
     model = LrnnForCausalLM(LrnnConfig(**{**SIZE, **config}))
     with torch.no_grad():
@@ -96,7 +96,7 @@ def numpy_mixer(x, w, config):
 
 
 def numpy_logits(model: LrnnForCausalLM, ids) -> np.ndarray:
-    """Logits [T, vocab] of one sequence."""
+    """Return the logits [T, vocab] of one sequence."""
     w = {name: p.detach().double().numpy() for name, p in model.named_parameters()}
     config = model.config
     x = w["model.embeddings.weight"][ids]
@@ -113,7 +113,7 @@ def numpy_logits(model: LrnnForCausalLM, ids) -> np.ndarray:
 
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("allow_neg_eigval", [True, False])
-def test_logits_are_those_of_numpy(mixer, allow_neg_eigval):
+def test_logits_equal_those_of_numpy(mixer, allow_neg_eigval):
     model = make_model(mixer=mixer, allow_neg_eigval=allow_neg_eigval, conv_size=3 + allow_neg_eigval)
     ids = tokens(1, 100)
     truth = numpy_logits(model, ids[0].numpy())
@@ -150,7 +150,7 @@ def test_continuing_from_a_cache(mixer, cuts):
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_greedy_generation_is_that_of_the_full_forward(mixer):
+def test_greedy_generation_equals_that_of_full_forward_passes(mixer):
     model = make_model(mixer=mixer)
     ids = tokens(2, 9)
     expected = ids
@@ -185,7 +185,7 @@ def test_padding_on_the_left_is_exact(mixer):
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_padding_leaves_the_state_as_it_is(mixer):
-    """Also behind a text, where the convolutions still see it and the gate would go on decaying."""
+    """This holds behind a text too, where convolutions still see the text and the gate would continue to decay."""
     model = make_model(mixer=mixer)
     ids = tokens(2, 20)
     padded = F.pad(ids, (0, 50), value=3)
@@ -236,7 +236,7 @@ def documents(x: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_packed_documents_are_as_if_each_were_alone(mixer):
+def test_packed_documents_equal_each_one_alone(mixer):
     model = make_model(mixer=mixer)
     ids = tokens(2, 100)
     with torch.no_grad():
@@ -248,7 +248,7 @@ def test_packed_documents_are_as_if_each_were_alone(mixer):
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_a_document_depends_on_no_other(mixer):
-    """Change one document: the others keep their logits to the bit, and the loss of one has no gradient in others."""
+    """If one document changes, others keep their logits bitwise, and the loss of one has no gradient in others."""
     model = make_model(mixer=mixer)
     ids = tokens(2, 100)
     changed = ids.clone()
@@ -265,7 +265,7 @@ def test_a_document_depends_on_no_other(mixer):
         assert (largest(gradient) == 0) == (i != 2)
 
 
-def test_gradients_of_packed_documents_are_the_sum_of_each_alone():
+def test_gradients_of_packed_documents_are_the_sum_of_those_of_each_alone():
     model = make_model().train()
     ids, labels = tokens(2, 100), tokens(2, 100, seed=1)
     model(ids, shift_labels=labels, cu_seqlens=BOUNDARIES, num_items_in_batch=1).loss.backward()
@@ -281,7 +281,7 @@ def test_gradients_of_packed_documents_are_the_sum_of_each_alone():
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Per token, by its definition, in float64."""
+    """Return the cross-entropy per token by its definition, in float64."""
     logits = logits.double()
     picked = logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     return torch.where(labels == -100, 0, logits.exp().sum(-1).log() - picked)
@@ -321,11 +321,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(mixer):
 
     plain = gradients()
     forwards = []
-    # Before it, because the second forward ends inside the layer, at the last tensor that backward wants.
+    # A pre-hook counts, because the recomputation ends inside the layer, at the last tensor that backward needs.
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     saved = gradients()
-    assert len(forwards) == 2  # it was computed anew
+    assert len(forwards) == 2  # it was recomputed
     for name, gradient in plain.items():
         assert torch.equal(gradient, saved[name]), name
         assert largest(gradient) > 0, name
@@ -347,7 +347,7 @@ def test_autocast_keeps_the_state_in_float32():
 
 @pytest.mark.parametrize("allow_neg_eigval, top", [(True, 2.0), (False, 1.0)])
 def test_range_of_beta(allow_neg_eigval, top, monkeypatch):
-    """What reaches the recurrence, at inputs from indifferent to extreme."""
+    """Check the values that reach the recurrence, for b from 0 to extreme values."""
     from lrnn.kernels.reference import delta_rule as delta_rule_reference
 
     model = make_model(allow_neg_eigval=allow_neg_eigval)
@@ -384,7 +384,7 @@ def test_gates_start_finite_with_many_heads(seed):
 
 
 def test_gates_start_finite_at_the_ends_of_their_ranges(monkeypatch):
-    """uniform_(0, 16) returns exactly 0 now and then, and its logarithm would be minus infinity."""
+    """uniform_(0, 16) sometimes returns exactly 0, and its logarithm would be minus infinity."""
     attn = make_model().model.layers[0].attn
     monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, low, high: self.fill_(low))
     for parameter in (attn.A_log, attn.dt_bias):
@@ -409,7 +409,7 @@ def test_gates_are_float32_in_a_low_precision_model(tmp_path, dtype):
         assert loaded(tokens(1, 10)).logits.dtype == dtype
 
 
-def test_a_fresh_model_is_a_function_of_the_seed():
+def test_a_new_model_depends_on_the_seed_alone():
     def weights(seed):
         torch.manual_seed(seed)
         return LrnnForCausalLM(LrnnConfig(**SIZE)).state_dict()
@@ -442,7 +442,7 @@ def test_bad_configuration(field, value, message):
     assert str(error.value) == message
 
 
-def test_configuration_survives_its_file(tmp_path):
+def test_configuration_is_the_same_after_saving_and_loading(tmp_path):
     config = LrnnConfig(**SIZE, mixer="deltanet", allow_neg_eigval=False, tie_word_embeddings=True, norm_eps=1e-5)
     config.delta_rule_precision = "split"
     config.save_pretrained(tmp_path)

@@ -1,6 +1,6 @@
-"""Runs command lines of `lrnn` one after the other: a process that imports once, for tests of many short commands.
+"""Run command lines of `lrnn` in one process, which imports once, for tests of many short commands.
 
-Each line of its input is a JSON list of arguments; for each it prints a line with [status, stdout, stderr].
+Each line of the input is a JSON list of arguments. For each, a line with [status, stdout, stderr] is printed.
 """
 
 import json
@@ -15,7 +15,7 @@ from lrnn.cli import main
 
 
 def run(arguments: list[str]) -> int:
-    """The exit status that `python -m lrnn.cli` would have."""
+    """Return the exit status that `python -m lrnn.cli` would have."""
     environment = dict(os.environ)
     try:
         return main(arguments)
@@ -24,13 +24,13 @@ def run(arguments: list[str]) -> int:
     except BaseException:
         traceback.print_exc()
         return 1
-    finally:  # `init_ranks` adds the place in the group of processes
+    finally:  # `init_ranks` adds this process's place among all
         os.environ.clear()
         os.environ.update(environment)
 
 
 def captured(arguments: list[str]) -> tuple[int, str, str]:
-    """Status, stdout and stderr, with what libraries write below Python."""
+    """Return status, stdout and stderr, including what libraries write without Python."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         kept = os.dup(1), os.dup(2)
         os.dup2(out.fileno(), 1)

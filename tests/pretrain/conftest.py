@@ -1,4 +1,4 @@
-"""Small corpora, and runs on them, for the tests of this folder."""
+"""Fixtures: small corpora, and runs on them."""
 
 import json
 import random
@@ -32,7 +32,7 @@ def random_text(rng: random.Random, words: int) -> str:
 
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 files of text in nested folders, of 1 to 400 words."""
+    """Return a folder of 60 text files of 1 to 400 words in nested folders."""
     root = tmp_path_factory.mktemp("text")
     rng = random.Random(0)
     for i in range(60):
@@ -44,7 +44,7 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sentencepiece_model(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SentencePiece model of 300 pieces with bos 1 and eos 2, trained with the library's own defaults."""
+    """Return a SentencePiece model of 300 pieces with bos 1 and eos 2, trained with the library's own defaults."""
     import sentencepiece
 
     path = tmp_path_factory.mktemp("spm") / "tokenizer.model"
@@ -76,7 +76,7 @@ def build_corpus(sentencepiece_model: Path, tmp_path: Path) -> Callable[..., Pat
 
 @pytest.fixture(scope="session")
 def corpora(tmp_path_factory):
-    """Two small corpora of the standard library's source with one tokenizer, made by the command line."""
+    """Return two small corpora of the standard library's source with one tokenizer, written by the command line."""
     root = tmp_path_factory.mktemp("corpora")
     stdlib = sysconfig.get_paths()["stdlib"]
     common = ["corpus", stdlib, "--skip-bad-files", "--processes", "1", "--heldout", "0.2"]
@@ -100,7 +100,7 @@ def model_json(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def config_in(corpora, model_json):
-    """`config_in(folder)`: the configuration of a run in `folder/run`; a copy can be changed freely."""
+    """`config_in(folder)` returns a copy of the configuration of a run in `folder/run`, which may be changed."""
 
     def make(folder, run="run", stage=2, **changes):
         config = {
@@ -130,5 +130,5 @@ def config_in(corpora, model_json):
 
 @pytest.fixture
 def base(config_in, tmp_path):
-    """`config_in` for this test's own folder."""
+    """Return `config_in` for this test's own folder."""
     return partial(config_in, tmp_path)

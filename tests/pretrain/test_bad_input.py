@@ -1,4 +1,4 @@
-"""Bad input to `lrnn pretrain`: one line that names it, status 2, and nothing lost or overwritten."""
+"""Test bad input to `lrnn pretrain`: one line that names it, status 2, and nothing lost or overwritten."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ SERVER = Path(__file__).with_name("command_server.py")
 
 @pytest.fixture(scope="module")
 def lrnn():
-    """`lrnn(*arguments)` -> (status, stdout, stderr) of a command line, run in another process."""
+    """`lrnn(*arguments)` runs a command line in another process, and returns (status, stdout, stderr)."""
     server = subprocess.Popen([sys.executable, str(SERVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(*arguments: object) -> tuple[int, str, str]:
@@ -51,7 +51,7 @@ def pretrain(lrnn, base, tmp_path):
 
 @pytest.fixture
 def refused(pretrain):
-    """`refused(...)`: the one line that the command fails with."""
+    """`refused(...)` returns the one line that the command fails with."""
 
     def run(*overrides: str, **options) -> str:
         status, _, stderr = pretrain(*overrides, **options)
@@ -122,14 +122,14 @@ def test_more_processes_than_samples_of_the_corpora(base):
 
 @pytest.fixture
 def corpus(corpora, tmp_path):
-    """A copy of corpus `a`, to be damaged, and its first shard."""
+    """Return a copy of corpus `a`, to be damaged, and its first shard."""
     shutil.copytree(corpora / "a", tmp_path / "corpus")
     return tmp_path / "corpus", next((tmp_path / "corpus" / "train").glob("*.arrow"))
 
 
 @pytest.fixture(scope="module")
 def foreign_corpus(tmp_path_factory):
-    """A corpus with a tokenizer of its own, of a smaller vocabulary."""
+    """Return a corpus with its own tokenizer, which has a smaller vocabulary."""
     out = tmp_path_factory.mktemp("foreign") / "corpus"
     stdlib = sysconfig.get_paths()["stdlib"]
     options = ["--include", "json/*.py", "--skip-bad-files", "--processes", "1", "--train-tokenizer", "350"]
@@ -138,7 +138,7 @@ def foreign_corpus(tmp_path_factory):
 
 
 def flip_byte(file: Path) -> None:
-    """Change a byte in the middle; the size stays."""
+    """Change a byte in the middle, without changing the size."""
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 0x10
     file.write_bytes(data)
@@ -241,7 +241,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def run(trained, pretrain, tmp_path):
-    """A copy of a run of 2 steps, with a checkpoint of each, in the folder that `base()` names."""
+    """Return a copy of a run of 2 steps, with a checkpoint of each, in the folder that `base()` names."""
     if not trained.exists():
         status, _, stderr = pretrain("steps=2", "checkpoint.every=1", f"run_dir={trained}")
         assert status == 0, stderr
@@ -323,7 +323,7 @@ def test_resume_with_a_changed_model(run, refused, model_json, tmp_path, field, 
 
 
 def test_resume_of_a_checkpoint_older_than_a_field(model_json, tmp_path):
-    """Such a checkpoint was trained with what is now the default."""
+    """Such a checkpoint was trained with the present default of the field."""
     config = load_model_config(model_json)
     older = {n: value for n, value in config.to_dict().items() if n != "delta_rule_precision"}
     (tmp_path / "config.json").write_text(json.dumps(older))

@@ -1,4 +1,4 @@
-"""Losses that are spikes or not finite are found, named, and skipped or undone, the same on all ranks."""
+"""Test losses that are spikes or not finite: they are named, and skipped or undone, the same on all ranks."""
 
 import json
 import math
@@ -68,7 +68,7 @@ def test_limit_is_a_float32_and_the_window_moves():
     assert spikes.history == [1.1, 1.3, 1.2, 1.5]
 
 
-# --- in a training ----------------------------------------------------------------------------------------------------
+# --- in training ------------------------------------------------------------------------------------------------------
 
 
 def events(config, name):
@@ -108,7 +108,7 @@ def test_a_spike_is_logged_or_skipped(base, tmp_path):
     n = len(events(skipped, "loss_spike"))
     assert [progress[name]["optimizer_step"] for name in ("logged", "skipped")] == [STEPS, STEPS - n]
     assert progress["skipped"]["skipped_steps"] == n and len(progress["skipped"]["losses"]) == SPIKES["window"]
-    # Up to the spike the runs are the same; after it they differ in one update.
+    # The runs are the same up to the spike, and differ in one update after it.
     before = range(1, STRANGE)
     assert [losses(logged)[s] for s in before] == [losses(skipped)[s] for s in before]
     assert losses(logged)[STRANGE][0] == losses(skipped)[STRANGE][0] and losses(logged)[STEPS] != losses(skipped)[STEPS]

@@ -1,4 +1,4 @@
-"""The samples of a step, cut into micro-batches that do not depend on the number of processes."""
+"""Test that micro-batches of a step do not depend on the number of processes."""
 
 import pytest
 

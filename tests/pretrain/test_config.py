@@ -1,4 +1,4 @@
-"""The configuration of a run: errors name the key by its full path and say what would be right."""
+"""Test the configuration of a run: errors name the key by its full path and say what would be right."""
 
 import json
 import re
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def raw():
-    """A small valid configuration, as parsed YAML."""
+    """Return a small valid configuration, as parsed YAML."""
     return {
         "run_dir": "runs/x",
         "model": "model.json",
@@ -36,7 +36,7 @@ def raw():
 
 @pytest.fixture
 def load(raw, tmp_path):
-    """`load(*overrides)`: the configuration in `raw`, written to run.yaml and read."""
+    """`load(*overrides)` writes `raw` to run.yaml and reads it."""
 
     def load(*overrides: str) -> Config:
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
@@ -46,7 +46,7 @@ def load(raw, tmp_path):
 
 
 def error_of(function, *arguments) -> str:
-    """The message of the UserError, one line."""
+    """Return the message of the UserError, which has one line."""
     with pytest.raises(UserError) as caught:
         function(*arguments)
     message = str(caught.value)
@@ -72,7 +72,7 @@ def test_shipped_configurations(name, most):
 
 
 def test_the_documented_job_can_share_its_batch():
-    """`sbatch --nodes N slurm/train.sbatch CONFIG`: the samples of a step go evenly into N x 8 processes."""
+    """For `sbatch --nodes N slurm/train.sbatch CONFIG`, the samples of a step divide evenly among N x 8 processes."""
     text = "".join(page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
     jobs = re.findall(r"sbatch --nodes (\d+) slurm/train\.sbatch ([\w./-]+)", text)
     (tasks,) = re.findall(r"#SBATCH --ntasks-per-node=(\d+)", (ROOT / "slurm" / "train.sbatch").read_text())
@@ -275,7 +275,7 @@ ZERO = {"zero_optimization": {"stage": 2}}
 
 @pytest.fixture
 def deepspeed(load, tmp_path):
-    """`deepspeed(changes, world_size)`: the settings made of a JSON with these changes."""
+    """`deepspeed(changes, world_size)` returns the settings made from a JSON with these changes."""
 
     def make(changes: dict, world_size: int = 1) -> dict:
         (tmp_path / "zero.json").write_text(json.dumps({**ZERO, **changes}))

@@ -14,7 +14,7 @@ from lrnn.pretrain.launch import STOPPED
 
 @pytest.fixture
 def configs(base, tmp_path, model_json):
-    """`configs(mixer)` returns the configuration of a run, and the same in another folder."""
+    """`configs(mixer)` returns the configuration of a run, and the same for another folder."""
 
     def make(mixer):
         fields = json.loads(model_json.read_text()) | {"mixer": mixer, "state_size": 4, "num_hidden_layers": 1}

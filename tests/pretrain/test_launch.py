@@ -1,4 +1,4 @@
-"""Processes of a run: how they start, their exit statuses and signals, and the environment that SLURM gives them."""
+"""Test the processes of a run: their start, exit statuses, signals, and the environment that SLURM gives them."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ from lrnn.pretrain.launch import STOPPED, StopRequest, check_world, is_worker, l
 
 pytestmark = pytest.mark.alone
 
-# A worker: notes its environment and each signal it gets in a folder, and ends as the code that follows says.
+# A worker notes its environment and each signal it gets in a folder, and ends as the code that follows says.
 WORKER = """
 import os, signal, sys, time
 from pathlib import Path
@@ -46,7 +46,7 @@ def wait_until(condition, seconds=20):
 
 @pytest.fixture
 def command(tmp_path):
-    """`command(code)`: a worker that reports that it is ready and then runs `code`."""
+    """`command(code)` returns a worker that reports that it is ready and then runs `code`."""
     return lambda code: [sys.executable, "-c", WORKER + textwrap.dedent(code), str(tmp_path)]
 
 
@@ -62,7 +62,7 @@ def test_environment_of_the_workers(command, tmp_path, monkeypatch):
     seen = [(tmp_path / f"ready-{rank}").read_text().split() for rank in range(3)]
     assert [s[:4] for s in seen] == [[str(r), str(r), "3", "127.0.0.1"] for r in range(3)]
     assert len({s[4] for s in seen}) == 1 and int(seen[0][4]) > 1023
-    assert {s[5] for s in seen} == {"2"}  # cores are shared out
+    assert {s[5] for s in seen} == {"2"}  # cores are divided among them
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert launch(1, command("")) == 0
     assert (tmp_path / "ready-0").read_text().split()[5] == "5"
@@ -104,14 +104,14 @@ def test_a_killed_worker_is_a_failure_and_named(command, monkeypatch, capfd):
     monkeypatch.setattr(launch_module._stop, "__defaults__", (1.0,))
     code = launch(2, command("os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(60)"))
     assert code not in (0, STOPPED)
-    assert capfd.readouterr().err == "lrnn: process 1 was killed by SIGKILL\n"  # not what was stopped for it
+    assert capfd.readouterr().err == "lrnn: process 1 was killed by SIGKILL\n"  # but not those stopped for it
 
 
 @pytest.mark.parametrize(
     ("code", "line"),
     [
         ("sys.exit(3) if rank else (signal.signal(signal.SIGTERM, signal.SIG_DFL), time.sleep(60))", "status 3"),
-        ("sys.exit(2)", None),  # bad input, which the process itself has named
+        ("sys.exit(2)", None),  # the process itself has named the bad input
         (f"sys.exit({STOPPED})", None),
     ],
 )
@@ -136,7 +136,7 @@ def test_a_stopped_worker_is_not_left_over(command, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM", "SIGINT"])
 def test_signals_are_passed_on_once(command, tmp_path, name):
-    """The launcher (here: this process) gets a signal; each worker gets it once, and the job's status is theirs."""
+    """The launcher, here this process, gets a signal. Each worker gets it once, and the job's status is theirs."""
     code = f"""
     if rank == 0:
         wait_until(lambda: (folder / "ready-1").exists())
@@ -225,7 +225,7 @@ def test_workers_end_with_a_launcher_that_is_killed(command, tmp_path, late):
     assert set(signals(tmp_path, 0)) == set(signals(tmp_path, 1)) == {"SIGTERM"}
 
 
-def test_handlers_are_put_back(command):
+def test_handlers_are_restored(command):
     before = [signal.getsignal(s) for s in launch_module.STOP_SIGNALS]
     launch(1, command(""))
     assert [signal.getsignal(s) for s in launch_module.STOP_SIGNALS] == before
@@ -240,7 +240,7 @@ def test_handlers_are_put_back(command):
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch):
-    """An `scontrol` that expands one list of hosts."""
+    """Put an `scontrol` that expands one list of hosts on PATH."""
     (tmp_path / "bin").mkdir()
     stub = tmp_path / "bin" / "scontrol"
     stub.write_text(
@@ -260,12 +260,12 @@ def test_slurm_environment(scontrol):
     found = slurm_environment(env)
     port = found.pop("MASTER_PORT")
     assert found == {"RANK": "13", "LOCAL_RANK": "5", "WORLD_SIZE": "24", "MASTER_ADDR": "gpu07"}
-    # Two jobs of one host must not meet at a port; all tasks of a job must.
+    # Two jobs on one host must not meet at a port, but all tasks of a job must.
     assert 1024 < int(port) < 65536 and port == slurm_environment({**env, "SLURM_PROCID": "2"})["MASTER_PORT"]
     assert port != slurm_environment({**env, "SLURM_JOB_ID": "1234568"})["MASTER_PORT"]
 
 
-def test_who_is_a_worker(monkeypatch):
+def test_which_processes_are_workers(monkeypatch):
     for name in ("RANK", "SLURM_STEP_ID", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
     assert not is_worker()
@@ -301,7 +301,7 @@ def test_signals_are_handled_before_the_engine_starts(monkeypatch):
         return STOPPED if stop.signal == "SIGUSR1" else 1
 
     monkeypatch.setattr(train_module, "train", train)
-    # Without a handler of ours the signal ends this process: be safe, and see the difference.
+    # If our handler is missing, the signal would end this process; ignored, it makes the test fail instead.
     previous = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         assert train_module.main(argparse.Namespace(config="x", overrides=[], nproc=None)) == STOPPED

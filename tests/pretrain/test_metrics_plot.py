@@ -1,4 +1,4 @@
-"""The record of a run: what is written, read back, averaged and drawn."""
+"""Test the record of a run: writing, reading, averaging and drawing."""
 
 import json
 import re
@@ -24,7 +24,7 @@ from lrnn.pretrain.metrics.plot import split_records
 from lrnn.pretrain.metrics.speed import Speed
 from lrnn.records import read_metrics
 
-RANKS = Ranks(0, 2, torch.device("cpu"), None)  # no group: nothing here talks to others
+RANKS = Ranks(0, 2, torch.device("cpu"), None)  # no group, because nothing here talks to others
 MODEL = LrnnConfig(
     vocab_size=64, hidden_size=8, num_hidden_layers=2, num_heads=4, head_dim=4, intermediate_size=8
 )  # fmt: skip
@@ -128,7 +128,7 @@ def test_no_metrics(tmp_path):
         read_metrics(tmp_path)
 
 
-def test_wandb_that_is_not_there(config, tmp_path, monkeypatch):
+def test_wandb_that_is_not_installed(config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     settings = config.model_copy(update={"log": config.log.model_copy(update={"wandb_project": "p"})})
     with pytest.raises(UserError, match=r"log\.wandb_project is 'p'.*pip install 'lrnn\[wandb\]'"):
@@ -177,7 +177,7 @@ def test_later_records_of_a_step_count():
 
 
 def test_speed(config, monkeypatch):
-    """Two steps of 2 s and 4 s inside, 1 s and 2 s between them, and a pause that does not count."""
+    """There are two steps of 2 s and 4 s, pauses of 1 s and 2 s between them, and a pause that does not count."""
     clock = [100.0]
     monkeypatch.setattr(speed_module.time, "perf_counter", lambda: clock[0])
     speed = Speed(config, MODEL, RANKS)
@@ -237,7 +237,7 @@ def probed(allow_neg_eigval: bool, logits: dict[int, list[float]], tokens: int =
     ids = torch.zeros(2, tokens, dtype=torch.int64)
     assert probe.read() == {}
     model(ids)
-    assert probe.read() == {}  # not armed: nothing noted
+    assert probe.read() == {}  # not armed, so nothing is noted
     probe.arm()
     model(ids)
     return probe, model, ids
@@ -258,7 +258,7 @@ def test_eigenvalues_in_both_halves():
     assert found["histogram"] == [expected_histogram(row) for row in eigenvalues]
 
 
-def test_eigenvalues_above_zero_alone():
+def test_eigenvalues_above_zero_only():
     logits = {0: [1.16, -0.235, -4.4, 6.0], 1: [50.0, 50.0, 50.0, 50.0]}
     eigenvalues = [[float(1 / (1 + np.exp(x))) for x in row] for row in logits.values()]
     found = probed(False, logits)[0].read()
@@ -315,7 +315,7 @@ def test_plot_of_two_runs(tmp_path, capsys):
         assert (abs(image - np.array(color)).sum(-1) < 30).sum() > 200, "a run is missing"
 
 
-def test_what_is_drawn(tmp_path, monkeypatch):
+def test_the_curves_and_marks(tmp_path, monkeypatch):
     """Check the values of the curves, and the marks where the run was resumed and where a step was skipped."""
     import matplotlib.figure
 

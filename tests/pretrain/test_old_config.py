@@ -1,4 +1,4 @@
-"""What earlier versions wrote is converted with one line of notice; a contradiction is refused and names both."""
+"""Test the files of earlier versions: they are converted with one line of notice, and contradictions are refused."""
 
 import json
 
@@ -22,7 +22,7 @@ def notices_come_again():
 
 @pytest.fixture
 def parse(tmp_path):
-    """`parse(optim, **changes)`: the configuration of a run."""
+    """`parse(optim, **changes)` returns the configuration of a run."""
 
     def parse(optim: dict | None = None, **changes):
         raw = {
@@ -36,7 +36,7 @@ def parse(tmp_path):
 
 @pytest.fixture
 def write(tmp_path):
-    """`write(content, name)`: the path of a DeepSpeed JSON."""
+    """`write(content, name)` writes a DeepSpeed JSON and returns its path."""
 
     def write(content: dict, name: str = "own.json") -> str:
         (tmp_path / "deepspeed").mkdir(exist_ok=True)
@@ -52,7 +52,7 @@ def said(capsys) -> list[str]:
 
 
 def test_the_shipped_settings_are_what_they_were():
-    """The content of configs/deepspeed/zero1.json, zero2.json and zero3.json, which the stages replace."""
+    """The stages have the content of configs/deepspeed/zero1.json, zero2.json and zero3.json, which they replace."""
     common = {"overlap_comm": True, "reduce_bucket_size": 200000000}
     low = {"contiguous_gradients": True, "reduce_scatter": True, "allgather_bucket_size": 200000000}
     high = {"stage3_prefetch_bucket_size": 100000000, "stage3_param_persistence_threshold": 100000}
@@ -98,7 +98,7 @@ def test_a_json_without_clipping_still_turns_it_off(parse, write, capsys):
     assert said(capsys) == []
 
 
-def test_what_was_converted_is_not_converted_again(parse, write, capsys):
+def test_a_converted_configuration_is_not_converted_again(parse, write, capsys):
     for path in (write(zero_settings(3) | SHIPPED), write({"zero_optimization": {"stage": 1}, **SHIPPED}, "more.json")):
         config = parse(deepspeed=path)
         assert len(said(capsys)) == 1
@@ -127,7 +127,7 @@ def test_zero_is_2_unless_said(parse):
 
 
 @pytest.mark.parametrize("length", [None, 64, 512])
-def test_the_datas_sequence_length_is_the_models(parse, tmp_path, capsys, length):
+def test_the_model_takes_the_sequence_length_of_the_data(parse, tmp_path, capsys, length):
     model = {"model_type": "lrnn", "vocab_size": 400} | ({} if length is None else {"max_position_embeddings": length})
     path = tmp_path / "model.json"
     path.write_text(json.dumps(model))
@@ -149,7 +149,7 @@ def test_a_checkpoint_with_another_length_resumes(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("environment", "in_workers", "printed"),
     [
-        ({}, False, True),  # a process alone, or the launcher
+        ({}, False, True),  # a single process, or the launcher
         ({"RANK": "0", "LRNN_LAUNCHER": "1"}, False, False),  # its launcher has printed it
         ({"RANK": "0", "LRNN_LAUNCHER": "1"}, True, True),
         ({"RANK": "1", "LRNN_LAUNCHER": "1"}, True, False),

@@ -1,4 +1,4 @@
-"""The learning rate against closed forms, and the FLOP formula against a count over the model's own modules."""
+"""Compare the learning rate with closed forms, and the FLOP formula with a count over the model's own modules."""
 
 import math
 from itertools import pairwise
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def rates(steps: int, lr: float = 0.5, **schedule) -> list[float]:
-    """Learning rate of every step of a run."""
+    """Return the learning rate of every step of a run."""
     raw = {
         "run_dir": "x", "model": "x", "steps": steps, "global_batch_size": 1, "micro_batch_size": 1,
         "data": {"seq_len": 1, "corpora": [{"path": "x"}]}, "optim": {"lr": lr}, "schedule": schedule,
@@ -34,7 +34,7 @@ def test_warm_up_is_a_line_from_zero(name):
     found = rates(100, name=name, warmup_steps=8)
     assert found[:8] == pytest.approx([0.5 / 8, 1 / 8, 1.5 / 8, 0.25, 2.5 / 8, 3 / 8, 3.5 / 8, 0.5])
     assert found[8] == pytest.approx(0.5)
-    assert rates(100, name=name)[0] == 0.5  # no warm-up: the peak at once
+    assert rates(100, name=name)[0] == 0.5  # without a warm-up, the first step is at the peak
 
 
 def test_cosine():
@@ -52,7 +52,7 @@ def test_cosine():
 
 
 def test_wsd():
-    """A plateau, then a line that would reach the minimum one step after the last."""
+    """After the plateau, the rate follows a line that would reach the minimum one step after the last."""
     found = rates(100, name="wsd", warmup_steps=10, decay_steps=19, min_lr_ratio=0.2)
     assert found[9:81] == [0.5] * 72
     line = [0.5 - 0.4 * k / 20 for k in range(20)]
@@ -78,7 +78,7 @@ def test_short_runs(schedule):
 
 
 def recurrence_of_a_head(config: LrnnConfig) -> int:
-    """Multiply-adds of a token and head, by the equations in the mixers' docstrings."""
+    """Return the multiply-adds per token and head, by the equations in the mixers' docstrings."""
     D, N, n = config.head_dim, config.state_size, config.num_householder
     read = write = D * D
     return {
@@ -90,14 +90,14 @@ def recurrence_of_a_head(config: LrnnConfig) -> int:
         "mamba2": write + read,
         "mamba": D * N + D * N,  # in each channel of a head, N numbers are written and read
         "mlstm": write + read + 2 * D,  # the normaliser
-        "rwkv7": read + write + write + read,  # with kappa; what is removed; k v^T; with r
+        "rwkv7": read + write + write + read,  # with kappa; the removal; k v^T; with r
         "slstm": 4 * read,  # h times a matrix for each gate
         "transformer": 2 * D * (config.max_position_embeddings + 1) // 2,  # on average, a score and a sum
     }[config.mixer]
 
 
 def counted_flops(config: LrnnConfig) -> float:
-    """Forward and backward FLOPs of one token, counted over the modules that exist."""
+    """Return the forward and backward FLOPs of one token, counted over the modules that exist."""
     with torch.device("meta"):
         model = LrnnForCausalLM(config)
     multiply_adds = 0

@@ -1,4 +1,4 @@
-"""Kills at random moments, each followed by a resume. LRNN_TORTURE=1 makes it 300 (`make torture`)."""
+"""Kill a run at random moments, each time followed by a resume. LRNN_TORTURE=1 makes it 300 kills (`make torture`)."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def test_every_kill_is_survived(base, tmp_path):
     config["data"] |= {"seq_len": 32}
     spec = tmp_path / "spec.json"
     spec.write_text(json.dumps({"config": config, "folder": str(tmp_path), "kills": KILLS, "seed": 0}))
-    # Arrow's allocator would start a thread, but a process with threads must not fork.
+    # Arrow's allocator would start a thread, and a process with threads must not fork.
     environment = {**os.environ, "JE_ARROW_MALLOC_CONF": "background_thread:false", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, str(PROGRAM), str(spec)], env=environment, stdout=subprocess.PIPE, text=True)
     assert done.returncode == 0

@@ -1,4 +1,4 @@
-"""Whole trainings on CPU over gloo: a run that is stopped anywhere and resumed gives bitwise the same result."""
+"""Test whole trainings on CPU over gloo: a run that is stopped anywhere and resumed gives bitwise the same result."""
 
 import json
 import sysconfig
@@ -36,8 +36,8 @@ def test_stop_and_resume_is_bitwise_the_same(base, tmp_path, stage):
 def test_other_numbers_of_processes_and_stages_agree(base, tmp_path, stages, autocast, tolerance):
     """A run of 2 processes continues with 1 and with 2 again, each time in another ZeRO stage: same samples and losses.
 
-    In float32 that is the order of sums. Under bf16 autocast a difference in the last bit of a weight can flip a
-    rounding of 2^-9, so there only the size of such flips can be asked for.
+    In float32, losses differ by the order of sums. Under bf16 autocast a difference in the last bit of a weight can
+    flip a rounding of 2^-9, so only differences of that size can be required.
     """
 
     def config(run, stage):

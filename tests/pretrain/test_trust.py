@@ -34,13 +34,13 @@ def somebody_says_yes(monkeypatch):
 
 @pytest.fixture
 def mark(tmp_path) -> Path:
-    """The file that hostile code leaves."""
+    """Return the path of the file that hostile code leaves."""
     return tmp_path / "mark"
 
 
 @pytest.fixture
 def tokenizer_folder(text_folder, tmp_path) -> Path:
-    """A Hugging Face tokenizer."""
+    """Return the folder of a Hugging Face tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -64,8 +64,10 @@ def train(config: dict, tmp_path: Path) -> str | int:
 
 
 def test_resume_executes_nothing_of_a_run(base, tmp_path, mark):
-    """Pickles under the names of DeepSpeed, torch and transformers, a hostile run.yaml, code for the tokenizer; then a
-    pickle in place of the state, with the checksum that the checkpoint's own manifest gives."""
+    """The run has pickles under the names of DeepSpeed, torch and transformers, a hostile run.yaml, and tokenizer code.
+
+    Then a pickle replaces the state, with the checksum that the checkpoint's own manifest gives.
+    """
     assert train(base(steps=1, **SHORT), tmp_path) == 0
     run = tmp_path / "run"
     folder = checkpoint.find_newest(run)

@@ -4,8 +4,8 @@
 
 SPEC holds {"config": ..., "folder": ..., "kills": n, "seed": s}: n kills of runs that wait for their checkpoints, and
 half as many of runs that write them in the background. Packages are imported once and every start is a fork of this
-process, which saves 8 s a start; what the forks run is `lrnn pretrain` as torchrun would start it, two processes.
-Prints one JSON object: how often which moment was hit, and what followed.
+process, which saves 8 s per start. The forks run `lrnn pretrain` as torchrun would start it, as two processes.
+Prints one JSON object: how often each moment was hit, and what followed.
 """
 
 import copy
@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import deepspeed  # noqa: F401 (for the forks; a start imports it late)
+import deepspeed  # noqa: F401 (for the forks, which import it late)
 import pandas  # noqa: F401 (for the forks, too)
 import torch
 
@@ -33,7 +33,7 @@ from lrnn.pretrain.launch import free_port, local_environment
 from lrnn.pretrain.run import Run
 
 RANKS = 2
-# What a rank is doing, as the parent sees it: one byte for the main thread, one for the writing thread.
+# The parent sees what a rank is doing as one byte for the main thread and one for the writing thread.
 PHASES = ["starting", "step", "between steps", "snapshot", "writing", "manifest", "rename", "latest", "deleting"]
 # The calls before or after which a rank kills itself, or all ranks.
 TRAPS = {
@@ -64,7 +64,7 @@ class Life:
                 os.setpgid(0, self.pids[0] if self.pids else 0)
                 self._become(rank, port, config, overrides, log, trap)
             if not self.pids:
-                os.setpgid(pid, pid)  # also here: the second fork joins it
+                os.setpgid(pid, pid)  # set in the parent too, because the second fork joins the group
             self.pids.append(pid)
         self.statuses: dict[int, int] = {}
 
@@ -120,7 +120,7 @@ class Life:
         """Return whether all processes have ended."""
         for pid in self.pids:
             if pid not in self.statuses and os.waitpid(pid, os.WNOHANG) != (0, 0):
-                self.statuses[pid] = 1  # reaped; how it ended is in the log
+                self.statuses[pid] = 1  # already reaped; the log says how it ended
         return len(self.statuses) == RANKS
 
     def end(self) -> None:
@@ -140,7 +140,7 @@ class Life:
 
 
 def set_trap(rank: int, place: str, after: bool, count: int, everyone: bool) -> None:
-    """Make the `count`-th call of a function the last thing that this process, or all, does."""
+    """Make the `count`-th call of a function the last thing that this process, or all of them, do."""
     holder, name = TRAPS[place]
     original, calls = getattr(holder, name), 0
 
@@ -169,7 +169,7 @@ def losses_in(file: Path) -> list[tuple[int, float]]:
 
 
 class Torture:
-    """A run folder, and what has been done to it."""
+    """A run folder, with a count of what has been done to it."""
 
     def __init__(self, spec: dict[str, Any], name: str, background: bool, truth: dict[int, float], rng: random.Random):
         self.folder, self.truth, self.rng = Path(spec["folder"]) / name, truth, rng
@@ -181,7 +181,7 @@ class Torture:
         self.log = Path(spec["folder"]) / f"{name}.log"
         self.hit: Counter[str] = Counter()
         self.repeated: list[int] = []
-        self.seen = 0  # number of records that were compared
+        self.seen = 0  # number of records compared
 
     def steps(self) -> int:
         return max((step for step, _ in losses_in(self.folder / "metrics.jsonl")), default=0)
@@ -279,7 +279,7 @@ def main() -> None:
             assert not list((torture.folder / "checkpoints").glob(".step*"))
             hit += torture.hit
             repeated += torture.repeated
-        # Steps are done while a checkpoint is written in the background; the next checkpoint waits for it.
+        # Training continues while a checkpoint is written in the background; the next checkpoint waits for it.
         limit = 2 * torture.every if background else torture.every
         assert max(repeated) <= limit, f"{max(repeated)} steps were repeated, at most {limit} may be"
         result["in the background" if background else "waited for"] = {

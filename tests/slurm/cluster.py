@@ -1,4 +1,6 @@
-"""A SLURM cluster of two nodes on this machine: Debian's packages, root, and a folder that holds all that it writes.
+"""A SLURM cluster of two nodes on this machine.
+
+It needs Debian's packages and root. Everything that it writes is in one folder.
 
 `python tests/slurm/cluster.py` starts one by hand and stops it on Ctrl-C. Tests take it as the fixture `slurm`.
 """
@@ -14,11 +16,11 @@ import time
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
-# Names that resolve: a run's first process is looked up by the name of its node, and these are all this machine.
+# These names resolve, all to this machine: a run's first process is looked up by the name of its node.
 NODES = ("127.0.0.1", "127.0.0.2")
-CPUS = 4  # of a node; more than the machine has, since nothing binds tasks to them
+CPUS = 4  # per node; may be more than the machine has, because tasks are not bound to cores
 KILL_WAIT_S = 20  # between SIGTERM and SIGKILL, as KillWait in slurm.conf
-GRACE_TIME_S = 20  # between the SIGTERM that announces a pre-emption and the end
+GRACE_TIME_S = 20  # between the SIGTERM that announces a pre-emption and the end of the job
 TIMEOUT_S = 30
 
 CONFIGURATION = """\
@@ -61,7 +63,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
 
 
 def install() -> str | None:
-    """Install what is missing; returns the reason where that cannot be done, for a skipped test."""
+    """Install what is missing. Return the reason if that cannot be done, for a skipped test."""
     if os.geteuid() != 0:
         return "SLURM's daemons want root"
     if all(shutil.which(program) for program in PROGRAMS):
@@ -78,14 +80,14 @@ def install() -> str | None:
 
 
 class Cluster:
-    """Starts when it is made; `stop` ends its daemons and removes its folder.
+    """A cluster that starts when it is created. `stop` ends its daemons and removes its folder.
 
     Attributes:
         env: environment in which SLURM's commands speak to this cluster.
     """
 
     def __init__(self) -> None:
-        # Short: the path of a socket has 107 characters at most.
+        # The path is short because that of a socket has 107 characters at most.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         self.env = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
         self._daemons: list[subprocess.Popen] = []
@@ -120,7 +122,7 @@ class Cluster:
             "log-file": "munge.log",
             "seed-file": "munge.seed",
         }
-        # --force: the log may lie in a folder of another's; the folder itself is ours alone.
+        # --force: the log may be in a folder of another user; the folder itself is ours alone.
         self._daemon("munged", "--foreground", "--force", *(f"--{k}={folder / v}" for k, v in files.items()))
         _wait_until((folder / "munge.socket").exists, "munged makes no socket", folder / "munge.log")
         self._daemon("slurmctld", "-D", "-i")
@@ -129,7 +131,7 @@ class Cluster:
         _wait_until(self._idle, "the nodes do not become idle", folder / "slurmctld.log")
 
     def _daemon(self, *command: str) -> None:
-        # A session of its own, so that Ctrl-C ends the tests first and the daemons in their order.
+        # Daemons have a session of their own, so that Ctrl-C ends the tests first and then the daemons in order.
         log = (self.folder / f"{command[0]}.out").open("ab")
         self._daemons.append(subprocess.Popen(command, env=self.env, stdout=log, stderr=log, start_new_session=True))
 
@@ -140,7 +142,7 @@ class Cluster:
         return done.stdout.split() == ["idle"] * len(NODES)
 
     def run(self, *command: str) -> str:
-        """Run one of SLURM's commands; returns what it prints. Raises AssertionError with its errors if it fails."""
+        """Run a SLURM command and return its output. Raise AssertionError with its errors if it fails."""
         done = subprocess.run(command, env=self.env, capture_output=True, text=True)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
@@ -153,7 +155,7 @@ class Cluster:
             deadline = time.monotonic() + TIMEOUT_S
             while time.monotonic() < deadline and self._jobs():
                 time.sleep(0.2)
-        for daemon in reversed(self._daemons):  # munged last: the others sign with it
+        for daemon in reversed(self._daemons):  # munged is last because the others sign with it
             if daemon.poll() is None:
                 daemon.send_signal(signal.SIGTERM)
                 try:

@@ -1,4 +1,4 @@
-"""A SLURM cluster on this machine, and what the jobs of the tests train on."""
+"""A SLURM cluster on this machine, and the corpus that the jobs of the tests train on."""
 
 import sysconfig
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from lrnn.cli import main
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Cluster]:
-    """Two nodes of SLURM. Tests that want them are skipped where it cannot be installed."""
+    """Return a SLURM cluster of two nodes. Skip tests that need it if it cannot be installed."""
     reason = install()
     if reason is not None:
         pytest.skip(reason)
@@ -23,7 +23,7 @@ def slurm() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus of a part of the standard library's source."""
+    """Return a corpus of a part of the standard library's source."""
     folder = tmp_path_factory.mktemp("slurm") / "corpus"
     source = [sysconfig.get_paths()["stdlib"], "--include", "json/*.py", "--processes", "1"]
     assert main(["corpus", *source, "--train-tokenizer", "400", "--out", str(folder)]) == 0

@@ -1,4 +1,4 @@
-"""A run as a job of the test cluster: submitted with `lrnn submit`, watched, and ended in the ways that SLURM has."""
+"""A run as a job of the test cluster: submit it with `lrnn submit`, watch it, and end it in the ways that SLURM has."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from lrnn.cli import main
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 180
 TORTURE = os.environ.get("LRNN_TORTURE") == "1"  # the long form of these tests
-# Each asks a running job to stop so that it can resume. What the comments say was seen on SLURM 22.05.
+# Each way asks a running job to stop so that it can resume. The comments describe SLURM 22.05.
 ENDINGS = {
     "usr1": ["scancel", "--signal=USR1"],  # to the tasks alone
     "usr1 --batch": ["scancel", "--batch", "--signal=USR1"],  # to the shell of the batch script alone
@@ -42,13 +42,13 @@ ENDINGS = {
 
 
 class RunningJob:
-    """A run on two nodes, one process each, of which `job` is the newest job."""
+    """A run on two nodes with one process each. `job` is its newest job."""
 
     def __init__(self, slurm: Cluster, folder: Path, corpus: Path, steps: int):
         self.slurm, self.folder, self.job = slurm, folder, ""
         self.arguments = [
             str(ROOT / "configs/tiny.yaml"), "--nodes", "2", "--gpus-per-node", "0", "--time", "30",
-            # SLURM looks for jobs to signal every 30 s; from 50 s before a limit of a minute there is time for that.
+            # SLURM looks for jobs to signal every 30 s, so a signal 50 s before a limit of one minute is sent in time.
             "--sbatch", "signal=USR1@50", "--sbatch", "cpus-per-task=1",
             f"run_dir={folder}", f"steps={steps}", f"model={ROOT / 'configs/models/tiny.json'}",
             f"data.corpora=[{{path: {corpus}}}]",
@@ -57,7 +57,7 @@ class RunningJob:
         ]  # fmt: skip
 
     def submit(self, *more: str) -> subprocess.CompletedProcess:
-        """Run `lrnn submit`, in this process, and note the job where it made one."""
+        """Run `lrnn submit` in this process, and note the job if one was submitted."""
         out, err = io.StringIO(), io.StringIO()
         command = ["submit", *self.arguments, *more]
         with self._environment(), redirect_stdout(out), redirect_stderr(err):
@@ -67,7 +67,7 @@ class RunningJob:
         return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
 
     def sbatch(self, script: Path) -> str:
-        """Give a batch script to sbatch; returns the job."""
+        """Give a batch script to sbatch, and return the job."""
         with self._environment():
             done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -75,7 +75,7 @@ class RunningJob:
 
     @contextmanager
     def _environment(self) -> Iterator[None]:
-        """What a job takes over: its folder, and variables by which it finds lrnn where these tests have it."""
+        """Return the environment of a job: its folder, and the variables by which it finds the lrnn under test."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{self.slurm.env['PATH']}"
         env = {**self.slurm.env, "PATH": path, "PYTHONPATH": str(ROOT)}
         with patch.dict(os.environ, env, clear=True), chdir(self.folder.parent):
@@ -91,7 +91,7 @@ class RunningJob:
         else:
             self.slurm.run(*ENDINGS[kind], self.job)
         self._wait(lambda: self.show()["Restarts"] == str(before + 1), f"{kind} does not requeue the job")
-        # After `scontrol requeue` the tasks may still be at work.
+        # After `scontrol requeue` the tasks may still be running.
         self._wait(lambda: self.show()["JobState"] != "COMPLETING", "the tasks do not end")
         if kind == "time limit":
             self.slurm.run("scontrol", "update", f"JobId={self.job}", "TimeLimit=30")
@@ -104,17 +104,17 @@ class RunningJob:
         self._wait(lambda: self.last_step() >= step, f"step {step} is not reached")
 
     def wait_for_end(self) -> dict[str, str]:
-        """Wait until the job is over; returns what SLURM knows of it."""
+        """Wait until the job has ended, and return what SLURM knows of it."""
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
         self._wait(lambda: self.show()["JobState"] in over, "the job does not end", timeout_s=600)
         return self.show()
 
     def show(self) -> dict[str, str]:
-        """The fields of `scontrol show job`."""
+        """Return the fields of `scontrol show job`."""
         return dict(re.findall(r"(\w+)=(\S*)", self.slurm.run("scontrol", "--oneliner", "show", "job", self.job)))
 
     def process_of_task(self, task: int) -> int:
-        """The process number of a running task, which is on this machine as all nodes are."""
+        """Return the process number of a running task. It is on this machine, as all nodes are."""
         wanted = {f"SLURM_JOB_ID={self.job}", f"SLURM_PROCID={task}", "SLURM_STEP_ID=0"}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -127,13 +127,13 @@ class RunningJob:
         raise AssertionError(f"task {task} of job {self.job} does not run")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All records, in the order they were written; unlike `read_metrics` it leaves no broken line out."""
+        """Return all records in the order they were written. Unlike `read_metrics`, keep broken lines."""
         file = self.folder / "metrics.jsonl"
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def losses(self) -> list[tuple[int, float]]:
-        """(step, loss) of every step, in the order of the file."""
+        """Return (step, loss) of every step, in the order of the file."""
         return [(record["step"], record["loss"]) for record in self.metrics() if "loss" in record]
 
     def last_step(self) -> int:
@@ -141,7 +141,7 @@ class RunningJob:
         return losses[-1][0] if losses else 0
 
     def log(self) -> str:
-        """All that the jobs of the run have printed."""
+        """Return everything that the jobs of the run have printed."""
         return (self.folder / "slurm.log").read_text()
 
     def wait_for_checkpoint(self) -> None:

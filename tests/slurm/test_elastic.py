@@ -17,8 +17,10 @@ STEPS = 24
 
 @pytest.mark.skipif(not TORTURE, reason="six starts on few cores: make torture")
 def test_four_processes_resume_as_two(slurm, corpus, tmp_path):
-    """4 processes at ZeRO-1, cancelled; then 2 at ZeRO-3: the same samples, losses within float32's noise of a run of
-    2 processes that nobody stopped."""
+    """Cancel 4 processes at ZeRO-1, and resume with 2 at ZeRO-3.
+
+    The samples are the same, and the losses are within float32's noise of an undisturbed run of 2 processes.
+    """
     engines = {}
     for stage in (1, 3):
         engine = zero_settings(stage)
@@ -26,7 +28,7 @@ def test_four_processes_resume_as_two(slurm, corpus, tmp_path):
         engines[stage] = tmp_path / f"zero{stage}.json"
         engines[stage].write_text(json.dumps(engine))
     run = RunningJob(slurm, tmp_path / "run", corpus, STEPS)
-    # Adam's first updates are of the size of the learning rate whatever the gradient: a large one magnifies roundings.
+    # Adam's first updates have the size of the learning rate for any gradient, so a large rate magnifies rounding.
     run.arguments += ["micro_batch_size=1", "optim.lr=1e-4"]
     script = run.submit("--dry-run", "zero=", f"deepspeed={engines[1]}").stdout
     assert script.count("#SBATCH --ntasks-per-node=1\n") == 1

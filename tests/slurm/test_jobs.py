@@ -1,6 +1,6 @@
 """The batch script on a real SLURM of two nodes: a run to its end, and runs that SLURM stops and starts again.
 
-LRNN_TORTURE=1 makes it twenty endings (`make torture`).
+LRNN_TORTURE=1 runs twenty endings (`make torture`).
 """
 
 import os
@@ -16,7 +16,7 @@ from running_job import ENDINGS, TORTURE, RunningJob
 
 pytestmark = pytest.mark.alone
 torture = pytest.mark.skipif(not TORTURE, reason="takes minutes: make torture")
-# In the short form one ending of each sort that differs in who gets which signal; a time limit takes a minute more.
+# The short form has one ending for each way in which signals are delivered; a time limit takes a minute more.
 SHORT = ["usr1 --full", "requeue", "pre-empted"]
 STEPS_BETWEEN = 8
 
@@ -30,13 +30,13 @@ def endings() -> list[str]:
     return kinds
 
 
-# Some steps are done before a signal is there; a time limit may come 30 s after it could, which is some 200 steps.
+# Some steps are done before a signal arrives. A time limit may be 30 s late, which is some 200 steps.
 STEPS = STEPS_BETWEEN * (len(endings()) + 3) + 200 * endings().count("time limit")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(slurm, corpus, tmp_path_factory) -> RunningJob:
-    """A run of two nodes that nobody stops."""
+    """Return a run of two nodes that nobody stops."""
     run = RunningJob(slurm, tmp_path_factory.mktemp("undisturbed") / "run", corpus, STEPS)
     done = run.submit()
     assert done.returncode == 0, done.stderr
@@ -75,12 +75,12 @@ def test_a_stopped_job_resumes_and_loses_nothing(undisturbed, slurm, corpus, tmp
     metrics = run.metrics()
     starts = [record["step"] for record in metrics if record.get("event") == "start"]
     at_start = [kind == "usr1 at start" for kind in kinds]
-    # A job that was stopped before it wrote its first line leaves none: the next one begins where it would have.
+    # A job that was stopped before its first record leaves none, and the next one begins where it would have.
     assert sorted(set(starts)) == sorted({0, *stopped_at}) and starts == sorted(starts)
     assert job["Restarts"] == str(len(kinds))
     assert [step for step, _ in run.losses()] == list(range(1, STEPS + 1))  # none missing, none twice, in order
     assert run.losses() == undisturbed.losses()  # to the last bit
-    # One log, appended to. After `scontrol requeue` the shell is gone before it could speak.
+    # There is one log, appended to. After `scontrol requeue` the shell ends before it can print.
     log = run.log()
     by_signal = len(kinds) - kinds.count("requeue")
     assert log.count("goes back into the queue") == by_signal, log
@@ -93,11 +93,11 @@ def test_a_stopped_job_resumes_and_loses_nothing(undisturbed, slurm, corpus, tmp
 
 
 def test_a_failure_is_not_requeued_and_resumes_with_the_same_command(slurm, corpus, tmp_path):
-    """A task that is killed fails the job, which stays failed; a second command for a queued run is refused."""
+    """A killed task fails the job, which stays failed. A second command for a queued run is refused."""
     run = RunningJob(slurm, tmp_path / "run", corpus, 100)
     more = ["checkpoint.every=10"]
     assert run.submit(*more, "--dry-run").returncode == 0 and run.job == ""
-    slurm.run("scontrol", "update", "PartitionName=test", "State=DOWN")  # jobs wait, so the first is not over before
+    slurm.run("scontrol", "update", "PartitionName=test", "State=DOWN")  # jobs wait, so the first cannot end before
     try:
         assert run.submit(*more).returncode == 0
         first = run.job
@@ -111,7 +111,7 @@ def test_a_failure_is_not_requeued_and_resumes_with_the_same_command(slurm, corp
     job = run.wait_for_end()
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "137:0", "0"), run.log()
 
-    # How many steps a job makes before the signal is there depends on the machine.
+    # How many steps a job does before the signal arrives depends on the machine.
     newest = max(int(folder.name.removeprefix("step-")) for folder in (run.folder / "checkpoints").glob("step-*"))
     assert 10 <= newest <= run.last_step() <= newest + 10 and newest < 100
     again = run.submit(*more)
@@ -139,8 +139,8 @@ def test_a_cancelled_job_stays_cancelled(slurm, corpus, tmp_path):
 
 @torture
 @pytest.mark.parametrize(("number", "sign"), [(signal.SIGSTOP, "is lost"), (signal.SIGKILL, "Killed")])
-def test_one_task_that_is_gone_ends_the_job(slurm, corpus, tmp_path, number, sign):
-    """Within the watchdog's limit, the minute that srun waits for the other tasks, and KillWait."""
+def test_a_lost_task_ends_the_job(slurm, corpus, tmp_path, number, sign):
+    """It ends within the watchdog's limit, the minute that srun waits for the other tasks, and KillWait."""
     run = RunningJob(slurm, tmp_path / "run", corpus, 10000)
     assert run.submit("watchdog.lost_seconds=10").returncode == 0
     run.wait_for_step(5)
@@ -164,7 +164,7 @@ def test_a_node_that_fails(slurm, corpus, tmp_path):
     run = RunningJob(slurm, tmp_path / "run", corpus, 100)
     assert run.submit("checkpoint.every=10").returncode == 0
     run.wait_for_step(35)
-    slurm.run("scontrol", "update", "NodeName=127.0.0.2", "State=DOWN", "Reason=test")  # it comes back by itself
+    slurm.run("scontrol", "update", "NodeName=127.0.0.2", "State=DOWN", "Reason=test")  # the node comes back by itself
     job = run.wait_for_end()
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), run.log()
     (_, resumed) = [record["step"] for record in run.metrics() if record.get("event") == "start"]

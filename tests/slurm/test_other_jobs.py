@@ -16,7 +16,7 @@ pytestmark = pytest.mark.alone
 
 @pytest.fixture
 def sbatch(slurm, tmp_path):
-    """`sbatch(*arguments, path=None)` submits a script in `tmp_path`; gives its number. `path` goes before PATH."""
+    """`sbatch(*arguments, path=None)` submits a script in `tmp_path`, and returns the job. `path` precedes PATH."""
 
     def submit(*arguments: str, path: Path | None = None) -> str:
         folders = [*([path] if path else []), Path(sys.executable).parent, slurm.env["PATH"]]
@@ -37,7 +37,7 @@ def wait_until(condition, seconds: float = 120) -> None:
 
 
 def test_corpus_job_resumes_after_its_time_limit(slurm, sbatch, tmp_path):
-    """The signal of the time limit puts it back into the queue, and the second start makes the corpus."""
+    """The signal of the time limit puts the job back into the queue, and the second start completes the corpus."""
     (tmp_path / "text").mkdir()
     for i in range(20):
         (tmp_path / f"text/{i}.txt").write_text(f"document {i} of a small corpus\n" * 20)
@@ -71,7 +71,7 @@ esac
 
 
 def test_an_array_of_checkpoints_and_suites(slurm, sbatch, tmp_path):
-    """Every pair once; what failed, and nothing else, is done by the second submission; one table of them all."""
+    """Every pair is evaluated once. The second submission does only what failed. One table shows them all."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/lrnn").write_text(LRNN)
     (tmp_path / "bin/lrnn").chmod(0o755)

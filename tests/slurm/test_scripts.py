@@ -13,14 +13,14 @@ NAMES = ("train", "eval", "corpus")
 
 @pytest.fixture
 def sbatch(tmp_path):
-    """`sbatch(name, *arguments, srun_status=0, **environment)` runs a script; gives (status, calls, output).
+    """`sbatch(name, *arguments, srun_status=0, **environment)` runs a script and returns (status, calls, output).
 
     A call of a stubbed command is a list of its name and arguments.
     """
     stubs, calls = tmp_path / "bin", tmp_path / "calls"
     stubs.mkdir()
     for name in ("srun", "scontrol", "lrnn"):
-        # srun runs nothing: its arguments say what it would have run. One argument is on each line.
+        # srun runs nothing: its arguments say what it would have run, with one argument per line.
         stub = f'#!/usr/bin/env bash\nprintf "%s\\0" {name} "$@" >> "{calls}"; printf "\\n" >> "{calls}"\n'
         (stubs / name).write_text(stub + ('exit "$SRUN_STATUS"\n' if name == "srun" else ""))
         (stubs / name).chmod(0o755)
@@ -44,7 +44,7 @@ def test_syntax(name):
 
 
 def directives(name: str) -> dict[str, str]:
-    """The #SBATCH lines that SLURM would read: those before the first command."""
+    """Return the #SBATCH lines that SLURM would read: those before the first command."""
     found = {}
     for line in (SLURM / f"{name}.sbatch").read_text().splitlines():
         if line.startswith("#SBATCH "):
@@ -57,7 +57,7 @@ def directives(name: str) -> dict[str, str]:
 
 def test_directives():
     train = directives("train")
-    # Without "B:" the signal goes to the tasks and not to the shell.
+    # Without "B:" the signal goes to the tasks, not to the shell.
     assert re.fullmatch(r"USR1@\d+", train["signal"]) and int(train["signal"][5:]) >= 120
     assert "requeue" in train and train["open-mode"] == "append"
     assert train["ntasks-per-node"] == train["gpus-per-node"]  # one task per GPU
@@ -76,7 +76,7 @@ def test_train_starts_one_run(sbatch):
     assert arguments[split:] == [
         "lrnn", "pretrain", "configs/my run.yaml", "run_dir=runs/with space", "data.corpora=[{path: a b}]",
     ]  # fmt: skip
-    # A task that ends with 75 before the others must not have them killed.
+    # A task that ends with 75 before the others must not cause them to be killed.
     assert "--kill-on-bad-exit=0" in arguments[:split]
 
 
@@ -110,7 +110,7 @@ def test_missing_argument(sbatch, name):
 
 @pytest.fixture
 def jobs(tmp_path):
-    """A table of three jobs; the last line has no newline, as editors leave it."""
+    """Return a table of three jobs. Its last line has no newline, as some editors leave it."""
     file = tmp_path / "my jobs.tsv"
     file.write_text("models/a\tfast\nmodels/b c\tcode_math\nmodels/d\tfast")
     return file
@@ -128,7 +128,7 @@ def test_eval_takes_its_line(sbatch, jobs, task, model, suite):
 
 
 def test_eval_of_a_checkpoint(sbatch, tmp_path):
-    """It is exported first, not into the checkpoint; results lie beside the checkpoints, for each step."""
+    """It is exported first, but not into the checkpoint. Results are beside the checkpoints, one folder per step."""
     (tmp_path / "jobs.tsv").write_text("runs/a b/checkpoints/step-00000010\tfast\n")
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -144,10 +144,10 @@ def test_eval_of_a_checkpoint(sbatch, tmp_path):
     assert sbatch("eval", "jobs.tsv", SLURM_ARRAY_TASK_ID="0")[1] == []
 
 
-def test_eval_leaves_what_is_done(sbatch, jobs, tmp_path):
+def test_eval_skips_finished_results(sbatch, jobs, tmp_path):
     results = tmp_path / "models/b c/eval/code_math/results.json"
     results.parent.mkdir(parents=True)
-    results.write_text("")  # begun, not done
+    results.write_text("")  # begun, but not finished
     assert len(sbatch("eval", str(jobs), SLURM_ARRAY_TASK_ID="1")[1]) == 1
     results.write_text("{}")
     status, calls, output = sbatch("eval", str(jobs), SLURM_ARRAY_TASK_ID="1")
@@ -155,13 +155,13 @@ def test_eval_leaves_what_is_done(sbatch, jobs, tmp_path):
     assert len(sbatch("eval", str(jobs), SLURM_ARRAY_TASK_ID="0")[1]) == 1
 
 
-def test_eval_fails_where_the_evaluation_fails(sbatch, jobs):
+def test_eval_fails_if_the_evaluation_fails(sbatch, jobs):
     assert sbatch("eval", str(jobs), srun_status=3, SLURM_ARRAY_TASK_ID="0")[0] == 3
 
 
 @pytest.mark.parametrize("content", ["models/a\tfast\n", "models/a\tfast\n\n", "models/a\tfast\nmodels/b\n"])
 def test_eval_without_a_line(sbatch, tmp_path, content):
-    """A task number beyond the table, an empty line, a line without a suite."""
+    """Refuse a task number beyond the table, an empty line, and a line without a suite."""
     (tmp_path / "jobs.tsv").write_text(content)
     status, calls, output = sbatch("eval", str(tmp_path / "jobs.tsv"), SLURM_ARRAY_TASK_ID="1")
     assert status == 2 and calls == []

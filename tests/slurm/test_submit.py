@@ -1,4 +1,4 @@
-"""`lrnn submit` with stubs of SLURM's commands: the script that it makes, and what it refuses."""
+"""`lrnn submit` with stubs of SLURM's commands: the script that it writes, and what it refuses."""
 
 import os
 import shlex
@@ -20,7 +20,10 @@ CONFIG = str(ROOT / "configs/tiny.yaml")
 
 @pytest.fixture
 def submit(tmp_path, monkeypatch, capsys):
-    """`submit(*arguments, queue="")` with what squeue prints; gives (status, stdout, stderr, calls of sbatch)."""
+    """`submit(*arguments, queue="")` runs it with `queue` as squeue's output.
+
+    Returns (status, stdout, stderr, calls of sbatch).
+    """
     stubs, calls = tmp_path / "bin", tmp_path / "calls"
     stubs.mkdir()
     (stubs / "squeue").write_text(f'#!/bin/sh\ncat "{tmp_path}/queue"\n')
@@ -29,7 +32,7 @@ def submit(tmp_path, monkeypatch, capsys):
     for stub in stubs.iterdir():
         stub.chmod(0o755)
     monkeypatch.setenv("PATH", f"{stubs}:{os.environ['PATH']}")
-    monkeypatch.chdir(ROOT)  # tiny.yaml names its files from there
+    monkeypatch.chdir(ROOT)  # tiny.yaml names its files relative to it
 
     def run(*arguments: str, queue: str = ""):
         (tmp_path / "queue").write_text(queue)
@@ -44,7 +47,7 @@ def submit(tmp_path, monkeypatch, capsys):
 def directives(script: str) -> dict[str, str]:
     lines = [line for line in script.splitlines() if line.startswith("#SBATCH --")]
     options = [shlex.split(line)[1].removeprefix("--").partition("=")[::2] for line in lines]
-    assert len(dict(options)) == len(options), "an option that stands twice"
+    assert len(dict(options)) == len(options), "an option appears twice"
     return dict(options)
 
 
@@ -85,12 +88,12 @@ def test_a_second_job_is_refused(submit, tmp_path, state):
 
 
 def test_other_jobs_do_not_matter(submit, tmp_path):
-    """Of another run, or of this one and over."""
+    """They belong to another run, or to this one but have ended."""
     queue = f"11|RUNNING|None|lrnn run_dir={tmp_path}/my run 2\n12|FAILED|None|lrnn run_dir={tmp_path}/my run\n"
     assert submit("--gpus-per-node", "2", queue=queue)[0] == 0
 
 
-def test_what_is_wrong_is_said_before_the_queue(submit, monkeypatch, tmp_path):
+def test_errors_are_reported_before_the_job_is_queued(submit, monkeypatch, tmp_path):
     for arguments, message in [
         (["--nodes", "0"], "--nodes 0 should be a number, at least 1"),
         (["--nodes", "3"], "global_batch_size"),
@@ -107,7 +110,7 @@ def test_what_is_wrong_is_said_before_the_queue(submit, monkeypatch, tmp_path):
     assert "squeue is not found" in submit("--gpus-per-node", "2")[2]
 
 
-def test_resume_is_announced_where_there_is_a_checkpoint(submit, tmp_path):
+def test_resume_is_announced_if_there_is_a_checkpoint(submit, tmp_path):
     (tmp_path / "my run/checkpoints/step-00000050").mkdir(parents=True)
     assert "resumes" in (out := submit("--gpus-per-node", "2")[1]) and "(step 50 of 200)" in out
 
@@ -121,8 +124,8 @@ def test_a_finished_run_is_not_submitted(submit, tmp_path):
     assert submit("--gpus-per-node", "2", "steps=300")[0] == 0
 
 
-def test_two_commands_at_once_make_one_job(submit, tmp_path):
-    """The real race: sbatch of one is slow, and squeue names its job only when it is done."""
+def test_two_commands_at_once_submit_one_job(submit, tmp_path):
+    """This is the real race: one command's sbatch is slow, and squeue lists its job only when sbatch is done."""
     run, calls = tmp_path / "my run", tmp_path / "calls"
     (tmp_path / "queue").touch()
     (tmp_path / "bin/sbatch").write_text(

@@ -142,7 +142,7 @@ def test_answer_distribution_by_fractions(modulus, operators):
     assert task.answer_distribution(3, 10).tolist() == pytest.approx(mean)
 
 
-def test_majority_floor_is_the_papers():
+def test_majority_floor_equals_the_papers():
     always_zero = BracketArithmetic(5, "+-*")
     floor = always_zero.majority_floor(40, 256)
     assert always_zero.answer_distribution(40, 256).argmax() == 0
@@ -168,7 +168,7 @@ def test_bad_parameters_and_sizes():
 
 
 @pytest.mark.parametrize(("modulus", "operators"), [(5, "+-*"), (5, "+-"), (7, "+-*")])
-def test_running_values_are_those_of_what_has_been_read_with_its_brackets_closed(modulus, operators):
+def test_running_values_are_those_of_the_text_read_so_far_with_its_brackets_closed(modulus, operators):
     symbols = [*map(str, range(modulus)), "+", "-", "*", "(", ")"]
     plain = BracketArithmetic(modulus, operators).batch(SEED, torch.arange(300), 5, 60)
     batch = BracketArithmetic(modulus, operators, running_values=True).batch(SEED, torch.arange(300), 5, 60)
@@ -184,7 +184,7 @@ def test_running_values_are_those_of_what_has_been_read_with_its_brackets_closed
         assert labels[length - 3 :] == last[length - 3 :]
 
 
-def test_how_often_a_running_value_is_wanted():
+def test_frequency_of_running_values():
     """Values along an expression depend on one another, so this is a bound on frequencies, not a test of them."""
     for operators in ("+-", "+-*"):
         task = BracketArithmetic(5, operators, running_values=True)

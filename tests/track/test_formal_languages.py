@@ -86,7 +86,7 @@ def test_modular_arithmetic_keeps_precedence(modulus):
 
 
 @pytest.mark.parametrize("modulus", [2, 5])
-def test_running_values_are_what_an_end_in_their_place_would_give(modulus):
+def test_running_values_equal_the_answers_of_expressions_that_end_there(modulus):
     plain = ModularArithmetic(modulus).batch(SEED, torch.arange(300), 3, 40)
     batch = ModularArithmetic(modulus, running_values=True).batch(SEED, torch.arange(300), 3, 40)
     assert torch.equal(plain.input_ids, batch.input_ids)

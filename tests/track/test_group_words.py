@@ -25,7 +25,7 @@ def s5():
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_elements_and_products_are_sympys(name):
+def test_elements_and_products_equal_sympys(name):
     order, reference = GROUPS[name]
     group = generate_group(named_generators(name))
     permutations = [Permutation(images) for images in group.elements.tolist()]
@@ -114,7 +114,7 @@ def test_others_among_swaps():
     for place in range(6):
         assert_distributed(ids[:, place].tolist(), expected)
     assert torch.equal(labels, running_products(task.group.table, ids))
-    # Whether one is, says nothing of which.
+    # Whether a position draws from the whole group is independent of the other position.
     pairs = GroupWord("S3", "only_swaps", others=0.5).batch(SEED, torch.arange(20000), 2, 2).input_ids
     few = set(GroupWord("S3", "only_swaps").inputs.tolist())
     share = {element: 0.5 / 6 + 0.5 / 4 * (element in few) for element in range(6)}
@@ -153,7 +153,7 @@ def test_answer_distribution_by_sampling(variant, others):
     low, high = (4, 16) if variant == "four_tokens" else (1, 4)
     distribution = task.answer_distribution(low, high)
     assert distribution.sum().item() == pytest.approx(1)
-    # One label of a batch of its own for every size and place, so that all draws are independent.
+    # Each size and place takes one label from its own batch, so that all draws are independent.
     drawn, batches = [], 0
     for size in task.sizes(low, high):
         for place in range(size // task.tokens_per_element):
@@ -167,7 +167,7 @@ def test_answer_distribution_by_sampling(variant, others):
 def test_majority_floor_of_uniform_elements_is_chance():
     for name, (order, _) in GROUPS.items():
         assert GroupWord(name).majority_floor(32, 500) == pytest.approx(1 / order)
-    # After swaps alone even and odd products differ only at first: one in 11 sequences starts with the identity.
+    # With swaps only, even and odd products differ at first only: one in 11 sequences starts with the identity.
     assert GroupWord("S5", "only_swaps").majority_floor(1, 1) == pytest.approx(1 / 11)
 
 

@@ -1,4 +1,4 @@
-"""Test the registry, what holds for every task, and the scores."""
+"""Test the registry, the properties of every task, and the scores."""
 
 import math
 

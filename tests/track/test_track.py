@@ -57,13 +57,13 @@ def trained(cell) -> LrnnForCausalLM:
 def test_parity_needs_negative_eigenvalues(grid_file, tmp_path, capsys):
     """Trained on 3 to 20 bits for half a minute, one layer is right on all lengths to 256 with [-1, 1].
 
-    With [0, 1] it cannot be, which is looked at on the trained models themselves, on the word 0 1 0 1 ...: reading 0 1
-    takes the state S to M S + B, where M = A(1) A(0) is a product of two symmetric matrices with eigenvalues in [0, 1].
-    Such an M has real eigenvalues in [0, 1] itself, those of A(1)^1/2 A(0) A(1)^1/2, so nothing in M^n changes sign;
-    where one is 1, keys are orthogonal and nothing is written. So the states converge, those after 0 and those after 1
-    each to their own limit, and with them the logits at t and t + 2. But the parity of the word, 0 1 1 0 0 1 1 0 ...,
-    is another one at t and t + 2: at least half of the answers are wrong
-    (the argument of arXiv 2411.12537, Theorem 1, for a word of period two). With -1 in the range M may alternate.
+    With [0, 1] this is impossible, as the trained models themselves show on the word 0 1 0 1 ...: reading 0 1 takes the
+    state S to M S + B, where M = A(1) A(0) is a product of two symmetric matrices with eigenvalues in [0, 1]. Such an M
+    has real eigenvalues in [0, 1] itself, those of A(1)^1/2 A(0) A(1)^1/2, so nothing in M^n changes sign. Where an
+    eigenvalue is 1, keys are orthogonal and nothing is written. The states therefore converge, those after 0 and those
+    after 1 each to their own limit, and so do the logits at t and t + 2. But the parity of the word, 0 1 1 0 0 1 1 0
+    ..., differs between t and t + 2, so at least half of the answers are wrong. This is the argument of
+    arXiv 2411.12537, Theorem 1, for a word of period two. With -1 in the range, M may alternate.
     """
     path = grid_file()
     assert main(["track", str(path)]) == 0
@@ -82,7 +82,7 @@ def test_parity_needs_negative_eigenvalues(grid_file, tmp_path, capsys):
     assert late_change["negative"].min() > 0.1 and right["negative"].float().mean() > 0.9
     assert set(logits["negative"][200:].argmax(-1).tolist()) == {1, 2}
 
-    # Where the eigenvalues went: only the wider range has negative ones, and it came to use those near -1.
+    # Only the wider range has negative eigenvalues, and training came to use those near -1.
     shares = {cell.range: read_metrics(cell.folder)[-1]["eigenvalues"]["histogram"][0] for cell in cells}
     assert sum(shares["positive"][:10]) == 0 and sum(shares["negative"][:2]) > 0.1
 
@@ -101,7 +101,7 @@ def test_parity_needs_negative_eigenvalues(grid_file, tmp_path, capsys):
         len(r["by_length"]) for r in results.values()
     )
     capsys.readouterr()
-    # Again: nothing is trained, the same table and the same pictures come out.
+    # A second call trains nothing, and gives the same table and the same pictures.
     before = {p: p.stat().st_mtime_ns for p in out.rglob("state.pt")}
     assert main(["track", str(path)]) == 0
     assert {p: p.stat().st_mtime_ns for p in out.rglob("state.pt")} == before and (
@@ -172,7 +172,7 @@ def test_a_model_may_have_training_settings_of_its_own(grid_file, tmp_path):
     assert "quick was trained with lr 0.05, steps 3." in (tmp_path / "out/table.md").read_text()
 
 
-def test_the_result_says_where_it_comes_from(grid_file, tmp_path):
+def test_the_result_states_its_origin(grid_file, tmp_path):
     changes = {"train": GRID["train"] | {"steps": 60}, "ranges": ["negative"], "test": GRID["test"] | {"samples": 8}}
     assert main(["track", str(grid_file(**changes))]) == 0
     result = json.loads((tmp_path / "out/parity/deltanet/negative/seed-0/result.json").read_text())
@@ -183,7 +183,7 @@ def test_the_result_says_where_it_comes_from(grid_file, tmp_path):
     assert f"Run on cpu, 1 at a time, with torch {torch.__version__}, triton {triton.__version__}" in table
     assert f"SHA-256 of the source {facts['source']}." in table and re.fullmatch("[0-9a-f]{12}", facts["source"])
     assert f"| {result['steps_per_second']:.0f} |\n" in table
-    # A result that knows nothing of this is reported all the same.
+    # A result without this is reported all the same.
     path = tmp_path / "out/parity/deltanet/negative/seed-0/result.json"
     path.write_text(json.dumps({k: v for k, v in result.items() if k not in ("steps_per_second", "environment")}))
     assert main(["track", str(grid_file(**changes))]) == 0
@@ -215,7 +215,7 @@ def test_every_architecture_takes_the_same_path(grid_file, tmp_path):
     lines = (tmp_path / "out/table.md").read_text().splitlines()
     found = {tuple(cell.strip() for cell in line.split("|")[1:3]): line for line in lines if line.startswith("| ")}
     ranges = {mixer: ["-"] if mixer in ("slstm", "transformer") else ["[-1, 1]", "[0, 1]"] for mixer in mixers}
-    ranges["rwkv7"] = ["[-1, 1]", "[0, 1] (1)"]  # as its docstring has it
+    ranges["rwkv7"] = ["[-1, 1]", "[0, 1] (1)"]  # as in its docstring
     assert set(found) == {("model", "eigenvalues")} | {(m, r) for m in mixers for r in ranges[m]}
     assert sum(line.startswith("(1) Where RWKV-7 forgets") and "-0.46" in line for line in lines) == 1
     assert "| 1.000 | " in found["slstm", "-"] and "| .000 | " in found["mamba", "[0, 1]"]
@@ -231,7 +231,7 @@ def test_word_problems_are_measured_by_prefix(grid_file, tmp_path):
     result = json.loads((tmp_path / "out/s3/deltanet/negative/seed-0/result.json").read_text())
     curve = list(result["by_length"].values())
     assert [int(n) for n in result["by_length"]] == list(range(1, 41))
-    # From the shortest test length on fewer sequences have a position t at all; up to it all have.
+    # All sequences have a position t up to the shortest test length; beyond it fewer do.
     assert curve[:20] == sorted(curve[:20], reverse=True) and curve[0] > curve[19]
     assert result["floor"] == pytest.approx(1 / 6, abs=1e-3)
     table = (tmp_path / "out/table.md").read_text()
@@ -283,7 +283,7 @@ def test_grids_of_the_repository_are_valid(path):
         ({"task": "even_pairs"}, "-"),
     ],
 )
-def test_figures_of_the_paper_stand_beside_the_same_task_alone(parameters, figure):
+def test_figures_of_the_paper_appear_only_beside_the_same_task(parameters, figure):
     assert reported(parameters, "deltanet", "negative", 2, 3) == figure
 
 
@@ -297,7 +297,7 @@ def test_figures_of_the_paper_stand_beside_the_same_task_alone(parameters, figur
         ({"task": "parity"}, "positive", "-"),
     ],
 )
-def test_figures_at_second_hand_say_so(parameters, range_, figure):
+def test_figures_cited_at_second_hand_say_so(parameters, range_, figure):
     assert reported(parameters, "gated_deltanet", range_, 2, 2) == figure
 
 
@@ -344,7 +344,7 @@ def test_the_checksum_of_the_code_is_that_of_its_files(tmp_path, capsys):
     assert len(found) == 7
 
 
-def test_the_table_tells_the_curriculum(grid_file, tmp_path):
+def test_the_table_shows_the_curriculum(grid_file, tmp_path):
     stage = {"steps": 2, "min_length": 3, "max_length": 4, "batch_size": 5, "task": {"variant": "only_swaps"}}
     changes = {
         "tasks": {"s3": {"task": "group_word", "group": "S3"}},
@@ -385,7 +385,7 @@ def test_seeds_whose_few_samples_have_other_lengths(grid_file, tmp_path):
     assert (tmp_path / "out/accuracy-parity.png").stat().st_size > 1000
 
 
-def test_the_table_tells_that_words_went_on(grid_file, tmp_path):
+def test_the_table_shows_that_words_continued(grid_file, tmp_path):
     changes = {
         "tasks": {"s3": {"task": "group_word", "group": "S3"}}, "ranges": ["negative"],
         "train": GRID["train"] | {"steps": 2, "min_length": 20, "state_passing": 0.75},
@@ -417,7 +417,7 @@ def test_the_table_tells_that_words_went_on(grid_file, tmp_path):
         ({"group": "S5", "variant": "only_swaps"}, "deltaproduct", "positive", 4, 1, "-"),
         ({"group": "Z60"}, "deltaproduct", "positive", 2, 1, "-"),
         ({"group": [[1, 0]]}, "deltaproduct", "positive", 2, 1, "-"),
-        # the factors that a configuration has by default are not DeltaNet's
+        # the default number of factors in a configuration does not apply to DeltaNet
         ({"group": "S5", "variant": "only_swaps"}, "deltanet", "negative", 2, 1, "solved"),
         ({"group": "S5", "variant": "only_swaps"}, "deltanet", "negative", 2, 5, "-"),
         ({"group": "S5", "variant": "three_permutations"}, "deltanet", "negative", 2, 5, "solved"),
@@ -433,7 +433,7 @@ def test_findings_of_the_papers_on_words(parameters, mixer, range_, factors, lay
     assert reported({"task": "group_word", **parameters}, mixer, range_, factors, layers) == finding
 
 
-def test_the_length_to_which_a_model_holds():
+def test_the_length_up_to_which_a_model_holds():
     assert holds_to({"3": 1.0, "5": 0.9, "7": 0.89, "9": 1.0}) == 5
     assert holds_to({"3": 0.5, "5": 1.0}) == 0 and holds_to({"8": 1.0}) == 8
 

@@ -77,7 +77,7 @@ def test_a_share_of_right_prefixes_has_no_floor(grid):
     assert set(curves(axis)) == {"deltanet [-1, 1]", "deltanet [0, 1]", "longest in training"}
 
 
-def test_where_the_eigenvalues_went(grid):
+def test_the_plot_of_eigenvalues(grid):
     """They are those of the first seed, which the title names, and are called 1 - beta if they are that."""
     _, cells = grid("deltanet", "mamba", "transformer", ranges=["negative"])
     shares = {3: [0.25, 0.75] + [0.0] * 18, 4: [0.0] * 19 + [1.0]}

@@ -100,7 +100,7 @@ def test_a_step_gets_the_samples_of_its_number(tiny_cells, three_at_once, task):
         assert torch.equal(used[1], batch.labels)
 
 
-def test_going_on_from_a_state_is_bitwise(tiny_cells, three_at_once, tmp_path):
+def test_resuming_from_a_state_is_bitwise(tiny_cells, three_at_once, tmp_path):
     """This holds even for a GPU's state, with other options and a learning rate in a tensor."""
     cell, *_ = tiny_cells()
     straight = Training(cell, CPU)
@@ -158,7 +158,7 @@ def test_a_stopped_curriculum_resumes_where_it_was(tiny_cells, monkeypatch, stop
 
     def say(line):
         lines.append(line)
-        if len(lines) == stop_at + 1:  # the state was saved after the line before
+        if len(lines) == stop_at + 1:  # the state was saved after the previous line
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -217,7 +217,7 @@ PASSING = {
         }
     },
     "seeds": [0],
-    # A model that is sometimes right, then steps that change nothing: states stay those of the parameters there are.
+    # The model is sometimes right, then steps change nothing, so that states stay those of the present parameters.
     "train": {
         "min_length": 2, "max_length": 4, "steps": 16, "batch_size": 24, "lr": 1e-30, "weight_decay": 0.0,
         "min_lr": 0.0, "state_passing": 0.7, "curriculum": [{"steps": 120, "lr": 1e-2}],
@@ -259,7 +259,7 @@ def test_sequences_continue_where_the_previous_ones_ended(tiny_cells, monkeypatc
     model = new_model(cell, CPU)
     Training(cell, CPU, 0, model).run(120)
     trained = Training(cell, CPU, 1, model)
-    read: list[list[int]] = [[] for _ in range(24)]  # since the row began anew
+    read: list[list[int]] = [[] for _ in range(24)]  # since the row last began from a fresh state
     right, reached, by_chance = [False] * 24, 0, []
     for step in range(16):
         trained.run(1)
@@ -317,7 +317,7 @@ def test_expressions_continue_as_sums(tiny_cells, task, symbols, lengths):
     assert longest >= 3
 
 
-def test_going_on_from_a_state_with_its_sequences_is_bitwise(tiny_cells, tmp_path):
+def test_resuming_from_a_state_with_its_sequences_is_bitwise(tiny_cells, tmp_path):
     cell, *_ = tiny_cells(**PASSING | {"train": PASSING["train"] | {"lr": 1e-2, "steps": 60}})
     straight = Training(cell, CPU)
     expected = losses(straight, 60)
@@ -346,9 +346,9 @@ def test_sequences_that_cannot_continue(tiny_cells, changes, message):
         tiny_cells(**PASSING | changes)
 
 
-def test_results_from_before_there_was_state_passing_stay_valid(tiny_cells):
-    cell, *_ = tiny_cells()
-    assert cell.fingerprint == "c87d446e2d6af29c3f600231801a797e95f32745fc167637734577b02520d811"  # of a commit before
+def test_results_older_than_state_passing_stay_valid(tiny_cells):
+    cell, *_ = tiny_cells()  # the fingerprints below are of a commit without state passing
+    assert cell.fingerprint == "c87d446e2d6af29c3f600231801a797e95f32745fc167637734577b02520d811"
     before = tiny_cells(**CURRICULUM)[0].fingerprint
     assert before == "304df148dd1d9487a31c581dcc25b1e9217f13615725f528c152afc46bf17c1f"
     variants = [

@@ -32,7 +32,7 @@ def test_two_processes_do_the_work_of_one(tiny_cells):
 
 
 @pytest.mark.parametrize("kind", ["bad input", "error"])
-def test_the_error_of_a_process_comes_out_once_and_ends_all(tiny_cells, capfd, kind):
+def test_the_error_of_a_process_is_raised_once_and_ends_all(tiny_cells, capfd, kind):
     cells = tiny_cells()
     bad = cells[1]
     bad.folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Test what an export checks, what it prints, and what must stop it."""
+"""Test the checks of an export, its output, and the errors that must stop it."""
 
 import shutil
 import sysconfig
@@ -28,7 +28,7 @@ def checkpoint(tmp_path, sentencepiece_model):
     return write_checkpoint(tmp_path / "run", random_model("gated"), sentencepiece_model)
 
 
-def test_what_it_says_in_a_log_file(checkpoint, tmp_path, capsys):
+def test_output_in_a_log_file(checkpoint, tmp_path, capsys):
     assert cli.main(["export", str(checkpoint), str(tmp_path / "out")]) == 0
     said = capsys.readouterr()
     assert said.err == "", "a progress bar is for terminals"

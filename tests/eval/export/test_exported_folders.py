@@ -27,7 +27,7 @@ EXPORTED = {
     "mlstm": "bfloat16",
     "transformer": "float32",
 }
-# Those of which the exporter has no process of its own to read them back; `stranger` does it for all of them in one.
+# The exporter does not read these back, which would take a process each; `without_lrnn` reads all of them in one.
 UNCHECKED = {
     "deltaproduct": "float32",
     "gla": "bfloat16",
@@ -131,26 +131,26 @@ def use(tmp_path: Path, mode: str, folders: list[Path]) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def stranger(exported, tmp_path_factory):
-    """Return what a process finds that cannot import lrnn."""
-    results = use(tmp_path_factory.mktemp("stranger"), "blocked", [exported / v for v in DTYPES])
+def without_lrnn(exported, tmp_path_factory):
+    """Return the results of a process that cannot import lrnn."""
+    results = use(tmp_path_factory.mktemp("without_lrnn"), "blocked", [exported / v for v in DTYPES])
     return dict(zip(DTYPES, results, strict=True))
 
 
 @pytest.mark.parametrize("variant", DTYPES)
 class TestWithoutLrnn:
-    def test_remote_code_runs(self, stranger, variant):
-        assert stranger[variant]["module"].startswith("transformers_modules.")
-        assert stranger[variant]["base"] == "LrnnModel"
+    def test_remote_code_runs(self, without_lrnn, variant):
+        assert without_lrnn[variant]["module"].startswith("transformers_modules.")
+        assert without_lrnn[variant]["base"] == "LrnnModel"
 
-    def test_dtypes_and_tying(self, stranger, variant):
-        for name, dtype in stranger[variant]["dtypes"].items():
+    def test_dtypes_and_tying(self, without_lrnn, variant):
+        for name, dtype in without_lrnn[variant]["dtypes"].items():
             gate = name.endswith(("A_log", "dt_bias", "gate_bias"))
             assert dtype == ("float32" if gate else DTYPES[variant]), name
-        assert stranger[variant]["tied"] == (variant == "gated-tied")
+        assert without_lrnn[variant]["tied"] == (variant == "gated-tied")
 
-    def test_generation(self, stranger, variant):
-        found = stranger[variant]
+    def test_generation(self, without_lrnn, variant):
+        found = without_lrnn[variant]
         assert found["distinct tokens"] > 5  # otherwise equality says little
         assert found["cached"], "greedy generation with and without the cache differ"
         assert found["left padded"], "a left-padded batch generates other tokens than each prompt alone"
@@ -158,8 +158,8 @@ class TestWithoutLrnn:
         assert found["sample"][0] == 6
         assert "assisted generation" in found["assisted"]
 
-    def test_logits(self, stranger, variant):
-        found = stranger[variant]
+    def test_logits(self, without_lrnn, variant):
+        found = without_lrnn[variant]
         model = random_model(variant)
         write.round_weights(model, getattr(torch, DTYPES[variant]))
         with torch.no_grad():
@@ -167,7 +167,7 @@ class TestWithoutLrnn:
         assert (torch.tensor(found["logits"]) - ours).abs().max() < 1e-4
         for name in ("right padded", "left padded logits", "continued"):
             assert found[name] < 1e-4, name
-        assert found["unmasked logits"] > 1e-2  # so the mask is what keeps padding out
+        assert found["unmasked logits"] > 1e-2  # so it is the mask that keeps padding out
 
 
 def test_a_process_with_lrnn_installed_that_has_not_imported_it(exported, tmp_path):
@@ -218,7 +218,7 @@ def test_weights_are_those_of_the_checkpoint(exported):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.filterwarnings("ignore:Triton is not supported")
-def test_names_and_shapes_are_those_of_fla(variant):
+def test_names_and_shapes_equal_those_of_fla(variant):
     from fla.models import DeltaNetConfig, DeltaNetForCausalLM, GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 
     ours = random_model(variant)
@@ -252,7 +252,7 @@ def test_round_trip_through_fla_is_bitwise(variant, tmp_path, sentencepiece_mode
         assert torch.equal(state[name], p), name
 
 
-def test_a_model_made_by_fla_comes_in(tmp_path, sentencepiece_model):
+def test_a_model_made_by_fla_is_read(tmp_path, sentencepiece_model):
     """fla itself writes the folder, and --from-fla converts it to an hf folder."""
     from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 

@@ -1,4 +1,4 @@
-"""A mixer is one file: a copy of the repository with one more file trains, counts, documents and exports the mixer."""
+"""Test that a mixer is one file: a copy of the repository with one more file trains, documents and exports it."""
 
 import json
 import os
@@ -107,7 +107,7 @@ print("RESULT", json.dumps({
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, sentencepiece_model):
-    """What a process finds that has the toy, and the folder that it exports."""
+    """Return the results of a process that has the toy mixer, and the folder that it exports."""
     root, out = tmp_path_factory.mktemp("repository"), tmp_path_factory.mktemp("out")
     for room in ("lrnn", "configs", "docs"):  # the links in lrnn/ become folders
         shutil.copytree(REPOSITORY / room, root / room, ignore=shutil.ignore_patterns("__pycache__", "results"))
@@ -158,7 +158,7 @@ def test_a_mixer_that_declares_too_little_is_refused():
     assert "half" not in MIXERS
 
 
-def test_a_name_is_given_once():
+def test_a_name_is_unique():
     with pytest.raises(ValueError, match=r"mixer 'gla' is already GatedLinearAttention of lrnn\.model\.mixer_gla"):
 
         @register("gla")

@@ -1,4 +1,4 @@
-"""A model that knows every answer scores 1.0 through the whole scoring path; one that knows none scores 0."""
+"""Test the whole scoring path: a model that knows every answer scores 1.0, and one that knows none scores 0."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("eval_data")
 
 
 class Oracle(LM):
-    """Answers with the gold answer, phrased as in each benchmark's own examples."""
+    """A model that gives the gold answer, phrased as in each benchmark's own examples."""
 
     def generate_until(self, requests):
         return [self.answer(request.doc) for request in requests]
@@ -38,7 +38,7 @@ class Oracle(LM):
 
 
 class FinalAnswerOracle(Oracle):
-    """Gives a MATH answer in the phrase of the examples, which `exact_match` looks for."""
+    """A model that phrases a MATH answer as in the examples, which `exact_match` looks for."""
 
     @staticmethod
     def answer(doc):

@@ -1,4 +1,4 @@
-"""The exported tokenizer gives the ids of the tokenizer that the corpus was encoded with."""
+"""Test that the exported tokenizer gives the ids of the tokenizer that the corpus was encoded with."""
 
 import json
 import random
@@ -61,7 +61,7 @@ def sentencepiece_with(tmp_path, **options) -> Path:
 
 
 @pytest.mark.parametrize("cls", [AutoTokenizer, PreTrainedTokenizerFast])
-def test_ids_are_those_of_sentencepiece_on_unseen_text(exported, model_file, cls):
+def test_ids_equal_those_of_sentencepiece_on_unseen_text(exported, model_file, cls):
     tokenizer = cls.from_pretrained(exported)
     sp = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     texts = [*other_texts(), *ODD_TEXTS]
@@ -72,7 +72,7 @@ def test_ids_are_those_of_sentencepiece_on_unseen_text(exported, model_file, cls
         assert tokenizer.decode(ids) == sp.decode(ids)
 
 
-def test_text_survives(exported):
+def test_text_is_the_same_after_encoding_and_decoding(exported):
     tokenizer = AutoTokenizer.from_pretrained(exported)
     for text in other_texts():
         assert tokenizer.decode(tokenizer(text).input_ids) == text
@@ -118,7 +118,7 @@ def test_padding_is_on_the_left_and_masked(exported):
 
 def test_files(exported, model_file):
     config = json.loads((exported / "tokenizer_config.json").read_text())
-    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"  # the name that transformers 4 knows too
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"  # transformers 4 knows this name too
     assert (exported / "tokenizer.model").read_bytes() == model_file.read_bytes()
 
 
@@ -158,8 +158,8 @@ def test_models_that_cannot_be_converted(tmp_path, options, message):
 @pytest.mark.parametrize(
     "options",
     [
-        {"normalization_rule_name": "nmt_nfkc"},  # tokenizers takes "\r\n" for one character, and drops the half of it
-        {"normalization_rule_name": "identity", "user_defined_symbols": ["<|code|>"]},  # a second "▁" behind the symbol
+        {"normalization_rule_name": "nmt_nfkc"},  # tokenizers takes "\r\n" for one character, and drops half of it
+        {"normalization_rule_name": "identity", "user_defined_symbols": ["<|code|>"]},  # a second "▁" behind it
         {"normalization_rule_name": "identity", "add_dummy_prefix": False, "user_defined_symbols": ["    "]},
     ],
 )

@@ -1,7 +1,7 @@
-"""Model folders and checkpoints of a stranger: nothing of them is executed, by `lrnn eval` and `lrnn export` as by
-transformers after `import lrnn`.
+"""Test that nothing in untrusted model folders and checkpoints is executed.
 
-Every hostile file is also loaded the careless way, in a process of its own, to see that it would have been executed.
+This holds for `lrnn eval`, `lrnn export`, and transformers after `import lrnn`. Every hostile file is also loaded
+carelessly, in a separate process, to show that its code would have run.
 """
 
 import hashlib
@@ -116,7 +116,7 @@ def test_transformers_after_import_lrnn_has_its_classes(exported, marks):
     assert found(marks) == set()
 
 
-def test_what_needs_its_own_code_is_not_evaluated(exported, marks, eval_data, capsys, tmp_path):
+def test_a_model_that_needs_its_own_code_is_not_evaluated(exported, marks, eval_data, capsys, tmp_path):
     add_hostile_code(exported, marks / "tokenizer", known_class=False)
     assert evaluate(exported) == 2
     assert "its tokenizer cannot be loaded, or needs code of its own" in capsys.readouterr().err
@@ -130,7 +130,7 @@ def test_what_needs_its_own_code_is_not_evaluated(exported, marks, eval_data, ca
 
 @pytest.mark.parametrize("decoy", [None, "model.safetensors.index.json", "model.safetensors.old"])
 def test_pickled_weights_are_refused(exported, marks, eval_data, capsys, tmp_path, decoy):
-    """Even if another file looks like safetensors."""
+    """This holds even if another file looks like safetensors."""
     weights = exported / "pytorch_model.bin"
     (exported / "model.safetensors").unlink()
     weights.write_bytes(hostile_pickle(marks / "pickle"))
@@ -140,7 +140,7 @@ def test_pickled_weights_are_refused(exported, marks, eval_data, capsys, tmp_pat
     assert evaluate(exported) == 2
     error = capsys.readouterr().err
     assert "safetensors" in error and str(exported) in error
-    with pytest.raises(Exception):  # noqa: B017 (of transformers, whichever)
+    with pytest.raises(Exception):  # noqa: B017 (an error of transformers, of any type)
         AutoModelForCausalLM.from_pretrained(exported)
     assert found(marks) == set()
     load_carelessly(pickle_carelessly(weights), tmp_path)

@@ -225,7 +225,7 @@ def one_line(capsys, *models):
     return capsys.readouterr().err
 
 
-def test_models_of_other_tokenizers_are_not_compared(error_of, folder, tmp_path):
+def test_models_with_different_tokenizers_are_not_compared(error_of, folder, tmp_path):
     """A tokenizer whose file merely looks different is accepted."""
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)

@@ -1,4 +1,4 @@
-"""Test what `lrnn position` computes: likelihoods against transformers' own, documents, bins, bootstrap."""
+"""Test the numbers of `lrnn position`: likelihoods against transformers' own, documents, bins, bootstrap."""
 
 import itertools
 import json
@@ -44,7 +44,7 @@ def texts(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["lrnn", "llama"])
-def test_likelihoods_are_those_of_the_whole_sequence(kind, model, tiny_model):
+def test_likelihoods_equal_those_of_the_whole_sequence(kind, model, tiny_model):
     """Likelihoods equal transformers' loss, and are the same in pieces as in one pass, wherever the cuts are."""
     reader = model if kind == "lrnn" else AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     ids = torch.randint(250, (2, 201), generator=torch.Generator().manual_seed(0))
@@ -61,7 +61,7 @@ def test_likelihoods_are_those_of_the_whole_sequence(kind, model, tiny_model):
 
 
 def test_the_state_matters(model):
-    """The test above would see a state that is not passed on."""
+    """The test above would notice a state that is not passed on."""
     ids = torch.randint(250, (1, 101), generator=torch.Generator().manual_seed(0))
     (whole,) = position_nll.piecewise_nll(model, ids, 100)
     (second,) = position_nll.piecewise_nll(model, ids[:, 50:], 100)
@@ -159,7 +159,7 @@ def test_log_edges(seed):
     assert edges[0] == 0 and edges[-1] == length and (np.diff(edges) > 0).all()
     assert anchor in edges or anchor > length
     inner = edges[1:-1]
-    wide = inner[:-1] > 4 * per_octave  # where rounding to whole positions is small
+    wide = inner[:-1] > 4 * per_octave  # here rounding to whole positions is small
     steps = np.log2(inner[1:] / inner[:-1])[wide]
     assert np.allclose(steps, 1 / per_octave, rtol=0.3)
 
@@ -221,7 +221,7 @@ def test_bootstrap_against_a_loop_over_documents(monkeypatch):
     assert (curve.high - curve.low).min() > 0.1
     again = statistics.resampled_means(sums[None], counts, 100, 0)
     monkeypatch.setattr(statistics, "BLOCK", 60 * 7)  # blocks of 7 draws
-    # Matrix products of other sizes may differ in a last bit.
+    # Matrix products of other sizes may differ in the last bit.
     np.testing.assert_allclose(statistics.resampled_means(sums[None], counts, 100, 0), again, rtol=1e-13)
     assert not np.array_equal(statistics.resampled_means(sums[None], counts, 100, 1), again)
 

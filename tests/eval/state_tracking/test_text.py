@@ -19,7 +19,7 @@ DIGEST = "50825e09f6296b883417bbd4589cd584d43757fe30aeb4b15ac7681a8d7c2bf9"
 
 
 @pytest.mark.parametrize("name", TEXT_TASKS)
-def test_every_answer_is_what_the_text_says(name):
+def test_every_answer_follows_from_the_text(name):
     for document in documents(name):
         answer = document["choices"][document["answer"]]
         assert solve(name, document["context"]) == (answer, document["length"])
@@ -35,7 +35,7 @@ def test_the_examples_are_solved_and_every_answer_is_equally_often_right_in_them
         answers.append(answer)
     assert len(set(examples)) == len(examples)
     assert set(Counter(answers)) == set(TEXT_TASKS[name].choices) and len(set(Counter(answers).values())) == 1
-    assert answers[: len(answers) // 2] != answers[len(answers) // 2 :], "no pattern to go on with"
+    assert answers[: len(answers) // 2] != answers[len(answers) // 2 :], "the second half repeats the first"
 
 
 @pytest.mark.parametrize("name", TEXT_TASKS)
@@ -81,7 +81,7 @@ def test_long_documents_do_not_repeat(name):
         assert len(set(contexts)) == len(contexts)
 
 
-def test_documents_are_what_the_versions_of_the_task_files_stand_for():
+def test_documents_match_the_versions_of_the_task_files():
     made = [text_documents.documents.__wrapped__(name) for name in TEXT_TASKS]
     digest = hashlib.sha256(json.dumps(made).encode()).hexdigest()
     assert digest == DIGEST, "other documents need new versions in the task files"
@@ -94,7 +94,7 @@ def test_a_sample_does_not_depend_on_its_batch():
         assert torch.equal(ids[23:24], again) and torch.equal(answers[23:24], answer)
 
 
-def test_no_symbol_alone_tells_the_answer():
+def test_no_symbol_alone_gives_away_the_answer():
     """Every kind of move and every ball occurs, and drawn balls and lines are uniform."""
     ids, _ = TEXT_TASKS["s5"].draw(4, torch.arange(2000), 8)
     balls = Counter(ids[:, -1].tolist())

@@ -21,11 +21,11 @@ def write(folder: Path, step: int, values: dict[str, float], limit: int | None =
     (folder / "results.json").write_text(json.dumps({"model": model, "metrics": rows, "limit": limit}))
 
 
-def test_a_row_a_model_and_a_column_a_metric(tmp_path, capsys):
+def test_one_row_per_model_and_one_column_per_metric(tmp_path, capsys):
     write(tmp_path / "step-200/fast", 200, {"a": 0.5})
     write(tmp_path / "step-200/code", 200, {"b": 0.25})
     write(tmp_path / "step-30/fast", 30, {"a": 0.125})
-    write(tmp_path / "step-30/.code.new.7", 30, {"b": 0.9})  # is being written
+    write(tmp_path / "step-30/.code.new.7", 30, {"b": 0.9})  # this one is still being written
     assert main(["eval", "--collect", str(tmp_path)]) == 0
     table = capsys.readouterr().out.strip().splitlines()
     assert table[0] == "| model | step | b exact_match (strict) | a exact_match (strict) |" or (
@@ -38,7 +38,7 @@ def test_a_row_a_model_and_a_column_a_metric(tmp_path, capsys):
     assert [c[b].strip(" |") for c in cells] == ["", "0.2500 ± 0.0100"]
 
 
-def test_results_on_a_part_of_the_documents_stand_apart(tmp_path):
+def test_results_on_a_part_of_the_documents_are_separate(tmp_path):
     write(tmp_path / "x", 1, {"a": 0.5})
     write(tmp_path / "y", 1, {"a": 0.75}, limit=10)
     assert "a exact_match (strict), first 10" in collect([tmp_path])

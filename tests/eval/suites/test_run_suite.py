@@ -65,7 +65,7 @@ def metrics(folder):
     return {row["task"]: row for row in results["metrics"]}
 
 
-def test_bits_per_byte_agree_with_the_models_own_probabilities(quick, heldout, log_likelihood):
+def test_bits_per_byte_agree_with_the_probabilities_of_the_model(quick, heldout, log_likelihood):
     # The newline that ends a prompt belongs to the answer: a tokenizer may merge it with what follows.
     rows = [(r["question"], r["continuation"]) for r in fetch_data.load_rows("humaneval_gold")[:LIMIT]]
     gold = [(question.rstrip(), question[len(question.rstrip()) :] + answer) for question, answer in rows]
@@ -147,7 +147,7 @@ def test_code_tasks_can_be_left_out():
 
 
 def generate_little(original):
-    """The same generation, cut to 8 tokens: a random model would continue for 1,024."""
+    """Cut generation to 8 tokens: a random model would continue for 1,024."""
 
     def generate(self, context, max_length, **kwargs):
         return original(self, context, max_length=context.shape[1] + 8, **kwargs)
@@ -185,7 +185,7 @@ def test_bad_requests_are_one_clear_error(tiny_model, tmp_path, capsys, monkeypa
     assert "lrnn eval --fetch" in error_of(capsys, tiny_model, "--suite", "quick")
 
 
-def test_what_does_not_fit_the_context_is_said_before_the_model_loads(eval_data, tiny_model, capsys, monkeypatch):
+def test_tasks_that_exceed_the_context_are_refused_before_the_model_loads(eval_data, tiny_model, capsys, monkeypatch):
     monkeypatch.setattr(harness, "load_model", lambda *args: pytest.fail("the model was loaded"))
     short = error_of(capsys, tiny_model, "--suite", "quick", "--max-length", 64)
     assert "lrnn_gsm8k_bpb_0shot has gold answers of up to" in short and "give --max-length 2048" in short

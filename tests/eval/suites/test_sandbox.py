@@ -1,4 +1,4 @@
-"""What a program in the sandbox can do, against the kernel itself."""
+"""Test what a program in the sandbox can do, with the real kernel."""
 
 import itertools
 import socket
@@ -77,7 +77,7 @@ def test_nothing_outlives_the_program(then):
 def _read(path):
     try:
         return path.read_text()
-    except OSError:  # the process ended meanwhile
+    except OSError:  # the process has ended in the meantime
         return ""
 
 
@@ -116,7 +116,7 @@ def _count(name: str) -> int:
 
 @pytest.fixture
 def short_folder():
-    """The path of a socket has 107 characters at most: tmp_path may be too long."""
+    """Return a folder with a short path: the path of a socket has 107 characters at most, which tmp_path may exceed."""
     with tempfile.TemporaryDirectory() as folder:
         yield folder
 
@@ -139,7 +139,7 @@ def test_no_network_not_even_to_this_machine(family, short_folder):
         assert not sandbox.run(program).passed
         with pytest.raises(TimeoutError):
             server.accept()
-        exec(program)  # from outside the same lines get through, so the refusal above was the sandbox's
+        exec(program)  # outside the sandbox the same lines get through, so the refusal above was the sandbox's
         server.accept()[0].close()
 
 
@@ -184,7 +184,7 @@ def test_cannot_write_outside_tmp_nor_gain_rights():
     assert sandbox.run("import os; assert os.getuid() == os.geteuid() == os.getgid() == 65534").passed
 
 
-def test_where_the_kernel_refuses_nothing_runs(tmp_path, monkeypatch):
+def test_nothing_runs_if_the_kernel_refuses(tmp_path, monkeypatch):
     child = tmp_path / "child.py"
     child.write_text("raise PermissionError(1, 'unshare: Operation not permitted')")
     monkeypatch.setattr(sandbox, "CHILD", child)

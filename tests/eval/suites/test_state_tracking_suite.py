@@ -1,4 +1,4 @@
-"""The suite `state_tracking` through lm-eval: who solves the text scores 1, a constant has the floor; files; limits."""
+"""Test the suite `state_tracking` through lm-eval: a solver scores 1, a constant has the floor; files; limits."""
 
 import csv
 import json
@@ -32,7 +32,7 @@ LONG_ENOUGH = 9000  # tokens, with a tokenizer of little more than bytes
 
 
 class Solver(LM):
-    """Knows nothing but the prompt's text, and does what it says."""
+    """A model that knows only the prompt's text, and does what it says."""
 
     def answer(self, request):
         (name,) = (name for name in TEXT_TASKS if request.task_name.removeprefix("lrnn_").rsplit("_", 1)[0] == name)
@@ -49,7 +49,7 @@ class Solver(LM):
 
 
 class Constant(Solver):
-    """Always says the second choice."""
+    """A model that always gives the second choice."""
 
     def answer(self, request):
         return request.doc["choices"][1]
@@ -65,7 +65,7 @@ class Indifferent(Solver):
 
 @pytest.fixture(scope="module")
 def run():
-    """The rows of all lengths and the metric rows of some tasks, as a model answers their first documents."""
+    """Return rows by length and metric rows of some tasks, from a model's answers to their first documents."""
 
     def run_(model, tasks, limit=None):
         go_offline()
@@ -77,7 +77,7 @@ def run():
 
 
 @pytest.mark.parametrize("kind", METRIC)
-def test_who_solves_the_text_scores_one_everywhere(run, kind):
+def test_a_solver_of_the_text_scores_one_everywhere(run, kind):
     by_length, rows, raw = run(Solver(), text_report.TASK_NAMES[kind], limit=70)
     assert [(row["task"], row["length"]) for row in by_length] == [(t, n) for t in TEXT_TASKS for n in LENGTHS]
     assert {(row["accuracy"], row["scaled_accuracy"], row["n"]) for row in by_length} == {(1.0, 1.0, 10)}
@@ -85,7 +85,7 @@ def test_who_solves_the_text_scores_one_everywhere(run, kind):
     assert all(row["value"] == 1.0 for row in rows)
     (score,) = text_report.score_rows(rows)
     assert score["value"] == 1.0 and score["task"] == f"state_tracking_{kind}"
-    for task in text_report.TASK_NAMES[kind]:  # what plain lm-eval shows
+    for task in text_report.TASK_NAMES[kind]:  # these are what plain lm-eval shows
         for length in LENGTHS:
             assert raw["results"][task][f"{METRIC[kind]}_len{length},none"] == 1.0
 
@@ -104,7 +104,7 @@ def test_without_a_preference_the_first_choice_is_taken_and_silence_is_wrong(run
     assert [row["accuracy"] for row in by_length] == [1 / 3] * len(LENGTHS) + [0.0] * len(LENGTHS)
 
 
-def test_errors_by_length_are_lm_evals(run):
+def test_errors_by_length_equal_lm_evals(run):
     by_length, _, raw = run(Constant(), ["lrnn_s5_mc"], limit=70)
     for row in by_length:
         result = raw["results"]["lrnn_s5_mc"]
@@ -112,7 +112,7 @@ def test_errors_by_length_are_lm_evals(run):
         assert row["stderr"] == pytest.approx(result[f"acc_len{row['length']}_stderr,none"])
 
 
-def test_task_files_say_what_the_documents_are():
+def test_task_files_describe_the_documents():
     assert {path.stem for path in FOLDER.glob("lrnn_*.yaml")} == set(STATE_TRACKING)
     for kind, tasks in text_report.TASK_NAMES.items():
         for name, task in zip(TEXT_TASKS, tasks, strict=True):
@@ -135,7 +135,7 @@ def test_task_files_say_what_the_documents_are():
 
 @pytest.fixture(scope="module")
 def results(tiny_model, tmp_path_factory):
-    """Result folder of the suite on a random model, made by the command line."""
+    """Return the result folder of the suite on a random model, written by the command line."""
     out = tmp_path_factory.mktemp("results") / "state_tracking"
     options = ["--suite", "state_tracking", "--limit", LIMIT, "--device", "cpu", "--max-length", LONG_ENOUGH]
     assert cli.main(["eval", str(tiny_model), *map(str, options), "--out", str(out)]) == 0

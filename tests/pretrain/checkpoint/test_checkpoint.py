@@ -1,4 +1,4 @@
-"""Checkpoints are whole or invisible, every kind of damage is seen, and any slice can be read from any partition."""
+"""Test that checkpoints are whole or invisible, all damage is seen, and any slice is read from any partition."""
 
 import hashlib
 import json
@@ -222,7 +222,7 @@ def test_killed_while_deleting(tmp_path, monkeypatch):
             retain(folders[2], 2, 0)
     assert checkpoint.shutil.rmtree is original
     assert checkpoint.list_checkpoints(tmp_path) == folders[1:]
-    retain(Saver(tmp_path, monkeypatch).save(4), 2, 0)  # a run that starts clears up
+    retain(Saver(tmp_path, monkeypatch).save(4), 2, 0)  # the next run cleans up when it starts
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 

@@ -1,4 +1,4 @@
-"""Every damage to the checkpoints of a real run of two processes is seen and named, and the checkpoint passed over."""
+"""Test that all damage to checkpoints of a real run of two processes is named, and the checkpoint passed over."""
 
 import random
 import shutil
@@ -9,7 +9,7 @@ from training_group import run_group
 
 from lrnn.pretrain.checkpoint.format import find_newest, list_checkpoints, verify
 
-BITS = 16  # flipped in each file, one at a time
+BITS = 16  # bits flipped in each file, one at a time
 
 Damage = Callable[[Path, bytes], object]
 

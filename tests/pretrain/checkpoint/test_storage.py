@@ -1,4 +1,4 @@
-"""Storage that fails under a running training, and a second run on one folder."""
+"""Test storage that fails during training, and a second run on the same folder."""
 
 import json
 import os
@@ -84,7 +84,7 @@ def test_a_log_that_cannot_be_written(base, tmp_path):
 
 @pytest.fixture
 def long_corpus(corpora, tmp_path) -> tuple[Path, Path]:
-    """A corpus of several blocks, and its shard."""
+    """Return a corpus of several blocks, and its shard."""
     (tmp_path / "text").mkdir()
     rng = random.Random(0)
     for i in range(40):
@@ -96,7 +96,7 @@ def long_corpus(corpora, tmp_path) -> tuple[Path, Path]:
 
 
 def damage(corpus: Path, shard: Path, rank: int) -> int:
-    """Change a byte that, of two processes, `rank` alone reads first; returns how many steps come before that."""
+    """Change a byte that only `rank` of two processes reads first. Return how many steps come before that."""
 
     def readable(data: CorpusData, micro_batch: int) -> bool:
         try:
@@ -120,7 +120,7 @@ def damage(corpus: Path, shard: Path, rank: int) -> int:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_shard_that_is_corrupt(base, long_corpus, tmp_path, rank):
-    """Whichever process reads it, the run ends on all of them with one message and a checkpoint of what was trained.
+    """Whichever process reads it, the run ends on all of them with one message and a checkpoint of the steps so far.
     After the shard is fixed, the run resumes as if nothing had happened."""
     corpus, shard = long_corpus
     good = shard.read_bytes()
@@ -138,7 +138,7 @@ def test_a_shard_that_is_corrupt(base, long_corpus, tmp_path, rank):
     assert 8 * step <= int(samples[1]) < int(samples[2]) < 8 * step + 8 and int(samples[1]) // 2 % 2 == rank
     assert f"the run stopped at step {step}, and its checkpoint is written" in status
     assert checkpoint.find_newest(tmp_path / "broken").name == f"step-{step:08d}"
-    if rank == 1:  # and from the command line: one line, from the main process, and status 2
+    if rank == 1:  # the command line prints one line, from the main process, and exits with status 2
         (tmp_path / "run.yaml").write_text(json.dumps(broken))
         command = [sys.executable, "-m", "lrnn.cli", "pretrain", str(tmp_path / "run.yaml"), "--nproc", "2"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -176,7 +176,7 @@ with RunLock(Path(sys.argv[1])):
 
 @pytest.fixture
 def holder(tmp_path, monkeypatch):
-    """A process of another job that holds tmp_path/run."""
+    """Return a process of another job that holds tmp_path/run."""
     env = {**without_models.ENVIRONMENT, "SLURM_JOB_ID": "4711"}
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True, env=env
@@ -191,7 +191,7 @@ def test_the_second_run_stops_with_a_message(holder, base, tmp_path, monkeypatch
     monkeypatch.setattr("lrnn.run_lock.WAIT_S", 0.1)
     with pytest.raises(UserError, match=rf"in use by process {holder.pid} on \S+, SLURM job 4711, since 20.*another"):
         RunLock(tmp_path / "run").__enter__()
-    # The whole job: refused on every rank, and nothing of it is written.
+    # The whole job is refused on every rank, and writes nothing.
     (status,) = run_group(tmp_path, [{"config": base()}])
     assert status.startswith(f"UserError: run_dir {tmp_path / 'run'} is in use by process {holder.pid}"), status
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".lock", ".running.json"]
@@ -206,7 +206,7 @@ def test_a_process_that_is_killed_frees_the_folder(holder, tmp_path):
 
 
 def test_a_lock_is_waited_for_a_moment(holder, tmp_path, monkeypatch):
-    """A job that is requeued may start while its former process ends."""
+    """A requeued job may start before its earlier process has ended."""
     subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {holder.pid}"])
     with RunLock(tmp_path / "run"):
         pass

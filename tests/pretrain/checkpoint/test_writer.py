@@ -1,4 +1,4 @@
-"""Checkpoints are written while training continues, whole or not at all. A failure of storage does not end the run."""
+"""Test that checkpoints are written whole or not at all while training continues, and failing storage ends no run."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -98,7 +98,7 @@ HOLDERS = {
     "save_file": checkpoint_writer.safetensors.torch,
     "rename": Path,
     "write_atomically": checkpoint_writer,
-}  # of the functions that are not in `format`
+}  # the functions that are not in `format`
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -116,7 +116,7 @@ def test_killed_while_saving(tmp_path, monkeypatch, place):
         with pytest.raises(Killed):
             saver.save(2)
     newest = find_newest(tmp_path)
-    if place == "write_atomically":  # after the rename it is there, whatever `latest` says
+    if place == "write_atomically":  # after the rename it exists, even if `latest` names another
         assert newest is not None and newest.name == "step-00000002"
     else:
         assert newest == before
@@ -134,7 +134,7 @@ def test_a_rank_that_outlives_its_run_cannot_write_into_a_later_ones(tmp_path, m
     new.begin(4)
     gate.open()
     new.writer.wait()
-    old.writer.__exit__(None)  # its thread ends; without the others it commits nothing
+    old.writer.__exit__(None)  # its thread ends, but commits nothing without the others
     assert_holds(new.outcomes[0].folder, 4)
 
 
@@ -168,7 +168,7 @@ def test_a_full_disk(small_disk, monkeypatch):
 
 @pytest.mark.parametrize("place", PLACES)
 def test_an_error_at_any_place(tmp_path, monkeypatch, place):
-    """Whatever call of the operating system fails: reported, the checkpoint before stays, and later ones work."""
+    """If any call of the operating system fails, it is reported, the previous checkpoint stays, and later ones work."""
     saver = Saver(tmp_path, monkeypatch)
     before = saver.save(1)
 
@@ -180,7 +180,7 @@ def test_an_error_at_any_place(tmp_path, monkeypatch, place):
         patch.setattr(holder, place, fail)
         saver.begin(2)
     outcome = saver.outcomes[-1]
-    if place == "write_atomically":  # after the rename the checkpoint is there
+    if place == "write_atomically":  # after the rename the checkpoint exists
         assert outcome.error is None and "Input/output error" in outcome.warning
         assert find_newest(tmp_path) == outcome.folder
     else:

@@ -1,4 +1,4 @@
-"""Build corpora, and compare them with what SentencePiece and `datasets` make of the same files."""
+"""Build corpora, and compare them with the output of SentencePiece and `datasets` for the same files."""
 
 import hashlib
 import json
@@ -127,7 +127,7 @@ def test_heldout_is_decided_by_the_path_alone(build_corpus, text_folder, small_p
     )
     assert len(heldout) == len(chosen) and train | heldout == whole and not train & heldout
 
-    part = build_corpus(text_folder, "--heldout", "0.3", "--include", "d1/*", out="part")  # with other files beside it
+    part = build_corpus(text_folder, "--heldout", "0.3", "--include", "d1/*", out="part")  # among other files
     rows = [json.loads(line) for line in (part / "heldout.jsonl").read_text().splitlines()]
     assert [row["source"] for row in rows] == [n for n in chosen if n.startswith("d1/")]
 
@@ -256,7 +256,7 @@ def bad_folder(tmp_path) -> Path:
     (root / "c.txt").write_bytes(b"")
     (root / "d.txt").write_bytes("caf\xe9".encode("latin-1"))
     (root / "e.txt").symlink_to(root / "nowhere")
-    os.mkfifo(root / "pipe.txt")  # reading it would block for ever
+    os.mkfifo(root / "pipe.txt")  # reading it would block forever
     return root
 
 

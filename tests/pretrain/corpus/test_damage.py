@@ -1,4 +1,4 @@
-"""A corpus that is damaged, cut off or gone while it is read: intact data is read correctly, damage is named."""
+"""Test a corpus that is damaged, cut off or removed while it is read: intact data is correct, damage is named."""
 
 import errno
 import gc
@@ -83,7 +83,7 @@ def open_files(path: Path) -> int:
     return sum(link.startswith(str(path)) for link in links)
 
 
-# --- what is whole ----------------------------------------------------------------------------------------------------
+# --- intact data ------------------------------------------------------------------------------------------------------
 
 
 def test_reads_are_what_arrow_reads(whole):
@@ -142,7 +142,7 @@ def test_digests_do_not_depend_on_the_writes(size):
         assert digests.digests() == b"".join(expected)
 
 
-# --- what is not ------------------------------------------------------------------------------------------------------
+# --- damaged data -----------------------------------------------------------------------------------------------------
 
 
 def named_bytes(error: CorruptData, path: Path, words: str) -> tuple[int, int]:
@@ -269,7 +269,7 @@ def test_damaged_table(path):
         TokenCorpus(path)
 
 
-def test_a_shard_in_the_place_of_another(path):
+def test_a_shard_in_place_of_another(path):
     """Two corpora were mixed up: everything is readable and has the right size."""
     write_corpus(path.with_name("other"), "uint32")
     other = (path.with_name("other") / SHARD).read_bytes()

@@ -1,4 +1,4 @@
-"""Read a corpus: the stream of tokens as `datasets.load_from_disk` sees it, and everything that can be wrong."""
+"""Test reading a corpus: the stream of tokens as `datasets.load_from_disk` sees it, and all that can be wrong."""
 
 import json
 import shutil
@@ -65,7 +65,7 @@ def test_one_stream_of_tokens(corpus_path, split):
 
 
 def test_shards_are_not_read_at_the_start(corpus_path):
-    """With terabytes that would take hours. Damage inside a shard is found when it is read."""
+    """With terabytes it would take hours. Damage inside a shard is found when the shard is read."""
     assert len(TokenCorpus(corpus_path)._batches) > len(list((corpus_path / "train").glob("*.arrow"))) > 3
     for shard in (corpus_path / "train").glob("*.arrow"):
         shard.write_bytes(b"\xff" * shard.stat().st_size)

@@ -1,4 +1,4 @@
-"""SentencePiece and Hugging Face tokenizers behind one interface, compared with the libraries themselves."""
+"""Compare SentencePiece and Hugging Face tokenizers behind one interface with the libraries themselves."""
 
 import hashlib
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_huggingface(huggingface_folder, tmp_path):
 
 def test_special_tokens_in_text_are_text(huggingface_folder, sentencepiece_model):
     plain = AutoTokenizer.from_pretrained(huggingface_folder)
-    assert plain.eos_token_id in plain("a </s> b", add_special_tokens=False).input_ids  # This has to be avoided.
+    assert plain.eos_token_id in plain("a </s> b", add_special_tokens=False).input_ids  # The interface must avoid this.
     for path in (huggingface_folder, sentencepiece_model):
         tokenizer = load_tokenizer(path)
         (ids,) = tokenizer.encode_batch(["a </s> b <s>"])

@@ -1,4 +1,4 @@
-"""Compare batches with a slow and obvious truth, made from the documents as `datasets` reads them."""
+"""Compare batches with a slow and simple reference, made from the documents as `datasets` reads them."""
 
 import threading
 import time
@@ -25,7 +25,7 @@ SEQ_LEN = 64
 
 @pytest.fixture
 def corpora(build_corpus, text_folder, monkeypatch) -> list[TokenCorpus]:
-    """Two corpora of one tokenizer, in several shards and record batches."""
+    """Return two corpora of one tokenizer, in several shards and record batches."""
     monkeypatch.setattr(source, "MIN_PART_BYTES", 8 << 10)
     monkeypatch.setattr(shard_writer, "FLUSH_TOKENS", 1000)
     paths = [
@@ -142,7 +142,7 @@ def test_micro_batches_go_round_the_ranks(corpora):
         assert [b.sample_indices.tolist() for b in next(loader)] == [[14, 15], [20, 21]]
 
 
-def test_resume_is_a_number(corpora, monkeypatch):
+def test_the_position_is_one_number(corpora, monkeypatch):
     data = CorpusData(corpora, [1, 1], SEQ_LEN, seed=1, reset_at_document_boundaries=True)
     whole = steps_of(data, 1, count=6)
     monkeypatch.setattr(loader_module, "LOCATE_SAMPLES", 50)  # another division of the work
@@ -165,7 +165,7 @@ def test_too_little_text(build_corpus, tmp_path):
         Loader(CorpusData([corpus], [1.0], n - 1, seed=0), Batching(2, 1, 0, 2))
 
 
-def test_fingerprint_is_of_what_decides_the_samples(corpora):
+def test_fingerprint_covers_everything_that_decides_the_samples(corpora):
     base = CorpusData(corpora, [1, 2], SEQ_LEN, seed=0)
     assert (
         base.fingerprint == CorpusData(corpora, [1, 2], SEQ_LEN, seed=0, reset_at_document_boundaries=True).fingerprint
@@ -243,7 +243,7 @@ def test_prefetcher_runs_ahead_and_stops():
         while len(made) < 5 and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.05)
-        assert len(made) == 5  # one taken, three in the queue, one in hand
+        assert len(made) == 5  # one is taken, three are in the queue, one waits to enter it
         start = time.monotonic()
     assert time.monotonic() - start < 2 and prefetch_threads() == before
     assert list(ahead) == []

@@ -41,10 +41,10 @@ def test_epochs_and_seeds_give_unrelated_orders():
 def test_order_looks_random():
     n = 100_003
     order = window_index(0, 0, np.arange(n), n)
-    # Neighbours: no correlation, and steps of one no more often than by chance (2 of n pairs).
+    # Neighbours are not correlated, and differ by one no more often than by chance (2 of n pairs).
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 5 / np.sqrt(n)
     assert (np.abs(np.diff(order)) == 1).sum() < 15
-    # Any stretch covers the range evenly: chi-squared with 99 degrees of freedom.
+    # Any stretch covers the range evenly, by chi-squared with 99 degrees of freedom.
     counts = np.histogram(order[:10_000], bins=100, range=(0, n))[0]
     assert 50 < ((counts - 100) ** 2 / 100).sum() < 170
 
@@ -59,7 +59,7 @@ def test_mixed_counts_never_drift(weights):
     order = MixedOrder([101 + c for c in range(len(weights))], weights, seed=3)
     exact = np.array(weights) / sum(weights)
     for block in [0, 1, 2, 10, 1000, 10**6]:
-        # From the numbers of the samples in a block: the k-th sample of a corpus says how many came before it.
+        # The k-th sample of a corpus in a block tells how many samples of that corpus came before it.
         samples = np.arange(block * BLOCK, (block + 1) * BLOCK)
         corpus, epoch, _ = order(samples)
         for c, share in enumerate(exact):
@@ -73,7 +73,7 @@ def test_mixed_counts_never_drift(weights):
         assert np.abs(counts - exact * blocks * BLOCK).max() < 2
 
 
-def test_mixed_windows_are_seen_once_an_epoch():
+def test_mixed_windows_are_seen_once_per_epoch():
     num_windows = [700, 33]
     order = MixedOrder(num_windows, [3.0, 1.0], seed=5)
     corpus, epoch, window = order(np.arange(5 * BLOCK))
@@ -84,7 +84,7 @@ def test_mixed_windows_are_seen_once_an_epoch():
     assert not np.array_equal(first, second)
 
 
-def test_mixed_order_is_mixed_inside_of_a_block():
+def test_mixed_order_is_mixed_within_a_block():
     corpus, _, _ = MixedOrder([50, 50], [0.5, 0.5], seed=0)(np.arange(BLOCK))
     first_half = (corpus[: BLOCK // 2] == 0).sum()
     assert abs(first_half - BLOCK / 4) < 5 * np.sqrt(BLOCK) / 4

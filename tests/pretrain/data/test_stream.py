@@ -22,7 +22,7 @@ G, MICRO = 8, 2
 
 @pytest.fixture
 def jsonl(tmp_path) -> tuple[Path, list[str]]:
-    """Two files of documents, one of them much longer than a sample, some empty."""
+    """Return two files of documents, one of them much longer than a sample, some empty."""
     texts = [f"document {i} " + "some words " * (i % 7) for i in range(120)]
     texts[5], texts[100] = "", ""
     texts[60] = "a long one " * 300

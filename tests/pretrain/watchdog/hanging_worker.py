@@ -1,7 +1,9 @@
-"""Run trainings that hang side by side: `hanging_worker.py SPECS.json`. Import once, and fork the ranks of every run.
+"""Run several trainings that hang, side by side: `hanging_worker.py SPECS.json`.
+
+Packages are imported once, and the ranks of every run are forks.
 
 SPECS maps a name to {"config": {...}, "at_step_3": [what each rank does while it fetches the data of step 3]}:
-    "": goes on; "stop": SIGSTOP to itself; "crash": SIGSEGV to itself; "sleep": never returns;
+    "": continues; "stop": SIGSTOP to itself; "crash": SIGSEGV to itself; "sleep": never returns;
     "raise": RuntimeError, and the process stays; "pause": sleeps 3 s, and in the first second all ranks are suspended
     for PAUSE_S.
 Each rank writes to NAME/RANK.out and NAME/RANK.err beside SPECS. NAME/ended.json is {"status": [of each rank; null for
@@ -17,7 +19,7 @@ import time
 from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"
-# A training imports these late, which takes seconds; here it is done once for all ranks.
+# Training imports these late, which takes seconds; here they are imported once for all ranks.
 import datasets  # noqa: F401
 import deepspeed  # noqa: F401
 import torch

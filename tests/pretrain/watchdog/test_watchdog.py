@@ -1,4 +1,4 @@
-"""A run that hangs ends and names the rank that it hangs on; other runs are left alone."""
+"""Test that a run that hangs ends and names the rank that it hangs on, and that other runs are left alone."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def seen(rank: int, place: Place = STEP, heard: float = 1000, moved: float = 100
 # --- The judgement ----------------------------------------------------------------------------------------------------
 
 
-def test_nobody_is_lost_who_speaks_or_said_goodbye():
+def test_a_rank_that_speaks_or_said_goodbye_is_not_lost():
     others = [
         seen(1, heard=990.1),
         seen(2, heard=10, left=10.0),  # a normal end, long ago
@@ -95,7 +95,7 @@ def test_the_first_step_may_take_longer():
     assert "rank 1 (node1, process 4001): trying a first pass for 1000 s" in verdict.message
 
 
-def test_who_left_is_not_behind():
+def test_a_rank_that_left_is_not_behind():
     ranks = [seen(0), seen(1, DATA, left=1000.0)]
     verdict = find_stalled(1100, ranks, SETTINGS)
     assert verdict is not None and verdict.ranks == [0]
@@ -160,12 +160,12 @@ def test_the_last_message_survives_a_close_on_unread_data():
     assert messages == [{"goodbye": ""}]
 
 
-def test_strangers_are_not_heard():
+def test_foreign_connections_are_ignored():
     hub = Hub()
-    strangers = [connect(("127.0.0.1", hub.port), "wrong", 1), connect(("127.0.0.1", hub.port), hub.token, 1)]
-    strangers[0].send({"place": "here"})
-    strangers[1]._socket.send(b"GET / HTTP/1.1\n")
-    eventually(lambda: hub.receive() == [] and strangers[0].receive() == [] and strangers[0].closed)
+    foreign = [connect(("127.0.0.1", hub.port), "wrong", 1), connect(("127.0.0.1", hub.port), hub.token, 1)]
+    foreign[0].send({"place": "here"})
+    foreign[1]._socket.send(b"GET / HTTP/1.1\n")
+    eventually(lambda: hub.receive() == [] and foreign[0].receive() == [] and foreign[0].closed)
     eventually(lambda: hub.receive() == [] and hub.connected() == set())
     hub.close()
 
@@ -181,7 +181,7 @@ def test_nobody_waits_for_a_peer_that_does_not_read():
     hub.close()
 
 
-def test_an_address_that_nobody_listens_at():
+def test_an_address_without_a_listener():
     hub = Hub()
     hub.close()
     assert connect(("127.0.0.1", hub.port), hub.token, 1, timeout_s=1) is None
@@ -221,7 +221,7 @@ class Group:
 
     def _exit(self, status: int):
         self.exits.append(status)
-        threading.Event().wait()  # the thread does no more, as in a process that ended
+        threading.Event().wait()  # the thread does nothing more, as in a process that ended
 
     def leave(self, *order: int) -> None:
         """Make the ranks leave one after the other, with pauses longer than the limit for a lost rank."""
@@ -304,8 +304,8 @@ def test_a_hang_ends_the_process_though_nothing_can_be_written(monkeypatch):
 # --- Real trainings ---------------------------------------------------------------------------------------------------
 
 LOST_S, STALL_S = 4, 5
-MARGIN_S = 8  # for intervals, last messages and a busy machine
-RUNS = {  # what the ranks do while they fetch the data of step 3
+MARGIN_S = 8  # allowance for intervals, last messages and a busy machine
+RUNS = {  # the actions of the ranks while they fetch the data of step 3
     "stopped": ["", "stop"],
     "main stopped": ["stop", ""],
     "asleep": ["", "sleep"],
@@ -330,14 +330,14 @@ class Outcome:
 def outcomes(config_in, tmp_path_factory):
     """Run all of them side by side, because they mostly wait."""
     folder = tmp_path_factory.mktemp("hangs")
-    # The other limit is out of reach, because a busy machine could reach either.
+    # The other limit is out of reach, because a busy machine could exceed either.
     settings = {"lost_seconds": LOST_S, "stall_seconds": 60, "startup_seconds": 300, "heartbeat_seconds": 1}
     specs = {
         name: {"config": config_in(folder, f"run {name}", steps=4, watchdog=dict(settings)), "at_step_3": actions}
         for name, actions in RUNS.items()
     }
     specs["asleep"]["config"]["watchdog"] |= {"lost_seconds": 60, "stall_seconds": STALL_S}
-    specs["crashed"]["config"]["watchdog"] |= {"lost_seconds": 80, "stall_seconds": 80}  # it takes less to notice
+    specs["crashed"]["config"]["watchdog"] |= {"lost_seconds": 80, "stall_seconds": 80}  # noticing takes less
     specs["paused"]["config"]["watchdog"] |= {"stall_seconds": STALL_S}
     (folder / "specs.json").write_text(json.dumps(specs))
     worker = Path(__file__).with_name("hanging_worker.py")
