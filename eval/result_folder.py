@@ -1,4 +1,4 @@
-"""What all result folders share: the version of results.json, and the rule about which folders may be replaced."""
+"""The parts that result folders share: the version of results.json, and the rule on which folders may be replaced."""
 
 from pathlib import Path
 

@@ -2,8 +2,8 @@
 
 `import lrnn` must register the model, so that transformers loads an exported folder with lrnn's classes instead of the
 code beside its weights. But transformers and torch take seconds to import, which `lrnn --help` should not wait for. So
-lrnn watches the import of the two modules that define the Auto classes, and of its own two that define what they are
-to know, and registers when one of each pair has been imported: the other one is imported then.
+lrnn watches the import of the two modules that define the Auto classes, and of its own two that define the classes to
+register. When one of a pair has been imported, lrnn imports the other one and registers.
 """
 
 import importlib

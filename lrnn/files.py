@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def sha256(file: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
+    """Return the SHA-256 of a file's content, in hex."""
     with file.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

@@ -45,12 +45,12 @@ class Tokenizer(ABC):
 
     @property
     def document_prefix(self) -> list[int]:
-        """Ids written before a document: bos, or eos if there is no bos, because the first token needs a context."""
+        """Return the ids before a document: bos, or eos if there is no bos, because the first token needs a context."""
         return [self.eos_token_id if self.bos_token_id is None else self.bos_token_id]
 
     @property
     def document_suffix(self) -> list[int]:
-        """Ids written after a document."""
+        """Return the ids after a document."""
         return [self.eos_token_id]
 
     def description(self) -> dict:

@@ -38,7 +38,7 @@ def check_same_run(saved: Path, model_config: LrnnConfig, description: dict[str,
         model_config: the model of the run.
         description: facts of the run's data, see `TrainingData`.
     """
-    # In a checkpoint that is older than a field, the model had what is now the field's default.
+    # The model of a checkpoint that is older than a field had the field's present default.
     before = LrnnConfig().to_dict() | json.loads((saved / "config.json").read_text())
     now = json.loads(model_config.to_json_string(use_diff=False))
     check_sequence_length(before, model_config.max_position_embeddings, saved, in_workers=True)

@@ -1,4 +1,4 @@
-"""A run: what it owns, how it starts and ends, and everything around the training step."""
+"""A run: its parts, its start and end, and everything around the training step."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -60,7 +60,7 @@ class Run:
             stop: tells whether this process was asked to stop.
 
         Raises:
-            UserError: on all ranks, whatever is wrong with model, data, checkpoint or folder.
+            UserError: on all ranks, if anything is wrong with the model, data, checkpoint or folder.
         """
         with ExitStack() as exits:
             yield cls(config, ranks, stop, exits)
@@ -132,7 +132,7 @@ class Run:
         except (UserError, OSError) as error:  # a shard that is corrupt, a source that went away
             self._data_error = str(error)
         with self.phase("agreeing whether to continue"):
-            # All ranks agree once per step: does any rank want to stop, lack data, or still write a checkpoint?
+            # All ranks agree once per step whether any rank wants to stop, lacks data, or still writes a checkpoint.
             stopped, broken, writing = self.ranks.worst(
                 self._stop.signal is not None, self._data_error is not None, self._writer.vote
             )
@@ -328,7 +328,7 @@ class Run:
         config, ranks = self.config, self.ranks
         start = f"resuming {self._saved}" if self._saved is not None else f"new run {config.run_dir}"
         device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
-        # Under ZeRO-3 a parameter's own numel is that of this rank's part.
+        # Under ZeRO-3, a parameter's own numel counts only this rank's part.
         n = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
         tokens = config.global_batch_size * config.data.seq_len
         shape = f"{ranks.world_size} x {device}, {tokens:,} tokens per step, {config.steps} steps"

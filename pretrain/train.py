@@ -26,8 +26,8 @@ def train(config: Config, ranks: Ranks, stop: StopRequest) -> int:
         0 when the last step is done, `STOPPED` when `stop` ended the run early.
 
     Raises:
-        UserError: on all ranks, for whatever is wrong with the run, its data or its storage. A checkpoint holds what
-            was trained until then, unless the storage is at fault.
+        UserError: on all ranks, if anything is wrong with the run, its data or its storage. A checkpoint holds the
+            steps done so far, unless the storage is at fault.
     """
     with Run.open(config, ranks, stop) as run:
         while not run.finished:

@@ -36,7 +36,7 @@ SHARED = (  # fields with the same meaning in both
     "tie_word_embeddings",
 )
 
-# Settings of fla that change the computed function, each with the only value that lrnn supports.
+# These settings of fla change the computed function; each has the only value that lrnn supports.
 _COMMON = {"use_short_conv": True, "attn": None, "attnres_block_size": None, "hidden_act": "swish"}
 FIXED: dict[str, dict[str, Any]] = {
     "gated_deltanet": {**_COMMON, "expand_v": 1.0, "use_gate": True},

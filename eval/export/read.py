@@ -19,7 +19,7 @@ from lrnn.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass
 class Trained:
-    """A trained model and what is known about it."""
+    """A trained model and the facts known about it."""
 
     model: LrnnForCausalLM  # float32, on the CPU
     tokenizer: Tokenizer

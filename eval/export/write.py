@@ -81,7 +81,7 @@ def export(
 
 
 def round_weights(model: LrnnForCausalLM, dtype: torch.dtype) -> None:
-    """Cast the weights in place, except the gates that stay float32 whatever the dtype of the model."""
+    """Cast the weights in place, except the gates, which stay float32 in a model of any dtype."""
     kept = tuple(f".{name}" for name in model._keep_in_fp32_modules_strict)
     for name, parameter in model.named_parameters():
         if not name.endswith(kept):
@@ -95,7 +95,7 @@ def write_weights(model: LrnnForCausalLM, folder: Path) -> None:
 
 
 def code_files() -> dict[str, str]:
-    """Return the code that an exported folder holds, text by file name: the whole model, whatever its mixer."""
+    """Return the code that an exported folder holds, text by file name: the whole model with all mixers."""
     files = [file for folder in CODE for file in sorted((PACKAGE / folder).glob("*.py"))]
     code = {file.name: file.read_text() for file in files if file.name != "__init__.py"}
     return code | {"mixers.py": _mixers_file()}

@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache
 
 
 class LrnnCache(Cache):
-    """What generation carries from token to token: for each layer the state of its mixer and its last inputs.
+    """The state that generation carries from token to token: each layer's mixer state and last inputs.
 
     Except for the Transformer's, its size does not depend on the number of tokens read. It cannot be cropped, because a
     recurrence cannot be undone.

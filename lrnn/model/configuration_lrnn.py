@@ -19,12 +19,13 @@ class LrnnConfig(PretrainedConfig):
         allow_neg_eigval: eigenvalues of the state transition in [-1, 1] rather than [0, 1] (arXiv 2411.12537). For the
             DeltaNet mixers it means beta = 2 sigmoid rather than sigmoid; for the others see their files. A mixer that
             has no such range does not read it.
-        delta_rule_precision: of the DeltaNet and DeltaProduct mixers on a GPU in 16 bits: "standard", or "split", which
-            carries states several times as exactly (see `lrnn.kernels.delta_rule.api`); the others do not read it.
+        delta_rule_precision: precision of the DeltaNet and DeltaProduct mixers on a GPU in 16 bits: "standard", or
+            "split", which carries states several times as exactly (see `lrnn.kernels.delta_rule.api`); the others do
+            not read it.
         conv_size: taps of the causal short convolutions, in the mixers that have any.
         intermediate_size: width of the SwiGLU MLP.
         norm_eps: epsilon of every RMSNorm.
-        max_position_embeddings: sequence length in training, in tokens. Nothing in the model is bound to it; evaluation
+        max_position_embeddings: sequence length in training, in tokens. The model does not depend on it; evaluation
             tools read their window from it.
         initializer_range: standard deviation of linear and embedding weights at the start.
         tokenizer_fingerprint: SHA-256 of the tokenizer's `tokenizer.model` or `tokenizer.json`, as the manifest of a

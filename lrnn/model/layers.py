@@ -1,4 +1,4 @@
-"""What token mixers share: the interface, norms and the short convolution. Copied into exported folders."""
+"""The parts that token mixers share: interface, norms and short convolution. Copied into exported folders."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,8 +17,8 @@ from .registry import Cost, Ranges
 class Mixer(nn.Module):
     """A token mixer, the base class of all.
 
-    A subclass lies in a file `mixer_*.py` of its own, is registered (see `registry.py`) and declares the attributes
-    below. It imports tensor functions from `ops.py` alone.
+    A subclass has its own file `mixer_*.py`, is registered (see `registry.py`), and declares the attributes below. It
+    imports tensor functions from `ops.py` only.
     """
 
     title: str  # as people write it

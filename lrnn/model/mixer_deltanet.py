@@ -73,7 +73,7 @@ class DeltaNet(Mixer):
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def reset_parameters(self):
-        """Gates as in Mamba-2 and `fla`: A uniform in (0, 16), step softplus(dt_bias) log-uniform in [0.001, 0.1]."""
+        """Set gates as Mamba-2 and `fla`: A uniform in (0, 16), step softplus(dt_bias) log-uniform in [0.001, 0.1]."""
         if self.gated:
             # The lower bound keeps log A finite; a head with it decays by less than 1e-5 per step.
             self.set_fresh("A_log", torch.empty_like(self.A_log).uniform_(0, 16).clamp_(min=1e-4).log_())

@@ -49,7 +49,7 @@ class Mamba(Mixer):
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def reset_parameters(self):
-        """A of 1 to N in each channel, step softplus(dt_bias) log-uniform in [0.001, 0.1], D of 1, as in the paper."""
+        """Set A to 1..N per channel, step softplus(dt_bias) log-uniform in [0.001, 0.1], D to 1, as in the paper."""
         N = self.A_log.shape[1]
         self.set_fresh("A_log", torch.arange(1, N + 1, device=self.A_log.device).log().expand_as(self.A_log))
         self.set_fresh_steps("dt_bias")

@@ -51,7 +51,7 @@ class Mamba2(Mixer):
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def reset_parameters(self):
-        """A uniform in (1, 16), step softplus(dt_bias) log-uniform in [0.001, 0.1], D of 1, as in the paper's code."""
+        """Set A uniform in (1, 16), step softplus(dt_bias) log-uniform in [0.001, 0.1], D to 1, as the paper's code."""
         self.set_fresh("A_log", torch.empty_like(self.A_log).uniform_(1, 16).log_())
         self.set_fresh_steps("dt_bias")
         self.set_fresh("D", 1.0)

@@ -52,7 +52,7 @@ class MLSTM(Mixer):
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def reset_parameters(self):
-        """b_i = 0, b_f from 3 to 6 over the heads, as in the paper's code."""
+        """Set b_i to 0, and b_f from 3 to 6 over the heads, as in the paper's code."""
         forget = torch.linspace(3, 6, self.heads[0], device=self.gate_bias.device)
         self.set_fresh("gate_bias", torch.stack([torch.zeros_like(forget), forget]))
 

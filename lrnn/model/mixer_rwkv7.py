@@ -67,7 +67,7 @@ class RWKV7(Mixer):
         self.o_proj = nn.Linear(inner, hidden, bias=False)
 
     def reset_parameters(self):
-        """As in the authors' code: shifts by channel and depth, decays from slow to fast over the channels."""
+        """Set shifts by channel and depth, and decays from slow to fast over the channels, as in the authors' code."""
         inner, hidden = self.k_k.shape[0], self.shift_mix.shape[-1]
         device = self.k_k.device
         channel = torch.arange(hidden, device=device) / hidden

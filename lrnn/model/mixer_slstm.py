@@ -42,7 +42,7 @@ class SLSTM(Mixer):
         self.o_proj = nn.Linear(H * D, config.hidden_size, bias=False)
 
     def reset_parameters(self):
-        """R uniform within D^-0.5, as PyTorch's LSTM; b_f from 3 to 6 over a head's cells, all other biases 0."""
+        """Set R uniform within D^-0.5, as PyTorch's LSTM, b_f from 3 to 6 over a head's cells, other biases to 0."""
         D = self.heads[1]
         self.set_fresh("recurrent", torch.empty_like(self.recurrent).uniform_(-(D**-0.5), D**-0.5))
         bias = torch.zeros_like(self.gate_bias)
@@ -52,7 +52,7 @@ class SLSTM(Mixer):
     def forward(self, x, cache, mask, cu_seqlens, document) -> Tensor:
         H, D = self.heads
         inputs = self.zifo_proj(x).float().unflatten(-1, (H, 4 * D)) + self.gate_bias.float()
-        # With this m the first step writes c / n = tanh(z~), whatever its gates are.
+        # With this m the first step writes c / n = tanh(z~) for any gates.
         fresh = (*(inputs.new_zeros(x.shape[0], H, D) for _ in range(3)), inputs.new_full((x.shape[0], H, D), -1e30))
         before = self.read_state(cache)
         state = fresh if before is None else before

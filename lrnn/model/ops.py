@@ -1,7 +1,7 @@
 """The one seam between the model and its kernels. Copied into exported folders.
 
-Modules of the model import tensor functions from here alone. Where lrnn is installed, they run on its kernels on CUDA
-and in PyTorch on CPU, as `lrnn.kernels` decides. In an exported folder without lrnn they are the plain PyTorch files
+Modules of the model import tensor functions from here only. If lrnn is installed, they run on its kernels on CUDA and
+in PyTorch on CPU, as `lrnn.kernels` decides. In an exported folder without lrnn they are the plain PyTorch files
 beside this one, with the same names, arguments and results.
 """
 

@@ -1,8 +1,8 @@
-"""The registry of token mixers: what a mixer declares of itself, and where it is found by its name.
+"""The registry of token mixers: the facts that each mixer declares, and the look-up by name.
 
-A mixer is one file `mixer_*.py` with a class that `register` adds under the name which configurations give it. The
+A mixer is one file `mixer_*.py` with a class that `register` adds under its name in configurations. The
 configuration, the model, the FLOPs of MFU, model cards, exports, tests and documentation read these declarations.
-Depends on Python alone: copied as it is into exported folders.
+This file needs only Python, and is copied unchanged into exported folders.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ M = TypeVar("M", bound=type)
 
 @dataclass(frozen=True)
 class Ranges:
-    """What the two ranges of eigenvalues of the state transition mean in a mixer, in a few words each."""
+    """Descriptions of the two ranges of eigenvalues of the state transition in a mixer, in a few words each."""
 
     negative: str  # of [-1, 1], `allow_neg_eigval` true
     positive: str  # of [0, 1]
@@ -26,7 +26,7 @@ class Ranges:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a mixer costs, per token and layer.
+    """The cost of a mixer, per token and layer.
 
     The recurrence of K V numbers per head takes K V multiply-adds for each read (with k, with q) and for each write of
     a product k v^T: DeltaNet reads with k, writes, and reads with q. The elementwise decay of the state does not count.

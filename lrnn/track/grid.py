@@ -132,7 +132,7 @@ class Cell:
 
     @property
     def stages(self) -> tuple[tuple[Task, TrainSettings], ...]:
-        """All stages in order. The task itself comes last."""
+        """Return all stages in order. The task itself comes last."""
         return *self.curriculum, (self.task, self.train)
 
     def __str__(self) -> str:

@@ -13,7 +13,7 @@ from lrnn.track.metrics import prefix_accuracy, scaled_accuracy
 from lrnn.track.tasks.base import IGNORE
 from lrnn.track.tasks.counter_rng import split_seed
 
-# Maximum tokens of a forward pass, unless one sequence is longer: enough to fill a GPU, or to stay in a CPU's caches.
+# These are the maximum tokens of a forward pass, unless one sequence is longer. They fill a GPU, or fit a CPU's caches.
 TEST_TOKENS = {"cuda": 2**17, "cpu": 2**13}
 
 

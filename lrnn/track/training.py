@@ -106,7 +106,7 @@ class Training:
 
     @property
     def is_warm(self) -> bool:
-        """Whether steps have reached their final speed."""
+        """Return whether steps have reached their final speed."""
         return self._graph is not None or (not self._wants_graph and self._eager_steps >= EAGER_STEPS)
 
     def steps_until_drawing(self) -> int:
@@ -132,7 +132,7 @@ class Training:
     def load(self, state: dict[str, Any]) -> None:
         """Resume from the state of a training of the same stage of the cell. Must be called before the first step."""
         self.model.load_state_dict(state["model"])
-        # Groups hold how this device computes (fused, capturable), so those of the state are not used.
+        # Groups hold settings of this device (fused, capturable), so those of the state are not used.
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         carried = state.get("carried")  # absent in files of earlier versions

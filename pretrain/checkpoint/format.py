@@ -130,8 +130,8 @@ def _looks_whole(folder: Path) -> bool:
 def retain(newest: Path, keep_last: int, keep_every: int) -> None:
     """Delete old checkpoints, given the one just written.
 
-    Kept are the last `keep_last` checkpoints that look whole, with `newest` among them and whatever lies between them,
-    and those at multiples of `keep_every` steps (0 keeps none of these). Checkpoints later than `newest`, which the run
+    The last `keep_last` checkpoints that look whole are kept, with `newest` among them and everything between them. So
+    are those at multiples of `keep_every` steps (0 keeps none of these). Checkpoints later than `newest`, which the run
     passed over as broken when it resumed, are left alone and do not count.
     """
     checkpoints = [p for p in list_checkpoints(newest.parent.parent) if p.name <= newest.name]

@@ -1,4 +1,4 @@
-"""Reads the training state out of a checkpoint, whichever number of processes and ZeRO stage wrote it."""
+"""Read the training state of a checkpoint, written by any number of processes under any ZeRO stage."""
 
 from pathlib import Path
 

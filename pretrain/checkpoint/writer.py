@@ -2,8 +2,8 @@
 
 All ranks call the same methods in the same order. `begin` copies what the rank holds of the training state into host
 memory, and a thread writes it into a hidden folder. When the threads of all ranks are done, that of the main process
-writes the manifest and renames the folder; until then the checkpoint is not visible. `advance` learns whether all are
-done from a vote that the training loop holds once per step anyway.
+writes the manifest and renames the folder; until then the checkpoint is not visible. `advance` learns from a vote,
+which the training loop holds once per step anyway, whether all are done.
 
 If the storage fails (a full disk, a quota, a mount that went away), the checkpoint fails and the run continues: the
 hidden folder is deleted, the failure is reported, and the next attempt follows after a tenth of the interval.
@@ -34,7 +34,7 @@ from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.engine import Engine
 
 READY, BUSY, FAILED = 0, 1, 2  # votes of a rank; the largest vote of all ranks counts
-# Failures of storage. Any other error is a bug and ends the run.
+# These are failures of storage. Any other error is a bug and ends the run.
 STORAGE_ERRORS = (OSError, safetensors.SafetensorError)
 
 

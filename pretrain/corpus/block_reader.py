@@ -39,7 +39,7 @@ class _Descriptor:
         close(self.fd)
 
 
-# The files that hold a descriptor, the least recently read first. The references are weak: the files of a corpus that
+# These files hold a descriptor, the least recently read first. The references are weak, so the files of a corpus that
 # is no longer used are closed.
 _open_files: OrderedDict["weakref.ref[BlockFile]", None] = OrderedDict()
 _open_files_lock = threading.Lock()

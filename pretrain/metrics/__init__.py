@@ -1,4 +1,4 @@
-"""What a run measures about itself, and how it is shown.
+"""Measurements of a run, and their display.
 
 log             `MetricsLog`: records as JSON lines, TensorBoard, wandb, and the lines that a person reads
 speed           `Speed`: tokens per second, MFU, memory, and the part of a step that is not computation

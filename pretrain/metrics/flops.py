@@ -3,7 +3,7 @@
 from lrnn.model.configuration_lrnn import LrnnConfig
 from lrnn.model.mixers import MIXERS
 
-# Dense bf16 matrix FLOP/s by the vendors' datasheets; the first name that the device's name contains counts.
+# These are dense bf16 matrix FLOP/s from the vendors' datasheets. The first name in the device's name counts.
 PEAK_BF16 = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
 
 
@@ -14,7 +14,7 @@ def train_flops_per_token(config: LrnnConfig) -> float:
         2 x every weight of a linear map (projections, MLP, head; the embedding is a look-up),
         2 x taps for each channel of the short convolutions,
         the products of the recurrence with the state or with the other tokens, see `Cost`. This is what the recurrence
-        needs, whatever the chunk size; the chunkwise form and recomputation do more, which does not count.
+        needs for any chunk size; the chunkwise form and recomputation do more, which does not count.
     """
     cost = MIXERS[config.mixer].cost(config)
     mlp = 3 * config.hidden_size * config.intermediate_size

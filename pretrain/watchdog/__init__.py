@@ -1,4 +1,4 @@
-"""Ends a run that hangs, and says which rank it hangs on.
+"""End a run that hangs, and say which rank it hangs on.
 
 watchdog        `Watchdog`: a thread per rank; the main rank judges the others, and they judge it
 heartbeats      `Hub` and `Channel`: signs of life between ranks over TCP, which never block

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from lrnn.pretrain.config import WatchdogConfig
 
-# Seconds within which a rank whose connection broke can connect again, or its launcher can end the job by itself.
+# Within these seconds a rank whose connection broke can connect again, or its launcher can end the job by itself.
 BROKEN_SECONDS = 5.0
 SHOWN = 8  # largest number of ranks that a message describes one by one
 

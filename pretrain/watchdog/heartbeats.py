@@ -1,6 +1,6 @@
 """Signs of life between ranks: JSON lines over TCP, sent and received without ever waiting for a peer.
 
-`torch.distributed.TCPStore` is no alternative: its calls block while the process that serves it is stopped, whatever
+`torch.distributed.TCPStore` is no alternative: its calls block while the process that serves it is stopped, despite
 their timeout, and it prints stacks when that process ends.
 """
 

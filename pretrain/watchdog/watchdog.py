@@ -46,7 +46,7 @@ class AwakeClock:
 class Watchdog:
     """Watch over the `with` block, which all ranks enter together. Leaving it says goodbye to the other ranks.
 
-    A hang ends the process with status `HUNG`, whatever its main thread is doing.
+    A hang ends the process with status `HUNG`, even if its main thread is blocked.
 
     Args:
         ranks: the processes of the run.
@@ -129,7 +129,7 @@ class Watchdog:
         self._hub = self._channel = None
 
     def _watch_all(self, now: float) -> None:
-        """On rank 0: hear the other ranks, judge them, and say what takes long."""
+        """Hear the other ranks, judge them, and report long phases. Runs on rank 0."""
         seen, own = self._seen, self._seen[0]
         own.hear(now, self._place)
         if self._hub is not None:
@@ -151,7 +151,7 @@ class Watchdog:
         self._said = lines
 
     def _watch_main(self, now: float) -> None:
-        """On another rank: say where it is, and judge rank 0."""
+        """Send this rank's place, and judge rank 0. Runs on all other ranks."""
         if self._channel is None:
             return
         main, own = self._seen[0], self._seen[self._ranks.rank]
@@ -174,7 +174,7 @@ class Watchdog:
             os._exit(HUNG)
 
     def _end_all(self, verdict: Verdict) -> None:
-        """On rank 0: end the run on all ranks."""
+        """End the run on all ranks. Runs on rank 0."""
         if self._hub is not None:
             self._hub.send({"abort": verdict.stalled})
         self._report(verdict.message, verdict.stalled, verdict)
@@ -186,7 +186,7 @@ class Watchdog:
         os._exit(HUNG)
 
     def _report(self, message: str, stacks: bool, verdict: Verdict | None = None) -> None:
-        """Say why the run ends. A thread does it, because whatever hangs may block the outputs or the disk too."""
+        """Say why the run ends. A thread does it, because outputs or the disk may be blocked too."""
 
         def report() -> None:
             if message:

@@ -18,7 +18,7 @@ MAX_SEED = 2 ** (63 - SPLIT_BITS)
 
 
 class Field(IntEnum):
-    """What a number is drawn for. Each field has its own 2**32 counters, so draws are independent of one another."""
+    """The purpose of a random number. Each field has its own 2**32 counters, so draws are independent."""
 
     LENGTH = 0
     SYMBOL = 1

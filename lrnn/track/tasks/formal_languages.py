@@ -87,7 +87,7 @@ class CycleNavigation(Task):
         return size_range("cycle_navigation", min_length, max_length, smallest=2)
 
     def fill(self, keys: Tensor, lengths: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        moves = integers(keys[:, None], Field.SYMBOL, _positions(width, keys), 3)  # 2 stands for -1
+        moves = integers(keys[:, None], Field.SYMBOL, _positions(width, keys), 3)  # 2 means -1
         steps = torch.where(moves == 2, -1, moves)
         answer = _at(steps.cumsum(1) % self.num_classes, lengths - 2)
         return one_answer(moves + 1, lengths - 1, answer + self.first_answer_id, self.pad_id)
