@@ -1,4 +1,4 @@
-"""Which versions of the assembler are warned about, and on which GPUs."""
+"""Test for which versions of the assembler, and on which GPUs, a warning is issued."""
 
 import warnings
 
@@ -10,7 +10,7 @@ from lrnn.kernels.common import assembler as module
 
 @pytest.fixture
 def assembler(monkeypatch):
-    """A function that sets the compute capability and the version of ptxas, and returns what `check_assembler` says."""
+    """Return a function that sets compute capability and ptxas version, and returns `check_assembler`'s warnings."""
 
     def warned(capability, ptxas, device="cuda", calls=1):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -26,7 +26,7 @@ def assembler(monkeypatch):
     module.check_assembler.cache_clear()
 
 
-def test_an_assembler_that_may_miscompile_is_named_once(assembler):
+def test_an_assembler_that_may_miscompile_is_warned_about_once(assembler):
     (message,) = assembler((9, 0), (12, 8), calls=3)
     assert "ptxas 12.8" in message and "before 13.3" in message and "TRITON_PTXAS_PATH" in message
     assert len(assembler((9, 0), (13, 2))) == 1

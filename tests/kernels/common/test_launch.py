@@ -1,4 +1,4 @@
-"""`launch` without a GPU: when it uses a compiled kernel again, and with what."""
+"""Test `launch` without a GPU: when it reuses a compiled kernel, and with which arguments."""
 
 from types import SimpleNamespace
 
@@ -21,7 +21,7 @@ class Compiled(CompiledKernel):
 
 
 class Kernel:
-    """As `triton.jit` makes them: `kernel[grid](...)` compiles and launches."""
+    """A kernel as `triton.jit` makes them: `kernel[grid](...)` compiles and launches."""
 
     def __init__(self):
         self.fn = lambda: None
@@ -71,14 +71,14 @@ def test_the_compiled_kernel_is_launched_the_second_time(device):
         (3, 3.0),
     ],
 )
-def test_what_triton_would_specialise_on_compiles_anew(device, first, second):
+def test_values_that_triton_specialises_on_compile_again(device, first, second):
     kernel = Kernel()
     for argument in (first, second):
         launch(kernel, GRID, argument, 7, A=1, B=2)
     assert len(kernel.compiled) == 2
 
 
-def test_constants_and_devices_compile_anew(device):
+def test_other_constants_and_devices_compile_again(device):
     kernel = Kernel()
     launch(kernel, GRID, x, 7, A=1, B=2)
     launch(kernel, GRID, x, 7, A=2, B=1)

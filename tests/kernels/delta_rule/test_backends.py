@@ -1,4 +1,4 @@
-"""Which backend a call runs on."""
+"""Test the choice of the backend that a call runs on."""
 
 from types import SimpleNamespace
 
@@ -12,14 +12,14 @@ from lrnn.kernels.delta_rule.portable.backend import Portable
 
 
 def a_call(**changes):
-    """The part of a call that backends are chosen by."""
+    """Return the part of a call that determines the backend."""
     fields = {"K": 128, "V": 128, "dtype": torch.bfloat16, "is_full": True, "device": torch.device("cuda")}
     return SimpleNamespace(**fields | changes)
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A function that sets the compute capability and the version of ptxas."""
+    """Return a function that sets the compute capability and the version of ptxas."""
 
     def set_to(capability, ptxas):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -28,7 +28,7 @@ def machine(monkeypatch):
     return set_to
 
 
-def test_hopper_is_chosen_for_what_its_kernels_were_made_and_tested_for(machine):
+def test_hopper_is_chosen_for_calls_that_its_kernels_support(machine):
     machine((9, 0), (13, 5))
     for call in (a_call(), a_call(dtype=torch.float16)):
         assert Hopper.fits(call) and backends.choose_backend(call) is Hopper
@@ -43,7 +43,7 @@ def test_another_gpu_or_an_assembler_that_may_miscompile_rules_hopper_out(machin
 
 
 def test_the_first_backend_that_fits_is_chosen(monkeypatch):
-    """Another family of GPUs is a class ahead of the others."""
+    """Another family of GPUs needs only a class before the others."""
 
     class Other(Portable):
         @staticmethod
@@ -56,7 +56,7 @@ def test_the_first_backend_that_fits_is_chosen(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", backends.BACKENDS)
-def test_backends_have_one_interface(backend):
+def test_backends_have_the_same_interface(backend):
     members = {name for name in vars(backends.Backend) if not name.startswith("_")}
     assert members == {"fits", "chunk_inverse", "forward_scan", "backward_scan", "chunk_backward"}
     assert all(callable(getattr(backend, name)) for name in members)

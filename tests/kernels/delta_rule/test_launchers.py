@@ -1,4 +1,4 @@
-"""What the launchers of each backend give to their kernels: every argument of the kernel, under its name."""
+"""Test that the launchers of each backend pass every argument of a kernel to the parameter of that name."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def launched(monkeypatch):
 
 
 def arguments(call):
-    """The arguments of a launch by the kernel's names for them, and its constants."""
+    """Return the arguments of a launch by the kernel's parameter names, and its constants."""
     (kernel, grid, *args), constants = call
     assert all(size > 0 for size in grid)
     names = kernel.arg_names
@@ -49,7 +49,7 @@ def test_every_argument_has_its_place(backend, launched):
     kernels = {call[0][0].__name__ for call in launched}
     assert kernels == {name.replace("_kernel", "_hopper_kernel" if hopper else "_kernel") for name in
                        ("chunk_forward_kernel", "chunk_scan_backward_kernel")}  # fmt: skip
-    # tiles know the tensor that they are of
+    # tiles keep the tensor that they belong to
     of = {"q": q, "k": k, "c": c, "vector_rows": vectors}
     for (args, constants), more in (
         (output, {"v": v, "o": o}),
@@ -67,7 +67,7 @@ def test_every_argument_has_its_place(backend, launched):
     assert output[1]["OUTPUT"] and not output[1]["SAVE_STATES"] and output[1]["HAS_INITIAL"] and output[1]["SAVE_FINAL"]
     assert anew[1]["SAVE_STATES"] and not anew[1]["OUTPUT"] and not anew[1]["HAS_INITIAL"]
     assert saving[1]["OUTPUT"] and saving[1]["SAVE_STATES"]
-    # Gluon stores a state whole, plain Triton in halves.
+    # Gluon stores a whole state at once, plain Triton in halves.
     assert backward[0]["dstates"].block_shape == [64, D if hopper else D // 2]
 
 

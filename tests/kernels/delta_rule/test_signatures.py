@@ -1,4 +1,4 @@
-"""The public functions, the reference and the operators take the same arguments by the same names in one order."""
+"""Test that public functions, reference and operators take the same arguments, with equal names and order."""
 
 import inspect
 
@@ -11,7 +11,7 @@ from lrnn.kernels.delta_rule import api, operator
 from lrnn.kernels.reference import delta_rule as reference
 
 FUNCTIONS = ["gated_delta_rule", "fused_gated_delta_rule", "gated_delta_product"]
-# The raw names of a fused call, and what its tensors are called where they may be either.
+# The raw names of a fused call, and the names of its tensors where they may be raw or not.
 GATE_AND_STEP = {"g": "gate", "a": "gate", "b": "beta"}
 
 
@@ -20,8 +20,8 @@ def parameters(function, *without):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_the_reference_takes_what_the_public_function_takes(name):
-    public = parameters(getattr(api, name), "save_states")  # nothing is saved there
+def test_the_reference_takes_the_arguments_of_the_public_function(name):
+    public = parameters(getattr(api, name), "save_states")  # the reference saves nothing
     assert list(public.values()) == list(parameters(getattr(reference, name), "chunk_size").values())
 
 
@@ -36,7 +36,7 @@ def test_options_are_given_by_name(name):
 
 def test_operators_take_them_in_the_same_order():
     names = [GATE_AND_STEP.get(name, name) for name in parameters(api.fused_gated_delta_rule)]
-    names.insert(names.index("scale") + 1, "normalize_qk")  # always done by the fused call
+    names.insert(names.index("scale") + 1, "normalize_qk")  # the fused call always normalises
     forward = [argument.name for argument in operator.gated_delta_rule_forward._schema.arguments]
     assert forward == names
     for other in (operator.gated_delta_rule_backward, operator.gated_delta_rule_recurrent):
@@ -46,14 +46,14 @@ def test_operators_take_them_in_the_same_order():
 
 @pytest.mark.parametrize("module", [api, reference])
 @pytest.mark.parametrize("beta_range", [0.0, -1.0, 2.5, float("nan")])
-def test_ranges_that_are_refused(module, beta_range):
+def test_invalid_ranges_are_refused(module, beta_range):
     x = inputs.random(1, 5, raw=True)
     with pytest.raises(ValueError, match=rf"beta_range must be in \(0, 2\], or None .*; got {beta_range}"):
         module.fused_gated_delta_rule(**x, beta_range=beta_range)
 
 
 @pytest.mark.parametrize("module", [api, reference])
-def test_step_sizes_as_they_are(module):
+def test_step_sizes_can_be_given_directly(module):
     x = inputs.random(1, 70, raw=True)
     expected, _ = module.fused_gated_delta_rule(**x, beta_range=1.5)
     found, _ = module.fused_gated_delta_rule(**x | {"b": 1.5 * torch.sigmoid(x["b"])}, beta_range=None)

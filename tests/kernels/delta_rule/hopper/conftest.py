@@ -10,8 +10,10 @@ from lrnn.kernels.delta_rule.hopper import chunk_backward
 
 @pytest.fixture
 def run_on_cpu(monkeypatch):
-    """`run_on_cpu(programs, seed, changes)` launches kernels in Gluon on the CPU, persistent ones with that many
-    programs."""
+    """Return `run_on_cpu(programs, seed, changes)`, after which kernels in Gluon are launched on the CPU.
+
+    Persistent kernels run with that many programs.
+    """
     torch.set_num_threads(1)
 
     def make(programs=1, seed=0, changes=()):

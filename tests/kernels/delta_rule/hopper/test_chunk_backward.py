@@ -1,4 +1,4 @@
-"""`chunk_backward` in Gluon, executed on the CPU, against its equations in float64."""
+"""Test `chunk_backward` in Gluon, run on the CPU, against its equations in float64."""
 
 import threading
 
@@ -11,7 +11,7 @@ from gluon_on_cpu import Deadlock
 def chunk_backward(scan, given):
     results = {name: nans(1, scan.call.T, scan.call.HV, D, dtype=scan.call.dtype) for name in ("dq", "dk")}
     results |= {name: nans(scan.call.HV, scan.call.R) for name in ("dbeta", "dot_q", "dot_k")}
-    given = given | {"dv": given["dv"].clone()}  # finished in its place
+    given = given | {"dv": given["dv"].clone()}  # finished in place
     scan.chunk_backward(**given, **results)
     return results | {"dv": given["dv"]}
 
@@ -22,7 +22,7 @@ def chunk_backward(scan, given):
     [(1, 1, 1, True, 1), (3, 1, 2, True, 1), (4, 2, 4, False, 1), (5, 1, 1, True, 2), (3, 2, 2, False, 4)],
 )
 def test_chunk_backward(chunks, H, HV, normalize, programs, seed, run_on_cpu):
-    """One program takes up to 16 chunks and heads in turn, 9 tiles each, through a ring of 13."""
+    """A program processes up to 16 chunks and heads in turn, with 9 tiles each, through a ring of 13 tiles."""
     run_on_cpu(programs, seed)
     scan, given = inside_chunks(chunks, H, HV, normalize, seed)
     check(chunk_backward(scan, given), chunk_gradients(scan, given, normalize))
@@ -77,13 +77,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_wrong_is_seen(wrong, run_on_cpu):
+def test_mistakes_are_detected(wrong, run_on_cpu):
     old, new, error, message = WRONG[wrong]
     run_on_cpu()
-    scan, given = inside_chunks(4, 1, 1, False)  # of normalised keys a wrong diagonal would leave dk as it is
+    scan, given = inside_chunks(4, 1, 1, False)  # with normalised keys a wrong diagonal would not change dk
     truth = chunk_gradients(scan, given, False)
     with pytest.raises(error, match=message):
-        for seed in range(8):  # a race shows in some orders
+        for seed in range(8):  # a race appears only in some orders
             run_on_cpu(1, seed, [(old, new)])
             check(chunk_backward(scan, given), truth)
     assert not [t for t in threading.enumerate() if t.name.startswith("part ")]

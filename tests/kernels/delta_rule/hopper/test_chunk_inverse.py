@@ -1,4 +1,4 @@
-"""`chunk_inverse` in Gluon, executed on the CPU, against its equations in float64."""
+"""Test `chunk_inverse` in Gluon, run on the CPU, against its equations in float64."""
 
 import pytest
 import torch
@@ -11,13 +11,17 @@ from lrnn.kernels.common.dtypes import matrix_dtype
 from lrnn.kernels.delta_rule.hopper.backend import Hopper
 
 D = 128
-# Of blocks of C: rounded once, by half of a last bit at most, and where keys are equal all numbers by the same.
+# Bounds for blocks of C, which are rounded once, by at most half of the last bit. If keys are equal, all numbers are
+# rounded by the same amount.
 BARS = {torch.float32: 1e-5, torch.float16: 5.5e-4, torch.bfloat16: 4.4e-3}
 
 
 def gates_and_steps(gate, B, T, HV, dtype, r):
-    """What the kernel is given: gates, step sizes, A_log, dt_bias, and 2 where step sizes are 2 sigmoid of what is
-    given. Most gates are near 1, so that something is left in the blocks far below the diagonal."""
+    """Return inputs of the kernel: gates, step sizes, A_log, dt_bias, and beta_range.
+
+    beta_range is 2 if the kernel computes step sizes as 2 sigmoid of its input, else None. Most gates are near 1, so
+    that the blocks far below the diagonal are not zero.
+    """
     a, b = torch.randn(2, B, T, HV, generator=r)
     if gate == "raw":
         rates = (0.1 + 0.1 * torch.rand(HV, generator=r)).log()
@@ -27,8 +31,11 @@ def gates_and_steps(gate, B, T, HV, dtype, r):
 
 
 def matrices(B, T, H, HV, dtype, normalize, gate, seed=0, parallel=False):
-    """C and the rows of numbers that the kernel writes, and the truth. The keys of the second half are equal, or all
-    are nearly parallel and the step sizes near 2, which amplifies what is rounded."""
+    """Return C and the rows of numbers that the kernel writes, and the truth.
+
+    The keys of the second half are equal. With `parallel`, all keys are nearly parallel instead and step sizes are near
+    2, which amplifies rounding errors.
+    """
     r = torch.Generator().manual_seed(seed)
     k = torch.randn(B, T, H, D, generator=r)
     if parallel:
@@ -47,13 +54,15 @@ def matrices(B, T, H, HV, dtype, normalize, gate, seed=0, parallel=False):
     call = BackendCall(Hopper, k, k, v, c, vectors, scale=1.0, normalize_qk=normalize, **options)
     call.chunk_inverse(log_gates, steps, A_log, dt_bias)
     rows = vectors.view(HV, 4, -1)
-    assert rows[:, 3].isnan().all() if normalize else not rows[:, 3].any()  # `chunk_forward` finds norms of queries
+    assert (
+        rows[:, 3].isnan().all() if normalize else not rows[:, 3].any()
+    )  # `chunk_forward` writes the norms of queries
     found = {"c": c, "gates": rows[:, 0], "beta": rows[:, 1], "norms": rows[:, 2]}
     return found, matrices_truth(k, log_gates, steps, *given, normalize)
 
 
 def matrices_truth(k, gate, beta, A_log, dt_bias, beta_range, normalize):
-    """The equations of `chunk_inverse`'s docstring."""
+    """Compute the equations in the docstring of `chunk_inverse`."""
     (B, T, HV), group = beta.shape, beta.shape[2] // k.shape[2]
     beta = beta_range * beta.double().sigmoid() if beta_range else beta.double()
     g = torch.zeros_like(beta) if gate is None else gate.double()
@@ -73,7 +82,7 @@ def matrices_truth(k, gate, beta, A_log, dt_bias, beta_range, normalize):
 
 
 def by_block(c):
-    """[HV, chunks, 64, 64], and the ten blocks of 16 x 16 of all of them, by row and column."""
+    """Return C as [HV, chunks, 64, 64], and its ten blocks of 16 x 16 by row and column."""
     c = c.view(-1, CHUNK, c.shape[1] // CHUNK, CHUNK).permute(2, 0, 1, 3)
     return c, {f"C{i}{j}": c[..., 16 * i :, 16 * j :][..., :16, :16] for i in range(4) for j in range(i + 1)}
 
@@ -81,7 +90,7 @@ def by_block(c):
 def check(found, truth):
     (c, blocks), (_, true_blocks) = by_block(found["c"]), by_block(truth["c"])
     assert not c.triu().any(), "something above the diagonal"
-    # Of equal keys nearly nothing is left in blocks farther down: they are measured in units of a hundredth.
+    # With equal keys, blocks farther down are nearly zero, so their errors are relative to at least a hundredth.
     errors = {name: relative_error(blocks[name], true_blocks[name], floor=1e-2) for name in blocks}
     numbers = {name: relative_error(found[name], truth[name], floor=1e-6) for name in truth if name != "c"}
     wrong = {name: error for name, error in numbers.items() if not error < 2e-6}
@@ -106,7 +115,7 @@ def test_chunk_inverse_of_nearly_parallel_keys(dtype, run_on_cpu):
 def test_chunk_inverse_of_strong_gates(run_on_cpu):
     run_on_cpu()
     found, truth = matrices(1, 2 * CHUNK, 1, 1, torch.bfloat16, True, "strong")
-    # between gates of a sum of thousands float32 keeps what lies near 1 to 2^-13
+    # where gates sum to thousands, float32 keeps differences near 1 to 2^-13
     assert relative_error(found["c"], truth["c"]) < 1e-3
 
 
@@ -139,9 +148,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_wrong_is_seen(wrong, run_on_cpu):
+def test_mistakes_are_detected(wrong, run_on_cpu):
     old, new, message = WRONG[wrong]
     with pytest.raises(AssertionError, match=message):
-        for seed in range(8):  # a race shows in some orders
+        for seed in range(8):  # a race appears only in some orders
             run_on_cpu(seed=seed, changes=[(old, new)])
             check(*matrices(1, CHUNK, 2, 4, torch.float16, True, "raw", seed=1))

@@ -1,4 +1,4 @@
-"""Gluon's names, each of which another version of Triton may have renamed: every combination of old and new ones."""
+"""Test the look-up of Gluon's names, with every combination of old and new names that versions of Triton may have."""
 
 import importlib.util
 import itertools
@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from lrnn.kernels.delta_rule.hopper import parts as gluon_parts
 
 TILE = gl.shared_memory_descriptor
-# what has the name, the old one and the new one
+# the object that has the name, the old name, and the new name
 RENAMED = [
     (gl, "thread_barrier", "barrier"),
     (tma, "async_copy_global_to_shared", "async_load"),
@@ -21,15 +21,15 @@ RENAMED = [
 ]
 
 
-def imported_anew():
-    spec = importlib.util.spec_from_file_location("gluon_parts_anew", Path(gluon_parts.__file__))
+def import_again():
+    spec = importlib.util.spec_from_file_location("gluon_parts_again", Path(gluon_parts.__file__))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def names_used(module) -> list[str]:
-    """Which names the module took, given that each stands for itself in what `fake` put there."""
+    """Return the names that the module chose. `fake` has replaced each function by its own name."""
     tile = SimpleNamespace(**{name: lambda *args, name=name: (name, args) for name in RENAMED[3][1:]})
     reinterpret, args = module.reinterpret.fn(tile, "dtype", "shape", "layout")
     assert args == ("dtype", "shape", "layout")
@@ -48,20 +48,20 @@ def test_each_name_is_looked_up_by_itself(new, monkeypatch):
     for is_new, (owner, *names) in zip(new, RENAMED, strict=True):
         fake(monkeypatch, owner, names[is_new], absent=names[not is_new])
         expected.append(names[is_new])
-    assert names_used(imported_anew()) == expected
+    assert names_used(import_again()) == expected
 
 
-def test_an_old_name_that_is_still_there_is_not_used(monkeypatch):
+def test_an_old_name_that_still_exists_is_not_used(monkeypatch):
     """Triton 3.9 has functions under the old names that raise an error."""
     for owner, old, new in RENAMED:
         fake(monkeypatch, owner, old)
         fake(monkeypatch, owner, new)
-    assert names_used(imported_anew()) == [new for *_, new in RENAMED]
+    assert names_used(import_again()) == [new for *_, new in RENAMED]
 
 
 @pytest.mark.parametrize("aggregate", [gluon_parts.aggregate, gluon_parts._aggregate_before_38])
 def test_a_class_takes_its_fields_by_position_or_by_name(aggregate):
-    """In Triton before 3.8 too, which writes no constructor."""
+    """This also holds in Triton before 3.8, which writes no constructor."""
 
     @aggregate
     class Pair:

@@ -1,4 +1,4 @@
-"""The scans in Gluon, executed on the CPU, against the recurrence token by token and autograd, in float64."""
+"""Test the scans in Gluon, run on the CPU, against the recurrence token by token and autograd, in float64."""
 
 import chunk_equations as equations
 import pytest
@@ -16,11 +16,11 @@ BARS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 def in_halves(halves, monkeypatch):
-    """Both halves of the values in a program, or one, as where heads fill the GPU or do not."""
+    """Make a program compute both halves of the values, as if heads filled the GPU, or one half."""
     monkeypatch.setattr(chunk_forward, "FULL", 1 if halves == 2 else 1000)
 
 
-def test_halves_are_those_of_the_settings():
+def test_settings_choose_the_halves():
     for full, halves in ((True, 2), (False, 1)):
         assert halves == chunk_forward.hopper_settings(full, True, False, False).HALVES
         assert halves == scan_backward.hopper_backward_settings(full, True).HALVES
@@ -57,7 +57,7 @@ def test_forward_is_the_recurrence(chunks, H, HV, normalize, has_initial, halves
 
 
 @pytest.mark.parametrize("halves", [1, 2])
-def test_forward_anew_saves_the_states(halves, run_on_cpu, monkeypatch):
+def test_second_forward_scan_saves_the_states(halves, run_on_cpu, monkeypatch):
     run_on_cpu()
     in_halves(halves, monkeypatch)
     x = recurrence_inputs(2, 3 * CHUNK, 1, 1, True, seed=1)
@@ -69,7 +69,7 @@ def test_forward_anew_saves_the_states(halves, run_on_cpu, monkeypatch):
 
 
 def forward_saving(x, initial, split=False):
-    """One scan that writes the output, and saves states and Y too."""
+    """Run one scan that writes the output and also saves states and Y."""
     B, T, HV = x["beta"].shape
     dtype = x["v"].dtype
     found = {"o": nans(B, T, HV, D, dtype=dtype), "final": nans(B, HV, D, D)}
@@ -83,7 +83,7 @@ def forward_saving(x, initial, split=False):
 @pytest.mark.parametrize("halves", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("split", [False, True])
-def test_forward_that_saves_is_both_scans(split, dtype, halves, seed, run_on_cpu, monkeypatch):
+def test_forward_that_saves_equals_both_scans(split, dtype, halves, seed, run_on_cpu, monkeypatch):
     run_on_cpu(seed=seed)
     in_halves(halves, monkeypatch)
     x = recurrence_inputs(1, 4 * CHUNK, 1, 2, True, seed=seed, dtype=dtype)
@@ -98,7 +98,7 @@ def test_forward_that_saves_is_both_scans(split, dtype, halves, seed, run_on_cpu
 
 @pytest.mark.parametrize("halves", [1, 2])
 def test_forward_gives_the_transition(halves, run_on_cpu, monkeypatch):
-    """And an end state. In the second head the state begins with the second chunk, and no transition is asked for."""
+    """It also gives an end state. The second head's state begins with the second chunk, and it needs no transition."""
     run_on_cpu()
     in_halves(halves, monkeypatch)
     x = recurrence_inputs(1, 3 * CHUNK, 1, 2, True, seed=2)
@@ -115,7 +115,7 @@ def test_forward_gives_the_transition(halves, run_on_cpu, monkeypatch):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_forward_from_raw_projections(seed, run_on_cpu):
-    """C, gates, step sizes and norms are those that `chunk_inverse` leaves."""
+    """C, gates, step sizes and norms come from `chunk_inverse`."""
     run_on_cpu(seed=seed)
     B, T, H, HV = 2, 2 * CHUNK, 1, 2
     q, k, v = normal(B, T, H, D, seed=1), normal(B, T, H, D, seed=2), normal(B, T, HV, D, seed=3)
@@ -130,15 +130,17 @@ def test_forward_from_raw_projections(seed, run_on_cpu):
 
 
 def backward_scan(x, normalize, initial, split=False):
-    """What the kernel finds, and the truth."""
+    """Return the results of the kernel, and the truth."""
     B, T, HV = x["beta"].shape
     dtype, dfinal = x["v"].dtype, normal(B, HV, D, D, seed=6)
     x = x | {"beta": x["beta"].clone()}
-    x["beta"][:, 5::40] = 0.01 if dtype == torch.float16 else 1e-25  # so small that dW is kept, not the gradient of v
+    x["beta"][:, 5::40] = (
+        0.01 if dtype == torch.float16 else 1e-25
+    )  # so small that dW is kept instead of the gradient of v
     do = normal(*x["v"].shape, seed=7).to(dtype)
     scan = make_scan(x, normalize, split)
     if normalize:
-        scan.vectors.view(HV, 4, -1)[:, 3] = equations.log_norms(x["q"], HV)  # as the forward scan leaves it
+        scan.vectors.view(HV, 4, -1)[:, 3] = equations.log_norms(x["q"], HV)  # as the forward scan writes it
     found = {"dv": nans(B, T, HV, D, dtype=dtype), "dstates": nans(B * T // CHUNK * HV * D, D, dtype=dtype)}
     found["dinitial"] = nans(B, HV, D, D)
     scan.backward_scan(do, dfinal, **found)
@@ -148,7 +150,7 @@ def backward_scan(x, normalize, initial, split=False):
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("halves", [1, 2])
 @pytest.mark.parametrize(("chunks", "H", "HV", "normalize"), [(1, 1, 1, True), (4, 1, 2, True), (3, 2, 2, False)])
-def test_backward_scan_is_autograds(chunks, H, HV, normalize, halves, seed, run_on_cpu, monkeypatch):
+def test_backward_scan_agrees_with_autograd(chunks, H, HV, normalize, halves, seed, run_on_cpu, monkeypatch):
     run_on_cpu(seed=seed)
     in_halves(halves, monkeypatch)
     x = recurrence_inputs(1, chunks * CHUNK, H, HV, normalize, seed)
@@ -157,7 +159,7 @@ def test_backward_scan_is_autograds(chunks, H, HV, normalize, halves, seed, run_
 
 @pytest.mark.parametrize("halves", [1, 2])
 def test_backward_scan_of_the_first_chunks(halves, run_on_cpu, monkeypatch):
-    """Of one head none, of the other two: what the others did is then no part of the first state's gradient."""
+    """Scan no chunk of one head and two of the other. The others then do not contribute to the first state's gradient."""
     run_on_cpu()
     in_halves(halves, monkeypatch)
     x = recurrence_inputs(1, 3 * CHUNK, 1, 2, True, seed=4)
@@ -250,12 +252,12 @@ WRONG_BACKWARD = {
 
 
 @pytest.mark.parametrize("wrong", [*WRONG, *WRONG_BACKWARD])
-def test_what_is_wrong_is_seen(wrong, run_on_cpu):
+def test_mistakes_are_detected(wrong, run_on_cpu):
     old, new, error, message = (WRONG | WRONG_BACKWARD)[wrong]
     x = recurrence_inputs(1, 4 * CHUNK, 1, 1, True)
     o, _, _, final = recurrence(x, torch.zeros(1, 1, D, D), True)
     with pytest.raises(error, match=message):
-        for seed in range(8):  # a race shows in some orders
+        for seed in range(8):  # a race appears only in some orders
             run_on_cpu(seed=seed, changes=[(old, new)])
             if wrong in WRONG:
                 check(forward(x, True, None)[1], {"o": o, "final": final})
@@ -264,7 +266,7 @@ def test_what_is_wrong_is_seen(wrong, run_on_cpu):
 
 
 @pytest.mark.parametrize("wrong", WRONG_SAVING)
-def test_what_is_wrong_with_saving_is_seen(wrong, run_on_cpu):
+def test_mistakes_in_saving_are_detected(wrong, run_on_cpu):
     old, new, error, message = WRONG_SAVING[wrong]
     x = recurrence_inputs(1, 4 * CHUNK, 1, 1, True)
     o, errors, starts, final = recurrence(x, torch.zeros(1, 1, D, D), True)
