@@ -1,11 +1,11 @@
-"""Tests of the Triton kernels on a CPU, in Triton's interpreter. `tests/kernels/test_interpreted.py` runs them.
+"""Test the Triton kernels on a CPU, in Triton's interpreter. `tests/kernels/test_interpreted.py` runs these tests.
 
-Triton reads TRITON_INTERPRET when a kernel is defined, so it has to be set before anything of this project is imported:
+Triton reads TRITON_INTERPRET when a kernel is defined, so it must be set before anything of this project is imported:
 
     TRITON_INTERPRET=1 pytest tests/kernels/interpreted
 
-The interpreter's bfloat16 is wrong (it computes with the bits as integers): float16 and float32 alone are tested here,
-but for `test_split_precision.py`, which mends it.
+The interpreter's bfloat16 is wrong, because it computes with the bits as integers. Only float16 and float32 are tested
+here, except in `test_split_precision.py`, which fixes it.
 """
 
 import os

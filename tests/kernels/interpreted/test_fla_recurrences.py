@@ -1,7 +1,7 @@
-"""fla's kernels as this project calls them, against the recurrences in float64, with all gradients and states.
+"""Test fla's kernels as this project calls them, against the recurrences in float64, with all gradients and states.
 
-fla is not written for the interpreter. What it asks of a GPU is replaced here, but no arithmetic. The interpreter
-multiplies float32 exactly, so float32 tests the equations, and float16 tests what rounding does to them.
+fla is not written for the interpreter. Its uses of a GPU are replaced here, but no arithmetic. The interpreter
+multiplies float32 exactly, so float32 tests the equations, and float16 tests the effect of rounding.
 """
 
 import builtins

@@ -1,4 +1,4 @@
-"""The Triton kernels of the gated delta rule against the float64 recurrence, at sizes that the interpreter can bear."""
+"""Test the Triton kernels of the gated delta rule against the float64 recurrence, at sizes for the interpreter."""
 
 import delta_rule_inputs as inputs
 import delta_rule_truth as truth
@@ -15,8 +15,8 @@ from lrnn.kernels.delta_rule.api import fused_gated_delta_rule, gated_delta_prod
 from lrnn.kernels.reference import delta_rule as reference
 
 FP16, FP32 = torch.float16, torch.float32
-# Keys that repeat, or nearly, add up the rounding of the operands over all tokens; what float16 may be off on them. In
-# float32 nothing is rounded to speak of: there the equations show, here that nothing breaks.
+# If keys (nearly) repeat, the rounding of the operands adds up over all tokens. These are the bounds of float16.
+# In float32 rounding is negligible, so float32 tests the equations. float16 tests that nothing breaks.
 HARD = {FP16: {"": 2e-2}, FP32: {"": 2e-4}}
 
 
@@ -26,8 +26,8 @@ def test_lengths(T, dtype):
     compare(inputs.random(1, T, dtype=dtype), BARS[dtype], f"T {T}, {dtype}", normalize_qk=True)
 
 
-def test_rows_of_a_batch_do_not_meet():
-    """With T no multiple of the chunk, a row's last tile holds tokens of the next row: here, large ones."""
+def test_rows_of_a_batch_are_independent():
+    """If T is no multiple of the chunk, a row's last tile holds tokens of the next row, which are large here."""
     x = inputs.random(2, 70, H=1, dtype=FP16)
     for name in ("q", "k", "v"):
         x[name][1] *= 100
@@ -51,7 +51,7 @@ def test_head_sizes(K, V, T, dtype):
     [(32, 32, 70, FP16), (32, 32, 70, FP32), (16, 48, 65, FP32), (96, 16, 65, FP16), (5, 3, 20, FP32)],
 )
 def test_head_sizes_that_are_padded(K, V, T, dtype):
-    """States in and out have the true sizes, and the scale is that of the true K."""
+    """Initial and final states have the unpadded sizes, and the scale is that of the unpadded K."""
     compare(inputs.random(1, T, H=2, K=K, V=V, dtype=dtype), BARS[dtype], f"K {K}, V {V}", normalize_qk=True)
 
 
@@ -86,18 +86,18 @@ def test_keys_as_given(dtype):
 
 @pytest.mark.parametrize("dtype", [FP16, FP32])
 @pytest.mark.parametrize("kind", KEYS)
-def test_keys_that_repeat(kind, dtype):
+def test_repeated_keys(kind, dtype):
     x = inputs.random(1, 100, H=1, dtype=dtype)
     x = inputs.set_betas(inputs.set_gates(inputs.set_keys(x, kind), "none"), "2")
     compare(x, HARD[dtype], f"{kind}, {dtype}", normalize_qk=True)
 
 
-def test_vectors_of_no_length():
+def test_zero_vectors():
     compare_short_vectors(inputs.random(1, 70, H=1), BARS[FP32])
 
 
 def test_parity_is_exact():
-    """One key of any length, beta = 2, no gate: two steps give back the state, and the rounding must not add up."""
+    """With one key of any length, beta = 2 and no gate, two steps restore the state, and rounding must not add up."""
     x = inputs.random(1, 320, H=1, dtype=FP16)
     x = inputs.set_betas(inputs.set_gates(inputs.set_keys(x, "parity"), "one"), "2")
     x["v"].zero_()
@@ -108,14 +108,14 @@ def test_parity_is_exact():
 
 @pytest.mark.parametrize("kind", BETAS)
 def test_step_sizes(kind):
-    dtype = FP32 if kind == "1e-6" else FP16  # float16 has no three digits there, and dv is as small
+    dtype = FP32 if kind == "1e-6" else FP16  # float16 has fewer than three digits there, and dv is as small
     x = inputs.set_betas(inputs.random(1, 130, H=1, dtype=dtype), kind)
     compare(x, HARD[dtype], f"beta {kind}", normalize_qk=True)
 
 
 @pytest.mark.parametrize("beta", [0.0, 1e-6, 1e-4])
 def test_gradient_of_small_step_sizes(beta):
-    """beta X of such a token is lost in float16 beside the others'; X, which its gradient needs, must not be."""
+    """float16 loses beta X of such tokens next to the others'. It must keep X, which the gradient of beta needs."""
     x = inputs.random(1, 70, H=1, K=64, dtype=FP16)
     small = slice(None, None, 2)
     x["beta"][:, small] = beta
@@ -138,29 +138,29 @@ def test_strong_gates_in_float32(kind):
 
 
 def test_first_gate_has_no_gradient_without_a_state():
-    """Nothing is there for it to decay."""
+    """There is no state for the first gate to decay."""
     x = inputs.random(1, 70, H=1, states=0)
     found = evaluate(gated_delta_rule, x, torch.randn_like(x["v"]), normalize_qk=True)
     assert found["dg"][:, 0].abs().max() < 1e-5 * found["dg"].abs().max()
 
 
 def test_all_ones():
-    """Triton compiles arguments that equal 1 in: scale = 1 is one of them."""
+    """Triton compiles arguments that equal 1 as constants. scale = 1 is one of them."""
     x = {n: torch.ones_like(y) for n, y in inputs.random(1, 65, H=1, dtype=FP16).items()} | {"g": torch.zeros(1, 65, 1)}
-    # All vectors are parallel: the gradients of q and k are, before the norm's part is taken out of them. beta = 1
-    # overwrites the state, so no gate has a gradient; what is left there is the rounding of terms that cancel.
+    # All vectors are parallel, and so are the gradients of q and k before the norm's part is taken out of them.
+    # beta = 1 overwrites the state, so no gate has a gradient. Only the rounding of terms that cancel remains there.
     compare(x, {"": 2e-3, "dg": 1e-1}, "ones", zero=("dq", "dk", "dg"), normalize_qk=True, scale=1.0)
 
 
 @pytest.mark.parametrize(("dtype", "index_dtype"), [(FP16, torch.int32), (FP32, torch.int64)])
 def test_documents(dtype, index_dtype):
-    """Empty ones and ones of one token, in a batch whose rows they cross; a state and its gradient for each."""
+    """Test empty documents and ones of one token, across rows of a batch, each with a state and its gradient."""
     bounds = torch.tensor([0, 0, 1, 16, 80, 145, 145, 180, 180], dtype=index_dtype)
     x = inputs.random(2, 90, H=1, dtype=dtype, states=len(bounds) - 1)
     compare(x, BARS[dtype], f"documents, {dtype}", normalize_qk=True, cu_seqlens=bounds)
 
 
-def test_documents_do_not_meet():
+def test_documents_are_independent():
     bounds = torch.tensor([0, 70, 75, 140], dtype=torch.int32)
     x = inputs.random(1, 140, H=1, dtype=FP16, states=3)
     do, dstate = inputs.arriving(x)
@@ -183,7 +183,7 @@ def test_documents_of_raw_projections():
     compare(x, BARS[FP16], "raw", fused_gated_delta_rule, truth.fused_gated_delta_rule, cu_seqlens=bounds)
 
 
-@pytest.mark.parametrize(("raw", "HV"), [(False, 4), (True, 18)])  # 18: more than a program of the gates takes
+@pytest.mark.parametrize(("raw", "HV"), [(False, 4), (True, 18)])  # 18 is more than a program of the gates takes
 def test_grouped_value_heads(raw, HV):
     x = inputs.random(1, 65, H=2, HV=HV, dtype=FP16, raw=raw)
     if raw:
@@ -205,7 +205,7 @@ def test_raw_projections(gated, negative, dtype):
 
 
 def test_raw_projections_at_their_limits():
-    """Logits of +-40 (beta of 2 and of 0), raw gates of +-40, and -inf on both: a token that leaves the state alone."""
+    """Test logits of +-40 (beta of 2 and 0), raw gates of +-40, and -inf for both, which leaves the state unchanged."""
     x = inputs.random(1, 66, H=1, dtype=FP16, raw=True)
     x["b"][:, ::4], x["b"][:, 1::4] = 40.0, -40.0
     x["a"][:, ::3], x["a"][:, 1::6] = -40.0, 40.0
@@ -243,8 +243,10 @@ def test_gradient_of_one_result_alone(of):
 
 @pytest.mark.parametrize(("documents", "dtype"), [(False, FP16), (False, FP32), (True, FP16)])
 def test_segments(documents, dtype, monkeypatch):
-    """Long sequences are cut into segments that are scanned side by side; here, short ones are. Without decay in
-    float32: every segment then carries the states of all before it."""
+    """Cut short sequences into segments that are scanned side by side, as long ones are otherwise.
+
+    In float32 there is no decay, so every segment carries the states of all segments before it.
+    """
     monkeypatch.setattr(cut, "SEGMENT", 64)
     x = inputs.random(1, 256, H=1, K=64, dtype=dtype, states=2 if documents else 1)
     if dtype == FP32:
@@ -256,7 +258,7 @@ def test_segments(documents, dtype, monkeypatch):
 
 
 def test_projections_may_be_slices():
-    """q, k and v as views of one projection [B, T, 3 H K], and gates of another."""
+    """Pass q, k and v as views of one projection [B, T, 3 H K], and gates as views of another."""
     x = inputs.random(2, 66, H=2, dtype=FP16)
     joined = torch.cat([x[n].flatten(2) for n in ("q", "k", "v")], -1)
     gates = torch.stack([x["g"], x["beta"]], -1)
@@ -312,7 +314,7 @@ def test_recurrence_over_documents_and_without_a_gate():
 
 
 def test_generation_continues_the_sequence():
-    """Some tokens by chunks, the rest one at a time: as the whole sequence at once."""
+    """Computing some tokens by chunks and the rest one at a time equals computing the whole sequence at once."""
     x = inputs.random(1, 70, H=1, dtype=FP32)
     o_true, final_true = truth.gated_delta_rule(**x, normalize_qk=True, output_final_state=True)
     state, outputs = x.pop("initial_state"), []
@@ -324,7 +326,7 @@ def test_generation_continues_the_sequence():
     assert relative_error(torch.cat(outputs, 1), o_true) < 1e-4 and relative_error(state, final_true) < 1e-4
 
 
-def test_operators_keep_the_rules():
+def test_operators_pass_opcheck():
     x = inputs.random(1, 2, H=1, dtype=FP16, raw=True)
     with OperatorCalls() as calls:
         evaluate(fused_gated_delta_rule, x, *inputs.arriving(x))
@@ -364,12 +366,12 @@ def test_operators_keep_the_rules():
         (lambda x: x.update({n: y[:, :0] for n, y in x.items() if n != "initial_state"}), "tokens"),
     ],
 )
-def test_what_is_not_supported_is_refused(change, message):
+def test_unsupported_inputs_are_refused(change, message):
     x = inputs.random(2, 5, dtype=FP16)
     change(x)
     with pytest.raises(ValueError, match=message):
         gated_delta_rule(**x, normalize_qk=True)
-    if not any(text in message for text in ("up to 256", "dtype", "float32")):  # on a CPU the same is refused
+    if not any(text in message for text in ("up to 256", "dtype", "float32")):  # the CPU refuses the same inputs
         with pytest.raises(ValueError, match=message):
             reference.gated_delta_rule(**x, normalize_qk=True)
 
@@ -387,8 +389,8 @@ def test_what_is_not_supported_is_refused(change, message):
         (lambda p: p.to("meta"), "must be on cpu; it is on meta"),
     ],
 )
-def test_parameters_of_a_raw_gate_that_are_refused(change, message, name, function):
-    """The kernels read them as HV numbers in a row: of a wrong shape, past their end."""
+def test_invalid_parameters_of_a_raw_gate_are_refused(change, message, name, function):
+    """The kernels read HV contiguous numbers, and would read past the end of a tensor of the wrong shape."""
     x = inputs.random(1, 5, dtype=FP16, raw=True)
     assert x[name].shape == (2,)
     x[name] = change(x[name])
@@ -397,7 +399,7 @@ def test_parameters_of_a_raw_gate_that_are_refused(change, message, name, functi
 
 
 @pytest.mark.parametrize("function", [fused_gated_delta_rule, reference.fused_gated_delta_rule])
-def test_raw_projections_go_by_their_names(function):
+def test_errors_name_the_raw_projections(function):
     x = inputs.random(1, 5, dtype=FP16, raw=True)
     with pytest.raises(ValueError, match=r"^a must be"):
         function(**x | {"a": x["a"][:, :4]})
@@ -406,8 +408,8 @@ def test_raw_projections_go_by_their_names(function):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_assembler_is_looked_at(compiled, monkeypatch):
-    """In the operators, which Dynamo does not trace: it would leave the look out of the graph."""
+def test_the_assembler_is_checked(compiled, monkeypatch):
+    """The check is inside the operators, which Dynamo does not trace. It would drop the check from the graph."""
     devices = []
     monkeypatch.setattr(delta_rule_op, "check_assembler", devices.append)
     x = inputs.random(1, 17, H=1, dtype=FP16)

@@ -1,4 +1,4 @@
-"""The Triton kernels of the gated RMS norm against its formula in float64."""
+"""Test the Triton kernels of the gated RMS norm against its formula in float64."""
 
 import pytest
 import torch
@@ -89,7 +89,7 @@ def test_strides(kind, which):
     check(found, true_output_and_gradients(*inputs), x, gate, weight)
 
 
-def test_what_is_read_in_place():
+def test_which_inputs_are_read_in_place():
     x = torch.zeros(2, 5, 3, 64)
     in_place = {kind for kind in KINDS if module._pieces(strided(x)[kind])}
     assert in_place == {"slice of a projection"}
@@ -97,7 +97,7 @@ def test_what_is_read_in_place():
 
 
 def test_rows_do_not_touch_each_other():
-    """NaN in a row, which shares a tile with others, stays there. Only the gradient of the weight gets it, too."""
+    """NaN in a row, which shares a tile with others, stays in that row, except in the gradient of the weight."""
     x, gate, weight, dy = make((7, 64))
     clean = output_and_gradients(gated_rms_norm, x, gate, weight, dy)
     spoilt = x.detach().clone()
@@ -118,7 +118,7 @@ def test_extreme_gates_and_rows():
         x[2] *= 1e15
     found = output_and_gradients(gated_rms_norm, x, gate, weight, dy)
     truth = true_output_and_gradients(x, gate, weight, dy)
-    for row in range(6):  # each row by itself, since the gradients differ by 20 orders of magnitude
+    for row in range(6):  # each row separately, since the gradients differ by 20 orders of magnitude
         pick = [{n: z[row] for n, z in d.items() if n != "dweight"} for d in (found, truth)]
         check(*pick, x[row], gate[row], weight, f"row {row}")
 
@@ -156,7 +156,7 @@ def test_reference(gated):
     compare((2, 3, 64), function=reference.gated_rms_norm, gated=gated)
 
 
-def test_what_the_kernel_does_not_take():
+def test_unsupported_inputs():
     x, gate, weight, _ = make((2, 257))
     with pytest.raises(ValueError, match="256"):
         gated_rms_norm(x, gate, weight, 1e-6)

@@ -1,4 +1,4 @@
-"""The whole model on the kernels, in float32, beside the same model in plain PyTorch."""
+"""Compare the whole model on the kernels, in float32, with the same model in plain PyTorch."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_heads
 
 @pytest.fixture
 def in_pytorch(monkeypatch):
-    """A function after which models run in plain PyTorch."""
+    """Return a function that makes models run in plain PyTorch."""
 
     def switch():
         monkeypatch.setattr(layers, "use_kernels", lambda x: False)
@@ -54,7 +54,7 @@ def losses_and_gradients(model: LrnnForCausalLM, **inputs) -> dict[str, torch.Te
         ("gated_deltanet", "small heads and no convolution"),
         ("gated_deltaproduct", "documents"),
         ("gated_deltaproduct", "padded"),
-        ("mamba2", "padded"),  # of the other mixers the convolutions and the norm run on kernels
+        ("mamba2", "padded"),  # convolutions and norm of the other mixers run on kernels
         ("mlstm", "documents"),
     ],
 )
@@ -69,14 +69,14 @@ def test_logits_and_gradients(mixer, kind, in_pytorch):
     ours = losses_and_gradients(model, **inputs)
     in_pytorch()
     plain = losses_and_gradients(model, **inputs)
-    if kind == "padded":  # what stands at padding is nobody's
+    if kind == "padded":  # logits at padding do not matter
         ours["logits"], plain["logits"] = ours["logits"][:, 20:], plain["logits"][:, 20:]
     for name, truth in plain.items():
         assert (ours[name] - truth).norm() <= 1e-4 * truth.norm(), name
 
 
-def test_layers_that_are_computed_anew_save_their_states(monkeypatch):
-    """When they are computed anew, and not before: the backward pass then runs no forward scan."""
+def test_recomputed_layers_save_their_states(monkeypatch):
+    """Layers save states when they are recomputed, and not before. The backward pass then runs no forward scan."""
     filled, forward_scan = [], Portable.forward_scan
 
     def note(call, operands, initial, final, **results):
@@ -104,7 +104,7 @@ def test_generation(in_pytorch):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """How many tensors each call of `short_conv` was given."""
+    """Return a list that receives the number of tensors of each call of `short_conv`."""
     counts = []
 
     def counted(xs, weights, **options):
@@ -135,7 +135,7 @@ def make_inputs(T):
 
 
 @pytest.mark.parametrize("kind", ["plain", "documents", "continued"])
-def test_one_launch_gives_what_three_give(kind, launches):
+def test_one_launch_gives_the_results_of_three(kind, launches):
     convolutions, inputs = make_convolutions(), [x.requires_grad_() for x in make_inputs(9)]
     weights = [c.weight for c in convolutions]
     cu_seqlens, cache, before = None, None, [None] * 3

@@ -1,4 +1,4 @@
-"""save_states of the gated delta rule: the same bits, one scan less in the backward pass, and when nothing is kept."""
+"""Test `save_states` of the gated delta rule: equal bits, one scan less backward, and when nothing is kept."""
 
 import delta_rule_inputs as inputs
 import pytest
@@ -18,7 +18,7 @@ FP16, FP32 = torch.float16, torch.float32
 
 @pytest.fixture
 def forward_scans(monkeypatch):
-    """What each forward scan filled, in the order of their launches."""
+    """Return a list that receives the names of the results of each forward scan, in the order of launches."""
     filled, forward_scan = [], Portable.forward_scan
 
     def note(call, operands, initial, final, **results):
@@ -30,7 +30,7 @@ def forward_scans(monkeypatch):
 
 
 def compare(x, forward_scans, function=fused_gated_delta_rule, segments=False, **options):
-    """All results with and without, bit by bit."""
+    """Compare all results with and without `save_states`, bit by bit."""
     arriving = inputs.arriving(x)
     first_pass = [{"reach"}] if segments else []
     plain = evaluate(function, x, *arriving, **options)
@@ -54,14 +54,14 @@ def test_documents(forward_scans):
 
 
 def test_segments(forward_scans, monkeypatch):
-    """The scan of what reaches their ends saves nothing."""
+    """The scan of the chunks that reach the ends of segments saves nothing."""
     monkeypatch.setattr(cut, "SEGMENT", CHUNK)
     x = inputs.random(1, 256, H=1, dtype=FP16, raw=True)
     assert cut.count_segments(1, 256, 1, 64, 64, FP16) == 4
     compare(x, forward_scans, segments=True, precision="split")
 
 
-def test_what_is_not_given_is_what_stands_around(forward_scans):
+def test_the_default_is_that_of_the_context(forward_scans):
     x = inputs.random(1, 20, H=1, dtype=FP16, raw=True)
     x["v"].requires_grad_()
     with saving_states():
@@ -80,7 +80,7 @@ def test_head_sizes_and_no_gate(K, V, dtype, forward_scans):
 
 
 @pytest.mark.parametrize(("K", "dtype"), [(256, FP16), (128, FP32)])
-def test_where_it_would_not_fit_states_are_computed_anew(K, dtype, forward_scans):
+def test_states_that_would_not_fit_are_recomputed(K, dtype, forward_scans):
     x = inputs.random(1, 20, H=1, K=K, V=64, dtype=dtype)
     found = [
         evaluate(gated_delta_rule, x, *inputs.arriving(x), normalize_qk=True, save_states=s) for s in (True, False)
@@ -92,7 +92,7 @@ def test_where_it_would_not_fit_states_are_computed_anew(K, dtype, forward_scans
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, None])
 def test_nothing_is_kept_without_gradients(mode, forward_scans):
     x = inputs.random(1, 20, H=1, dtype=FP16)
-    if mode is None:  # gradients are on, and none is asked for
+    if mode is None:  # gradients are enabled, but no tensor requires one
         gradient = torch.enable_grad()
     else:
         gradient = mode()
@@ -102,7 +102,7 @@ def test_nothing_is_kept_without_gradients(mode, forward_scans):
     assert forward_scans == [{"o"}]
 
 
-def test_what_the_operator_returns():
+def test_results_of_the_operator():
     x = inputs.random(2, 70, H=1, HV=2, K=64, V=128, dtype=FP16)
     arguments = (x["q"], x["k"], x["v"], x["g"], x["beta"], None, None, None, 1.0, True, None, False, None, "standard")
     call = Call.of(x["k"], x["v"], x["g"], None, None, 1.0, True, None, "standard")
@@ -124,7 +124,7 @@ def test_product_passes_it_on(forward_scans):
     assert forward_scans == [{"o", "y", "states"}]
 
 
-def test_operators_keep_the_rules():
+def test_operators_pass_opcheck():
     x = inputs.random(1, 2, H=1, dtype=FP16, raw=True)
     with OperatorCalls() as calls:
         evaluate(fused_gated_delta_rule, x, *inputs.arriving(x), save_states=True)
@@ -132,7 +132,7 @@ def test_operators_keep_the_rules():
     calls.opcheck()
 
 
-def test_compiled_it_is_the_same(forward_scans):
+def test_compiled_results_are_the_same(forward_scans):
     x = inputs.random(1, 20, H=1, dtype=FP16)
     arriving = inputs.arriving(x)
     compiled = torch.compile(gated_delta_rule, fullgraph=True, backend="aot_eager")

@@ -1,4 +1,4 @@
-"""Which chunks of a segment reach its ends, and that the scans which leave the others out find the same numbers."""
+"""Test which chunks of a segment reach its ends, and that scans which skip the others find the same numbers."""
 
 import math
 
@@ -18,7 +18,7 @@ from lrnn.kernels.delta_rule.portable.segment_reach import LEAST, SEGMENT_REACH,
 
 
 def find_reach(totals, segments, least=LEAST, has_start=True, save_last=True):
-    """What the kernel finds from the log-gates (base 2) of whole chunks, [HV, N, chunks]."""
+    """Return the kernel's result from the log-gates (base 2) of whole chunks, [HV, N, chunks]."""
     HV, N, chunks = totals.shape
     vectors = torch.full((HV, 4, N * chunks, CHUNK), torch.nan)
     vectors[:, 0, :, -1] = totals.flatten(1)
@@ -31,7 +31,7 @@ def find_reach(totals, segments, least=LEAST, has_start=True, save_last=True):
 
 @pytest.mark.parametrize("chunks", [1, 5, 64, 150])
 @pytest.mark.parametrize(("has_start", "save_last"), [(True, True), (False, True), (True, False)])
-def test_reach_is_that_of_a_slow_sum(chunks, has_start, save_last):
+def test_reach_agrees_with_a_slow_sum(chunks, has_start, save_last):
     r = torch.Generator().manual_seed(chunks)
     strengths = torch.tensor([0.0, 1.0, 8.0, 400.0])[:, None, None]
     # multiples of 1/8, so that sums are exact in any order
@@ -52,21 +52,21 @@ def test_reach_is_that_of_a_slow_sum(chunks, has_start, save_last):
         assert find_reach(totals, 3, least=-math.inf)[:3, :, 1:].tolist() == [[[0, chunks]] * 4] * 3
 
 
-def test_gates_that_are_not_numbers_hide_nothing():
+def test_nan_gates_skip_nothing():
     totals = torch.full((1, 3, 70), -50.0)
     totals[0, 0, 40] = torch.nan
     assert find_reach(totals, 3)[0, 0].tolist() == [0, 0, 70]
 
 
 def test_gates_that_erase():
-    """A log-gate of -inf: its own chunk may be scanned in vain, and no transition is left."""
+    """With a log-gate of -inf, its own chunk may be scanned needlessly, and no transition is left."""
     totals = torch.zeros(1, 3, 70)
     totals[0, 0, 40] = -torch.inf
     assert find_reach(totals, 3)[0, 0].tolist() == [40, 70, 41]
 
 
 def in_segments(x, monkeypatch, function=fused_gated_delta_rule, **options):
-    """Outputs and gradients, and how many chunks were left out of how many, with segments of two chunks."""
+    """Return outputs and gradients, and the numbers of skipped and of all chunks, with segments of two chunks."""
     monkeypatch.setattr(cut, "SEGMENT", 2 * CHUNK)
     reaches, find = [], segments.find_reach
     monkeypatch.setattr(segments, "find_reach", lambda *a, **o: reaches.append(find(*a, **o)) or reaches[-1])
@@ -77,8 +77,8 @@ def in_segments(x, monkeypatch, function=fused_gated_delta_rule, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_what_is_left_out_changes_nothing(dtype, monkeypatch):
-    """One head forgets within a chunk, one remembers all; with the limit and without the results are the same bits."""
+def test_skipping_chunks_changes_nothing(dtype, monkeypatch):
+    """One head forgets within a chunk, one remembers all. Results are the same bits with and without the limit."""
     x = inputs.random(1, 8 * CHUNK, H=2, dtype=dtype, raw=True)
     x["A_log"] = torch.tensor([8.0, 0.001]).log()
     found, left_out = in_segments(x, monkeypatch)
@@ -93,7 +93,7 @@ def test_what_is_left_out_changes_nothing(dtype, monkeypatch):
 
 
 def test_no_state_before_and_behind(monkeypatch):
-    """Then the first and the last transition, and the last end state, are not looked for, and may be anything."""
+    """The first and the last transition, and the last end state, are then not computed, and may be anything."""
     x = inputs.random(1, 8 * CHUNK, H=1, dtype=torch.float32, raw=True, gate=1e-3)
     expected = evaluate_truth(truth.fused_gated_delta_rule, x | {"initial_state": None}, inputs.arriving(x)[0], None)
     monkeypatch.setattr(cut, "SEGMENT", 2 * CHUNK)
@@ -105,7 +105,7 @@ def test_no_state_before_and_behind(monkeypatch):
 
 
 def test_factors_that_may_grow_are_all_scanned(monkeypatch):
-    """Keys as given, and step sizes as given, may make factors that are no contractions."""
+    """With keys or step sizes used as given, factors need not be contractions."""
     x = inputs.random(1, 8 * CHUNK, H=1, dtype=torch.float32)
     x["g"] = torch.full_like(x["g"], -4.0)
     for normalize in (True, False):

@@ -1,4 +1,4 @@
-"""Mamba's scan in Triton kernels against the recurrence in float64, with all gradients."""
+"""Test Mamba's scan in Triton kernels against the recurrence in float64, with all gradients."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The Triton kernels of the short convolution against PyTorch's convolution in float64."""
+"""Test the Triton kernels of the short convolution against PyTorch's convolution in float64."""
 
 from itertools import pairwise
 
@@ -212,7 +212,7 @@ def test_compiles_to_one_graph(autocast):
 
 
 def test_reference():
-    """The reference agrees with the truth, too."""
+    """The reference also agrees with the truth."""
     for before, cu_seqlens in ((True, None), (False, None), (False, boundaries([5, 0, 1, 2, 24, 8]))):
         xs, weights, ahead, dys = make(2, 20, [8, 4], before=before)
         options = {"before": ahead, "cu_seqlens": cu_seqlens}

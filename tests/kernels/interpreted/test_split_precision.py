@@ -1,4 +1,4 @@
-"""precision="split" of the gated delta rule: how much more exactly it carries states, all else as before."""
+"""Test precision="split" of the gated delta rule: it carries states more exactly, and changes nothing else."""
 
 import delta_rule_inputs as inputs
 import delta_rule_truth as truth
@@ -21,7 +21,7 @@ PRECISIONS = ("standard", "split")
 
 @pytest.fixture
 def bfloat16(monkeypatch):
-    """The interpreter's bfloat16 made right: it cuts off instead of rounding, and multiplies the bits as integers."""
+    """Fix the interpreter's bfloat16, which truncates instead of rounding, and multiplies the bits as integers."""
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     cast, dot = builder.cast_impl, builder.create_dot
 
@@ -39,7 +39,7 @@ def bfloat16(monkeypatch):
 
 
 def carried_states(kind, dtype, T=512):
-    """Relative errors (final state, gradient of the first) by precision: reflections along the keys, no gate, v = 0."""
+    """Return relative errors (final state, gradient of the first) by precision, for reflections, no gate and v = 0."""
     x = inputs.set_keys(inputs.random(1, T, H=2, dtype=dtype), kind)
     x = inputs.set_betas(inputs.set_gates(x, "one"), "2")
     x["v"].zero_()
@@ -53,7 +53,7 @@ def carried_states(kind, dtype, T=512):
     return zip(*(errors[precision] for precision in PRECISIONS), strict=True)
 
 
-# Of two keys the rounding of C and of beta X is the larger part, which is not split.
+# With two keys, the rounding of C and of beta X, which are not split, is the larger part of the error.
 @pytest.mark.parametrize(("kind", "gain"), [("2 keys", 1.1), ("4 keys", 2), ("8 keys", 2), ("swaps", 4)])
 def test_bfloat16_carries_states_more_exactly(kind, gain, bfloat16):
     for standard, split in carried_states(kind, BF16):
@@ -62,7 +62,7 @@ def test_bfloat16_carries_states_more_exactly(kind, gain, bfloat16):
 
 @pytest.mark.parametrize(("kind", "gain"), [("4 keys", 1), ("swaps", 1.3)])
 def test_float16_gains_little(kind, gain):
-    """There C and beta X, which are not split, are rounded as coarsely as what enters the state."""
+    """In float16, C and beta X, which are not split, are rounded as coarsely as the values that enter the state."""
     for standard, split in carried_states(kind, FP16):
         assert gain * split < standard
 
@@ -84,7 +84,7 @@ def test_all_results_with_documents_and_states(raw, dtype, bfloat16):
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_segments_and_wide_heads(dtype, bfloat16, monkeypatch):
     monkeypatch.setattr(cut, "SEGMENT", 64)
-    x = inputs.random(1, 256, H=2, K=128, dtype=dtype)  # one head's gradient of g may be small by chance
+    x = inputs.random(1, 256, H=2, K=128, dtype=dtype)  # the gradient of g of a single head may be small by chance
     assert cut.count_segments(1, 256, 2, 128, 128, dtype) == 4
     do, dstate = inputs.arriving(x)
     found = evaluate(gated_delta_rule, x, do, dstate, normalize_qk=True, precision="split")
@@ -113,7 +113,7 @@ def test_float32_and_short_sequences_are_as_before():
     assert torch.equal(o, o_split)
 
 
-def test_operators_keep_the_rules():
+def test_operators_pass_opcheck():
     x = inputs.random(1, 2, H=1, dtype=FP16, raw=True)
     with OperatorCalls() as calls:
         evaluate(fused_gated_delta_rule, x, *inputs.arriving(x), precision="split")

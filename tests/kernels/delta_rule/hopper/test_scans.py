@@ -159,7 +159,7 @@ def test_backward_scan_agrees_with_autograd(chunks, H, HV, normalize, halves, se
 
 @pytest.mark.parametrize("halves", [1, 2])
 def test_backward_scan_of_the_first_chunks(halves, run_on_cpu, monkeypatch):
-    """Scan no chunk of one head and two of the other. The others then do not contribute to the first state's gradient."""
+    """Scan no chunk of one head and two of the other. Other chunks then do not affect the first state's gradient."""
     run_on_cpu()
     in_halves(halves, monkeypatch)
     x = recurrence_inputs(1, 3 * CHUNK, 1, 2, True, seed=4)
