@@ -22,8 +22,8 @@ test: lint docs
 		tests/kernels tests/eval tests/gpu tests/lrnn tests/pretrain tests/slurm
 	$(BIN)/pytest -q -m alone
 
-# 300 kills instead of 12, twenty endings of a job instead of three, other numbers of processes. Some 30 minutes.
-# The jobs want root and Debian, for a SLURM of their own.
+# Runs 300 kills instead of 12, twenty endings of a job instead of three, and other numbers of processes, in some 30
+# minutes. The jobs need root and Debian, because they start their own SLURM.
 torture: setup
 	LRNN_TORTURE=1 $(BIN)/pytest -q -s tests/pretrain/test_torture.py tests/slurm
 
@@ -32,7 +32,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# A warning, such as a link that leads nowhere, is an error.
+# A warning, such as a broken link, is an error.
 docs: setup
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
 

@@ -67,7 +67,7 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def one_source(self) -> Self:
         if bool(self.corpora) == (self.stream is not None):
-            raise ValueError("give either corpora (written by `lrnn corpus`) or stream, not both and not neither")
+            raise ValueError("give exactly one of corpora (written by `lrnn corpus`) and stream")
         return self
 
 

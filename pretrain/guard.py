@@ -110,7 +110,7 @@ class Guard:
         if self._rollbacks[saved.name] > self._config.spikes.max_rollbacks:
             raise UserError(
                 f"{self._rollbacks[saved.name]} rollbacks to {saved} (spikes.max_rollbacks is "
-                f"{self._config.spikes.max_rollbacks}): the loss spikes whatever the data; the samples are in "
+                f"{self._config.spikes.max_rollbacks}): the loss spikes on other data too; the samples are in "
                 f"{self._config.run_dir}/metrics.jsonl under event loss_spike. Lower optim.lr, or remove that "
                 "checkpoint to resume from an older one"
             )

@@ -217,7 +217,7 @@ def check_model_matches_corpora(
         if corpus.vocab_size > vocab_size:
             raise UserError(
                 f"corpus {corpus.path}: its tokenizer has a vocabulary of {corpus.vocab_size}, the model's embedding "
-                f"only vocab_size={vocab_size}; set vocab_size to at least {corpus.vocab_size}"
+                f"has only vocab_size={vocab_size}; set vocab_size to at least {corpus.vocab_size}"
             )
     for corpus in corpora[1:]:
         if corpus.tokenizer_fingerprint != corpora[0].tokenizer_fingerprint:

@@ -93,7 +93,7 @@ class StreamData:
             ) from error
         if stored != state:
             raise UserError(
-                f"{label}: its position does not survive being stored as JSON; "
+                f"{label}: its position is not the same after it is stored as JSON; "
                 "build a corpus from it with `lrnn corpus ... --streaming`"
             )
         return stored

@@ -96,7 +96,7 @@ def _open_stream(
     tokenizer = load_tokenizer(stream.tokenizer)
     if tokenizer.vocab_size > model_config.vocab_size:
         raise UserError(
-            f"tokenizer {stream.tokenizer} has a vocabulary of {tokenizer.vocab_size}, the model's embedding only "
+            f"tokenizer {stream.tokenizer} has a vocabulary of {tokenizer.vocab_size}, the model's embedding has only "
             f"vocab_size={model_config.vocab_size}; set vocab_size to at least {tokenizer.vocab_size}"
         )
     expected = model_config.tokenizer_fingerprint

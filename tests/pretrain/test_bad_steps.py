@@ -95,7 +95,7 @@ def test_a_spike_is_logged_or_skipped(base, tmp_path):
     specs = [{"config": c, "strange_at": STRANGE} for c in (logged, skipped, resumed)] + [{"config": calm}]
     specs.insert(2, {"config": resumed, "stop_at": STRANGE - 1})
     assert run_group(tmp_path, specs) == [0, 0, STOPPED, 0, 0]
-    assert losses(resumed) == losses(skipped), "the losses that a spike is known by are not part of the checkpoint"
+    assert losses(resumed) == losses(skipped), "the checkpoint lacks the losses that decide what is a spike"
     for c, outcome in ((logged, "applied"), (skipped, "skipped")):
         (event,) = spikes_at(c, STRANGE)
         assert event["outcome"].startswith(outcome)

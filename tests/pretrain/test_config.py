@@ -180,9 +180,9 @@ def test_words_stay_words(load, text):
 
 
 def test_one_source_of_data(raw, load):
-    assert "either corpora" in error_of(load, "data.stream={path: json, tokenizer: t}")
+    assert "exactly one of corpora" in error_of(load, "data.stream={path: json, tokenizer: t}")
     assert "key data = " in error_of(load, "data.corpora=[]")
-    assert "not neither" in error_of(load, "data.corpora=[]")
+    assert "exactly one of corpora (written by `lrnn corpus`) and stream" in error_of(load, "data.corpora=[]")
     assert load("data.corpora=[]", "data.stream={path: json, tokenizer: t}").data.stream.split == "train"
 
 

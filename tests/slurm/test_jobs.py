@@ -174,4 +174,4 @@ def test_a_node_that_fails(slurm, corpus, tmp_path):
     assert 0 <= len(before) - resumed <= 20
     by_step: dict[int, float] = {}
     for step, loss in run.losses():
-        assert by_step.setdefault(step, loss) == loss, "a step that is done again has another loss"
+        assert by_step.setdefault(step, loss) == loss, "a repeated step has another loss"

@@ -198,7 +198,7 @@ def test_bad_groups_and_variants():
     for bad in (-0.1, 1.5, "some"):
         with pytest.raises(UserError, match="others must be a share of the elements, from 0 to 1, not"):
             GroupWord("S5", "only_swaps", bad)
-    with pytest.raises(UserError, match=r"others needs inputs or one of the variants only_swaps, .* not with 'all'"):
+    with pytest.raises(UserError, match=r"others needs inputs or one of the variants only_swaps, .* not 'all'"):
         GroupWord("S5", others=0.5)
     with pytest.raises(UserError, match=r"inputs \[\[1, 0, 2, 3, 4\]\] are not in group 'A5'"):
         GroupWord("A5", inputs=[*FIVE_CYCLES, [1, 0, 2, 3, 4]])

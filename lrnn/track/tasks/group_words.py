@@ -160,8 +160,7 @@ class GroupWord(Task):
             raise UserError(f"group_word: others must be a share of the elements, from 0 to 1, not {others!r}")
         if others and variant not in MOVED_POINTS and inputs is None:
             raise UserError(
-                f"group_word: others needs inputs or one of the variants {', '.join(MOVED_POINTS)}, not with "
-                f"{variant!r}"
+                f"group_word: others needs inputs or one of the variants {', '.join(MOVED_POINTS)}, not {variant!r}"
             )
         self.others = others
         self.tokens_per_element = TOKENS_PER_ELEMENT if variant == "four_tokens" else 1
