@@ -5,7 +5,6 @@ import re
 import shlex
 import sys
 import types
-from pathlib import Path
 
 import pytest
 
@@ -38,14 +37,6 @@ def test_examples_are_accepted_by_the_parser(command, capsys):
         arguments = shlex.split(example.partition("  #")[0])[1:]
         args, _ = cli.parse([a for a in arguments if a != "..."])
         assert args.command == command
-
-
-def test_commands_of_the_readme_are_accepted_by_the_parser():
-    text = (Path(__file__).parents[2] / "README.md").read_text().replace("\\\n", " ")
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    commands = re.findall(r"^lrnn .*", "".join(blocks), re.MULTILINE)
-    found = {cli.parse(shlex.split(command, comments=True)[1:])[0].command for command in commands}
-    assert found >= {"corpus", "export", "eval"}
 
 
 def test_help_lists_every_command(capsys):
