@@ -1,18 +1,18 @@
-"""Every kernel, as training uses it, is compiled for a Hopper GPU (sm_90a), which the machine need not have.
+"""Compile every kernel, as training uses it, for a Hopper GPU (sm_90a), which the machine need not have.
 
 Spills and the blocks that fit on a multiprocessor are compared with `compile_limits.json`. A change of a kernel or of
 Triton that makes the compiler spill more, or leaves no room for a multiprocessor's second block, costs speed that no
 other test on a CPU notices. The PTX is searched for registers that are used while the tensor cores may still read them,
 which no other test on a CPU notices either. Triton before 3.8 does that in some loops in which later versions do not.
-Compile a changed kernel under each version therefore (PYTHONPATH=/folder/of/that/triton).
+So compile a changed kernel under each version (PYTHONPATH=/folder/of/that/triton).
 
-The limits are what each Triton gives with the ptxas that it brings for sm_90a: 3.6.0 and 3.7.1 with 12.8.93, 3.8.0 with
-12.9.86, 3.9.0 with 13.4.59. Another ptxas spills otherwise, so these tests ignore TRITON_PTXAS_PATH.
+The limits are the results of each Triton with the ptxas that it ships for sm_90a: 3.6.0 and 3.7.1 with 12.8.93, 3.8.0 with
+12.9.86, 3.9.0 with 13.4.59. Another ptxas spills differently, so these tests ignore TRITON_PTXAS_PATH.
 
     pytest tests/kernels/test_compile.py -s                               print registers, spills and shared memory
     RECORD_COMPILE_LIMITS=1 pytest tests/kernels/test_compile.py          record this Triton's limits; read the diff
 
-A kernel that is in Triton's cache is not compiled again.
+A kernel in Triton's cache is not compiled again.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ SM_REGISTERS = 65536
 
 
 def cases():
-    """Every case of every `compile_cases` in kernels/, by name."""
+    """Return every case of every `compile_cases` in kernels/, by name."""
     found = {}
     for path in sorted(KERNELS.rglob("*.py")):
         if "def compile_cases" in path.read_text():
@@ -69,7 +69,7 @@ def triton_minor() -> str:
 def limits(name: str) -> tuple[int, int]:
     """Return the bytes that a kernel may spill and the blocks that must fit on a multiprocessor.
 
-    They are those of this Triton, or of the nearest older one that is recorded, or of the oldest.
+    They are those of this Triton, of the nearest older version that is recorded, or of the oldest.
     """
     limit = json.loads(RECORD.read_text())["limits"]
     assert name in limit, f"{name} has no limits in {RECORD.name}"
@@ -94,17 +94,19 @@ def record(name: str, spilled: int, blocks: int) -> None:
 
 
 def aligned_places(argument_type: str | tuple, place: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Return the places of an argument, or of a tuple's elements, that a call tells the compiler are multiples of 16.
-    Pointers and sizes are."""
+    """Return the positions of an argument, or of a tuple's elements, that are multiples of 16 for the compiler.
+
+    These are pointers and sizes.
+    """
     if isinstance(argument_type, tuple):
         return [p for i, element in enumerate(argument_type) for p in aligned_places(element, (*place, i))]
     return [place] if argument_type.startswith(("*", "i")) else []
 
 
 def compiled(kernel, types, constants, warps, stages) -> tuple[dict[str, int], str]:
-    """Return what a compiled kernel uses, and its PTX.
+    """Return the resources of a compiled kernel, and its PTX.
 
-    Used are registers per thread, bytes that a thread spills (stores), bytes of shared memory, and warps.
+    Resources are registers per thread, bytes that a thread spills (stores), bytes of shared memory, and warps.
     """
     names = kernel.arg_names
     assert set(types) | set(constants) == set(names), set(names) ^ (set(types) | set(constants))
@@ -135,8 +137,10 @@ def compiled(kernel, types, constants, warps, stages) -> tuple[dict[str, int], s
 
 
 def compile_and_report(source: ASTSource, options: dict[str, int]) -> tuple[CompiledKernel, str]:
-    """Compile for sm_90a, or take the kernel from Triton's cache. Return it with the report of ptxas, which is kept
-    there too."""
+    """Compile for sm_90a, or take the kernel from Triton's cache.
+
+    Return the kernel with the report of ptxas, which is also kept in the cache.
+    """
 
     def run() -> tuple[CompiledKernel, str]:
         log = io.StringIO()
@@ -149,7 +153,7 @@ def compile_and_report(source: ASTSource, options: dict[str, int]) -> tuple[Comp
         cache = get_cache_manager(result.hash)
         if "registers" not in report and (path := cache.get_file("ptxas_report")) is not None:
             return result, Path(path).read_text()
-        if "registers" not in report:  # something else has compiled it
+        if "registers" not in report:  # another program has compiled it
             knobs.compilation.always_compile = True
             result, report = run()
     cache.put(report, "ptxas_report", binary=False)

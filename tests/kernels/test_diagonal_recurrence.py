@@ -1,4 +1,4 @@
-"""The form by chunks against the recurrence token by token in float64, in both ranges, with gradients."""
+"""Test the chunkwise form against the recurrence token by token in float64, in both ranges, with gradients."""
 
 from itertools import pairwise
 
@@ -21,7 +21,7 @@ def random(seed: int, *shape: int) -> torch.Tensor:
 
 
 def inputs(T: int, width: int, kind: str) -> dict[str, torch.Tensor]:
-    """q, k, v and logits of a = sigmoid(logit), [B, T, H, width]; `kind` says where 2a - 1 lies."""
+    """Return q, k, v and logits of a = sigmoid(logit), [B, T, H, width]. `kind` says where 2a - 1 lies."""
     logits = 2 * random(3, B, T, H, width)
     if kind == "near 0":
         logits = 1e-3 * logits
@@ -35,7 +35,7 @@ def inputs(T: int, width: int, kind: str) -> dict[str, torch.Tensor]:
 
 
 def truth(q, k, v, logits, allow_neg_eigval, bounds=None, state=None):
-    """o and the final state by the definition, one document at a time."""
+    """Return o and the final state by the definition, one document at a time."""
     a = logits.sigmoid()
     a = 2 * a - 1 if allow_neg_eigval else a
     if bounds is None:
@@ -75,7 +75,7 @@ def check(found: dict, true: dict, bar: float):
     assert found.keys() == true.keys()
     for name, x in found.items():
         assert x.isfinite().all(), name
-        scale = true[name].norm().clamp(min=1e-4)  # gradients may vanish: at the ends those of the logits are 0
+        scale = true[name].norm().clamp(min=1e-4)  # gradients may vanish: those of the logits are 0 at the ends
         error = ((x.double() - true[name]).norm() / scale).item()
         assert error <= bar, f"{name} {error:.1e}"
 
@@ -107,7 +107,7 @@ def test_float32(kind, width, allow_neg_eigval):
 
 @pytest.mark.parametrize("dtype, bar", [(torch.float64, 1e-7), (torch.float32, 1e-5)])
 def test_decays_of_exactly_zero(dtype, bar):
-    """2a - 1 is 0 where the logit is; the logarithm is not finite there, the gradient is."""
+    """If the logit is 0, so is 2a - 1. Its logarithm is not finite there, but the gradient is."""
     x = inputs(40, K, "spread")
     x["logits"][:, ::3] = 0
     true = with_gradients(truth, x, True)
@@ -134,8 +134,8 @@ def test_documents(width, allow_neg_eigval):
     check(with_gradients(by_chunks, x, allow_neg_eigval, document=document), true, 1e-10)
 
 
-def test_steps_are_the_definition():
-    """`recurrent` is the documented truth, and what generation runs."""
+def test_steps_agree_with_the_definition():
+    """`recurrent` is the documented truth, and generation runs it."""
     x = inputs(30, K, "spread")
     a = 2 * x["logits"].sigmoid() - 1
     state = random(5, B, H, K, V)
@@ -146,7 +146,7 @@ def test_steps_are_the_definition():
 
 
 def test_parity_over_thousands_of_tokens():
-    """One decay of exactly -1 a set bit: the state flips each time, and is still a unit after 5,000 tokens."""
+    """With a decay of exactly -1 per set bit, the state flips each time and is still +-1 after 5,000 tokens."""
     bits = torch.randint(2, (1, 5000, 1, 1), generator=torch.Generator().manual_seed(0))
     log_a = torch.where(bits == 1, float("-inf"), 0.0)
     g, sign = signed_decay(log_a)
@@ -162,7 +162,7 @@ def test_signed_decay(dtype):
     true = 2 * log_a.to(dtype).double().exp() - 1
     assert (g <= 0).all() and g.isfinite().all()
     assert (sign * g.exp() - true).abs().max() < (3e-7 if dtype == torch.float32 else 2e-8)
-    # Near 1, where a product of thousands needs it, the logarithm itself is exact.
+    # Near 1, the logarithm itself is exact, as products of thousands of decays need.
     near = log_a > -1e-3
     exact = torch.log1p(2 * torch.expm1(log_a[near].to(dtype).double()))
     assert ((g[near] - exact).abs() <= 1e-6 * exact.abs()).all()

@@ -1,5 +1,7 @@
-"""`gated_rms_norm` on CPU tensors, where it is the reference, and the inputs that it refuses. The kernels are tested in
-`interpreted/` and `tests/gpu`."""
+"""Test `gated_rms_norm` on CPU tensors, where it is the reference, and the inputs that it refuses.
+
+The kernels are tested in `interpreted/` and `tests/gpu`.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Runs `tests/kernels/interpreted` in a process of its own, where Triton interprets kernels and compiles none."""
+"""Run `tests/kernels/interpreted` in a separate process, where Triton interprets kernels and compiles none."""
 
 import os
 import re
@@ -11,11 +11,11 @@ FOLDER = Path(__file__).parent / "interpreted"
 
 def test_kernels_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-rp", "-p", "no:cacheprovider", "-n", "2"]
-    # Two processes, since this is the longest test: it ends long after all others that run beside it.
-    # Most of the time goes into NumPy calls on small arrays: more threads would only wait for each other.
+    # Use two processes, since this is the longest test and ends long after all others that run beside it.
+    # Most of the time goes into NumPy calls on small arrays, where more threads would only wait for each other.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     for name in [n for n in environment if n == "PYTEST_ADDOPTS" or n.startswith("PYTEST_XDIST")]:
-        del environment[name]  # of the pytest that this one runs in
+        del environment[name]  # set by the outer pytest
     result = subprocess.run(
         command, cwd=FOLDER.parents[2], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

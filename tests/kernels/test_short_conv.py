@@ -1,5 +1,7 @@
-"""`short_conv` on CPU tensors, where it is the reference, and the inputs that it refuses. The kernels are tested in
-`interpreted/` and `tests/gpu`."""
+"""Test `short_conv` on CPU tensors, where it is the reference, and the inputs that it refuses.
+
+The kernels are tested in `interpreted/` and `tests/gpu`.
+"""
 
 import pytest
 import torch
@@ -74,6 +76,6 @@ def test_refuses(xs, weights, options, message):
         short_conv(xs, weights, **options)
 
 
-def test_before_may_ask_for_a_gradient_where_none_is_taken():
+def test_before_may_require_a_gradient_if_none_is_computed():
     with torch.no_grad():
         short_conv([X], [W], before=[BEFORE.clone().requires_grad_()])

@@ -1,4 +1,4 @@
-"""Mamba's scan and RWKV-7's recurrence against loops over matrices written out, in float64, with gradients."""
+"""Test Mamba's scan and RWKV-7's recurrence against loops over explicit matrices, in float64, with gradients."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def scan_truth(x, dt, A, B, C, allow_neg_eigval, initial_state=None, document=No
 
 
 def rwkv7_truth(r, w, k, v, kappa, a, initial_state=None, cu_seqlens=None):
-    """As the paper writes it, with rows: wkv_t = wkv_{t-1} (diag(w) - kappa^T (a . kappa)) + v^T k, y = wkv r^T."""
+    """Compute the paper's form, with rows: wkv_t = wkv_{t-1} (diag(w) - kappa^T (a . kappa)) + v^T k, y = wkv r^T."""
     out = torch.zeros_like(v)
     finals = []
     for b in range(r.shape[0]):

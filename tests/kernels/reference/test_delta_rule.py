@@ -1,4 +1,4 @@
-"""The reference against independent truths: a float64 recurrence in NumPy, autograd, transformers' own code."""
+"""Test the reference against independent truths: a float64 recurrence in NumPy, autograd, and transformers."""
 
 from itertools import pairwise
 
@@ -15,7 +15,7 @@ from lrnn.kernels.reference.documents import document_ids
 
 
 def numpy_recurrence(q, k, v, g, beta, state=None):
-    """S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T with explicit matrices, in float64."""
+    """Compute S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T with explicit matrices, in float64."""
     q, k, v, g, beta = (np.asarray(x, dtype=np.float64) for x in (q, k, v, g, beta))
     B, T, H, K = q.shape
     o = np.zeros((B, T, H, v.shape[-1]))
@@ -84,7 +84,7 @@ def test_one_token_at_a_time():
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_documents_are_independent(gated):
-    """Packed documents, empty and one-token ones among them, give what each gives alone."""
+    """Packed documents, including empty and one-token ones, give the results of each document alone."""
     q, k, v, g, beta = inputs(200, gate=0.3 if gated else 0.0)
     cu_seqlens = torch.tensor([0, 1, 1, 30, 94, 200, 264, 300, 400], dtype=torch.int32)
     flat = [x.flatten(0, 1)[None] for x in (q, k, v, g, beta)]
@@ -113,7 +113,7 @@ def test_document_ids():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradients_match_autograd_through_the_recurrence(packed):
-    """The chunkwise backward in float64 against autograd through the written-out recurrence."""
+    """The chunkwise backward pass in float64 agrees with autograd through the explicit recurrence."""
     args = [x.requires_grad_() for x in inputs(70, B=1, H=2, K=8, V=8, dtype=torch.float64)]
     q, k, v, g, beta = args
     boundaries = [0, 20, 70] if packed else [0, 70]
@@ -138,14 +138,14 @@ def test_gradients_match_autograd_through_the_recurrence(packed):
 def test_matches_transformers(function):
     q, k, v, g, beta = inputs(130, K=16, V=16)
     theirs = getattr(qwen3_next, function)
-    theirs = getattr(theirs, "__wrapped__", theirs)  # with fla installed, transformers swaps in fla's GPU kernels
+    theirs = getattr(theirs, "__wrapped__", theirs)  # if fla is installed, transformers uses fla's GPU kernels instead
     o_true, final_true = theirs(q, k, v, g=g, beta=beta, initial_state=None, output_final_state=True)
     o, final = gated_delta_rule(q, k, v, g, beta, output_final_state=True)
     assert error(o, o_true.double()) < 1e-5 and error(final, final_true.double()) < 1e-5
 
 
 def test_a_reflection_is_carried_far():
-    """One key, beta = 2, no gate: after an even number of steps the state is what it was (parity, arXiv 2411.12537)."""
+    """With one key, beta = 2 and no gate, an even number of steps restores the state (parity, arXiv 2411.12537)."""
     T = 4096
     k = F.normalize(torch.randn(1, 1, 1, 32, generator=torch.Generator().manual_seed(0)), dim=-1).expand(1, T, 1, 32)
     start = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""The float64 recurrence that kernels are measured against, itself measured against matrices written out in NumPy."""
+"""Test the float64 recurrence that kernels are compared with, against explicit matrices in NumPy."""
 
 from itertools import pairwise
 
@@ -34,7 +34,7 @@ def rule_inputs(B=2, T=130, H=2, HV=2, K=8, V=12):
 
 
 def numpy_product(q, k, v, g, beta, state):
-    """One row, one value head: o [T, V] and the final state, with explicit matrices. k [T, n, K]."""
+    """Return o [T, V] and the final state of one row and value head, computed with explicit matrices. k [T, n, K]."""
     S = np.array(state)
     out = []
     for t in range(len(q)):
@@ -67,7 +67,7 @@ def test_matches_matrices_with_grouped_heads_factors_and_documents():
             assert relative_error(final[n_doc, h], torch.tensor(final_true)) < 1e-12
 
 
-def test_a_document_is_what_it_is_alone():
+def test_documents_are_independent():
     tensors = {n: x.flatten(0, 1)[None] for n, x in rule_inputs().items()}
     bounds = [0, 30, 30, 31, 160, 260]
     start = random(5, len(bounds) - 1, 2, 8, 12)
@@ -85,7 +85,7 @@ def test_a_document_is_what_it_is_alone():
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_outputs_and_gradients_match_the_chunkwise_reference(gated):
-    """Two forms of the same function, autograd through either, in float64."""
+    """Compare two forms of the same function in float64, with autograd through both."""
     tensors = rule_inputs() | {"initial_state": random(5, 2, 2, 8, 12)}
     if not gated:
         tensors["g"] = None
@@ -95,8 +95,8 @@ def test_outputs_and_gradients_match_the_chunkwise_reference(gated):
     check(found, evaluate_truth(gated_delta_rule, tensors, *arriving), {"": 1e-11}, "")
 
 
-def test_gradients_of_the_raw_projections_match_differences():
-    """gradcheck perturbs every input: normalisation, sigmoid and softplus included."""
+def test_gradients_of_the_raw_projections_match_finite_differences():
+    """gradcheck perturbs every input, so normalisation, sigmoid and softplus are included."""
     B, T, H, K = 1, 3, 1, 3
     tensors = [random(i, B, T, H, K) for i in range(3)] + [random(3, B, T, H), random(4, B, T, H)]
     tensors += [random(5, H), random(6, H), random(7, B, H, K, K)]
@@ -109,7 +109,7 @@ def test_gradients_of_the_raw_projections_match_differences():
 
 
 def test_normalised_keys_reflect_exactly():
-    """Whatever the length of the key: with beta = 2 and no gate, two steps give back the state."""
+    """With beta = 2 and no gate, two steps restore the state for any length of the key."""
     k = (3 * random(0, 1, 1, 1, 8)).bfloat16().expand(1, 6, 1, 8)
     start = random(1, 1, 1, 8, 5)
     zero, two = torch.zeros(1, 6, 1, 5), torch.full((1, 6, 1), 2.0)
@@ -117,7 +117,7 @@ def test_normalised_keys_reflect_exactly():
     assert relative_error(final, start) < 1e-14
 
 
-def test_the_comparison_fails_on_what_is_wrong():
+def test_the_comparison_fails_on_wrong_results():
     truth = {"o": torch.ones(4), "dq": torch.zeros(4)}
     check({"o": truth["o"] + 1e-4, "dq": torch.zeros(4)}, truth, {"": 1e-3}, "")
     for wrong in ({"o": truth["o"] + 1e-2}, {"o": truth["o"] * float("nan")}, {"dq": torch.full((4,), 1e-6)}):
