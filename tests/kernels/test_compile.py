@@ -6,8 +6,8 @@ other test on a CPU notices. The PTX is searched for registers that are used whi
 which no other test on a CPU notices either. Triton before 3.8 does that in some loops in which later versions do not.
 So compile a changed kernel under each version (PYTHONPATH=/folder/of/that/triton).
 
-The limits are the results of each Triton with the ptxas that it ships for sm_90a: 3.6.0 and 3.7.1 with 12.8.93, 3.8.0 with
-12.9.86, 3.9.0 with 13.4.59. Another ptxas spills differently, so these tests ignore TRITON_PTXAS_PATH.
+The limits are the results of each Triton with the ptxas that it ships for sm_90a: 3.6.0 and 3.7.1 with 12.8.93, 3.8.0
+with 12.9.86, 3.9.0 with 13.4.59. Another ptxas spills differently, so these tests ignore TRITON_PTXAS_PATH.
 
     pytest tests/kernels/test_compile.py -s                               print registers, spills and shared memory
     RECORD_COMPILE_LIMITS=1 pytest tests/kernels/test_compile.py          record this Triton's limits; read the diff
