@@ -52,7 +52,7 @@ def install() -> None:
 
 
 def _register() -> None:
-    """Register each pair of which transformers' module is complete and lrnn's is not just being imported."""
+    """Register each pair whose transformers module is complete, unless lrnn's is being imported at the moment."""
     for auto, ours in PAIRS:
         if auto not in _executed or (ours in sys.modules and ours not in _executed):
             continue  # not needed yet; or it is being imported, and comes back here when it is done

@@ -53,7 +53,7 @@ class StreamSource(Section):
 
 
 class DataConfig(Section):
-    """What the run trains on: either `corpora` or `stream`."""
+    """The data that the run trains on: either `corpora` or `stream`."""
 
     seq_len: Annotated[int, Unit("tokens")] = Field(gt=0)
     """Length of a sample. It is also the `max_position_embeddings` of the model, its export and its evaluation."""
@@ -129,7 +129,7 @@ class SpikeConfig(Section):
 
 
 class LogConfig(Section):
-    """What is recorded, and where."""
+    """Records of the run, and where they go."""
 
     every: Steps = Field(10, gt=0)
     """Interval between records in `metrics.jsonl`."""
@@ -167,7 +167,7 @@ class Config(Section):
     """ZeRO stage of DeepSpeed: 1 shards the optimizer's state over the processes, 2 the gradients too, 3 the parameters
     too. 2 unless `deepspeed` is given."""
     precision: Literal["bfloat16", "float32"] | None = None
-    """What modules compute in; parameters, gradients and their reduction are float32 with either. `bfloat16` unless
+    """Precision of the modules; parameters, gradients and their reduction are float32 with either. `bfloat16` unless
     `deepspeed` is given. On CPUs without AVX-512, `float32` is several times as fast."""
     deepspeed: str | None = None
     """DeepSpeed JSON, for settings that `zero` and `precision` do not cover. Batch sizes and clipping are filled in."""
@@ -178,7 +178,7 @@ class Config(Section):
     micro_batch_size: Samples = Field(gt=0)
     """Samples per forward pass of one process."""
     data: DataConfig
-    """What the run trains on."""
+    """Data that the run trains on."""
     optim: OptimConfig
     """The optimizer."""
     schedule: ScheduleConfig = ScheduleConfig()
@@ -188,7 +188,7 @@ class Config(Section):
     spikes: SpikeConfig = SpikeConfig()
     """What happens when the loss jumps."""
     log: LogConfig = LogConfig()
-    """What is recorded."""
+    """Records of the run."""
     watchdog: WatchdogConfig = WatchdogConfig()
     """When a run counts as hung."""
     seed: int = Field(0, ge=0)

@@ -23,7 +23,7 @@ WORST = 4  # micro-batches with the largest losses, which a record lists
 
 
 class Verdict(Enum):
-    """What becomes of a step."""
+    """The verdict on a step."""
 
     GOOD = "good"
     SKIPPED = "skipped"

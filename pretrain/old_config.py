@@ -25,7 +25,7 @@ SHIPPED_CLIP = 1.0  # of all three files
 
 
 def convert(raw: dict[str, Any], origin: str) -> dict[str, Any]:
-    """Return the parsed YAML of a run in its present form. What does not fit the schema is left for it to refuse."""
+    """Return the parsed YAML of a run in its present form. The schema later refuses values that do not fit it."""
     path, optim = raw.get("deepspeed"), raw.get("optim")
     if not isinstance(path, str) or not isinstance(optim, dict):
         return raw

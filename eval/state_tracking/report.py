@@ -23,7 +23,7 @@ def is_by_length(metric: str) -> bool:
 
 
 def score_rows(rows: list[Raw]) -> list[Raw]:
-    """Return a row with the mean over tasks of the scaled accuracy for each kind of which every task was run.
+    """Return a row per kind with the mean scaled accuracy over its tasks, if every task of the kind was run.
 
     Rows have the form of `rows`, those of `suites.report.metric_rows`, and in addition `tasks`: the tasks averaged,
     which all have the same number of documents.

@@ -1,4 +1,4 @@
-"""The other implementations that lrnn is measured beside: flash-linear-attention (fla) and FlashQLA."""
+"""The other implementations that lrnn is compared with: flash-linear-attention (fla) and FlashQLA."""
 
 import contextlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""Scaled accuracies reported by the papers, best of 3 seeds [median if given], to be shown beside measured ones.
+"""Scaled accuracies reported by the papers, best of 3 seeds [median if given], shown beside measured ones.
 
 Formal languages are from arXiv 2411.12537v5, section 5.1 (trained on sizes 3 to 40, tested on 40 to 256). Brackets with
 products are those of its Table 3; brackets without products are those of its released generator. The figures of gated

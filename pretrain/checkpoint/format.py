@@ -35,7 +35,7 @@ def write_manifest(folder: Path, step: int, files: dict[str, dict[str, Any]]) ->
     """Write the manifest of a checkpoint.
 
     Args:
-        folder: the checkpoint, all other files of which are sealed.
+        folder: the checkpoint, whose other files are all sealed.
         step: step of the checkpoint.
         files: maps the names of these files to what `seal` returned for them.
     """

@@ -56,7 +56,7 @@ class SavedState:
         return out
 
     def parameters(self) -> set[str]:
-        """Return the names of the parameters of which the checkpoint holds any element."""
+        """Return the names of the parameters that the checkpoint holds any element of."""
         return {name for kind, name in self._index if kind == "param"}
 
     def load_into(self, model: torch.nn.Module) -> None:

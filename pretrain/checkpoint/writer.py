@@ -40,7 +40,7 @@ STORAGE_ERRORS = (OSError, safetensors.SafetensorError)
 
 @dataclass
 class Outcome:
-    """What became of one checkpoint.
+    """The outcome of one checkpoint.
 
     Attributes:
         step: step of the checkpoint.

@@ -24,7 +24,7 @@ from lrnn.tokenizer import load_tokenizer
 
 @dataclass
 class TrainingData:
-    """What a run trains on.
+    """The data that a run trains on.
 
     Attributes:
         source: the samples.

@@ -26,7 +26,7 @@ class Place(NamedTuple):
 
 @dataclass
 class Seen:
-    """What the watching rank knows about a rank. Times are seconds on the watching rank's clock."""
+    """The facts that the watching rank knows about a rank. Times are seconds on the watching rank's clock."""
 
     rank: int
     host: str

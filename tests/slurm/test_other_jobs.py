@@ -56,7 +56,7 @@ def test_corpus_job_resumes_after_its_time_limit(slurm, sbatch, tmp_path):
 
 LRNN = """\
 #!/usr/bin/env bash
-# Stands for an lrnn that takes minutes: exports a file, and says what it was asked to evaluate.
+# Replaces lrnn, which takes minutes: exports a file, and says what it was asked to evaluate.
 echo "$*" >> calls
 case $1 in
     export) mkdir -p "$3" && cp "$2/weights" "$3" ;;

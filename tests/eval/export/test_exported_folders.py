@@ -58,7 +58,7 @@ def exported(tmp_path_factory, sentencepiece_model):
     return root
 
 
-# What a user does with a folder, in float32 arithmetic. Prints one JSON object per folder.
+# Uses folders as a user does, in float32 arithmetic. Prints one JSON object per folder.
 USE = """
 import json, sys
 if sys.argv[1] == "blocked":

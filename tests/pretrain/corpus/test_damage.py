@@ -228,7 +228,7 @@ def test_vanished_after_opening(path):
     held = TokenCorpus(write_corpus(path.with_name("held")))
     held.tokens(first, first + 1)
     (path.with_name("held") / SHARD).unlink()
-    read_all(held)  # What is open stays readable.
+    read_all(held)  # Open files stay readable.
 
 
 @pytest.mark.parametrize(
