@@ -20,7 +20,7 @@ from torch import Tensor
 from lrnn.kernels.reference.diagonal import check
 from lrnn.kernels.reference.documents import document_starts
 
-FORGET = -100.0  # a log-decay that nothing outlasts: e^-100 is below float32
+FORGET = -100.0  # a log-decay that leaves nothing: e^-100 is below float32
 COLUMNS = 16  # head sizes are padded to its multiples, since fla refuses odd ones, such as the V + 1 of the mLSTM
 TF32 = 2.0**-10  # relative error of a product of float32 operands on the tensor cores
 # For one decay per head, fla has separate kernels. It refuses their backward pass where Triton miscompiles it: on
@@ -106,7 +106,7 @@ def _padded(x: Tensor) -> Tensor:
 
 
 class _DampedGradient(torch.autograd.Function):
-    """The identity, with a gradient that is multiplied by e^2g / (e^2g + TF32^2)."""
+    """Return the input, with a gradient multiplied by e^2g / (e^2g + TF32^2)."""
 
     @staticmethod
     def forward(ctx: Any, g):

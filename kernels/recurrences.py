@@ -1,4 +1,4 @@
-"""The table of where the recurrence of a token mixer runs. Mixers call these functions wherever lrnn is installed.
+"""Dispatch the recurrence of a token mixer by this table. Mixers call these functions wherever lrnn is installed.
 
 | | float32 on CUDA | 16 bits on CUDA | CPU or float64 |
 |---|---|---|---|

@@ -46,7 +46,7 @@ def launch(kernel: Any, grid: tuple[int, int, int], *args: Any, **constants: Any
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Return the number of a GPU's multiprocessors; an H100's for the CPU, as in tests of what is launched."""
+    """Return the number of a GPU's multiprocessors, or an H100's for the CPU, as tests of launches need."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 

@@ -7,9 +7,9 @@ This is gated DeltaNet (arXiv 2412.06464, equation 10) or, without a gate, Delta
 factor has the eigenvalue 1 - beta along k. With beta in (0, 2) it reaches [-1, 1], which state tracking needs (arXiv
 2411.12537).
 
-On CUDA there is no other path: what the kernels do not support is an error. They are written for heads of 64, 128 and
-256. Heads of another size are padded with zeros to the next of these, which changes no result. With TRITON_INTERPRET=1
-the kernels run on the CPU, for tests.
+On CUDA there is no other path: inputs that the kernels do not support raise an error. The kernels are written for heads
+of 64, 128 and 256. Heads of another size are padded with zeros to the next of these, which changes no result. With
+TRITON_INTERPRET=1 the kernels run on the CPU, for tests.
 """
 
 from collections.abc import Iterator
@@ -33,9 +33,9 @@ _saving = False  # the default of `save_states`
 def saving_states() -> Iterator[None]:
     """Make `save_states` True by default inside this context, for layers that are recomputed.
 
-    Their backward pass follows at once, so what is saved takes no memory that the pass would not take itself, and one
-    scan is avoided. Enter it in the second context that `context_fn` of `torch.utils.checkpoint.checkpoint` returns.
-    What is saved then differs in size from the first time, so `determinism_check` must be "none".
+    Their backward pass follows at once, so the saved tensors take no memory that the pass would not take itself, and
+    one scan is avoided. Use this as the second context that `context_fn` of `torch.utils.checkpoint.checkpoint`
+    returns. The saved tensors then differ in size from the first time, so `determinism_check` must be "none".
     """
     global _saving
     before, _saving = _saving, True
@@ -78,13 +78,13 @@ def gated_delta_rule(
             them, from 0 to B * T, and do not fall. On CUDA this is not checked, because that would wait for the GPU.
             Each document starts from its initial state, and may be empty. All tokens must be finite: a NaN can reach
             the document before its own.
-        precision: "standard" or "split". With "split", what enters the states, and their gradients, is a sum of two
-            numbers of 16 bits, for one product more in each scan. A state that is carried by reflections along several
-            keys is then about 3 times as exact in bfloat16, and little more exact in float16. It changes nothing in
-            float32, whose products are split either way, nor for up to 16 tokens without gradients, where no state is
-            rounded.
-        save_states: keep until the backward pass what it would otherwise recompute by a second scan: the states ahead
-            of chunks of 64 tokens, and an error for each value. That takes V (2 + K / 32) bytes per token and value
+        precision: "standard" or "split". With "split", each value that enters the states, or their gradients, is a sum
+            of two numbers of 16 bits, at the cost of one more product in each scan. A state that is carried by
+            reflections along several keys is then about 3 times as exact in bfloat16, and little more exact in float16.
+            It changes nothing in float32, whose products are split either way, nor for up to 16 tokens without
+            gradients, where no state is rounded.
+        save_states: keep tensors until the backward pass that it would otherwise recompute by a second scan: the states
+            before chunks of 64 tokens, and an error for each value. That takes V (2 + K / 32) bytes per token and value
             head in 16 bits (768 with K = V = 128), twice as many in float32; K and V are the sizes of the kernels, as
             above. It changes no result. Nothing is kept if no gradient is needed, nor with K above 128 (in float32
             above 64), where the scan that saves would exceed the shared memory. Default: only inside `saving_states`.
@@ -93,9 +93,9 @@ def gated_delta_rule(
         o [B, T, HV, V] in the dtype of v, and the final state [N, HV, K, V] in float32, or None.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, there are no tokens, the scale is not positive, `cu_seqlens`
-            on the CPU does not cover the tokens in order, or the precision is unknown; on CUDA, a head size or dtype
-            is not supported.
+        ValueError: If shapes, dtypes or devices do not fit, there are no tokens, the scale is not positive,
+            `cu_seqlens` on the CPU does not cover the tokens in order, or the precision is unknown. On CUDA, also if a
+            head size or dtype is not supported.
     """
     reference.check_shapes(q, k, v, g, beta, initial_state, cu_seqlens, scale)
     reference.check_precision(precision)

@@ -1,7 +1,7 @@
-"""Which kernels a call runs on: a backend for each family of GPUs, and the choice between them.
+"""Choose the kernels that a call runs on: one backend per family of GPUs.
 
-To add a family, write a folder beside `hopper/` with a class that has the members of `Backend`, and put it ahead of
-`Portable` in BACKENDS. What it has no kernel for, it takes from `Portable`.
+To add a family, add a folder beside `hopper/` with a class that has the members of `Backend`, and put it before
+`Portable` in BACKENDS. It can use the launchers of `Portable` in place of kernels that it does not have.
 """
 
 from typing import Protocol
@@ -14,7 +14,7 @@ from lrnn.kernels.delta_rule.portable.backend import Portable
 
 
 class Backend(Protocol):
-    """Launchers of the four kernels that a family of GPUs may have its own form of. A class with static methods is one.
+    """Launchers of the four kernels that each family of GPUs may implement. A class with static methods is a backend.
 
     Below, N is the number of sequences that are scanned: `Call.chunks.sequences`.
     """
@@ -51,9 +51,9 @@ class Backend(Protocol):
             final: their last states [N, HV, K, V] float32; with `reach` [N, HV, K, V + K].
             o: the output [B, T, HV, V] in the dtype of v. With it, the norms of queries are filled too.
             y: what each token found missing, [B * T, HV * V] in the dtype of v.
-            states: the transposed states ahead of the chunks, [chunks * HV * V, K] in the dtype of v.
-            reach: scan the identity [K, K] beside the values, for the transition of each sequence, and only what
-                `find_reach` found to matter.
+            states: the transposed states before the chunks, [chunks * HV * V, K] in the dtype of v.
+            reach: scan the identity [K, K] beside the values, for the transition of each sequence, and only the chunks
+                that `find_reach` found to matter.
         """
 
     def backward_scan(
@@ -75,8 +75,8 @@ class Backend(Protocol):
             dinitial: those of the first states [N, HV, K, V] float32.
             dv: the gradient of v [B, T, HV, V] in the dtype of v, except for tokens with small step sizes
                 (`is_kept_small`), which `chunk_backward` finishes.
-            dstates: transposed gradients of the states behind the chunks, [chunks * HV * V, K] in the dtype of v.
-            reach: scan only what `find_reach` found to matter to `dinitial`.
+            dstates: transposed gradients of the states after the chunks, [chunks * HV * V, K] in the dtype of v.
+            reach: scan only the chunks that `find_reach` found to matter to `dinitial`.
         """
 
     def chunk_backward(

@@ -1,4 +1,4 @@
-"""One call of the gated delta rule: what it asks for, and its tensors as kernels read them."""
+"""One call of the gated delta rule: its description, and its tensors as kernels read them."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +14,7 @@ from lrnn.kernels.delta_rule.cut import Chunks, count_chunks, count_segments, sc
 
 @dataclass(kw_only=True)
 class Call:
-    """What one call asks for. Backends are chosen by it, and launchers take their settings from it.
+    """The description of a call. It determines the backend and the settings of launches.
 
     Attributes:
         B, T, H, HV, K, V: sizes; q and k are [B, T, H, K], v is [B, T, HV, V].
@@ -24,7 +24,7 @@ class Call:
         scale: factor on the output.
         normalize_qk: whether q and k are divided by their norms.
         cu_seqlens: boundaries of documents [N + 1], or None.
-        split: whether what enters the states is a sum of two numbers of 16 bits.
+        split: whether each value that enters the states is a sum of two numbers of 16 bits.
     """
 
     B: int
@@ -156,6 +156,8 @@ class Operands:
 
 
 def can_save_states(K: int, dtype: torch.dtype) -> bool:
-    """Return whether the forward scan may save the states beside the output: with longer keys than these both would
-    exceed the shared memory, in one or another version of Triton."""
+    """Return whether the forward scan may save the states and write the output in one pass.
+
+    With longer keys, both would exceed the shared memory in some versions of Triton.
+    """
     return K * dtype.itemsize <= 256

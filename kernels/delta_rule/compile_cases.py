@@ -78,7 +78,7 @@ class Variant:
         warps: int,
         stages: int = 3,
     ) -> Case:
-        """Return a case of a kernel; what it has no argument for is left out, and what has no type is a `*fp32`."""
+        """Return a case of a kernel. Entries for unknown arguments are ignored, and the default type is `*fp32`."""
         scalars = dict.fromkeys(("T", "R", "stride_k", "segments", "chunks"), "i32")
         scalars |= dict.fromkeys(("scale", "beta_range", "least"), "fp32")
         scalars |= dict.fromkeys(("cu_seqlens", "chunk_table", "chunk_starts", "reach"), "*i32")
@@ -88,9 +88,9 @@ class Variant:
         return name + self.suffix, kernel, types, known, warps, stages
 
 
-# Gated training in bf16 with raw gates and normalised keys; the same on packed documents; and what differs most from
-# it, which is no gate, step sizes and keys as given. Then the scans that split what enters their state, and the scans
-# and the backward pass inside chunks in float32, at the smallest heads.
+# Gated training in bf16 with raw gates and normalised keys, the same on packed documents, and the variant that differs
+# most from it: no gate, and step sizes and keys as given. Then the scans that split the values that enter their state,
+# and, in float32 at the smallest heads, the scans and the backward pass inside chunks.
 VARIANTS = (
     Variant(""),
     Variant("_packed", packed=True),

@@ -1,4 +1,4 @@
-"""How the tokens of a call are cut: sequences into chunks, and few long sequences into segments of whole chunks."""
+"""Cut the tokens of a call: sequences into chunks, and few long sequences into segments of whole chunks."""
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def count_segments(batch_size: int, seq_len: int, num_heads: int, K: int, V: int
 
 
 def count_chunks(batch_size: int, seq_len: int, cu_seqlens: Tensor | None) -> int:
-    """Return the number of chunks of a batch. With documents it is an upper bound, which needs no look at the GPU."""
+    """Return the number of chunks of a batch. With documents it is an upper bound, which needs no data from the GPU."""
     if cu_seqlens is None:
         return batch_size * -(-seq_len // CHUNK)
     return -(-batch_size * seq_len // CHUNK) + cu_seqlens.shape[0] - 1

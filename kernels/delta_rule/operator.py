@@ -1,8 +1,8 @@
 """The gated delta rule as `torch.library` operators: allocation and launches, forward and backward.
 
-For the backward pass the inputs, the matrix C of each chunk (`chunk_inverse`) and four numbers per token and head are
-kept. The states of the chunks and the errors Y are recomputed, unless they are asked for: they would be two thirds of
-what a layer keeps.
+The inputs, the matrix C of each chunk (`chunk_inverse`) and four numbers per token and head are kept for the backward
+pass. The states of the chunks and the errors Y are recomputed unless `save_states` is set. They would be two thirds of
+the memory that a layer keeps.
 
 Operators take their arguments by position, in the order of `lrnn.kernels.delta_rule.api`, which checks them.
 """
@@ -49,7 +49,7 @@ def _operator(function: Callable) -> torch._ops.OpOverload:
 def _forward_results(
     call: Call, output_final_state: bool, save_states: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return new tensors for what the forward operator returns; empty ones for what is not asked for."""
+    """Return new tensors for the results of the forward operator; empty ones for results that are not requested."""
     segments, cut = call.B * call.segments, call.segments > 1
     saved = save_states and can_save_states(call.K, call.dtype)
 
@@ -86,20 +86,20 @@ def gated_delta_rule_forward(
     precision: str,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute o, the final state, and what the backward pass needs.
+    """Compute o, the final state, and the tensors that the backward pass needs.
 
     Args:
         gate: log-gates, or raw gates if `A_log` and `dt_bias` are given.
         beta: step sizes, or their logits unless `beta_range` is None.
-        precision: with "split", what enters the states, and in the backward pass their gradients, is a sum of two
-            numbers of 16 bits.
+        precision: with "split", each value that enters the states, or their gradients in the backward pass, is a sum of
+            two numbers of 16 bits.
 
     The other arguments are those of `fused_gated_delta_rule`.
 
     Returns:
         o and the final state; C and the vectors (`Operands`); states in which segments start, and their ends with
         transitions (`find_starts`); with `save_states` (where `can_save_states`) Y and the states of the chunks, as
-        `Backend.forward_scan` fills them. What is not asked for is empty.
+        `Backend.forward_scan` fills them. Results that are not requested are empty.
     """
     call = Call.of(k, v, gate, A_log, beta_range, scale, normalize_qk, cu_seqlens, precision)
     results = _forward_results(call, output_final_state, save_states)
@@ -247,8 +247,8 @@ def _no_second_derivatives(ctx, *grads):
     raise NotImplementedError("the gradients of the gated delta rule have no gradients of their own")
 
 
-# `register_autograd` would do for the forward operator too, but fills in arguments by the schema at every call: 40 us
-# where the operator takes 60.
+# `register_autograd` would also work for the forward operator, but it fills in arguments by the schema at every call.
+# This takes 40 us, where the operator takes 60.
 _library.impl("gated_delta_rule_forward", _forward_with_gradients, "Autograd")
 torch.library.register_autograd("lrnn::gated_delta_rule_backward", _no_second_derivatives, lib=_library)
 

@@ -1,9 +1,9 @@
 """Scan few long sequences in segments side by side, and join the segments.
 
-Few long sequences do not fill the GPU with one scan each. They are cut into segments, whose transitions (a matrix
-[K, K]) and end states from nothing are computed side by side. Then these are joined, which gives the states in which
-the segments start, and the scans start from there. The backward pass does the same with gradients, from the ends.
-This is exact: only what float32 could not hold is left out (`find_reach`).
+Few long sequences do not fill the GPU with one scan each, so they are cut into segments. The transition (a matrix
+[K, K]) of each segment, and its end state from a zero state, are computed side by side. Joining these gives the states
+in which the segments start, and the scans start from there. The backward pass does the same with gradients, from the
+ends. This is exact: it omits only numbers that float32 could not represent (`find_reach`).
 """
 
 from torch import Tensor
@@ -28,8 +28,8 @@ def find_starts(
     Args:
         initial: initial states of the sequences [B, HV, K, V] float32, or None for zeros.
         starts: to be filled, states [B * segments, HV, K, V] float32.
-        segment_ends: to be filled, end states from nothing and transitions [B * segments, HV, K, V + K] float32.
-        save_last: whether the final state is wanted, or nothing that lies behind the last segment.
+        segment_ends: to be filled, end states from zero and transitions [B * segments, HV, K, V + K] float32.
+        save_last: whether the final state after the last segment is wanted.
     """
     reach = find_reach(call, operands, has_start=initial is not None, save_last=save_last)
     backend.forward_scan(call, operands, None, segment_ends, reach=reach)

@@ -7,7 +7,7 @@
 the eigenvalue 1 - beta along k: beta in (0, 1) keeps it in [0, 1], beta in (0, 2) in [-1, 1] (arXiv 2411.12537).
 
 Everything is computed in float32, or in float64 for float64 inputs, whatever autocast says. The file depends on torch
-alone: it is copied as it is into exported model folders.
+alone: it is copied unchanged into exported model folders.
 """
 
 from itertools import pairwise
@@ -36,7 +36,7 @@ def gated_delta_rule(
     precision: str = "standard",
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor | None]:
-    """Apply the gated delta rule to whole sequences, by chunks; to one token at a time if T is 1.
+    """Apply the gated delta rule to whole sequences by chunks, or by the recurrence if T is 1.
 
     Args:
         q, k: queries and keys [B, T, H, K], any float dtype.
@@ -50,8 +50,8 @@ def gated_delta_rule(
         output_final_state: whether the final state is returned.
         cu_seqlens: int32 or int64 [N + 1], boundaries of documents in the flattened B * T tokens, all of them covered.
             Each document starts from its initial state. Documents may be empty.
-        precision: "standard" or "split", as the kernels take it. Nothing is rounded to 16 bits here, so it changes
-            nothing; models may ask for either.
+        precision: "standard" or "split", as for the kernels, so that models may use either. It has no effect here,
+            because nothing is rounded to 16 bits.
         chunk_size: tokens per chunk.
 
     Returns:
@@ -59,8 +59,8 @@ def gated_delta_rule(
         None.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, no tokens, a scale that is not positive, `cu_seqlens` on
-            the CPU that does not cover the tokens in order, an unknown precision.
+        ValueError: If shapes, dtypes or devices do not fit, there are no tokens, the scale is not positive,
+            `cu_seqlens` on the CPU does not cover the tokens in order, or the precision is unknown.
     """
     check_shapes(q, k, v, g, beta, initial_state, cu_seqlens, scale)
     check_precision(precision)
@@ -149,7 +149,7 @@ def gated_delta_product(
     cu_seqlens: Tensor | None = None,
     precision: str = "standard",
 ) -> tuple[Tensor, Tensor | None]:
-    """Apply gated DeltaProduct (arXiv 2502.10297, equation 5) by the rule above; arguments as in `factors_as_steps`."""
+    """Apply gated DeltaProduct (arXiv 2502.10297, equation 5) by the rule above. See `factors_as_steps`."""
     *steps, bounds = factors_as_steps(q, k, v, g, beta, cu_seqlens)
     n_h = k.shape[2]
     o, state = gated_delta_rule(
@@ -165,13 +165,22 @@ def gated_delta_product(
 
 
 def factors_as_steps(q, k, v, g, beta, cu_seqlens):
-    """n_h factors a token as n_h steps of the rule: the gate on the first, the query on the last.
+    """Turn n_h factors per token into n_h steps of the rule, with the gate on the first and the query on the last.
 
-    q [B, T, H, K], k [B, T, n_h, H, K], v [B, T, n_h, HV, V], g [B, T, HV] or None, beta [B, T, n_h, HV]; `cu_seqlens`
-    counts tokens. Returns them in the same order for T n_h steps; token t has its output from step t n_h + n_h - 1.
+    Args:
+        q: [B, T, H, K].
+        k: [B, T, n_h, H, K].
+        v: [B, T, n_h, HV, V].
+        g: [B, T, HV] or None.
+        beta: [B, T, n_h, HV].
+        cu_seqlens: boundaries of documents, in tokens.
 
-    Raises ValueError where their shapes do not fit, or `cu_seqlens` not the tokens: later it would be the steps' that
-    are named, which the caller never passed.
+    Returns:
+        The arguments in the same order for T n_h steps. The output of token t is that of step t n_h + n_h - 1.
+
+    Raises:
+        ValueError: If the shapes do not fit, or `cu_seqlens` does not fit the tokens. It is raised here because later
+            checks would name the shapes of steps, which the caller never passed.
     """
     fits = q.ndim == 4 and k.ndim == v.ndim == 5 and k.shape[:3] == v.shape[:3] and k.shape[:2] == q.shape[:2]
     if not fits or k.shape[3:] != q.shape[2:] or k.shape[2] == 0:
@@ -195,13 +204,13 @@ def factors_as_steps(q, k, v, g, beta, cu_seqlens):
 
 
 def check_precision(precision: str):
-    """Raise ValueError where `precision` is not one that the kernels know."""
+    """Raise ValueError if `precision` is unknown to the kernels."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}; got {precision!r}")
 
 
 def check_shapes(q, k, v, g, beta, initial_state, cu_seqlens, scale, names=("g", "beta")):
-    """Raise ValueError where the arguments of `gated_delta_rule` do not fit each other; g and beta go by `names`."""
+    """Raise ValueError if the arguments of `gated_delta_rule` do not fit each other; g and beta go by `names`."""
     fits = q.ndim == v.ndim == 4 and q.shape == k.shape and v.shape[:2] == q.shape[:2]
     if not fits or v.shape[2] % q.shape[2]:
         raise ValueError(
@@ -228,11 +237,11 @@ def check_shapes(q, k, v, g, beta, initial_state, cu_seqlens, scale, names=("g",
 
 
 def check_gate(a, A_log, dt_bias, v):
-    """Raise ValueError where the arguments of a raw gate are not all there, or do not fit v [B, T, HV, V]."""
+    """Raise ValueError if some arguments of a raw gate are missing, or do not fit v [B, T, HV, V]."""
     if (a is None) != (A_log is None) or (a is None) != (dt_bias is None):
         raise ValueError("a, A_log and dt_bias go together: all three for a gate, or none")
     for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
-        # The kernels read them as HV numbers in a row, wherever they end.
+        # The kernels read HV contiguous numbers, whatever the length of the tensor.
         if x is not None and (list(x.shape) != [v.shape[2]] or not x.is_contiguous()):
             raise ValueError(
                 f"{name} must be [HV] = [{v.shape[2]}] and contiguous; got {list(x.shape)}, strides {list(x.stride())}"
@@ -241,15 +250,15 @@ def check_gate(a, A_log, dt_bias, v):
 
 
 def check_beta_range(beta_range):
-    """Raise ValueError unless the range is None or in (0, 2]: with larger step sizes a transition could grow."""
+    """Raise ValueError unless the range is None or in (0, 2]. With larger step sizes, a transition could grow."""
     if beta_range is not None and not 0 < beta_range <= 2:
         raise ValueError(f"beta_range must be in (0, 2], or None for step sizes as they are; got {beta_range}")
 
 
 def check_documents(cu_seqlens, device, tokens):
-    """Raise ValueError where `cu_seqlens` does not bound documents that cover that many tokens.
+    """Raise ValueError if `cu_seqlens` does not bound documents that cover that many tokens.
 
-    The values are looked at on the CPU alone: on a GPU that would wait for it at every call.
+    Values are checked only on the CPU. On a GPU, every call would have to wait for it.
     """
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
@@ -257,7 +266,7 @@ def check_documents(cu_seqlens, device, tokens):
         )
     if cu_seqlens.device != device:
         raise ValueError(f"cu_seqlens must be on {device}; it is on {cu_seqlens.device}")
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():  # values have no place in a graph
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():  # a graph cannot depend on values
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds):
@@ -275,7 +284,7 @@ def _check_numbers(named, device):
 
 
 def _document_by_document(q, k, v, beta, g, state, scale, cu_seqlens, chunk_size):
-    """Every document as a batch of its own: for initial and final states, which the masks of one pass do not give."""
+    """Process each document as a separate batch, for initial and final states, which masks in one pass do not give."""
     shape = v.shape
     q, k, v, beta, g = (None if x is None else x.flatten(0, 1)[None] for x in (q, k, v, beta, g))
     outputs, states = [], []
@@ -293,7 +302,7 @@ def _document_by_document(q, k, v, beta, g, state, scale, cu_seqlens, chunk_size
 
 
 def _recurrent(q, k, v, beta, g, state, scale):
-    """The recurrence as it is written above, token by token."""
+    """Compute the recurrence as written above, token by token."""
     B, T, H, K = q.shape
     S = q.new_zeros(B, H, K, v.shape[-1]) if state is None else state
     out = []
@@ -307,13 +316,13 @@ def _recurrent(q, k, v, beta, g, state, scale):
 
 
 def _chunkwise(q, k, v, beta, g, state, scale, document, chunk_size):
-    """The same by chunks of C tokens: the WY form of arXiv 2406.06484 (section 3), gated as in 2412.06464, section 3.3.
+    """Compute it by chunks of C tokens: the WY form of arXiv 2406.06484, section 3, gated as 2412.06464, section 3.3.
 
     Inside a chunk, with gamma_i the gate accumulated up to token i, G_ij = gamma_i / gamma_j and S the incoming state:
         L = tril(diag(beta) (G . K K^T), -1)      [U | W] = (I + L)^-1 diag(beta) [V | gamma K]
         N = U - W S                               O = scale (gamma Q S + tril(G . Q K^T) N)
         S' = gamma_C S + (gamma_C / gamma . K)^T N
-    A document that starts inside the chunk cuts every product that would reach behind its start.
+    A document that starts inside the chunk cuts every product that would reach back past its start.
     """
     B, T, H, K = q.shape
     V = v.shape[-1]

@@ -7,7 +7,7 @@ arXiv 2405.04517). In these papers it is positive. Negative values through 2a - 
 Mamba, and their chunkwise form are new here: the sign of the product of a between tokens j and t is s_t s_j, where s_t
 is the running product of all signs. Folded into q and k, it leaves a recurrence with decays |a|, computed in log space.
 
-Kernels are tested against this file, and it is what runs in float32 on CUDA (`recurrences.py` decides what runs
+Kernels are tested against this file. It also runs in float32 on CUDA (`recurrences.py` decides what runs
 where). Everything is computed in float32, or in float64 for float64 inputs, whatever autocast says. The file
 depends on torch alone: it is copied into exported model folders.
 """
@@ -20,8 +20,8 @@ from torch import Tensor
 def signed_decay(log_a: Tensor) -> tuple[Tensor, Tensor]:
     """Return 2a - 1 for a = exp(log_a) in [0, 1] as (log|2a - 1|, sign), both of the shape and dtype of log_a.
 
-    Where |2a - 1| is below the dtype's resolution (1e-8 for float64) its logarithm is that of the resolution; the
-    gradient is computed as if it were not.
+    If |2a - 1| is below the resolution of the dtype (1e-8 for float64), the logarithm is that of the resolution. The
+    gradient is computed as if it were not clamped.
     """
     near_one = -torch.expm1(log_a)  # 1 - a
     a = log_a.exp()
@@ -45,7 +45,7 @@ def diagonal_recurrence(
     document: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the recurrence over whole sequences, in chunks; token by token if T is 1.
+    """Compute the recurrence over whole sequences in chunks, or token by token if T is 1.
 
     Args:
         q, k: [B, T, H, K], any float dtype.
@@ -64,7 +64,7 @@ def diagonal_recurrence(
         o [B, T, H, V] and the final state [B, H, K, V], in float32 (float64 for float64 v); or None for the state.
 
     Raises:
-        ValueError: shapes that do not fit; documents together with states.
+        ValueError: If shapes do not fit, or documents and states are both given.
     """
     check(q, k, v, g, sign, initial_state, output_final_state, document)
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
@@ -86,7 +86,7 @@ def diagonal_recurrence(
 
 
 def recurrent(q: Tensor, k: Tensor, v: Tensor, a: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Compute the recurrence as it is written above, token by token: the truth for the chunkwise form.
+    """Compute the recurrence as written above, token by token. The chunkwise form is tested against it.
 
     a [B, T, H, K] or [B, T, H, 1], of either sign; the other arguments and the results as above, with a scale of 1.
     """

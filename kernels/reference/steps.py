@@ -28,7 +28,7 @@ def selective_scan(
     initial_state: Tensor | None = None,
     document: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mamba's scan, for channel d and state n; a = exp(dt A), or 2 exp(dt A) - 1 for eigenvalues in [-1, 1]
+    """Compute Mamba's scan for channel d and state n, with a = exp(dt A), or 2 exp(dt A) - 1 for eigenvalues in [-1, 1]
     (arXiv 2411.12537):
 
         h_t[d, n] = a_t[d, n] h_{t-1}[d, n] + dt_t[d] B_t[n] x_t[d]        y_t[d] = sum_n C_t[n] h_t[d, n]
@@ -71,7 +71,7 @@ def rwkv7_recurrence(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """RWKV-7's generalised delta rule (arXiv 2503.14456), with the state transposed to [K, V]:
+    """Compute RWKV-7's generalised delta rule (arXiv 2503.14456), with the state transposed to [K, V]:
 
         S_t = (diag(w_t) - (a_t . kappa_t) kappa_t^T) S_{t-1} + k_t v_t^T        o_t = S_t^T r_t
 
