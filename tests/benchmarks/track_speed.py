@@ -50,7 +50,7 @@ def profile(training, stream, steps: int = 10) -> None:
     rows = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
     total = sum(e.self_device_time_total for e in rows) / 1e3 / steps
     count = sum(e.count for e in rows) / steps
-    print(f"    {total:.2f} ms of kernels a step, {count:.0f} of them")
+    print(f"    {total:.2f} ms of kernels per step, {count:.0f} of them")
     for e in rows[:9]:
         print(f"    {e.self_device_time_total / 1e3 / steps:7.3f} ms {e.count / steps:6.1f} x  {e.key[:90]}")
 
@@ -58,7 +58,7 @@ def profile(training, stream, steps: int = 10) -> None:
 def main() -> None:
     arguments = [a for a in sys.argv[1:] if a != "--profile"]
     _, cells = load_grid(arguments[0], ["seeds=[0]", *arguments[1:]])
-    print(f"{torch.cuda.get_device_name(DEVICE)}, torch {torch.__version__}; training steps a second")
+    print(f"{torch.cuda.get_device_name(DEVICE)}, torch {torch.__version__}; training steps per second")
     print(f"{'model':18} {'eigenvalues':12} {'plain loop':>10} {'graph':>8} {f'{AT_ONCE} at once, all':>18}")
     for cell in cells:
         if cell.range == "positive":

@@ -18,8 +18,8 @@ import numpy as np
 import safetensors
 import surfaces
 import yaml
-from stranger import logits_of
 from transformers import AutoTokenizer
+from without_lrnn import logits_of
 
 HERE = Path(__file__).parent
 OLD_CHECKPOINT = HERE / "old_checkpoint"
@@ -299,10 +299,10 @@ def _folder(folder: Path) -> Record:
 
 def _logits_without_lrnn(work: Path, folders: list[str]) -> list[Record]:
     (work / "folders.json").write_text(json.dumps(folders))
-    command = [sys.executable, "-I", HERE / "stranger.py", work / "folders.json", work / "strangers.json"]
+    command = [sys.executable, "-I", HERE / "without_lrnn.py", work / "folders.json", work / "without_lrnn.json"]
     environment = {**os.environ, "HF_MODULES_CACHE": str(work / "modules")}
     subprocess.run(command, cwd=work, env=environment, check=True)
-    found = json.loads((work / "strangers.json").read_text())
+    found = json.loads((work / "without_lrnn.json").read_text())
     return [found[folder] for folder in folders]
 
 

@@ -57,10 +57,10 @@ def test_a_hundred_runs_are_bitwise_equal(B, T, H):
 def test_saved_states_equal_recomputed_ones(B, T, H, K, dtype, precision):
     x = random(B, T, H=H, K=K, dtype=dtype, raw=True)
     arriving = inputs.arriving(x)
-    anew, saved = (
+    recomputed, saved = (
         evaluate(fused_gated_delta_rule, x, *arriving, precision=precision, save_states=s) for s in (False, True)
     )
-    assert all(torch.equal(anew[n], saved[n]) for n in anew)
+    assert all(torch.equal(recomputed[n], saved[n]) for n in recomputed)
 
 
 def test_saved_states_take_the_expected_memory(plain_buffers):

@@ -44,7 +44,7 @@ def test_every_argument_has_its_place(backend, launched):
     scan.forward_scan(None, None, y=y, states=states)
     scan.forward_scan(None, None, o=o, y=y, states=states)
     scan.backward_scan(do, dfinal, dinitial, dv, dstates)
-    output, anew, saving, backward = (arguments(call) for call in launched)
+    output, recomputed, saving, backward = (arguments(call) for call in launched)
 
     kernels = {call[0][0].__name__ for call in launched}
     assert kernels == {name.replace("_kernel", "_hopper_kernel" if hopper else "_kernel") for name in
@@ -53,19 +53,19 @@ def test_every_argument_has_its_place(backend, launched):
     of = {"q": q, "k": k, "c": c, "vector_rows": vectors}
     for (args, constants), more in (
         (output, {"v": v, "o": o}),
-        (anew, {"v": v, "y": y, "states": states}),
+        (recomputed, {"v": v, "y": y, "states": states}),
         (saving, {"v": v, "o": o, "y": y, "states": states}),
         (backward, {"do": do, "dv": dv, "dstates": dstates}),
     ):
         for name, tensor in (of | more).items():
-            assert args[name] is None if name == "q" and args is anew[0] else args[name].base is tensor
+            assert args[name] is None if name == "q" and args is recomputed[0] else args[name].base is tensor
         assert args["vectors"] is vectors
         assert (args["T"], args["R"], args["scale"]) == (T, B * T, 0.5)
         assert [constants[n] for n in ("H", "HV", "K", "V", "BT", "SPLIT")] == [H, HV, D, D, CHUNK, True]
     assert output[0]["initial_state"] is initial and output[0]["final_state"] is final
     assert backward[0]["dfinal"] is dfinal and backward[0]["dinitial"] is dinitial
     assert output[1]["OUTPUT"] and not output[1]["SAVE_STATES"] and output[1]["HAS_INITIAL"] and output[1]["SAVE_FINAL"]
-    assert anew[1]["SAVE_STATES"] and not anew[1]["OUTPUT"] and not anew[1]["HAS_INITIAL"]
+    assert recomputed[1]["SAVE_STATES"] and not recomputed[1]["OUTPUT"] and not recomputed[1]["HAS_INITIAL"]
     assert saving[1]["OUTPUT"] and saving[1]["SAVE_STATES"]
     # Gluon stores a whole state at once, plain Triton in halves.
     assert backward[0]["dstates"].block_shape == [64, D if hopper else D // 2]

@@ -1,6 +1,6 @@
 """Logits of exported folders, in the form in which the golden record keeps them.
 
-Run as `python -I stranger.py FOLDERS.json OUT.json`, it is a process that cannot import lrnn. FOLDERS is a list of
+Run as `python -I without_lrnn.py FOLDERS.json OUT.json`, it is a process that cannot import lrnn. FOLDERS is a list of
 folders. OUT becomes an object with the result of `logits_of` for each folder.
 """
 
