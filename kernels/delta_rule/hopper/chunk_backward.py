@@ -3,7 +3,7 @@
 A program stays on its multiprocessor and takes one chunk and head after the other. One warp loads tiles with the TMA
 into a ring, in the order in which they are needed, so that the next chunk arrives while this one is computed. This
 kernel is bound by what it reads, and it reads everything once. Four warps compute the query part, four the key part. In
-the notation of `chunk_backward`, with X' for what is rounded to 16 bits with norms and gates, rows i, columns j:
+the notation of `chunk_backward`, with X' for X rounded to 16 bits with norms and gates, rows i, columns j:
 
     dP' = rq scale G . (dO Y^T) beta r  (i >= j)          dM' = -r G . (dX Y^T) beta r  (i > j)
     query part   rq dq^ = scale gamma rq (dO S^T) + dP' K                               <S, dS'>
@@ -12,7 +12,7 @@ the notation of `chunk_backward`, with X' for what is rounded to 16 bits with no
 
 dP' goes to the key part through shared memory, where dP' and dM' are read both as they are and transposed. dq takes the
 place of Q in the ring, and dk that of K; they are stored from there. Equations, roundings and arguments are those of
-`chunk_backward`. That kernel remains the readable form, and runs whatever this one is not made for.
+`chunk_backward`. That kernel remains the readable form, and runs all calls that this one is not made for.
 """
 
 from typing import NamedTuple
@@ -54,15 +54,15 @@ GATES, STEPS, LOG_RK, LOG_RQ = (gl.constexpr(n) for n in range(4))
 
 
 class ChunkBackwardLaunch(NamedTuple):
-    """Tiles in shared memory, and registers of a thread of the key part. The query part gets what is left."""
+    """Tiles in shared memory, and registers of a thread of the key part. The query part gets the others."""
 
     RING: int
     KEY_REGISTERS: int
 
 
 def hopper_chunk_settings() -> ChunkBackwardLaunch:
-    """Settings of `chunk_backward_hopper_kernel`. With 13 places a tile is followed by the one that stands four later
-    in the next chunk: its loads wait for the first five tiles alone, not for K and Q, which are kept to the end."""
+    """Settings of `chunk_backward_hopper_kernel`. With 13 places, a tile is followed by the one four later in the
+    next chunk. Its loads then wait only for the first five tiles, not for K and Q, which are kept to the end."""
     return ChunkBackwardLaunch(RING=13, KEY_REGISTERS=240)
 
 

@@ -8,7 +8,7 @@ sizes and norms. One warp loads tiles with the TMA, as far ahead as there is mem
     S' = gamma_C S + K^T (rho r N)        O = scale gamma Q^ S + P N
 
 Equations, roundings and arguments are those of `chunk_forward`. That kernel remains the readable form, and runs
-whatever this one is not made for (`Hopper.fits`).
+all calls that this one is not made for (`Hopper.fits`).
 """
 
 from typing import NamedTuple
@@ -50,7 +50,7 @@ FULL = 100  # sequences x value heads from which on a program each, with all 128
 
 class HopperLaunch(NamedTuple):
     """Halves of the values in a program, chunks in shared memory, registers of a thread that carries the second half's
-    state and of one that prepares. The threads of the first half get what is left."""
+    state and of one that prepares. The threads of the first half get the others."""
 
     HALVES: int
     STAGES: int
@@ -64,7 +64,7 @@ def fills_gpu(heads: int) -> bool:
 
 
 def hopper_settings(full: bool, output: bool, save_states: bool, split: bool) -> HopperLaunch:
-    """Settings where a program for every sequence and head fills the GPU or does not, by what it writes."""
+    """Return the settings, by whether a program per sequence and head fills the GPU, and by what it writes."""
     if not full:
         return HopperLaunch(1, 3, 0, 152)
     if not output:
@@ -102,7 +102,7 @@ class Constants:
 
 @aggregate
 class Shared:
-    """Shared memory of a program. Loaded are tiles of STAGES chunks, prepared is what two chunks need."""
+    """Shared memory of a program: loaded tiles of STAGES chunks, and prepared data of two chunks."""
 
     q: OptionalBuffer  # [STAGES, BT, K]
     k: Buffer  # [STAGES, BT, K]
@@ -126,7 +126,7 @@ class Shared:
 
 @aggregate
 class Place:
-    """Where a program's sequence, value head and columns of values begin, and how many chunks it has."""
+    """The start of a program's sequence, value head and columns of values, and its number of chunks."""
 
     row: gl.tensor  # in Q, K, V, C, O and Y
     token: gl.tensor  # column in the vectors
@@ -144,7 +144,7 @@ class Place:
 
 @aggregate
 class Results:
-    """Where the state's warps read the initial state and write to."""
+    """The memory from which the state's warps read the initial state, and to which they write."""
 
     o: OptionalMatrix
     y: OptionalMatrix

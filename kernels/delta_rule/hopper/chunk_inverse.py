@@ -11,7 +11,7 @@ J < I:
     C_IJ^T = X_IJ^T - (X_IJ^T B_I) C_II^T
 
 Every operand is a sum of two numbers of C's dtype. Equations and arguments are those of `chunk_inverse`. That kernel
-remains the readable form, and runs whatever this one is not made for (`Hopper.fits`).
+remains the readable form, and runs all calls that this one is not made for (`Hopper.fits`).
 """
 
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What the kernels in Gluon share: its names in several versions of Triton, barriers, vectors in shared memory, P.
+"""Parts that kernels in Gluon share: its names in several versions of Triton, barriers, vectors in shared memory, P.
 
 Gluon is experimental and renames its functions. `thread_barrier` became `barrier` in Triton 3.7, the copies of the TMA
 became `async_load` and `async_store` in 3.8, and `_reinterpret` became `reinterpret` in 3.9. Each name is therefore
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def _named(owner: Any, *names: str) -> Any:
-    # Return what has the first of these names. The new one comes first: Triton may keep the old one, to raise an error.
+    # Return the object with the first existing name. The new one comes first, as the old one may only raise an error.
     return next(getattr(owner, name) for name in names if hasattr(owner, name))
 
 
@@ -54,7 +54,7 @@ tma_store = _named(tma, "async_store", "async_copy_shared_to_global")
 _HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))  # of a vector in shared memory
 
-# Types of fields. A field that a kernel may not need is None then, which compiled is a constant.
+# Types of fields. A field that a kernel does not need is None, which is a constant when compiled.
 Buffer: TypeAlias = gl.shared_memory_descriptor
 OptionalBuffer = gl.shared_memory_descriptor | gl.constexpr
 OptionalMatrix = tma.tensor_descriptor | gl.constexpr
@@ -99,9 +99,9 @@ class ScanBarriers:
     carries a half of the values or all of them."""
 
     ready: Phases  # all tiles of a chunk are loaded
-    early: Phases  # the state's parts and who prepares are done with the tiles that nobody needs to the chunk's end
+    early: Phases  # the state's parts and the preparing one are done with tiles that are not kept to the end
     free: Phases  # they are done with the others too
-    p_ready: Phases  # what is prepared for a chunk is there, in one of two slots
+    p_ready: Phases  # the prepared data of a chunk is there, in one of two slots
     p_free: Phases  # the state's parts are done with it
 
 

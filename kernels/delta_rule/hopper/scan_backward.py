@@ -51,7 +51,7 @@ RHO_R, BETA, INVERSE_BETA, MINUS_GAMMA_R_BETA, GAMMA_C, TO_QUERY, KEPT = (gl.con
 
 
 def hopper_backward_settings(full: bool, save_states: bool) -> HopperLaunch:
-    """Settings as `hopper_settings` gives them for the forward scan."""
+    """Return the settings, as `hopper_settings` does for the forward scan."""
     return HopperLaunch(2, 2 if save_states else 3, 200, 80) if full else HopperLaunch(1, 3, 0, 152)
 
 
@@ -73,7 +73,7 @@ class Constants:
 
 @aggregate
 class Shared:
-    """Shared memory of a program. Loaded are tiles of STAGES chunks, prepared is what two chunks need."""
+    """Shared memory of a program: loaded tiles of STAGES chunks, and prepared data of two chunks."""
 
     q: Buffer  # [STAGES, BT, K]
     k: Buffer  # [STAGES, BT, K]
@@ -96,7 +96,7 @@ class Shared:
 
 @aggregate
 class Place:
-    """Where a program's sequence, value head and columns of values begin, and how many chunks it has."""
+    """The start of a program's sequence, value head and columns of values, and its number of chunks."""
 
     row: gl.tensor  # in Q, K, C, dO and dV
     token: gl.tensor  # column in the vectors
@@ -112,7 +112,7 @@ class Place:
 
 @aggregate
 class Results:
-    """Where the state's warps read the final gradient and write to."""
+    """The memory from which the state's warps read the final gradient, and to which they write."""
 
     dv: OptionalMatrix
     dstates: OptionalMatrix

@@ -1,6 +1,6 @@
 """Compute the gradients inside all chunks at once: those of q, k, v and beta, and the parts of the gate's.
 
-There are two programs per chunk and value head: one for dq, one for dk, dbeta and what is missing of dv. They follow
+There are two programs per chunk and value head: one for dq, one for dk, dbeta and the rest of dv. They follow
 each other in the grid, so that what both read comes from the second-level cache the second time. In the notation of
 `chunk_forward` and `chunk_scan_backward` (Y, dX, S and dS' are read; N = beta Y, dX = beta dW; rows i, columns j):
 

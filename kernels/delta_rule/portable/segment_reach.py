@@ -1,4 +1,4 @@
-"""Find which chunks of a segment reach its ends: those of which something is left there.
+"""Find which chunks of a segment reach its ends: those that still have an effect there.
 
 Unit keys and step sizes in [0, 2] make every factor I - beta k k^T of a transition a contraction. What a chunk leaves
 is then no larger at its segment's end than the gates in between allow, and neither is the transition itself. Where
@@ -75,13 +75,13 @@ def segment_reach_kernel(
 
 
 def find_reach(call: Call, operands: Operands, *, has_start: bool, save_last: bool) -> Tensor:
-    """Return what the kernel finds, int32 [B * segments, HV, 3].
+    """Return the result of the kernel, int32 [B * segments, HV, 3].
 
-    Nothing is left out for its decay unless every factor contracts.
+    Chunks are skipped for their decay only if every factor contracts.
 
     Args:
-        has_start: whether there is a state ahead of the first segment.
-        save_last: whether a state is wanted behind the last segment.
+        has_start: whether there is a state before the first segment.
+        save_last: whether the state after the last segment is wanted.
     """
     reach = call.empty(call.chunks.sequences, call.HV, 3, dtype=torch.int32)
     launch(

@@ -1,6 +1,6 @@
 """Join the segments that a long sequence was cut into: find the states in which they start, one after the other.
 
-The transition M_i [K, K] and the end state from nothing E_i [K, V] of each segment i are known:
+The transition M_i [K, K] of each segment i, and its end state from zero E_i [K, V], are known:
 
     forward:    S_0 = initial state       S_{i+1} = M_i S_i + E_i
     backward:   D_n = d(final state)      D_i = M_i^T D_{i+1} + D'_i
@@ -101,10 +101,10 @@ def join_segments(
 
     Args:
         joined: to be filled, [B * segments, HV, K, V] float32.
-        ends: end states from nothing, which are columns of `segment_ends`; backward, the gradients of first states.
+        ends: end states from zero, which are columns of `segment_ends`; backward, the gradients of first states.
         segment_ends: [B * segments, HV, K, V + K] float32; its last K columns are the transitions.
         start: what comes ahead of the first step [B, HV, K, V] float32, or None for zeros.
-        last: to be filled with what follows the last step [B, HV, K, V] float32, or None.
+        last: to be filled with the result after the last step [B, HV, K, V] float32, or None.
     """
     settings = segment_scan_launch(call.K)
     launch(
