@@ -29,7 +29,7 @@ def span_error(state, true, keys):
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("beta", [2.0, 1.5, 1.0])
 def test_one_key_for_16384_tokens(beta, dtype):
-    """Applying the factor T times is S - (1 - (1 - beta)^T) k k^T S; at beta = 2 it is parity."""
+    """Applying the factor T times is S - (1 - (1 - beta)^T) k k^T S; at beta = 2 this is parity."""
     T = 16384
     x = inputs.set_gates(inputs.set_keys(random(1, T, H=4, dtype=dtype), "parity"), "one")
     x = inputs.set_betas(x, str(beta))

@@ -409,7 +409,7 @@ def test_errors_name_the_raw_projections(function):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_assembler_is_checked(compiled, monkeypatch):
-    """The check is inside the operators, which Dynamo does not trace. It would drop the check from the graph."""
+    """The operators make the check, because Dynamo does not trace them. It would leave it out of a graph."""
     devices = []
     monkeypatch.setattr(delta_rule_op, "check_assembler", devices.append)
     x = inputs.random(1, 17, H=1, dtype=FP16)

@@ -92,7 +92,7 @@ def test_skipping_chunks_changes_nothing(dtype, monkeypatch):
     assert not any(left_out[1] + left_out[2]) and all(torch.equal(found[n], whole[n]) for n in whole)
 
 
-def test_no_state_before_and_behind(monkeypatch):
+def test_no_state_before_or_after(monkeypatch):
     """The first and the last transition, and the last end state, are then not computed, and may be anything."""
     x = inputs.random(1, 8 * CHUNK, H=1, dtype=torch.float32, raw=True, gate=1e-3)
     expected = evaluate_truth(truth.fused_gated_delta_rule, x | {"initial_state": None}, inputs.arriving(x)[0], None)

@@ -98,7 +98,7 @@ def test_forward_that_saves_equals_both_scans(split, dtype, halves, seed, run_on
 
 @pytest.mark.parametrize("halves", [1, 2])
 def test_forward_gives_the_transition(halves, run_on_cpu, monkeypatch):
-    """It also gives an end state. The second head's state begins with the second chunk, and it needs no transition."""
+    """The scan gives an end state too. The second head's state begins with the second chunk and needs no transition."""
     run_on_cpu()
     in_halves(halves, monkeypatch)
     x = recurrence_inputs(1, 3 * CHUNK, 1, 2, True, seed=2)
