@@ -19,7 +19,8 @@ quickstart: setup
 # What takes times, and SLURM, which mostly waits, come after that, one test at a time.
 test: lint docs
 	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not alone' \
-		tests/kernels tests/eval tests/gpu tests/lrnn tests/pretrain tests/slurm
+		tests/kernels tests/eval tests/golden tests/gpu tests/lrnn tests/model tests/pretrain tests/slurm tests/track \
+		tests/bench tests/docs
 	$(BIN)/pytest -q -m alone
 
 # Runs 300 kills instead of 12, twenty endings of a job instead of three, and other numbers of processes, in some 30

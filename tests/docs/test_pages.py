@@ -1,4 +1,4 @@
-"""What the pages name exists: every `lrnn` command is accepted by the parser, every path of the repository is there."""
+"""Test that the pages name what exists: `lrnn` commands with their options and keys, paths, folders of results."""
 
 import re
 import shlex
@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 from lrnn import cli
+from lrnn.pretrain.config import load_config
+from lrnn.track.grid import load_grid
 
 REPOSITORY = Path(__file__).parents[2]
 GUIDES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 PAGES = [*GUIDES, *sorted((REPOSITORY / "docs" / "results").glob("*.md"))]
+SCHEMAS = {"pretrain": load_config, "submit": load_config, "track": load_grid}
 TOP = {path.name for path in REPOSITORY.iterdir()} - {"build", "runs"}  # these two are written by commands
 # A path below a top-level folder, such as `kernels/delta_rule/api.py`; * and {a,b} are expanded.
 PATH = re.compile(r"`([\w.-]+(?:/[\w.*{},-]+)+/?)`")
@@ -39,10 +42,14 @@ def expanded(path: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
-def test_commands_are_accepted_by_the_parser(page):
+def test_commands_are_accepted(page, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
     for command in commands(page):
         words = shlex.split(command, comments=True)[1:]
-        assert cli.parse(words)[0].command == words[0], command
+        args, _ = cli.parse(words)
+        assert args.command == words[0], command
+        if args.command in SCHEMAS:  # The file must exist, and its schema must have the keys that are changed.
+            SCHEMAS[args.command](args.config, args.overrides)
 
 
 def test_the_guides_have_commands():
@@ -50,7 +57,7 @@ def test_the_guides_have_commands():
     assert found >= {"corpus", "pretrain", "submit", "export", "eval", "track", "position", "bench"}
 
 
-@pytest.mark.parametrize("page", GUIDES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_paths_exist(page):
     missing = [
         path

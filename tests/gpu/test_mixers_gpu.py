@@ -1,6 +1,6 @@
 """Compare mixers on a GPU: recurrences with float64, and whole models with the same model on the CPU.
 
-`tests/lrnn/test_mixer_equations.py` compares the mixers on the CPU with the equations of their papers.
+`tests/model/test_mixer_equations.py` compares the mixers on the CPU with the equations of their papers.
 """
 
 import copy
