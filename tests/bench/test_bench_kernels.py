@@ -63,7 +63,7 @@ def test_the_guard_of_fla_is_restored():
     assert before == chunk_o.TRITON_ABOVE_3_7_1
 
 
-def test_what_tilelang_does_for_fla(monkeypatch):
+def test_tilelang_avoids_the_guard_of_fla(monkeypatch):
     """With tilelang, fla refuses nothing on Hopper, unless tilelang is forbidden."""
     from fla.ops.common import chunk_o
 

@@ -112,7 +112,7 @@ def test_every_module_belongs_to_a_room():
     assert not unplaced, f"say in tests/lrnn/test_imports.py what may import {sorted(unplaced)}"
 
 
-def test_imports_go_down():
+def test_imports_only_lower_levels():
     upward = []
     for name, path in modules().items():
         room = room_of(name)

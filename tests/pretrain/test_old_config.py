@@ -120,7 +120,7 @@ def test_contradictions_are_refused(parse, write):
     assert deepspeed_config(parse({"clip": 0.5}, zero=1, deepspeed=own), 1)["zero_optimization"] == {"stage": 1}
 
 
-def test_zero_is_2_unless_said(parse):
+def test_zero_is_2_by_default(parse):
     assert parse().zero == 2 and parse().optim.clip == 1.0
     with pytest.raises(UserError, match="key zero = 4: should be 1, 2 or 3"):
         parse(zero=4)

@@ -16,7 +16,7 @@ def ready() -> bool:
     return True
 
 
-def test_works_take_turns_and_room_is_filled_when_there_is_some():
+def test_works_take_turns_and_free_places_are_filled():
     log = []
 
     def start(name):
@@ -35,7 +35,7 @@ def test_works_take_turns_and_room_is_filled_when_there_is_some():
     assert list(interleave([], start, 2, CPU)) == []
 
 
-def test_a_work_whose_piece_is_not_done_waits_and_holds_up_no_other():
+def test_a_work_whose_piece_is_unfinished_waits_and_blocks_no_other():
     looks, log = [], []
 
     def slow():

@@ -181,7 +181,7 @@ def test_a_curriculum_keeps_to_the_ids_of_its_task(tiny_cells):
         tiny_cells(**CURRICULUM | {"train": train})
 
 
-def test_a_look_changes_nothing(tiny_cells):
+def test_looking_at_the_model_changes_nothing(tiny_cells):
     cell, *_ = tiny_cells()
     trained = Training(cell, CPU)
     losses(trained, 2)

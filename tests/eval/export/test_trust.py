@@ -225,7 +225,7 @@ def test_a_tokenizer_that_needs_its_own_code_is_not_exported(checkpoint, marks, 
     assert "needs code of its own, which is not run" in capsys.readouterr().err and found(marks) == set()
 
 
-def test_a_pickle_in_the_place_of_the_state_is_refused(checkpoint, marks, capsys, tmp_path):
+def test_a_pickle_in_place_of_the_state_is_refused(checkpoint, marks, capsys, tmp_path):
     state = checkpoint / "state-00000-of-00001.safetensors"
     state.write_bytes(hostile_pickle(marks / "pickle"))
     seal(checkpoint)

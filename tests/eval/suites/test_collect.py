@@ -44,7 +44,7 @@ def test_results_on_a_part_of_the_documents_are_separate(tmp_path):
     assert "a exact_match (strict), first 10" in collect([tmp_path])
 
 
-def test_what_cannot_be_collected(tmp_path):
+def test_results_that_cannot_be_collected(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty holds no results.json"):
         collect([tmp_path / "empty"])

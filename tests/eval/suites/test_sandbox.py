@@ -143,7 +143,7 @@ def test_no_network_not_even_to_this_machine(family, short_folder):
         server.accept()[0].close()
 
 
-def test_sees_no_file_of_the_machine_but_python(tmp_path, monkeypatch):
+def test_sees_no_file_of_the_machine_except_python(tmp_path, monkeypatch):
     secret = tmp_path / "secret"
     secret.write_text("s3cret")
     monkeypatch.setenv("LRNN_SECRET", "s3cret")

@@ -126,7 +126,7 @@ def test_killed_while_saving(tmp_path, monkeypatch, place):
     assert not list(after.parent.glob(".*")), "a partial checkpoint stays for ever"
 
 
-def test_a_rank_that_outlives_its_run_cannot_write_into_a_later_ones(tmp_path, monkeypatch):
+def test_a_rank_that_outlives_its_run_cannot_write_into_a_later_run(tmp_path, monkeypatch):
     gate = Gate(monkeypatch)
     old = Saver(tmp_path, monkeypatch, background=True)
     old.begin(4, state_of(1))

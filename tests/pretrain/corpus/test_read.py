@@ -121,7 +121,7 @@ def test_ids_outside_the_vocabulary(corpus_path):
         TokenCorpus(corpus_path)
 
 
-def test_no_or_unfinished_corpus(tmp_path, build_corpus, text_folder):
+def test_missing_or_unfinished_corpus(tmp_path, build_corpus, text_folder):
     with pytest.raises(UserError, match=r"no manifest.json.*make one with `lrnn corpus`"):
         TokenCorpus(tmp_path / "none")
     (tmp_path / "some.partial").mkdir()

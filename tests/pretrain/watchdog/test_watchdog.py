@@ -237,7 +237,7 @@ def test_ranks_end_in_any_order(order, monkeypatch, capfd):
     assert group.exits == [] and capfd.readouterr() == ("", "")
 
 
-def test_a_broken_connection_is_made_again(monkeypatch, capfd):
+def test_a_broken_connection_is_restored(monkeypatch, capfd):
     group = Group(2, FAST, monkeypatch)
     time.sleep(0.8)
     group.dogs[1]._channel._socket.shutdown(2)
@@ -279,7 +279,7 @@ def test_the_first_step_of_a_process_is_part_of_its_start(monkeypatch):
     dog.__exit__(None, None, None)
 
 
-def test_a_defect_of_the_watchdog_is_not_silent_and_ends_no_run(monkeypatch, capfd):
+def test_a_bug_in_the_watchdog_is_reported_and_ends_no_run(monkeypatch, capfd):
     def defect(*arguments):
         raise KeyError("defect")
 
