@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Train language models on solved state-tracking questions, one per range of eigenvalues, side by side: build the
-# corpus, train, export, run the suite `state_tracking`, and measure perplexity by position to sixteen times the training
-# length. The suite asks for eight times the length of the training questions.
+# Train language models on solved state-tracking questions, one per range of eigenvalues, side by side. Build the
+# corpus, train, export, run the suite `state_tracking`, which asks for eight times the length of the training
+# questions, and measure perplexity by position to sixteen times the training length.
 #   bash tests/benchmarks/tracking_text.sh WORK_FOLDER RESULT_FOLDER [pretrain settings, e.g. steps=600]
 set -euo pipefail
 work=$1 results=$2
