@@ -14,13 +14,11 @@ quickstart: setup
 	$(BIN)/lrnn eval --fetch
 	$(BIN)/lrnn quickstart
 
-# Two processes for what bears a busy machine. The folder with the longest files comes first: pytest keeps the order of
-# folders, though not that of a file before its own folder, and pytest-xdist would begin with the files of most tests.
-# What takes times, and SLURM, which mostly waits, come after that, one test at a time.
+# Two processes for what bears a busy machine, in the order of tests/conftest.py: the longest files first. pytest-xdist
+# would begin with the files of most tests. What takes times, and SLURM, which mostly waits, come after that, one test at
+# a time.
 test: lint docs
-	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not alone' \
-		tests/kernels tests/eval tests/golden tests/gpu tests/lrnn tests/model tests/pretrain tests/slurm tests/track \
-		tests/bench tests/docs
+	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not alone'
 	$(BIN)/pytest -q -m alone
 
 # Runs 300 kills instead of 12, twenty endings of a job instead of three, and other numbers of processes, in some 30
