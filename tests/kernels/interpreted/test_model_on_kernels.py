@@ -60,17 +60,17 @@ def losses_and_gradients(model: LrnnForCausalLM, **inputs) -> dict[str, torch.Te
 )
 def test_logits_and_gradients(mixer, kind, in_pytorch):
     model = make_model(mixer, **({"head_dim": 32, "conv_size": 1} if kind.startswith("small") else {}))
-    inputs = {"input_ids": torch.randint(50, (2, 70), generator=torch.Generator().manual_seed(1))}
+    inputs = {"input_ids": torch.randint(50, (2, 40), generator=torch.Generator().manual_seed(1))}
     if kind == "documents":
-        inputs["cu_seqlens"] = torch.tensor([0, 30, 30, 70, 71, 140])
+        inputs["cu_seqlens"] = torch.tensor([0, 15, 15, 40, 41, 80])
     if kind == "padded":
-        inputs["attention_mask"] = torch.ones(2, 70, dtype=torch.int64)
-        inputs["attention_mask"][1, :20] = 0
+        inputs["attention_mask"] = torch.ones(2, 40, dtype=torch.int64)
+        inputs["attention_mask"][1, :10] = 0
     ours = losses_and_gradients(model, **inputs)
     in_pytorch()
     plain = losses_and_gradients(model, **inputs)
     if kind == "padded":  # logits at padding do not matter
-        ours["logits"], plain["logits"] = ours["logits"][:, 20:], plain["logits"][:, 20:]
+        ours["logits"], plain["logits"] = ours["logits"][:, 10:], plain["logits"][:, 10:]
     for name, truth in plain.items():
         assert (ours[name] - truth).norm() <= 1e-4 * truth.norm(), name
 
