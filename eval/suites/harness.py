@@ -1,5 +1,6 @@
 """The calls to lm-eval: load its tasks and its model, and run them."""
 
+import functools
 import logging
 import time
 from pathlib import Path
@@ -21,6 +22,14 @@ def silence_expected_warnings() -> None:
     logging.getLogger("lm_eval.evaluator_utils").addFilter(
         lambda record: "not scored on the same number of documents" not in record.getMessage()
     )
+
+
+def describe_machine_once() -> None:
+    """Let lm-eval describe the machine once per process. It starts pip and others for that after every task: 1.5 s."""
+    from torch.utils import collect_env
+
+    if not hasattr(collect_env.get_pretty_env_info, "cache_info"):
+        collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)
 
 
 def load_tasks(tasks: list[str]) -> dict[str, Any]:
@@ -61,6 +70,7 @@ def run_tasks(lm: Any, tasks: dict[str, Any], limit: int | None = None) -> dict[
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    describe_machine_once()
     no_other_tasks = TaskManager(include_defaults=False)
     merged: dict[str, Any] = {}
     for number, (name, task) in enumerate(tasks.items(), start=1):
