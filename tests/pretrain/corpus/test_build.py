@@ -424,7 +424,7 @@ def test_killed_build_is_continued(tmp_path, sentencepiece_model, build_corpus):
     folder = tmp_path / "text"
     folder.mkdir()
     for i in range(20):
-        (folder / f"{i:02d}.txt").write_text(f"file {i}\n" + "for x in range(100): print(x)\n" * 40_000)
+        (folder / f"{i:02d}.txt").write_text(f"file {i}\n" + "for x in range(100): print(x)\n" * 12_000)
     arguments = [folder, "--out", tmp_path / "corpus", "--tokenizer", sentencepiece_model, "--processes", "2"]
     command = [sys.executable, "-m", "lrnn.cli", "corpus", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
