@@ -297,16 +297,14 @@ def test_lost_manifests(run, refused):
     assert content(run) == before
 
 
-def test_error_that_only_the_main_process_sees(run, base, tmp_path):
+def test_error_that_only_the_main_process_sees(run, pretrain):
     """Only the main process reads checkpoints; the other one must not wait for it."""
     for step in (1, 2):
         truncate(state_file(run, step))
-    (tmp_path / "run.yaml").write_text(json.dumps(base()))
-    command = [sys.executable, "-m", "lrnn.cli", "pretrain", str(tmp_path / "run.yaml"), "--nproc", "2", "steps=3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"lrnn: error: no checkpoint of {run} is intact")
-    assert done.stderr.count("\n") == 1
+    status, _, stderr = pretrain("steps=3", nproc=2)
+    assert status == 2
+    assert stderr.startswith(f"lrnn: error: no checkpoint of {run} is intact")
+    assert stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
