@@ -41,7 +41,6 @@ def check_same_run(saved: Path, model_config: LrnnConfig, description: dict[str,
     # The model of a checkpoint that is older than a field had the field's present default.
     before = LrnnConfig().to_dict() | json.loads((saved / "config.json").read_text())
     now = json.loads(model_config.to_json_string(use_diff=False))
-    check_sequence_length(before, model_config.max_position_embeddings, saved, in_workers=True)
     ignored = {"transformers_version", "dtype", "max_position_embeddings"}  # the data's seq_len is compared below
     for key in sorted((set(before) | set(now)) - ignored):
         if before.get(key) != now.get(key):
@@ -57,3 +56,4 @@ def check_same_run(saved: Path, model_config: LrnnConfig, description: dict[str,
                 f"{description.get(key)!r}; the position in the data would mean something else: restore it, or choose "
                 "another run_dir"
             )
+    check_sequence_length(before, model_config.max_position_embeddings, saved, in_workers=True)

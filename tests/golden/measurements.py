@@ -294,7 +294,8 @@ def _folder(folder: Path) -> Record:
     del config["transformers_version"]
     config["lrnn_training"].pop("run_config_sha256", None)  # the configuration contains paths of the work folder
     parameters = json.dumps(shapes, sort_keys=True)
-    return {"files": _files(folder), "config.json": config, "parameters": [len(shapes), _sha256(parameters.encode())]}
+    files = [name for name in _files(folder) if not name.endswith(".py")]  # a new mixer may bring a file of code
+    return {"files": files, "config.json": config, "parameters": [len(shapes), _sha256(parameters.encode())]}
 
 
 def _logits_without_lrnn(work: Path, folders: list[str]) -> list[Record]:

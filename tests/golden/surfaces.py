@@ -31,7 +31,11 @@ from lrnn.track.tasks.counter_rng import split_seed
 from lrnn.track.tasks.registry import TASKS, make_task
 
 LOCATION = Path(lrnn.__file__)
-HAS_RANGE = {name: mixer.ranges is not None for name, mixer in MIXERS.items()}
+RECORDED = (  # mixers in the record; one that is added later has tests of its own
+    "gated_deltanet", "deltanet", "gated_deltaproduct", "deltaproduct", "gla", "mamba2", "mamba", "mlstm", "rwkv7",
+    "slstm", "transformer",
+)  # fmt: skip
+HAS_RANGE = {name: MIXERS[name].ranges is not None for name in RECORDED}
 TRACK_TASKS = tuple(TASKS)
 TEXT_TASK_NAMES = tuple(TEXT_TASKS)
 EXPORT_LRNN, EXPORT_FLA = ("--format", "hf"), ("--format", "fla")

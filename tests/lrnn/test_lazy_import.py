@@ -137,3 +137,16 @@ def test_unknown_attributes_are_errors():
 
     with pytest.raises(AttributeError, match="module 'lrnn' has no attribute 'LrnnModle'"):
         _ = lrnn.LrnnModle
+
+
+@pytest.mark.parametrize(
+    "module", ["transformers.modeling_layers", "transformers.generation.utils", "transformers.modeling_utils"]
+)
+def test_modules_that_the_model_needs_may_come_first(module, tmp_path):
+    """Such a module imports the Auto classes itself, at a moment when the model cannot be imported yet."""
+    code = (
+        f"import lrnn, {module}\n"
+        "from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as mapping\n"
+        "print(mapping[lrnn.LrnnConfig] is lrnn.LrnnForCausalLM)"
+    )
+    assert run(code, tmp_path) == "True\n"

@@ -61,7 +61,7 @@ class TestRefused:
 
     def test_no_manifest(self, checkpoint, tmp_path, capsys):
         (checkpoint / "manifest.json").unlink()
-        assert "no complete checkpoint" in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
+        assert "is not a complete checkpoint" in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
 
     @pytest.mark.parametrize("lost", ["whole", "part"])
     def test_missing_fragment(self, checkpoint, tmp_path, capsys, lost):
