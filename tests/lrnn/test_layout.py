@@ -1,6 +1,5 @@
 """Test that rooms at the top of the repository do not shadow packages of the same name, and that all tests are run."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,14 +15,6 @@ def test_rooms_are_plain_folders_behind_links(room):
     assert (REPOSITORY / room).is_dir()
     assert not (REPOSITORY / room / "__init__.py").exists()
     assert (REPOSITORY / "lrnn" / room).resolve() == REPOSITORY / room
-
-
-def test_make_test_names_every_folder_of_tests():
-    recipe = (REPOSITORY / "Makefile").read_text()
-    folders = {path.relative_to(REPOSITORY / "tests").parts[0] for path in (REPOSITORY / "tests").rglob("test_*.py")}
-    assert folders == set(
-        re.findall(r"\stests/(\w+)(?=\s)", recipe[recipe.index("\ntest:") : recipe.index("\ntorture:")])
-    )
 
 
 def test_transformers_works_at_the_root_of_the_repository():

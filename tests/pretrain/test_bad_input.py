@@ -225,7 +225,7 @@ def test_streams(refused, corpora, tmp_path):
 
     off = ["data.corpora=[]", "log.heldout_every=0"]
     assert "log.heldout_every needs corpora with a held-out split" in refused("data.corpora=[]", stream())
-    assert "either corpora" in refused(stream())
+    assert "exactly one of corpora" in refused(stream())
     assert "column 'body'" in refused(*off, stream(text_column="body"))
     assert "none.jsonl" in refused(*off, stream(data_files=f"{tmp_path}/none.jsonl"))
     assert "none.model" in refused(*off, stream(tokenizer=f"{tmp_path}/none.model"))
