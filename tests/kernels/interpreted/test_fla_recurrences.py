@@ -105,7 +105,7 @@ def test_few_tokens_near_zero_do_not_drown_the_gradient(numbers, monkeypatch):
         InterpreterBuilder, "create_dot", lambda self, a, b, *rest: multiply(self, tf32(a), tf32(b), *rest)
     )
     monkeypatch.setattr(fla_recurrences, "ONE_NUMBER_KERNELS", False)
-    x = diagonal_inputs(1, 192, 1, 64, 16, numbers)
+    x = diagonal_inputs(1, 192, 2, 64, 16, numbers)
     functions = by_logit(fla_recurrences.diagonal_recurrence, True), by_logit(true_diagonal, True)
     compare(*functions, x, "qkv", FP16, {"": 2e-3, "dlogit": 0.08}, output_final_state=True)
 
