@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,26 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file atomically."""
     write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def use_default_mode(file: Path) -> None:
+    """Give a file the permissions that a new file gets in its folder, from the umask or the folder's default ACL.
+
+    safetensors and `tempfile` write files that only their owner can read.
+    """
+    probe = file.with_name(f".{file.name}.mode")
+    probe.touch()
+    try:
+        file.chmod(stat.S_IMODE(probe.stat().st_mode))
+    finally:
+        probe.unlink()
+
+
+def copy_files(source: Path, folder: Path) -> None:
+    """Copy the files of a folder into a new one. The copies get the permissions of new files, not the source's."""
+    folder.mkdir()
+    for file in filter(Path.is_file, sorted(source.iterdir())):
+        shutil.copyfile(file, folder / file.name)
 
 
 @contextmanager

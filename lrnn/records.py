@@ -27,7 +27,7 @@ class DurableLines:
         self._pending += line.encode() + b"\n"
         try:
             if self._descriptor is None:  # Opened again after a failure, because returning storage has new handles.
-                self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+                self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             while self._pending:
                 del self._pending[: os.write(self._descriptor, self._pending)]
         except OSError as error:

@@ -15,7 +15,7 @@ from lrnn.eval.export.fla_format import check_fla_folder, to_fla_config
 from lrnn.eval.export.model_card import model_card
 from lrnn.eval.export.read import Trained
 from lrnn.eval.export.tokenizer import export_tokenizer
-from lrnn.files import new_folder
+from lrnn.files import new_folder, use_default_mode
 from lrnn.model.mixers import MIXERS
 
 AUTO_MAP = {
@@ -92,6 +92,8 @@ def write_weights(model: LrnnForCausalLM, folder: Path) -> None:
     """Write model.safetensors, in shards with an index above 5 GB; a tied head is not written a second time."""
     state = dict(model.named_parameters())  # every tensor once, even under two names
     save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
+    for file in folder.glob("*.safetensors"):
+        use_default_mode(file)
 
 
 def code_files() -> dict[str, str]:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lrnn.errors import UserError
-from lrnn.files import sync, write_atomically
+from lrnn.files import sync, use_default_mode, write_atomically
 from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.checkpoint.zero_state import KINDS, local_fragments
 from lrnn.pretrain.config import CheckpointConfig
@@ -220,6 +220,7 @@ class CheckpointWriter:
         partial.mkdir(exist_ok=True)  # not its parents: storage that went away must not be recreated as a folder
         name = f"state-{self._ranks.rank:05d}-of-{self._ranks.world_size:05d}.safetensors"
         safetensors.torch.save_file(tensors, partial / name)
+        use_default_mode(partial / name)
         entries = {name: checkpoint.seal(partial / name)}
         if self._ranks.is_main:
             for text_name, text in files.items():

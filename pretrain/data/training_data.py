@@ -1,8 +1,8 @@
 """The data of a run, from its configuration: corpora or a stream, with the loader of each rank."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
+from lrnn.files import copy_files
 from lrnn.pretrain.batching import Batching
 from lrnn.pretrain.config import Config, StreamSource
 from lrnn.pretrain.corpus.dataset import DatasetArguments
@@ -87,7 +88,7 @@ def open_data(config: Config, model_config: LrnnConfig, ranks: Ranks) -> Trainin
         "weights": weights,
     }
     tokenizer = Path(d.corpora[0].path) / "tokenizer"
-    return TrainingData(source, description, lambda folder: shutil.copytree(tokenizer, folder), batching)
+    return TrainingData(source, description, partial(copy_files, tokenizer), batching)
 
 
 def _open_stream(

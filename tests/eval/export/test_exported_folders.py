@@ -206,6 +206,12 @@ def test_contents_of_the_folder(exported, sentencepiece_model):
     assert sha256(folder / "modeling_lrnn.py") == sha256(repository / "model/modeling_lrnn.py")
 
 
+def test_files_have_the_permissions_that_the_umask_gives(exported, tmp_path):
+    (tmp_path / "new").touch()
+    usual = (tmp_path / "new").stat().st_mode
+    assert {p.name for p in (exported / "deltanet").iterdir() if p.stat().st_mode != usual} == set()
+
+
 def test_weights_are_those_of_the_checkpoint(exported):
     state = load_file(exported / "deltanet" / "model.safetensors")
     for name, p in random_model("deltanet").named_parameters():

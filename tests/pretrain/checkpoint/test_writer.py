@@ -1,5 +1,7 @@
 """Test that checkpoints are written whole or not at all while training continues, and failing storage ends no run."""
 
+import os
+import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -87,6 +89,19 @@ def test_several_processes(tmp_path, monkeypatch):
         names = sorted(p.name for p in outcome.folder.glob("state-*"))
         assert names == [f"state-0000{i}-of-00003.safetensors" for i in range(3)]
         assert_holds(outcome.folder, outcome.step)
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_permissions_that_the_umask_gives(tmp_path, monkeypatch, umask, mode):
+    before = os.umask(umask)
+    try:
+        folder = Saver(tmp_path, monkeypatch).save(1)
+    finally:
+        os.umask(before)
+    assert {p.name: oct(stat.S_IMODE(p.stat().st_mode)) for p in folder.rglob("*") if p.is_file()} == {
+        p.name: oct(mode) for p in folder.rglob("*") if p.is_file()
+    }
+    assert not list(folder.rglob(".*")), "a file that only served to learn the permissions is left"
 
 
 class Killed(BaseException):
