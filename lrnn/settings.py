@@ -1,13 +1,12 @@
-"""Read settings against a strict schema: YAML files with `key.sub=value` overrides, and JSON files.
+"""Read settings against a strict schema: YAML files with `base:` and `key.sub=value` overrides, and JSON files.
 
-Unknown keys and wrong types are refused with the key's full path.
+Unknown keys, wrong types and keys that are given twice are refused with the key's full path and its line.
 """
 
 import difflib
-import json
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +14,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lrnn.errors import UserError
+from lrnn.parsing import Key, Parsed, parse_json, parse_yaml
+
+BASE = "base"  # the key that names the file, or the files, that a mapping changes
+COMMAND_LINE = "command line"
 
 
 class Section(BaseModel):
@@ -30,16 +33,84 @@ class Unit:
     name: str
 
 
+@dataclass(frozen=True)
+class FileOrFields:
+    """Marks a key that holds the path of a JSON file, a mapping of its fields, or a mapping with `base` and changes.
+
+    `key: FILE` is short for `key: {base: FILE}`, so that `key.field=value` changes one field of the file.
+    """
+
+
 S = TypeVar("S", bound=Section)
 
 
-class _Loader(yaml.SafeLoader):
-    """A safe loader that reads floats as YAML 1.2 does. PyYAML alone reads 3e-4, without a dot, as a string."""
+@dataclass
+class Settings:
+    """The values of a YAML file, its base files and the command line, before they are checked against a schema.
 
+    Attributes:
+        path: the file that was asked for.
+        files_or_fields: the keys that are marked with `FileOrFields`.
+        values: the values.
+        origins: where each key and list item was written: "FILE:LINE" or "command line".
+    """
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+    path: Path
+    files_or_fields: frozenset[str] = frozenset()
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[Key, str] = field(default_factory=dict)
+
+    def lay(self, parsed: Parsed, file: Path) -> None:
+        """Lay the content of a file over the values so far: mappings are merged, everything else is replaced."""
+        for name in self.files_or_fields:
+            if isinstance(parsed.value.get(name), dict):
+                self._lengthen(name)
+        self._merge(self.values, parsed.value, (), lambda key: f"{file}:{parsed.lines[key]}")
+
+    def override(self, text: str) -> None:
+        """Replace one value, given as `key.sub=value`. Raises UserError if the text does not say how."""
+        name, sep, value = text.partition("=")
+        path = tuple(name.split("."))
+        if not (name and sep):
+            raise UserError(f"override {text!r} should look like key.sub=value")
+        if path[0] == BASE:
+            raise UserError(f"override {text}: base is a key of files; name that file as the configuration instead")
+        if len(path) > 1 and path[0] in self.files_or_fields:
+            self._lengthen(path[0])
+        target = self.values
+        for depth, parent in enumerate(path[:-1], 1):
+            if target.get(parent) is None:
+                target[parent] = {}
+                self.origins[path[:depth]] = COMMAND_LINE
+            target = target[parent]
+            if not isinstance(target, dict):
+                raise UserError(f"override {name}: {parent} holds a value, not a section")
+        replacement = parse_yaml(value, f"override {text}: the value").value
+        self._replace(target, path, replacement, lambda key: COMMAND_LINE)
+
+    def origin(self, key: Key) -> str | None:
+        """Return where a key, or else the nearest section or list around it, was written; None if nowhere."""
+        return next((self.origins[key[:n]] for n in range(len(key), 0, -1) if key[:n] in self.origins), None)
+
+    def _lengthen(self, name: str) -> None:
+        """Turn `key: FILE` into `key: {base: FILE}`."""
+        if isinstance(self.values.get(name), str):
+            self.values[name] = {BASE: self.values[name]}
+            self.origins[name, BASE] = self.origins[name,]
+
+    def _merge(self, target: dict[str, Any], layer: dict[str, Any], path: Key, said: Callable[[Key], str]) -> None:
+        for name, value in layer.items():
+            key = (*path, name)
+            if isinstance(value, dict) and isinstance(target.get(name), dict):
+                self.origins[key] = said(key)
+                self._merge(target[name], value, key, said)
+            else:
+                self._replace(target, key, value, said)
+
+    def _replace(self, target: dict[str, Any], path: Key, value: Any, said: Callable[[Key], str]) -> None:
+        self.origins = {key: origin for key, origin in self.origins.items() if key[: len(path)] != path}
+        target[str(path[-1])] = value
+        self.origins |= {key: said(key) for key in _keys(value, path)}
 
 
 def load(
@@ -54,52 +125,63 @@ def load(
         convert: turns what older versions wrote, given with the file's path, into what the schema describes.
 
     Raises:
-        UserError: the file is missing or not a YAML mapping, an override has no `=`, a key is unknown, a value has the
-            wrong type.
+        UserError: the file or a base is missing or not a YAML mapping, an override has no `=`, a key is unknown or
+            given twice, a value has the wrong type.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"configuration {path} does not exist; give the path of a YAML file such as configs/tiny.yaml")
-    try:
-        raw = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise UserError(f"configuration {path} is not UTF-8 text: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"configuration {path} is not a mapping of keys to values")
+    settings = resolve(schema, path, overrides)
+    return validate(convert(settings.values, str(path)), str(path), schema, settings.origin)
+
+
+def resolve(schema: type[Section], path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read a YAML file, the files that its `base` names and the overrides. Raises UserError; see `load`.
+
+    A file changes its bases key by key. Of several bases, a later one changes the earlier ones. The path of a base is
+    relative to the file that names it.
+    """
+    marked = [name for name, field in schema.model_fields.items() if FileOrFields() in field.metadata]
+    settings = Settings(Path(path), frozenset(marked))
+    _lay_file(settings, settings.path, ())
     for override in overrides:
-        key, sep, value = override.partition("=")
-        if not (key and sep):
-            raise UserError(f"override {override!r} should look like key.sub=value")
-        _assign(raw, key, _parse_yaml(value, f"override {override}: the value"))
-    return validate(convert(raw, str(path)), str(path), schema)
+        settings.override(override)
+    return settings
 
 
-def validate(raw: dict, origin: str, schema: type[S]) -> S:
-    """Check a parsed configuration against its schema. Raises UserError that names each bad key."""
+def validate(raw: dict, origin: str, schema: type[S], origin_of: Callable[[Key], str | None] = lambda key: None) -> S:
+    """Check a parsed configuration against its schema.
+
+    Args:
+        origin: the file, for messages.
+        origin_of: returns where a key was written, if that is known more exactly.
+
+    Raises:
+        UserError: names each bad key.
+    """
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
-        raise UserError("; ".join(_explain(e, origin, schema) for e in error.errors())) from None
+        reasons: dict[str, list[str]] = {}
+        for e in error.errors():
+            where, reason = _explain(e, raw, origin, schema, origin_of)
+            reasons.setdefault(where, []).append(reason)
+        raise UserError("; ".join(where + " or ".join(found) for where, found in reasons.items())) from None
 
 
 def dump(config: Section) -> str:
     """Return the resolved configuration as YAML."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
 
 
 def read_json(path: str | Path, what: str) -> dict:
     """Read a JSON object from a file. Raises UserError that names `what` if that fails."""
-    try:
-        value = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{what} {path} does not exist") from None
-    except OSError as error:
-        raise UserError(f"{what} {path} cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{what} {path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{what} {path} should hold a JSON object, not {type(value).__name__}")
-    return value
+    return parse_json_file(path, what).value
+
+
+def parse_json_file(path: str | Path, what: str) -> Parsed:
+    """Read a JSON object, and the line of each of its keys. Raises UserError that names `what` if that fails."""
+    parsed = parse_json(_read_text(Path(path), what), f"{what} {path}")
+    if not isinstance(parsed.value, dict):
+        raise UserError(f"{what} {path} should hold a JSON object, not {type(parsed.value).__name__}")
+    return parsed
 
 
 def name_hint(name: str, valid: Sequence[str], *, list_all: bool = False) -> str:
@@ -113,33 +195,80 @@ def name_hint(name: str, valid: Sequence[str], *, list_all: bool = False) -> str
     return " ".join(guess + listing)
 
 
-def _parse_yaml(text: str, origin: str) -> Any:
+def _lay_file(settings: Settings, path: Path, above: tuple[Path, ...], named_by: str = "") -> None:
+    """Lay the bases of a file, then the file itself, over the settings.
+
+    Args:
+        above: the files that lead here by their `base`.
+        named_by: says which file and line named this one.
+    """
+    hint = "" if above else "; give the path of a YAML file such as configs/tiny.yaml"
+    parsed = parse_yaml(_read_text(path, f"{named_by}configuration", hint), str(path))
+    if not isinstance(parsed.value, dict):
+        raise UserError(f"configuration {path} is not a mapping of keys to values")
+    chain = (*above, path)
+    if BASE in parsed.value:
+        line = f"{path}:{parsed.lines[BASE,]}"
+        for name in _bases(parsed.value.pop(BASE), line):
+            base = path.parent / os.path.expandvars(os.path.expanduser(name))
+            if base.resolve() in [file.resolve() for file in chain]:
+                circle = " -> ".join(str(file) for file in (*chain, base))
+                raise UserError(f"{line}: base {name} leads back to itself: {circle}")
+            _lay_file(settings, base, chain, f"{line}: base ")
+    settings.lay(parsed, path)
+
+
+def _bases(value: Any, line: str) -> list[str]:
+    bases = value if isinstance(value, list) else [value]
+    if not all(isinstance(name, str) and name for name in bases):
+        raise UserError(f"{line}: base = {value!r} should be the path of a YAML file, or a list of such paths")
+    return bases
+
+
+def _read_text(path: Path, what: str, hint: str = "") -> str:
     try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())  # PyYAML explains in several lines
-        raise UserError(f"{origin} is not YAML: {reason}") from None
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{what} {path} does not exist{hint}") from None
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read ({error.strerror}){hint}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path} is not UTF-8 text: {error}") from None
 
 
-def _assign(raw: dict, key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for parent in parents:
-        raw = raw.setdefault(parent, {})
-        if not isinstance(raw, dict):
-            raise UserError(f"override {key}: {parent} holds a value, not a section")
-    raw[last] = value
+def _keys(value: Any, path: Key) -> Iterator[Key]:
+    """Yield the path of a value and of everything in it."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        yield from _keys(item, (*path, name))
 
 
-def _explain(error: Any, origin: str, schema: type[BaseModel]) -> str:
-    path = ".".join(str(p) for p in error["loc"])
+def _explain(
+    error: Any, raw: dict, origin: str, schema: type[BaseModel], origin_of: Callable[[Key], str | None]
+) -> tuple[str, str]:
+    """Return where an error of pydantic is, and what is wrong there."""
     if error["type"] == "extra_forbidden":
-        names = list(_section_at(schema, error["loc"][:-1]).model_fields)
-        return f"{origin}: unknown key {path}; {name_hint(str(error['loc'][-1]), names)}"
+        loc = error["loc"]
+        names = list(_section_at(schema, loc[:-1]).model_fields)
+        hint = name_hint(str(loc[-1]), names)
+        return f"{origin_of(loc) or origin}: unknown key {'.'.join(map(str, loc))}; {hint}", ""
     if error["type"] == "missing":
-        return f"{origin}: key {path} is missing"
+        return f"{origin}: key {'.'.join(map(str, error['loc']))} is missing", ""
+    loc = _in_values(error["loc"], raw)
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    where = f"key {path} = {error['input']!r}: " if path else ""
-    return f"{origin}: {where}{message}"
+    key = f"key {'.'.join(map(str, loc))} = {error['input']!r}: " if loc else ""
+    return f"{origin_of(loc) or origin}: {key}", message
+
+
+def _in_values(loc: Key, raw: Any) -> Key:
+    """Return the part of an error's location that leads to a value; names of the types of a union may follow."""
+    for depth, name in enumerate(loc):
+        try:
+            raw = raw[name]
+        except (KeyError, IndexError, TypeError):
+            return loc[:depth]
+    return loc
 
 
 def _section_at(schema: type[BaseModel], loc: tuple) -> type[BaseModel]:

@@ -1,21 +1,22 @@
 """The configuration of a pretraining run: the schema of its YAML file.
 
 Unknown keys and wrong types stop the program with the key's full path. The text below a field is its entry in the
-configuration reference (`docs/make_configuration.py`). The model is described by a file of its own, a Hugging Face
-`config.json`.
+configuration reference (`docs/make_configuration.py`). The model is described by a Hugging Face `config.json`, by the
+fields of one, or by both.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from lrnn import LrnnConfig
+from lrnn.errors import UserError
 from lrnn.model_config import model_config_from
 from lrnn.pretrain import old_config
 from lrnn.pretrain.batching import Batching
-from lrnn.settings import Section, Unit, load, read_json, validate
+from lrnn.settings import BASE, FileOrFields, Section, Unit, load, read_json, validate
 
 DAY_SECONDS = 24 * 3600
 
@@ -161,8 +162,9 @@ class Config(Section):
 
     run_dir: str
     """Folder that everything is written to. A run is resumed from what is in it."""
-    model: str
-    """Hugging Face `config.json` of the model."""
+    model: Annotated[str | dict[str, Any], FileOrFields()]
+    """Hugging Face `config.json` of the model, or a mapping of its fields. In a mapping, `base` names a `config.json`
+    that the other fields change; `model.hidden_size=512` on the command line is such a change."""
     zero: Literal[1, 2, 3] | None = None
     """ZeRO stage of DeepSpeed: 1 shards the optimizer's state over the processes, 2 the gradients too, 3 the parameters
     too. 2 unless `deepspeed` is given."""
@@ -230,13 +232,31 @@ def parse_config(raw: dict, origin: str) -> Config:
 
 
 def load_model_of(config: Config) -> LrnnConfig:
-    """Read the model that a run trains, with `max_position_embeddings` set from `data.seq_len`.
+    """Return the model that a run trains, with `max_position_embeddings` set from `data.seq_len`.
 
     Raises:
-        UserError: see `lrnn.model_config.load_model_config`.
+        UserError: see `lrnn.model_config.model_config_from`.
     """
-    raw = read_json(config.model, "model configuration")
-    model = model_config_from(raw, f"model configuration {config.model}")
-    old_config.check_sequence_length(raw, config.data.seq_len, config.model)
+    raw, origin = model_fields(config.model)
+    model = model_config_from(raw, origin)
+    old_config.check_sequence_length(raw, config.data.seq_len, origin.removeprefix("model configuration "))
     model.max_position_embeddings = config.data.seq_len
     return model
+
+
+def model_fields(model: str | dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return the fields that the key `model` of a run gives, and what to call them in messages.
+
+    Raises:
+        UserError: the file cannot be read, or `base` is not a path.
+    """
+    if isinstance(model, str):
+        return read_json(model, "model configuration"), f"model configuration {model}"
+    if BASE not in model:
+        return model, "model"
+    base = model[BASE]
+    if not isinstance(base, str):
+        raise UserError(f"key model.base = {base!r} should be the path of a JSON file")
+    changes = {name: value for name, value in model.items() if name != BASE}
+    origin = f"model configuration {base} with changed {', '.join(changes)}"
+    return read_json(base, "model configuration") | changes, origin

@@ -11,6 +11,7 @@ from lrnn import LrnnConfig
 from lrnn.errors import UserError
 from lrnn.model.mixers import MIXERS
 from lrnn.model_config import load_model_config
+from lrnn.parsing import parse_yaml
 from lrnn.pretrain.config import Config, load_config, load_model_of
 from lrnn.pretrain.deepspeed_config import deepspeed_config
 from lrnn.pretrain.zero import zero_settings
@@ -97,7 +98,7 @@ def test_the_documented_job_can_share_its_batch():
 )
 def test_unknown_key(load, override, key, hint):
     message = error_of(load, override)
-    assert f"unknown key {key}; {hint}" in message and "run.yaml" in message
+    assert f"command line: unknown key {key}; {hint}" in message
 
 
 @pytest.mark.parametrize(
@@ -206,6 +207,47 @@ def test_bad_file(tmp_path):
     assert f"{file} is not UTF-8 text" in error_of(load_config, file)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: 3\nseed: 1\nsteps: 4\n", "run.yaml:3: key steps is given twice, first in line 1; remove one"),
+        ("optim:\n  lr: 1\n  lr: 1\n", "run.yaml:3: key lr is given twice, first in line 2; remove one"),
+        ("a:\n- {b: 1}\n- {b: 1, 'b': 1}\n", "run.yaml:3: key b is given twice, first in line 3; remove one"),
+        ("a: {<<: {b: 1},\n <<: {c: 1}}\n", "run.yaml:2: key << is given twice, first in line 1; write one list"),
+        ("steps: 3\n3: 4\n", "run.yaml:2: key 3 should be text; write it in quotes"),
+        ("steps: 3\non: 4\n", "run.yaml:2: key True should be text; write it in quotes"),
+        ("\na: &a [*a]\n", "run.yaml:2: this value contains itself"),
+    ],
+)
+def test_keys_that_would_be_lost(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    assert message in error_of(load_config, tmp_path / "run.yaml")
+
+
+def test_merged_keys_are_not_given_twice(tmp_path):
+    """YAML's own `<<` lets a mapping change what it merges; both copies can be changed alone afterwards."""
+    text = "a: &a {b: {c: 1}, d: 2}\ne: {<<: *a, d: 3}\nf: *a\n"
+    parsed = parse_yaml(text, "x")
+    assert parsed.value == yaml.safe_load(text)
+    parsed.value["a"]["b"]["c"] = 9
+    assert parsed.value["e"]["b"]["c"] == parsed.value["f"]["b"]["c"] == 1
+
+
+def test_a_key_given_twice_on_the_command_line(load):
+    message = error_of(load, "optim={lr: 1.0, lr: 2.0}")
+    assert message == "override optim={lr: 1.0, lr: 2.0}: the value: key lr is given twice; remove one"
+
+
+def test_wrong_values_name_file_and_line(raw, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"{yaml.safe_dump(raw, default_flow_style=None)}log:\n  every: x\n  evry: 3\n")
+    line = (tmp_path / "run.yaml").read_text().splitlines().index("  every: x") + 1
+    message = error_of(load_config, tmp_path / "run.yaml", ["data.stream={path: a, tokenizer: b, data_files: 3}"])
+    assert f"{tmp_path / 'run.yaml'}:{line}: key log.every = 'x': should be a valid integer" in message
+    assert f"{tmp_path / 'run.yaml'}:{line + 1}: unknown key log.evry" in message
+    both = "should be a valid string or should be a valid list"
+    assert f"command line: key data.stream.data_files = 3: {both}" in message
+
+
 def test_dump_is_the_whole_configuration(load, tmp_path):
     config = load("optim.lr=3e-7", "data.corpora=[]", "data.stream={path: json, tokenizer: t, data_files: [x, y]}")
     (tmp_path / "again.yaml").write_text(dump(config))
@@ -262,6 +304,9 @@ def test_model_file_itself(tmp_path):
     assert "model.json does not exist" in error_of(load_model_config, tmp_path / "model.json")
     (tmp_path / "model.json").write_text('{"a": 1,}')
     assert "model.json is not JSON" in error_of(load_model_config, tmp_path / "model.json")
+    (tmp_path / "model.json").write_text('{"vocab_size": 4, "hidden_size": 2,\n "vocab_size": 5}')
+    message = error_of(load_model_config, tmp_path / "model.json")
+    assert "model.json:2: key vocab_size is given twice, first in line 1; remove one" in message
     (tmp_path / "model.json").write_text("[1]")
     assert "should hold a JSON object, not list" in error_of(load_model_config, tmp_path / "model.json")
     (tmp_path / "folder").mkdir()
