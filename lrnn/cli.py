@@ -6,10 +6,13 @@ when their command is named.
 
 import argparse
 import importlib
+import re
 import sys
 
 from lrnn.errors import UserError
+from lrnn.threads import wait_without_spinning
 
+LOCAL_RANK = re.compile("--local[-_]rank=")
 COMMANDS = {
     "corpus": ("lrnn.pretrain.corpus.build", "tokenise text or code into a corpus of Arrow shards"),
     "pretrain": ("lrnn.pretrain.train", "pretrain a model, or resume a run"),
@@ -31,6 +34,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
     """Parse the command line. Return the namespace and the name of the command's module."""
     parser = argparse.ArgumentParser(prog="lrnn", description="Pretrain linear RNNs that can track state.")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    if argv and LOCAL_RANK.match(argv[0]):  # DeepSpeed's launcher puts it before the command
+        argv = [*argv[1:], argv[0]]
     named = next((a for a in argv if not a.startswith("-")), None)
     for name, (module, summary) in COMMANDS.items():
         sub = subparsers.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,6 +53,14 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the `lrnn` program. Return the exit status (2 for bad input)."""
+    if sys.platform != "linux":
+        print(
+            f"lrnn: error: lrnn needs Linux, and this is {sys.platform}; use a Linux machine, WSL 2 or the Docker "
+            "image",
+            file=sys.stderr,
+        )
+        return 2
+    wait_without_spinning()  # before a command loads torch
     try:
         args, module = parse(sys.argv[1:] if argv is None else argv)
         return importlib.import_module(module).main(args) or 0

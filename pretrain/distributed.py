@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from lrnn.errors import UserError
-from lrnn.pretrain.launch import free_port, local_environment
+from lrnn.pretrain.launch import free_port, local_environment, slurm_tasks
 
 T = TypeVar("T")
 RENDEZVOUS_TIMEOUT = timedelta(minutes=30)  # within which all processes have to start
@@ -81,7 +81,7 @@ def init_ranks() -> Ranks:
     if not faulthandler.is_enabled():
         faulthandler.enable()  # a crash in native code leaves the Python stacks in the log
     if "RANK" not in os.environ:
-        if "SLURM_STEP_ID" in os.environ:
+        if slurm_tasks() > 1:
             os.environ.update(slurm_environment(dict(os.environ)))
         else:
             os.environ.update(local_environment(0, 1, free_port()))

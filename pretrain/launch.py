@@ -5,6 +5,7 @@ Nothing here needs the other processes: how they agree on anything is in `distri
 
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import time
 
 from lrnn.errors import UserError
+from lrnn.threads import usable_cores
 
 STOPPED = 75  # exit status of a run that a signal stopped and that can be resumed (EX_TEMPFAIL of sysexits.h)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -21,7 +23,91 @@ PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 def is_worker() -> bool:
     """Return whether torchrun, srun or `launch` started this process as one of several."""
-    return "RANK" in os.environ or "SLURM_STEP_ID" in os.environ
+    return "RANK" in os.environ or slurm_tasks() > 1
+
+
+def is_first() -> bool:
+    """Return whether this process starts others, or is the first of those that were started."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def slurm_tasks() -> int:
+    """Return the number of tasks of the srun that started this process; 1 for `srun --pty` and outside of srun."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) if "SLURM_STEP_ID" in os.environ else 1
+
+
+def check_worker(nproc: int | None, local_rank: int | None) -> None:
+    """Check the options of a process that another launcher started.
+
+    Args:
+        nproc: the value of `--nproc`.
+        local_rank: the value of `--local_rank`, which DeepSpeed's launcher appends.
+
+    Raises:
+        UserError: the launcher started another number of processes, or set another local rank.
+    """
+    by_rank = "RANK" in os.environ
+    world_size = int(os.environ.get("WORLD_SIZE", 1)) if by_rank else slurm_tasks()
+    if nproc not in (None, world_size):
+        starter = "a launcher such as torchrun (RANK is set)" if by_rank else "srun"
+        raise UserError(
+            f"--nproc {nproc} cannot be obeyed: {starter} started this process as one of {world_size}; leave --nproc "
+            "out, or start a single task, which then starts the processes itself"
+        )
+    known = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
+    if local_rank is not None and known is not None and int(known) != local_rank:
+        raise UserError(f"--local_rank {local_rank} contradicts the environment, in which the local rank is {known}")
+
+
+def check_alone(local_rank: int | None) -> None:
+    """Raise UserError if a process that should start the others seems to be one of several."""
+    if local_rank is not None and local_rank > 0:
+        raise UserError(
+            f"--local_rank {local_rank} is given, but RANK and WORLD_SIZE are not in the environment; start the "
+            "processes with --nproc, torchrun, deepspeed or srun"
+        )
+    if int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        raise UserError(
+            f"mpirun started this process as one of {os.environ['OMPI_COMM_WORLD_SIZE']}, which is not supported; "
+            "start the processes with --nproc, torchrun, deepspeed or srun"
+        )
+
+
+def choose_threads() -> None:
+    """Share the cores among the processes of this host, unless OMP_NUM_THREADS says how many threads each has."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads_per_process())
+
+
+def threads_per_process(processes: int | None = None) -> int:
+    """Return the number of threads that a process computes with if OMP_NUM_THREADS is not set.
+
+    It does not depend on the load of the machine: sums that are split differently are rounded differently, and a run
+    that resumes should compute the same.
+
+    Args:
+        processes: number of processes on this host; by default what the launcher of this process says.
+    """
+    if processes is None and "RANK" not in os.environ and slurm_tasks() > 1:
+        return int(os.environ.get("SLURM_CPUS_PER_TASK", 1))
+    told = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))  # of torchrun, of DeepSpeed
+    return max(1, usable_cores() // (processes or int(told)))
+
+
+def describe_idle_gpus() -> str | None:
+    """Return a line if srun started fewer tasks on a node than each of them sees GPUs: a task computes on one GPU."""
+    import torch
+
+    # Such as 8(x2),4: eight tasks on each of two nodes, and four on another.
+    counts = re.findall(r"(\d+)(?:\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    tasks, gpus = max(map(int, counts), default=0), torch.cuda.device_count()
+    if "RANK" in os.environ or not 0 < tasks < gpus:
+        return None
+    return (
+        f"srun started {tasks} tasks per node, which use {tasks} of its {gpus} GPUs; --ntasks-per-node {gpus} uses all"
+    )
 
 
 def default_processes() -> int:
@@ -50,7 +136,7 @@ def launch(n: int, command: list[str]) -> int:
     model.
     """
     port = free_port()
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
+    threads = os.environ.get("OMP_NUM_THREADS", str(threads_per_process(n)))
     workers: list[subprocess.Popen] = []
 
     def forward(number, frame):

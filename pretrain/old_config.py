@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lrnn.errors import UserError
-from lrnn.pretrain.launch import LAUNCHER
+from lrnn.pretrain.launch import LAUNCHER, is_first
 from lrnn.pretrain.zero import zero_settings
 from lrnn.settings import read_json
 
@@ -71,8 +71,7 @@ def notice(text: str, *, in_workers: bool = False) -> None:
         text: the line.
         in_workers: the launcher does not come to this call, so the main process prints even if it was launched.
     """
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    if rank == "0" and (in_workers or LAUNCHER not in os.environ):
+    if is_first() and (in_workers or LAUNCHER not in os.environ):
         print(f"lrnn: notice: {text}", file=sys.stderr)
 
 

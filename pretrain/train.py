@@ -1,7 +1,8 @@
 """Pretrain a model, or resume a run from its newest checkpoint.
 
-Started by hand it runs one process for each visible GPU (one process without GPUs); under torchrun or srun it joins the
-others. SIGTERM, SIGUSR1 and Ctrl-C finish the step, write a checkpoint and exit with status 75.
+Started by hand, or as the only task of srun, it runs one process for each visible GPU (one process without GPUs); under
+torchrun, deepspeed or an srun of several tasks it joins the others. SIGTERM, SIGUSR1 and Ctrl-C finish the step, write
+a checkpoint and exit with status 75.
 """
 
 import argparse
@@ -14,7 +15,20 @@ from lrnn.pretrain.config import Config, load_config, load_model_of
 from lrnn.pretrain.deepspeed_config import deepspeed_config
 from lrnn.pretrain.distributed import Ranks, init_ranks
 from lrnn.pretrain.guard import Verdict
-from lrnn.pretrain.launch import StopRequest, check_world, default_processes, end_with_launcher, is_worker, launch
+from lrnn.pretrain.launch import (
+    StopRequest,
+    check_alone,
+    check_worker,
+    check_world,
+    choose_threads,
+    default_processes,
+    describe_idle_gpus,
+    end_with_launcher,
+    is_first,
+    is_worker,
+    launch,
+)
+from lrnn.pretrain.old_config import notice
 from lrnn.pretrain.run import Run
 from lrnn.pretrain.step import train_step
 
@@ -48,12 +62,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the configuration")
     parser.add_argument("--nproc", type=int, help="processes on this host; default one per visible GPU")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # of DeepSpeed's launcher
     parser.epilog = "example:\n  lrnn pretrain configs/340m.yaml run_dir=runs/340m optim.lr=2e-4"
 
 
 def main(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
-    if not is_worker():
+    if is_worker():
+        try:
+            check_worker(args.nproc, args.local_rank)
+        except UserError:
+            if is_first():
+                raise
+            return 2  # The first process prints the message.
+        if (idle := describe_idle_gpus()) is not None:
+            notice(idle)
+    else:
+        check_alone(args.local_rank)
         processes = default_processes() if args.nproc is None else args.nproc
         check_world(processes)
         load_model_of(config)  # Cheap checks come before processes start.
@@ -62,6 +87,7 @@ def main(args: argparse.Namespace) -> int:
             return launch(processes, [sys.executable, "-m", "lrnn.cli", "pretrain", args.config, *args.overrides])
     with StopRequest() as stop:  # Before everything that takes long, so that an early signal is not a failure.
         end_with_launcher()
+        choose_threads()
         ranks = init_ranks()
         try:
             return train(config, ranks, stop)

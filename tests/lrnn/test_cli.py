@@ -92,6 +92,14 @@ def test_other_errors_are_not_hidden(command):
         cli.main(["probe", "this"])
 
 
+@pytest.mark.parametrize("platform", ["darwin", "win32"])
+def test_other_systems_are_refused(monkeypatch, capsys, platform):
+    monkeypatch.setattr(sys, "platform", platform)
+    assert cli.main(["pretrain", "run.yaml"]) == 2
+    error = f"lrnn: error: lrnn needs Linux, and this is {platform}; use a Linux machine, WSL 2 or the Docker image\n"
+    assert capsys.readouterr() == ("", error)
+
+
 @pytest.mark.parametrize(("result", "status"), [(None, 0), (0, 0), (75, 75)])
 def test_exit_status(command, result, status):
     command(lambda args: result)

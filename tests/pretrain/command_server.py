@@ -50,6 +50,7 @@ def captured(arguments: list[str]) -> tuple[int, str, str]:
 
 
 if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"  # `lrnn pretrain` would use all cores
     torch.set_num_threads(1)
     torch.distributed.destroy_process_group = lambda: None  # DeepSpeed cannot begin a second one
     for line in sys.stdin:

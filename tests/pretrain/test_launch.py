@@ -8,17 +8,30 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import without_models
 
+from lrnn.cli import main, parse
 from lrnn.errors import UserError
 from lrnn.pretrain import launch as launch_module
 from lrnn.pretrain import train as train_module
 from lrnn.pretrain.distributed import slurm_environment
-from lrnn.pretrain.launch import STOPPED, StopRequest, check_world, is_worker, launch
+from lrnn.pretrain.launch import (
+    STOPPED,
+    StopRequest,
+    check_alone,
+    check_worker,
+    check_world,
+    choose_threads,
+    describe_idle_gpus,
+    is_worker,
+    launch,
+    threads_per_process,
+)
 
 pytestmark = pytest.mark.alone
 
@@ -57,7 +70,7 @@ def signals(folder: Path, rank: int) -> list[str]:
 
 def test_environment_of_the_workers(command, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    monkeypatch.setattr(launch_module, "usable_cores", lambda: 7)
     assert launch(3, command("")) == 0
     seen = [(tmp_path / f"ready-{rank}").read_text().split() for rank in range(3)]
     assert [s[:4] for s in seen] == [[str(r), str(r), "3", "127.0.0.1"] for r in range(3)]
@@ -272,10 +285,131 @@ def test_which_processes_are_workers(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "5")  # inside a job, but not started by srun
     assert not is_worker()
     monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # a shell of `srun --pty`, which may start processes
+    assert not is_worker()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     assert is_worker()
     monkeypatch.delenv("SLURM_STEP_ID")
     monkeypatch.setenv("RANK", "0")  # torchrun
     assert is_worker()
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """`started(**variables)` replaces the variables that launchers set."""
+
+    def set_environment(**variables: object) -> None:
+        for name in [*os.environ]:
+            if name.startswith(("SLURM_", "OMPI_", "LOCAL_")) or name in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS"):
+                monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+
+    return set_environment
+
+
+SRUN = {"SLURM_STEP_ID": 0, "SLURM_STEP_NUM_TASKS": 4, "SLURM_PROCID": 1, "SLURM_LOCALID": 1}
+TORCHRUN = {"RANK": 3, "LOCAL_RANK": 1, "WORLD_SIZE": 4}
+
+
+@pytest.mark.parametrize(
+    ("variables", "nproc", "local_rank", "message"),
+    [
+        (SRUN, None, None, None),
+        (SRUN, 4, None, None),
+        (SRUN, 2, None, "--nproc 2 cannot be obeyed: srun started this process as one of 4; leave --nproc out"),
+        (TORCHRUN, 4, 1, None),
+        (
+            TORCHRUN,
+            1,
+            None,
+            r"--nproc 1 cannot be obeyed: a launcher such as torchrun \(RANK is set\) started .* of 4;",
+        ),
+        (TORCHRUN, None, 0, "--local_rank 0 contradicts the environment, in which the local rank is 1"),
+    ],
+)
+def test_options_of_a_process_that_others_started(started, variables, nproc, local_rank, message):
+    started(**variables)
+    assert is_worker()
+    with nullcontext() if message is None else pytest.raises(UserError, match=message):
+        check_worker(nproc, local_rank)
+
+
+def test_options_of_a_process_that_is_alone(started):
+    started(SLURM_STEP_ID=0, SLURM_STEP_NUM_TASKS=1)
+    check_alone(None)
+    check_alone(0)
+    with pytest.raises(UserError, match="--local_rank 1 is given, but RANK and WORLD_SIZE are not in the environment"):
+        check_alone(1)
+    started(OMPI_COMM_WORLD_SIZE=2)
+    with pytest.raises(UserError, match="mpirun started this process as one of 2, which is not supported"):
+        check_alone(None)
+
+
+@pytest.mark.parametrize(("rank", "printed"), [(0, 1), (1, 0)])
+def test_one_process_says_that_nproc_is_refused(started, capsys, monkeypatch, rank, printed):
+    started(**SRUN | {"SLURM_PROCID": rank})
+    monkeypatch.setattr(train_module, "load_config", lambda path, overrides: None)
+    assert main(["pretrain", "x.yaml", "--nproc", "2"]) == 2
+    assert capsys.readouterr().err.count("lrnn: error: --nproc 2 cannot be obeyed") == printed
+
+
+def test_the_only_task_of_srun_starts_processes(started, monkeypatch):
+    started(SLURM_STEP_ID=0, SLURM_STEP_NUM_TASKS=1, SLURM_PROCID=0, SLURM_LOCALID=0, SLURM_JOB_ID=7)
+    monkeypatch.setattr(train_module, "load_config", lambda path, overrides: None)
+    monkeypatch.setattr(train_module, "load_model_of", lambda config: None)
+    monkeypatch.setattr(train_module, "deepspeed_config", lambda config, processes: None)
+    monkeypatch.setattr(train_module, "launch", lambda processes, command: 40 + processes)
+    assert main(["pretrain", "x.yaml", "--nproc", "2"]) == 42
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert main(["pretrain", "x.yaml"]) == 48
+
+
+@pytest.mark.parametrize("option", ["--local_rank=1", "--local-rank=1"])
+def test_the_option_of_deepspeeds_launcher(option):
+    """`deepspeed --module lrnn.cli pretrain run.yaml` puts it before the command, torch.distributed.launch as well."""
+    for argv in ([option, "pretrain", "run.yaml", "a=1"], ["pretrain", "run.yaml", option, "a=1"]):
+        args, _ = parse(argv)
+        assert (args.command, args.config, args.local_rank, args.overrides) == ("pretrain", "run.yaml", 1, ["a=1"])
+
+
+@pytest.mark.parametrize(
+    ("tasks", "gpus", "line"),
+    [
+        ("1(x2)", 8, "srun started 1 tasks per node, which use 1 of its 8 GPUs; --ntasks-per-node 8 uses all"),
+        ("8(x2),4", 8, None),
+        ("4", 1, None),  # a task that sees its own GPU only
+        ("2", 0, None),
+    ],
+)
+def test_gpus_that_no_task_uses_are_named(started, monkeypatch, tasks, gpus, line):
+    started(SLURM_STEP_TASKS_PER_NODE=tasks)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert describe_idle_gpus() == line
+
+
+@pytest.mark.parametrize(
+    ("variables", "threads"),
+    [
+        ({}, 12),
+        ({"RANK": 0, "LOCAL_WORLD_SIZE": 4}, 3),  # torchrun
+        ({"RANK": 0, "LOCAL_SIZE": 5}, 2),  # deepspeed
+        ({"RANK": 0, "LOCAL_WORLD_SIZE": 40}, 1),
+        (SRUN, 1),
+        (SRUN | {"SLURM_CPUS_PER_TASK": 6}, 6),
+        ({"SLURM_STEP_ID": 0, "SLURM_STEP_NUM_TASKS": 1, "SLURM_CPUS_PER_TASK": 6}, 12),
+    ],
+)
+def test_threads_of_a_process(started, monkeypatch, variables, threads):
+    started(**variables)
+    monkeypatch.setattr(launch_module, "usable_cores", lambda: 12)
+    assert threads_per_process() == threads
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    choose_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    choose_threads()
+    assert chosen == [threads]
 
 
 def test_number_of_processes(monkeypatch):
@@ -293,6 +427,7 @@ def test_signals_are_handled_before_the_engine_starts(monkeypatch):
     """Loading and compiling a large model takes minutes; a signal then must not look like a failure."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(train_module, "load_config", lambda path, overrides: None)
+    monkeypatch.setattr(train_module, "choose_threads", lambda: None)
     monkeypatch.setattr(train_module, "init_ranks", lambda: None)
     monkeypatch.setattr(train_module.dist, "destroy_process_group", lambda: None)
 
@@ -304,6 +439,6 @@ def test_signals_are_handled_before_the_engine_starts(monkeypatch):
     # If our handler is missing, the signal would end this process; ignored, it makes the test fail instead.
     previous = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
-        assert train_module.main(argparse.Namespace(config="x", overrides=[], nproc=None)) == STOPPED
+        assert train_module.main(argparse.Namespace(config="x", overrides=[], nproc=None, local_rank=None)) == STOPPED
     finally:
         signal.signal(signal.SIGUSR1, previous)
