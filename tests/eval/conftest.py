@@ -5,7 +5,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-import torch
+from tiny_models import write_tiny_model
 
 from lrnn.eval.suites import fetch_data
 from lrnn.tokenizer import train_sentencepiece
@@ -20,25 +20,7 @@ def eval_data():
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Return the folder of a random two-layer Llama with a byte-level tokenizer, in the form of an export."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(["def f(x):\n    return x\n"] * 3, trainer)
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "padding_side": "left"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=2048, **size)
-    config.bos_token_id, config.eos_token_id = 0, 1
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return write_tiny_model(tmp_path_factory.mktemp("model"), ["def f(x):\n    return x\n"] * 3)
 
 
 @pytest.fixture(scope="session")
