@@ -8,12 +8,15 @@ import argparse
 import importlib
 import re
 import sys
+from collections.abc import Container
 
+from lrnn import __version__, shipped
 from lrnn.errors import UserError
 from lrnn.threads import wait_without_spinning
 
 LOCAL_RANK = re.compile("--local[-_]rank=")
 COMMANDS = {
+    "init": ("lrnn.init", "lay out a project: a run, its model, batch scripts"),
     "corpus": ("lrnn.pretrain.corpus.build", "tokenise text or code into a corpus of Arrow shards"),
     "pretrain": ("lrnn.pretrain.train", "pretrain a model, or resume a run"),
     "submit": ("lrnn.pretrain.submit", "submit a run to SLURM, or resume it"),
@@ -30,19 +33,45 @@ COMMANDS = {
 }
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
-    """Parse the command line. Return the namespace and the name of the command's module."""
-    parser = argparse.ArgumentParser(prog="lrnn", description="Pretrain linear RNNs that can track state.")
+SHELLS = ("bash", "zsh", "fish", "tcsh", "powershell")
+
+
+class PrintCompletion(argparse.Action):
+    """Print the completion script of a shell, made from the parsers of all commands, and exit."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace, shell, option_string=None) -> None:
+        from lrnn import completion  # here, because nothing else needs shtab
+
+        print(completion.script(build_parser(COMMANDS), shell))
+        parser.exit()
+
+
+def build_parser(full: Container[str]) -> argparse.ArgumentParser:
+    """Return the parser of the command line. Commands outside `full` have a name and a summary, but no arguments."""
+    parser = argparse.ArgumentParser(
+        prog="lrnn",
+        description="Pretrain linear RNNs that can track state.",
+        epilog=f"`lrnn COMMAND --help` describes a command. The documentation is in {shipped.docs()}.",
+    )
+    parser.add_argument("--version", action="version", version=f"lrnn {__version__}", help="print the version")
+    parser.add_argument(
+        "--print-completion", action=PrintCompletion, choices=SHELLS, help="print the completion script of a shell"
+    )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    if argv and LOCAL_RANK.match(argv[0]):  # DeepSpeed's launcher puts it before the command
-        argv = [*argv[1:], argv[0]]
-    named = next((a for a in argv if not a.startswith("-")), None)
     for name, (module, summary) in COMMANDS.items():
         sub = subparsers.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
-        if name == named:
+        if name in full:
             command = importlib.import_module(module)
             sub.description = command.__doc__
             command.add_arguments(sub)
+    return parser
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
+    """Parse the command line. Return the namespace and the name of the command's module."""
+    if argv and LOCAL_RANK.match(argv[0]):  # DeepSpeed's launcher puts it before the command
+        argv = [*argv[1:], argv[0]]
+    parser = build_parser({next((a for a in argv if not a.startswith("-")), "")})
     args, rest = parser.parse_known_args(argv)
     if rest and hasattr(args, "overrides") and not any(word.startswith("-") for word in rest):
         args.overrides += rest  # argparse takes no more of them after an option

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-import lrnn
+from lrnn import shipped
 from lrnn.errors import UserError
 from lrnn.files import write_atomically
 from lrnn.pretrain.checkpoint import format as checkpoint
@@ -25,7 +25,7 @@ from lrnn.pretrain.checkpoint import format as checkpoint
 if TYPE_CHECKING:
     from lrnn.pretrain.config import Config
 
-TEMPLATE = Path(lrnn.__file__).resolve().parents[1] / "slurm" / "train.sbatch"
+TEMPLATE = shipped.BATCH_SCRIPTS / "train.sbatch"
 # squeue lists jobs in these states for some minutes after their end. Jobs in all other states may still write.
 OVER = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",

@@ -3,13 +3,12 @@
 import gc
 import statistics
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lrnn import LrnnConfig, LrnnForCausalLM
+from lrnn import LrnnConfig, LrnnForCausalLM, shipped
 from lrnn.bench.peers import fla_guard, fla_guard_lifted
 
 TOKENS, SEQ_LEN = 16384, 2048  # per step and per sequence
@@ -34,7 +33,7 @@ class Step:
 
 def shapes() -> dict[str, LrnnConfig]:
     """Return the configurations: 340M of `configs/`, and the defaults, 1.47B, at which the peers were measured."""
-    path = Path(__file__).resolve().parents[2] / "configs" / "models" / "340m.json"
+    path = shipped.MODELS / "340m.json"
     small = LrnnConfig.from_json_file(str(path)) if path.is_file() else LrnnConfig(
         hidden_size=1024, num_hidden_layers=20, num_heads=8, intermediate_size=2816
     )  # fmt: skip

@@ -21,9 +21,10 @@ LEVELS = {  # a room imports rooms of lower levels, and itself
     "lrnn.eval": 6,
     "lrnn.commands": 7,
 }
-FLOOR = {"environment", "errors", "files", "parsing", "records", "run_lock", "settings", "threads", "tokenizer"}
+FLOOR = {"environment", "errors", "files", "parsing", "records", "run_lock", "settings", "shipped", "threads"}
+FLOOR |= {"tokenizer"}
 PACKAGE = {"__init__", "auto_classes", "model_config"}
-COMMANDS = {"cli", "quickstart"}  # they name or run everything
+COMMANDS = {"cli", "completion", "init", "quickstart"}  # they name or run everything
 CLASSES = "lrnn.model.modeling_lrnn"  # where `from lrnn import LrnnForCausalLM` leads
 MAX_LINES = 500
 

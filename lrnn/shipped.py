@@ -1,0 +1,56 @@
+"""The files that come with lrnn: configurations that have names, batch scripts, and pages of the documentation.
+
+In a checkout, `configs` and `slurm` beside this file are links to the top-level folders. An installed package has the
+folders themselves, and the pages too.
+"""
+
+from pathlib import Path
+
+from lrnn.errors import UserError
+
+PACKAGE = Path(__file__).parent
+RUNS, MODELS, GRIDS = PACKAGE / "configs", PACKAGE / "configs" / "models", PACKAGE / "configs" / "track"
+BATCH_SCRIPTS = PACKAGE / "slurm"
+
+
+def names(folder: Path) -> list[str]:
+    """Return the names of the configurations in `RUNS`, `MODELS` or `GRIDS`, sorted."""
+    return sorted(path.stem for path in folder.iterdir() if path.suffix in (".yaml", ".json"))
+
+
+def find(given: str | Path, folder: Path, what: str) -> Path:
+    """Return the file of a configuration: `given` itself if it is a file, otherwise the shipped one of that name.
+
+    Args:
+        given: path of a file, or a name such as `340m`.
+        folder: `RUNS`, `MODELS` or `GRIDS`.
+        what: the kind of file, as the first words of a message.
+
+    Raises:
+        UserError: there is neither.
+    """
+    from lrnn.settings import name_hint  # here, because it imports pydantic, which `lrnn --version` does without
+
+    path = Path(given)
+    if path.is_file():
+        return path
+    known = names(folder)
+    if str(given) in known:
+        return next(folder.glob(f"{given}.*"))
+    if path.is_dir():
+        raise UserError(f"{what} {given} is a folder; give a file, or the name of one that comes with lrnn")
+    raise UserError(
+        f"{what} {given} does not exist; give the path of a file, or the name of one that comes with lrnn: "
+        f"{name_hint(path.stem, known, list_all=True)}"
+    )
+
+
+def is_shipped(path: Path) -> bool:
+    """Return whether a file is one of the configurations that come with lrnn."""
+    return path.resolve().is_relative_to(RUNS.resolve())
+
+
+def docs() -> Path:
+    """Return the folder of the documentation's pages."""
+    inside = PACKAGE / "docs"
+    return inside if inside.is_dir() else PACKAGE.resolve().parent / "docs"

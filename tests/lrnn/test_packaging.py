@@ -1,0 +1,124 @@
+"""Test what an installed lrnn holds and that it works in an empty folder: the sdist, its wheel, `pip install`."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import lrnn
+
+REPOSITORY = Path(__file__).parents[2]
+BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
+FOLDERS = ("configs", "docker", "docs", "eval", "kernels", "lrnn", "pretrain", "slurm")
+# What the commands need beside their modules.
+DATA = {
+    "py.typed", "configs/tiny.yaml", "configs/340m.yaml", "configs/models/1.3b.json", "configs/track/s5.yaml",
+    "slurm/train.sbatch", "slurm/corpus.sbatch", "slurm/eval.sbatch", "eval/suites/tasks/_gold_bpb.yaml",
+    "eval/suites/tasks/state_tracking/lrnn_s5_mc.yaml", "docs/index.md", "docs/results/index.md",
+}  # fmt: skip
+
+
+def run(*command: str | Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | variables
+    return subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def build(what: str, source: Path, out: Path) -> Path:
+    """Build an sdist or a wheel in `source`, and return it."""
+    done = run(sys.executable, "-c", BUILD, f"build_{what}", out, cwd=source)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (built,) = out.glob("*.tar.gz" if what == "sdist" else "*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    """Return the sdist of a copy of the repository, so that no earlier build is part of it."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("sdist")
+    for name in FOLDERS:
+        ignored = shutil.ignore_patterns("__pycache__", "track_*", "tracking_*", "gpu_*", "pretrain_*")
+        shutil.copytree(REPOSITORY / name, source / name, symlinks=True, ignore=ignored)
+    for file in REPOSITORY.iterdir():
+        if file.is_file() and file.name != ".git":
+            shutil.copyfile(file, source / file.name)
+    return build("sdist", source, out)
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory) -> Path:
+    """Return the wheel that is built from the sdist."""
+    source = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(sdist) as archive:
+        assert not [member.name for member in archive if member.issym() or member.islnk()]
+        archive.extractall(source, filter="data")
+    (top,) = source.iterdir()
+    return build("wheel", top, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """Return the folder into which pip installed the wheel."""
+    target = tmp_path_factory.mktemp("site")
+    options = ["--quiet", "--no-deps", "--no-compile", "--no-index", "--disable-pip-version-check", "--target"]
+    done = run(sys.executable, "-m", "pip", "install", *options, target, wheel, cwd=target)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {name.split("/")[0] for name in names} == {"lrnn", f"lrnn-{lrnn.__version__}.dist-info"}
+    inside = {name.removeprefix("lrnn/") for name in names}
+    assert inside >= DATA
+    package = Path(lrnn.__file__).parent
+    wanted = set()
+    for folder, _, files in os.walk(package, followlinks=True):
+        paths = (Path(folder, file).relative_to(package) for file in files)
+        wanted |= {str(path) for path in paths if path.suffix in (".py", ".yaml", ".json", ".sbatch", ".typed")}
+    assert not wanted - inside
+
+
+def test_the_sdist_holds_what_the_readme_names(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", (REPOSITORY / "README.md").read_text(encoding="utf-8"))
+    assert links and set(links) - {"docker/"} <= names and "docker/Dockerfile" in names and "constraints.txt" in names
+
+
+def test_links_work_outside_the_repository(installed):
+    """Pages of the installed package link to each other; the description on a package index has no links to files."""
+    pages = list((installed / "lrnn" / "docs").rglob("*.md"))
+    links = [(page, link) for page in pages for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text())]
+    assert len(links) > 10
+    assert not [(page, link) for page, link in links if not (page.parent / link).exists()]
+    (metadata,) = installed.glob("*.dist-info/METADATA")
+    description = metadata.read_text(encoding="utf-8").partition("\n\n")[2]
+    assert description.startswith("# lrnn") and not re.findall(r"\]\((?!https?:)[^)]*\)", description)
+
+
+def test_version_and_help_of_the_installed_command(installed, tmp_path):
+    command = [sys.executable, "-X", "importtime", installed / "bin" / "lrnn"]
+    done = run(*command, "--version", cwd=tmp_path, PYTHONPATH=str(installed))
+    assert (done.returncode, done.stdout) == (0, f"lrnn {lrnn.__version__}\n")
+    assert not re.search(r"\| +(torch|transformers|pydantic|numpy|yaml)$", done.stderr, re.MULTILINE)
+    done = run(*command, "--help", cwd=tmp_path, PYTHONPATH=str(installed))
+    assert str(installed / "lrnn" / "docs") in "".join(done.stdout.split())
+
+
+@pytest.mark.skipif("LRNN_TORTURE" not in os.environ, reason="takes minutes: set LRNN_TORTURE=1")
+def test_the_whole_job_in_an_empty_folder(installed, tmp_path):
+    command = [sys.executable, installed / "bin" / "lrnn"]
+    done = run(*command, "quickstart", "--steps", "8", cwd=tmp_path, PYTHONPATH=str(installed))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "The model continues" in done.stdout and "Next:" in done.stdout
+    done = run(*command, "pretrain", "tiny", "steps=2", "schedule.warmup_steps=1", cwd=tmp_path,
+               PYTHONPATH=str(installed))  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "runs/tiny/metrics.jsonl").is_file()
