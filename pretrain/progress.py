@@ -23,6 +23,7 @@ class Progress:
     stream: dict[str, Any] | None = None  # position in a streamed source
     rollbacks: int = 0
     losses: list[float] = field(default_factory=list)  # losses of the last steps, by which the guard finds a spike
+    unrecorded: list[float] = field(default_factory=list)  # finite losses of the steps since the last record
 
     @classmethod
     def read(cls, saved: Path) -> "Progress":

@@ -1,5 +1,6 @@
 """A run: its parts, its start and end, and everything around the training step."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
@@ -165,6 +166,8 @@ class Run:
         progress.stream = self._loader.stream_state
         verdict = self.guard.judge(progress.step, self.engine.was_step_applied(), step, batches)
         progress.losses = self.guard.history
+        if math.isfinite(step.loss):
+            progress.unrecorded.append(step.loss)
         if verdict is not Verdict.GOOD:
             progress.skipped_steps += 1
         return verdict
@@ -194,9 +197,13 @@ class Run:
         progress = self.progress
         record: dict[str, Any] = {}
         if self._is_recorded(progress.step):
-            record = {"step": progress.step, "loss": step.loss, "lr": step.lr}
-            record |= {"grad_norm": float(self.engine.get_global_grad_norm()), "tokens": progress.tokens}
-            record |= {"samples": progress.samples, "skipped_steps": progress.skipped_steps}
+            losses = progress.unrecorded or [step.loss]
+            record = {"step": progress.step, "loss": math.fsum(losses) / len(losses), "loss_last": step.loss}
+            progress.unrecorded = []
+            record |= {"lr": step.lr, "grad_norm": float(self.engine.get_global_grad_norm())}
+            record |= {"tokens": progress.tokens, "samples": progress.samples}
+            record |= {"epochs": self._data.epochs(progress.samples, progress.stream)}
+            record |= {"skipped_steps": progress.skipped_steps}
             record |= self._speed.read(self._loader.take_wait_s())
             record["eigenvalues"] = self._probe.read()
         if self._heldout.due(progress.step):
@@ -291,6 +298,7 @@ class Run:
         zero_state.restore(self.engine, state.read, before.optimizer_step)
         progress = self.progress
         progress.step, progress.tokens, progress.losses = before.step, before.tokens, before.losses
+        progress.unrecorded = before.unrecorded
         progress.rollbacks += 1
 
     def _begin_checkpoint(self) -> None:

@@ -101,6 +101,14 @@ class MixedOrder:
         edges = np.floor(block[..., None] * (BLOCK * self._edges) + 0.5).astype(np.int64)
         return np.diff(edges, axis=-1)
 
+    def counts(self, samples: int) -> np.ndarray:
+        """Return how many of the first `samples` samples each corpus gives: int64 [corpora]."""
+        if len(self._num_windows) == 1:
+            return np.array([samples], dtype=np.int64)
+        block = samples // BLOCK
+        corpus, _, _ = self(np.arange(block * BLOCK, samples))
+        return self._before(np.array(block)) + np.bincount(corpus, minlength=len(self._num_windows))
+
     def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return (corpus, epoch, window) of `samples` (1-d int64): three int64 arrays of the same shape."""
         samples = np.asarray(samples, dtype=np.int64)

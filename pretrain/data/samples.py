@@ -43,9 +43,9 @@ class CorpusData:
         self.seq_len = seq_len
         self.seed = seed
         self.reset_at_document_boundaries = reset_at_document_boundaries
-        windows = [num_windows(corpus, seq_len) for corpus in corpora]
-        self.num_windows = sum(windows)
-        self._order = MixedOrder(windows, weights, seed)
+        self._windows = [num_windows(corpus, seq_len) for corpus in corpora]
+        self.num_windows = sum(self._windows)
+        self._order = MixedOrder(self._windows, weights, seed)
 
     def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the corpus and the window of samples `indices`.
@@ -58,6 +58,10 @@ class CorpusData:
         """
         corpus, _, window = self._order(indices)
         return corpus, window
+
+    def epochs(self, samples: int) -> list[float]:
+        """Return how often each corpus was gone through after `samples` samples, such as 1.5."""
+        return [float(n / windows) for n, windows in zip(self._order.counts(samples), self._windows, strict=True)]
 
     def gather(self, corpus: np.ndarray, window: np.ndarray, indices: np.ndarray) -> MicroBatch:
         """Return the micro-batch of samples `indices`, which `locate` found at (corpus, window); all [B] int64.

@@ -51,6 +51,18 @@ class TrainingData:
             return StreamLoader(self.source, self.batching, state=stream, pin_memory=pin_memory)
         return Loader(self.source, self.batching, start_sample=samples, pin_memory=pin_memory)
 
+    def epochs(self, samples: int, stream: dict | None) -> dict[str, float]:
+        """Return how often the data was gone through, by its path: fractions for corpora, whole epochs for a stream.
+
+        Args:
+            samples, stream: the position of the run, see `loader`.
+        """
+        if isinstance(self.source, StreamData):
+            return {self.source.arguments.path: stream["epoch"] if stream else 0}
+        paths = [str(corpus.path) for corpus in self.source.corpora]
+        names = [path if paths.count(path) == 1 else f"{path} ({i})" for i, path in enumerate(paths, start=1)]
+        return {name: round(n, 6) for name, n in zip(names, self.source.epochs(samples), strict=True)}
+
     def throwaway_batch(self) -> MicroBatch:
         """Return a micro-batch of full shape with one document per row, for the pass before step 1."""
         rows, seq_len = self.batching.micro_batch_size, self.source.seq_len

@@ -6,15 +6,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from lrnn.environment import describe_environment
 from lrnn.errors import UserError
 from lrnn.pretrain.config import Config
 from lrnn.pretrain.distributed import Ranks
 from lrnn.records import DurableLines
+
+PACKAGES = ("deepspeed", "transformers", "tokenizers", "datasets", "numpy")  # the start of a run records their versions
 
 
 class MetricsLog:
@@ -44,16 +48,18 @@ class MetricsLog:
             self._wandb = _start_wandb(config.log.wandb_project, run_dir)
         self._bar = tqdm(total=self._steps, initial=start_step, unit="step") if sys.stderr.isatty() else None
         self._started, self._start_step = time.monotonic(), start_step
-        self.write({"event": "start", "step": start_step, "processes": ranks.world_size, "resumed": resumed})
+        start = {"event": "start", "step": start_step, "processes": ranks.world_size, "resumed": resumed}
+        self.write(start | {"versions": describe_environment(ranks.device, PACKAGES)})
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write a record, and show it if it has a loss.
+        """Write a record with the time, and show it if it has a loss.
 
         Args:
             record: any JSON object. Its numbers, nested ones included, become curves if it has a step and no event. NaN
                 and infinity are written as null, because JSON has neither.
         """
-        error = self._lines.write(json.dumps(_without_nonfinite(record)))
+        time_ = datetime.now(UTC).isoformat(timespec="milliseconds")
+        error = self._lines.write(json.dumps({**_without_nonfinite(record), "time": time_}))
         if error is not None and not self._lines_failed:
             self.say(f"{self._lines.path} cannot be written, records are kept in memory until it can be: {error}")
         self._lines_failed = error is not None

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections import Counter
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import numpy as np
@@ -63,13 +64,20 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_log_writes_lines_and_scalars(config, tmp_path, capsys):
+    before = datetime.now(UTC).replace(microsecond=0)
     log = MetricsLog(config, 0, False, RANKS)
     records = [step_record(10, 3.0), step_record(20, 2.5, heldout_loss=2.75), {"step": 25, "heldout_loss": 2.5}]
     for record in records:
         log.write(record)
     log.write({"event": "checkpoint", "step": 25, "path": "x"})
     log.close()
-    assert read_metrics(tmp_path) == [
+    found = read_metrics(tmp_path)
+    versions = found[0].pop("versions")
+    assert versions["torch"] == torch.__version__ and versions["device"] == "cpu"
+    assert {"python", "lrnn", "deepspeed", "transformers", "datasets", "source"} < set(versions)
+    times = [datetime.fromisoformat(record.pop("time")) for record in found]
+    assert before <= times[0] and times == sorted(times) and times[-1] <= datetime.now(UTC)
+    assert found == [
         {"event": "start", "step": 0, "processes": 2, "resumed": False},
         *records,
         {"event": "checkpoint", "step": 25, "path": "x"},

@@ -1,14 +1,17 @@
 """Test whole trainings on CPU over gloo: a run that is stopped anywhere and resumed gives bitwise the same result."""
 
 import json
+import math
 import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 from training_group import losses, run_group
 
 from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.checkpoint.reader import SavedState
+from lrnn.pretrain.corpus.reader import TokenCorpus
 from lrnn.pretrain.launch import STOPPED
 from lrnn.pretrain.zero import zero_settings
 from lrnn.records import read_metrics
@@ -30,6 +33,33 @@ def test_stop_and_resume_is_bitwise_the_same(base, tmp_path, stage):
     assert read_metrics(Path(stopped["run_dir"]))[-2]["tokens"] == read_metrics(Path(straight["run_dir"]))[-2]["tokens"]
     events = [r for r in read_metrics(Path(stopped["run_dir"])) if r.get("event") == "start"]
     assert [e["resumed"] for e in events] == [False] + [True] * len(stops)
+
+
+def test_the_recorded_loss_is_the_mean_since_the_last_record(base, tmp_path):
+    """It is the same when the run is stopped between two records."""
+    every, straight, stopped = (
+        base(name, log={"every": n, "tensorboard": False}, checkpoint={"every": 1})
+        for name, n in (("every", 1), ("straight", 4), ("stopped", 4))
+    )
+    specs = [{"config": every}, {"config": straight}, {"config": stopped, "stop_at": 3}, {"config": stopped}]
+    assert run_group(tmp_path, specs) == [0, 0, STOPPED, 0]
+    steps, found, resumed = (
+        {r["step"]: r for r in read_metrics(Path(run["run_dir"])) if "event" not in r}
+        for run in (every, straight, stopped)
+    )
+    assert list(found) == list(resumed) == [4, STEPS]
+    for first, last in ((1, 4), (5, STEPS)):
+        losses_ = [steps[s]["loss"] for s in range(first, last + 1)]
+        assert found[last]["loss"] == resumed[last]["loss"] == math.fsum(losses_) / len(losses_)
+        assert found[last]["loss_last"] == resumed[last]["loss_last"] == losses_[-1] == steps[last]["loss_last"]
+    assert all(record["loss"] == record["loss_last"] for record in steps.values())
+    # Corpus b has twice the weight of a, so in 48 samples about twice as many come from it.
+    a, b = (TokenCorpus(corpus["path"]) for corpus in every["data"]["corpora"])
+    epochs = steps[STEPS]["epochs"]
+    taken = [epochs[str(corpus.path)] * ((corpus.num_tokens - 1) // 64) for corpus in (a, b)]
+    assert sum(taken) == pytest.approx(STEPS * 8, abs=0.01) and 1.2 < taken[1] / taken[0] < 3.3
+    (start,) = (r for r in read_metrics(Path(every["run_dir"])) if r.get("event") == "start")
+    assert start["versions"]["torch"] == torch.__version__
 
 
 @pytest.mark.parametrize(("stages", "autocast", "tolerance"), [((1, 2, 3), False, 1e-5), ((2, 3, 1), True, 5e-4)])

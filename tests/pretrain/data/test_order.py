@@ -73,6 +73,14 @@ def test_mixed_counts_never_drift(weights):
         assert np.abs(counts - exact * blocks * BLOCK).max() < 2
 
 
+@pytest.mark.parametrize("samples", [0, 1, BLOCK - 1, BLOCK, BLOCK + 7, 5 * BLOCK, 5 * BLOCK + 1000])
+@pytest.mark.parametrize("windows", [[30], [30, 500, 7]])
+def test_counts_are_those_of_the_samples(windows, samples):
+    order = MixedOrder(windows, list(range(1, len(windows) + 1)), seed=3)
+    corpus, _, _ = order(np.arange(samples))
+    assert order.counts(samples).tolist() == [int((corpus == c).sum()) for c in range(len(windows))]
+
+
 def test_mixed_windows_are_seen_once_per_epoch():
     num_windows = [700, 33]
     order = MixedOrder(num_windows, [3.0, 1.0], seed=5)
