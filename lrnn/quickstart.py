@@ -5,7 +5,9 @@ library without its tests; a part of the files is held out.
 """
 
 import argparse
+import itertools
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -18,21 +20,21 @@ from lrnn.errors import UserError
 from lrnn.pretrain.launch import STOPPED
 from lrnn.records import read_metrics
 
-CONFIG = "configs/tiny.yaml"
+CONFIG = "tiny"
+OUT = Path("runs/quickstart")  # the configuration reads the corpus in it
+EVAL_DOCUMENTS, EVAL_CHARACTERS = 12, 4000  # held-out text that is evaluated; all of it would take minutes
+PROMPT = "import os\n\ndef "
 LEFT_OUT = ("site-packages/*", "*test*", "idlelib/*", "lib2to3/*")  # 11 MB of text remain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    out = Path("runs/quickstart")
-    parser.add_argument("--out", type=Path, default=out, help=f"new folder (default {out}, with a number if it exists)")
+    parser.add_argument("--out", type=Path, default=OUT, help=f"new folder (default {OUT}, with a number if it exists)")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps (default 100)")
     parser.add_argument("--processes", type=int, default=2, help="processes to train with (default 2)")
     parser.epilog = "example:\n  lrnn quickstart"
 
 
 def main(args: argparse.Namespace) -> int:
-    if not Path(CONFIG).is_file():
-        raise UserError(f"{CONFIG} is not here: run lrnn quickstart in the folder of the repository")
     out = _unused(args.out)
     corpus, run, export = out / "corpus", out / "run", out / "model"
     started = time.monotonic()
@@ -42,17 +44,62 @@ def main(args: argparse.Namespace) -> int:
 
     quarter = max(1, args.steps // 4)
     overrides = [f"run_dir={run}", f"data.corpora=[{{path: {corpus}}}]", f"steps={args.steps}", "data.seq_len=256"]
-    overrides += ["precision=float32", f"schedule.warmup_steps={args.steps // 10}", f"checkpoint.every={quarter}"]
+    overrides += [f"schedule.warmup_steps={args.steps // 10}", f"checkpoint.every={quarter}"]
     overrides += ["log.every=5", f"log.heldout_every={quarter}"]
     pretrain = ["pretrain", CONFIG, *overrides, "--nproc", str(args.processes)]
     _lrnn(*pretrain, stop_at=(run, args.steps // 2))
     _lrnn(*pretrain)
     _lrnn("plot", str(run), "--out", str(out / "loss.png"))
     _lrnn("export", str(run), str(export))
-    evaluate = ["eval", str(export), "--suite", "quick", "--heldout", str(corpus / "heldout.jsonl")]
-    _lrnn(*evaluate, "--limit", "12", "--max-length", "2048", "--out", str(out / "eval"))
+    heldout = _sample_of(corpus / "heldout.jsonl", out / "heldout_sample.jsonl")
+    evaluate = ["eval", str(export), "--suite", "quick", "--heldout", str(heldout)]
+    _lrnn(*evaluate, "--limit", str(EVAL_DOCUMENTS), "--max-length", "2048", "--out", str(out / "eval"))
     _summary(out, run, time.monotonic() - started)
+    print(f"\nThe model continues {PROMPT!r}:\n\n{_continuation(export)}\n")
+    print("\n".join(["Next:", *(f"  {line}" for line in _next(out))]))
     return 0
+
+
+def _sample_of(documents: Path, sample: Path) -> Path:
+    """Write the first characters of the first held-out documents to `sample`, and return it."""
+    with documents.open(encoding="utf-8") as rows, sample.open("w", encoding="utf-8") as out:
+        for row in itertools.islice(rows, EVAL_DOCUMENTS):
+            out.write(json.dumps({"text": json.loads(row)["text"][:EVAL_CHARACTERS]}) + "\n")
+    return sample
+
+
+def _continuation(model: Path) -> str:
+    """Return what the exported model continues `PROMPT` with, as anyone would load it in transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, lm = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    ids = tokenizer(PROMPT).input_ids
+    if ids[0] != lm.config.bos_token_id:
+        ids = [lm.config.bos_token_id, *ids]
+    torch.manual_seed(0)
+    given = torch.tensor([ids])
+    mask = torch.ones_like(given)
+    made = lm.generate(given, attention_mask=mask, max_new_tokens=60, do_sample=True, temperature=0.7, top_k=40)
+    return tokenizer.decode(made[0], skip_special_tokens=True)
+
+
+def _next(out: Path) -> list[str]:
+    """Return the commands to try next, each with what it does."""
+    commands = {}
+    environment = Path(sys.prefix)
+    if sys.prefix != sys.base_prefix and os.environ.get("VIRTUAL_ENV") != sys.prefix:
+        inside = environment.is_relative_to(Path.cwd())
+        activate = (environment.relative_to(Path.cwd()) if inside else environment) / "bin" / "activate"
+        commands[f"source {shlex.quote(str(activate))}"] = "makes lrnn a command of this shell"
+    pretrain = ["lrnn", "pretrain", CONFIG]
+    if out != OUT:
+        pretrain += [f"run_dir={out.parent / 'tiny'}", f"data.corpora=[{{path: {out / 'corpus'}}}]"]
+    commands[shlex.join(pretrain)] = "trains the same model for longer, on the same corpus"
+    commands["lrnn init my-model"] = "lays out a project of your own: a run, its model, batch scripts"
+    commands["lrnn --help"] = "lists all commands, and says where the documentation is"
+    width = max(map(len, commands))
+    return [f"{command:{width}}  # {what}" for command, what in commands.items()]
 
 
 def _lrnn(*arguments: str, stop_at: tuple[Path, int] | None = None) -> None:

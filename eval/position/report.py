@@ -138,9 +138,7 @@ def plot(path: Path, results: dict[str, Any]) -> None:
     for i, block in enumerate(results["curves"]):
         _line(axes[0, 0], block, ("ppl", "ppl_low", "ppl_high"), f"C{i % 10}")
     if any(row["ppl"] is not None for block in results["curves"] for row in block):  # an empty axis has no logarithm
-        axes[0, 0].set_yscale("log")
-        axes[0, 0].yaxis.set_major_formatter("{x:g}")
-        axes[0, 0].yaxis.set_minor_formatter("{x:g}")
+        _set_log_scale(axes[0, 0])
     axes[0, 0].set(ylabel="perplexity", title=f"{results['data']['taken']:,} documents, 95% bands")
     if differences:
         for i, block in enumerate(differences, start=1):
@@ -157,6 +155,21 @@ def plot(path: Path, results: dict[str, Any]) -> None:
     axes[-1, 0].set_xlabel("position (tokens before)")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _set_log_scale(axis: Any) -> None:
+    """Give an axis with data a logarithmic y scale with labels that have room: few of each decade if there are many."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    decades = math.log10(high / low)
+    if decades < 0.7:
+        axis.yaxis.set_major_locator(MaxNLocator(8))
+    else:
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 4 else (1,), numticks=12))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _line(axis: Any, block: list[dict[str, Any]], keys: tuple[str, str, str], color: str) -> None:

@@ -53,14 +53,15 @@ def load_model(
 
     The folder is untrusted: none of its code is run, and nothing is unpickled.
     """
-    from lm_eval.models.huggingface import HFLM
+    from lrnn.eval.suites.model import Model
 
     device, dtype = default_device(device, dtype)
     settings = {"device": device, "dtype": dtype, "batch_size": batch_size, "max_length": max_length}
     settings["softmax_dtype"] = "float32"  # in bfloat16 a log-softmax is quantised to 0.005 nats per token
     print(f"loading {folder} on {device} in {dtype}", flush=True)
     try:
-        return HFLM(pretrained=str(folder), trust_remote_code=False, use_safetensors=True, **settings), settings
+        options = {"backend": "causal", "trust_remote_code": False, "use_safetensors": True}  # no guess at the backend
+        return Model(pretrained=str(folder), **options, **settings), settings
     except OSError as error:
         raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
 
