@@ -2,15 +2,20 @@
 
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from lrnn.errors import UserError
 
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+OTHER_SETTINGS = ("chat_template", "model_max_length")  # of tokenizer_config.json; they do not decide ids
+COPY_MARK = "lrnn_copy"  # this key of tokenizer_config.json says that the ids are those of tokenizer.json alone
 TRAIN_CHUNK_CHARS = 4000  # SentencePiece trains on "sentences": here, runs of whole lines of about this length
 
 
@@ -19,7 +24,9 @@ class Tokenizer(ABC):
 
     Attributes:
         kind: "sentencepiece" or "huggingface".
-        fingerprint: SHA-256 (hex) of the model file (`tokenizer.model`, `tokenizer.json`).
+        fingerprint: SHA-256 (hex) of what decides ids: a SentencePiece model, or `tokenizer.json` with the ids that
+            begin and end a document.
+        file_sha256: SHA-256 (hex) of the model file (`tokenizer.model`, `tokenizer.json`).
         vocab_size: one more than the largest id.
         bos_token_id: id that starts a document, or None.
         eos_token_id: id that ends a document.
@@ -27,6 +34,7 @@ class Tokenizer(ABC):
 
     kind: str
     fingerprint: str
+    file_sha256: str
     vocab_size: int
     bos_token_id: int | None
     eos_token_id: int
@@ -41,7 +49,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Copy the tokenizer's files, byte for byte, into `folder`, which is created if missing."""
+        """Copy the tokenizer into `folder`, which is created if missing. The copy gives the same ids."""
 
     @property
     def document_prefix(self) -> list[int]:
@@ -82,7 +90,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(
                 f"tokenizer {path}: it has no end-of-sentence id (eos_id=-1), which must end every document"
             )
-        self.fingerprint = hashlib.sha256(model).hexdigest()
+        self.fingerprint = self.file_sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size = self._processor.vocab_size()
         bos = self._processor.bos_id()
         self.bos_token_id = bos if bos >= 0 else None
@@ -101,63 +109,190 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A Hugging Face fast tokenizer: a folder with `tokenizer.json`, or a name on the hub."""
+    """A `tokenizer.json`, whose rules alone decide the ids of a text.
+
+    transformers has classes (GPT2Tokenizer, LlamaTokenizer, Qwen2Tokenizer ...) that replace some of these rules by
+    their own, depending on `tokenizer_config.json`, on `config.json` and on the version of transformers. They are not
+    used here: the ids are those of `tokenizers.Tokenizer.from_file`.
+
+    Args:
+        label: what messages call the tokenizer.
+        content: the bytes of `tokenizer.json`.
+        settings: content of `tokenizer_config.json`, with `bos_token` and `eos_token` as strings or None.
+        chat_template: content of `chat_template.jinja`, or None. It is kept for the copies.
+
+    Raises:
+        UserError: the tokenizer cannot be read, has no end of documents, is random, or takes text for special tokens.
+    """
 
     kind = "huggingface"
 
-    def __init__(self, name: str):
-        from transformers import AutoTokenizer
-        from transformers.utils import cached_file
+    def __init__(self, label: str, content: bytes, settings: dict[str, Any], chat_template: bytes | None = None):
+        import tokenizers
 
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the corpus is built by one process per core
+        self._content, self._chat_template = content, chat_template
         try:
-            found = {
-                file: cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-                for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-            }
-            self._files = {file: Path(path) for file, path in found.items() if path is not None}
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # otherwise it asks on a terminal
-        except (OSError, ValueError) as error:
+            backend = tokenizers.Tokenizer.from_str(content.decode())
+            dropout = json.loads(content)["model"].get("dropout")
+        except Exception as error:  # tokenizers raises no narrower class
+            raise UserError(f"tokenizer {label!r}: its tokenizer.json cannot be read ({error})") from error
+        if dropout:
             raise UserError(
-                f"tokenizer {name!r}: neither a local folder nor a tokenizer that can be reached on the hub, or it "
-                f"needs code of its own, which is not run ({str(error).splitlines()[0]})"
-            ) from error
-        if "tokenizer.json" not in self._files or not tokenizer.is_fast:
-            raise UserError(f"tokenizer {name!r}: it has no tokenizer.json; give its SentencePiece .model file instead")
-        if tokenizer.eos_token_id is None:
-            raise UserError(f"tokenizer {name!r}: it has no eos_token, which must end every document")
-        self._tokenizer = tokenizer
-        self._backend = tokenizer.backend_tokenizer
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._backend.encode_special_tokens = True  # "</s>" in a source file is text, not the end of a document
-        self.fingerprint = hashlib.sha256(self._files["tokenizer.json"].read_bytes()).hexdigest()
-        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
-        self.bos_token_id = tokenizer.bos_token_id
-        self.eos_token_id = tokenizer.eos_token_id
-        if self.eos_token_id in self.encode_batch([tokenizer.eos_token])[0]:
-            raise UserError(
-                f"tokenizer {name!r}: the literal text {tokenizer.eos_token!r} is encoded as its end-of-document id "
-                f"{self.eos_token_id}; mark the token as special in tokenizer.json"
+                f"tokenizer {label!r}: its tokenizer.json has dropout {dropout}, which makes ids random; set it to null"
             )
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True  # "</s>" in a source file is text, not the end of a document
+        self.backend = backend
+        names = {name: settings[name] for name in SPECIAL_TOKENS if settings.get(name) is not None}
+        unknown = [name for name, token in names.items() if backend.token_to_id(token) is None]
+        for name in ("bos_token", "eos_token"):
+            if name in unknown:
+                raise UserError(f"tokenizer {label!r}: its {name} {names[name]!r} is not in tokenizer.json")
+        if "eos_token" not in names:
+            raise UserError(f"tokenizer {label!r}: it has no eos_token, which must end every document")
+        self.special_tokens: dict[str, str] = {name: names[name] for name in names if name not in unknown}
+        self.other_settings = {name: settings[name] for name in OTHER_SETTINGS if name in settings}
+        self.vocab_size = max(backend.get_vocab().values()) + 1
+        ids = {name: backend.token_to_id(token) for name, token in self.special_tokens.items()}
+        self.bos_token_id, self.eos_token_id = ids.get("bos_token"), ids["eos_token"]
+        self.file_sha256 = hashlib.sha256(content).hexdigest()
+        decisive = [self.file_sha256, self.bos_token_id, self.eos_token_id]
+        self.fingerprint = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+        for name, what in (("eos_token", "end-of-document"), ("bos_token", "start-of-document")):
+            if name in names and ids[name] in self.encode_batch([names[name]])[0]:
+                raise UserError(
+                    f"tokenizer {label!r}: the literal text {names[name]!r} is encoded as its {what} id {ids[name]}; "
+                    "mark the token as special in tokenizer.json"
+                )
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def description(self) -> dict:
+        return super().description() | {"file_sha256": self.file_sha256}
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, path in self._files.items():
-            shutil.copyfile(path, folder / name)
+        (folder / "tokenizer.json").write_bytes(self._content)
+        settings = {
+            COPY_MARK: 1,
+            # transformers' class that reads tokenizer.json as it is, under the name that version 4 knows too.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": None,
+            **self.special_tokens,
+            **self.other_settings,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        if self._chat_template is not None:
+            (folder / "chat_template.jinja").write_bytes(self._chat_template)
+
+
+def _read_huggingface(name: str) -> HuggingFaceTokenizer:
+    """Return the tokenizer of a folder with `tokenizer.json`, or of a name on the hub."""
+    content, settings, chat_template = _huggingface_files(name)
+    return HuggingFaceTokenizer(name, content, settings, chat_template)
+
+
+def _huggingface_files(name: str) -> tuple[bytes, dict[str, Any], bytes | None]:
+    """Return tokenizer.json, the settings with the special tokens' names, and the chat template of a tokenizer."""
+    from transformers.utils import cached_file
+
+    wanted = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    try:
+        found = {file: cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in wanted}
+        content = {file: Path(path).read_bytes() for file, path in found.items() if path is not None}
+        settings = json.loads(content.get("tokenizer_config.json", b"{}"))
+        named = json.loads(content.get("special_tokens_map.json", b"{}"))
+        if not content:
+            raise FileNotFoundError("none of its files is found")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"tokenizer {name!r}: neither a local folder nor a tokenizer that can be reached on the hub "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    if "tokenizer.json" not in content:
+        raise UserError(f"tokenizer {name!r}: it has no tokenizer.json; give its SentencePiece .model file instead")
+    _check_needs_no_code(name, settings)
+    settings = {**{token: named[token] for token in SPECIAL_TOKENS if token in named}, **settings}
+    if not {"bos_token", "eos_token"} <= set(settings):
+        of_class = _load_with_transformers(name)
+        settings = {token: getattr(of_class, token) for token in ("bos_token", "eos_token")} | settings
+    for token in SPECIAL_TOKENS:
+        if isinstance(settings.get(token), dict):  # an AddedToken
+            settings[token] = settings[token].get("content")
+    return content["tokenizer.json"], settings, content.get("chat_template.jinja")
+
+
+def _check_needs_no_code(name: str, settings: dict[str, Any]) -> None:
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    named = settings.get("tokenizer_class") or ""
+    if "auto_map" in settings and all(tokenizer_class_from_name(n) is None for n in (named, f"{named}Fast")):
+        raise UserError(f"tokenizer {name!r}: its class {named!r} needs code of its own, which is not run")
+
+
+def _load_with_transformers(name: str) -> Any:
+    """Return the tokenizer as transformers makes it, whose class may have rules and special tokens of its own."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # otherwise it asks on a terminal
+    except Exception as error:  # a class that does not fit the files raises anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"tokenizer {name!r}: transformers cannot load it ({reason})") from error
+
+
+def load_copy(folder: Path) -> Tokenizer:
+    """Load the tokenizer of a corpus or a checkpoint, from the copy that is part of it.
+
+    A Hugging Face tokenizer that lrnn 0.1.0 copied was used by the class that transformers chose for the copy. Where
+    that class has other rules than `tokenizer.json`, the ids of the corpus are those of the class, so its rules are
+    used here.
+
+    Raises:
+        UserError: as `load_tokenizer`.
+    """
+    tokenizer = load_tokenizer(folder)
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer
+    _, settings, chat_template = _huggingface_files(str(folder))
+    return tokenizer if COPY_MARK in settings else _as_its_class(str(folder), tokenizer, settings, chat_template)
+
+
+def _as_its_class(
+    name: str, tokenizer: HuggingFaceTokenizer, settings: dict[str, Any], chat_template: bytes | None = None
+) -> HuggingFaceTokenizer:
+    """Return `tokenizer`, or one with the rules of the class that transformers chooses if these are others."""
+    backend = _load_with_transformers(name).backend_tokenizer
+    theirs, ours = json.loads(backend.to_str()), json.loads(tokenizer.backend.to_str())
+    if all(theirs[part] == ours[part] for part in ("normalizer", "pre_tokenizer", "model", "added_tokens")):
+        return tokenizer
+    return HuggingFaceTokenizer(name, backend.to_str().encode(), settings, chat_template)
+
+
+def fingerprint_of_0_1_0(path: str, tokenizer: Tokenizer) -> str | None:
+    """Return the fingerprint that a tokenizer had in lrnn 0.1.0, or None if the ids of a text were others then.
+
+    It was the SHA-256 of the file alone.
+    """
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer.fingerprint
+    _, settings, _ = _huggingface_files(path)
+    same = COPY_MARK in settings or _as_its_class(path, tokenizer, settings) is tokenizer
+    return tokenizer.file_sha256 if same else None
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer from a SentencePiece `.model` file, a folder, or a name on the Hugging Face hub.
 
     A folder with `tokenizer.json` is read as a Hugging Face tokenizer, one with only `tokenizer.model` as
-    SentencePiece. The folder `tokenizer/` of a corpus is such a folder.
+    SentencePiece. The folder `tokenizer/` of a corpus is such a folder. The ids of a Hugging Face tokenizer are those
+    of its `tokenizer.json`, whatever class its other files name.
 
     Raises:
         UserError: the path holds no usable tokenizer, or the tokenizer has no id that ends a document.
@@ -166,7 +301,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if local.is_file() and local.suffix == ".model":
         return SentencePieceTokenizer(local)
     if local.is_dir() and (local / "tokenizer.json").exists():
-        return HuggingFaceTokenizer(str(path))
+        return _read_huggingface(str(path))
     if local.is_dir() and (local / "tokenizer.model").exists():
         return SentencePieceTokenizer(local / "tokenizer.model")
     # The hub is asked only for possible names, because offline its answer takes minutes.
@@ -174,7 +309,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(
             f"tokenizer {path}: neither a SentencePiece .model file nor a folder with tokenizer.model or tokenizer.json"
         )
-    return HuggingFaceTokenizer(str(path))
+    return _read_huggingface(str(path))
 
 
 def _training_chunks(texts: Iterable[str]) -> Iterator[str]:

@@ -31,13 +31,16 @@ class Progress:
         return cls(**checkpoint.read_progress(saved)["progress"])
 
 
-def check_same_run(saved: Path, model_config: LrnnConfig, description: dict[str, Any]) -> None:
+def check_same_run(
+    saved: Path, model_config: LrnnConfig, description: dict[str, Any], as_of_0_1_0: dict[str, Any] | None = None
+) -> None:
     """Raise UserError if a checkpoint is of another model, or its position refers to other data.
 
     Args:
         saved: folder of the checkpoint.
         model_config: the model of the run.
         description: facts of the run's data, see `TrainingData`.
+        as_of_0_1_0: the same facts in the words of an older checkpoint, where these differ.
     """
     # The model of a checkpoint that is older than a field had the field's present default.
     before = LrnnConfig().to_dict() | json.loads((saved / "config.json").read_text())
@@ -51,7 +54,7 @@ def check_same_run(saved: Path, model_config: LrnnConfig, description: dict[str,
             )
     data_before = checkpoint.read_progress(saved)["data"]
     for key in sorted(set(data_before) | set(description)):
-        if data_before.get(key) != description.get(key):
+        if data_before.get(key) not in (description.get(key), (as_of_0_1_0 or {}).get(key)):
             raise UserError(
                 f"{saved} was trained on data with {key} = {data_before.get(key)!r}, now it is "
                 f"{description.get(key)!r}; the position in the data would mean something else: restore it, or choose "

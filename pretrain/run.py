@@ -76,7 +76,7 @@ class Run:
             self._model_config, self._data, self._heldout = ranks.together(self._check_parts)
             self._saved = self._open_folder(exits)
             if self._saved is not None:
-                check_same_run(self._saved, self._model_config, self._data.description)
+                check_same_run(self._saved, self._model_config, self._data.description, self._data.as_of_0_1_0)
                 self.progress = Progress.read(self._saved)
             self._first_step = self.progress.step
             self._write_config()

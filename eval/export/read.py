@@ -14,7 +14,7 @@ from lrnn.errors import UserError
 from lrnn.eval.export.fla_format import from_fla
 from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.checkpoint.reader import SavedState
-from lrnn.tokenizer import Tokenizer, load_tokenizer
+from lrnn.tokenizer import Tokenizer, load_copy, load_tokenizer
 
 
 @dataclass
@@ -57,7 +57,7 @@ def read_checkpoint(source: Path) -> Trained:
         "tokens": progress["progress"]["tokens"],
         "seed": progress["data"]["seed"],
         "run_config_sha256": files["run.yaml"]["sha256"],
-        "tokenizer_sha256": tokenizer.fingerprint,
+        "tokenizer_sha256": tokenizer.file_sha256,
     }
     try:
         run = yaml.safe_load((source / "run.yaml").read_text())
@@ -84,7 +84,7 @@ def read_fla_folder(source: Path, tokenizer_path: str | None = None) -> Trained:
     # A tied head is not in the file. from_fla has compared the names.
     model.load_state_dict(state, strict=not config.tie_word_embeddings)
     known = getattr(config, "lrnn_training", {})
-    return Trained(model, tokenizer, {**known, "tokenizer_sha256": tokenizer.fingerprint})
+    return Trained(model, tokenizer, {**known, "tokenizer_sha256": tokenizer.file_sha256})
 
 
 def empty_model(config: LrnnConfig) -> LrnnForCausalLM:
@@ -106,7 +106,7 @@ def _tokenizer_of(source: Path) -> Tokenizer:
     folder = source / "tokenizer"
     if not folder.is_dir():  # load_tokenizer would look on the hub
         raise UserError(f"{source} is not a complete checkpoint: it has no folder tokenizer")
-    return load_tokenizer(folder)
+    return load_copy(folder)
 
 
 def _check_vocabulary(tokenizer: Tokenizer, config: LrnnConfig) -> None:

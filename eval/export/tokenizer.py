@@ -13,10 +13,10 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from lrnn.errors import UserError
-from lrnn.tokenizer import Tokenizer
+from lrnn.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 SPACE = "\u2581"  # SentencePiece writes a space as this character
 NO_LIMIT = int(1e30)  # transformers' value for no limit: a recurrent model reads texts of any length
@@ -107,11 +107,13 @@ def export_tokenizer(trained: Tokenizer, folder: Path) -> PreTrainedTokenizerFas
     if trained.kind == "sentencepiece":
         tokenizer = convert_sentencepiece(folder / "tokenizer.model")
     else:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **SETTINGS)
-        if tokenizer.backend_tokenizer.encode("").ids:  # it adds bos or eos
-            tokenizer.backend_tokenizer.post_processor = None
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        assert isinstance(trained, HuggingFaceTokenizer)
+        backend = Backend.from_str(trained.backend.to_str())
+        backend.post_processor = None  # which may add bos or eos
+        settings = {"pad_token": trained.special_tokens["eos_token"], **trained.special_tokens}
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend, **{**trained.other_settings, **settings, **SETTINGS}
+        )
     save_tokenizer(tokenizer, folder)
     written = PreTrainedTokenizerFast.from_pretrained(folder)
     spelled_out = [f"{token}a{token}b {token} {token}" for token in written.get_added_vocab()]

@@ -28,7 +28,7 @@ class LrnnConfig(PretrainedConfig):
         max_position_embeddings: sequence length in training, in tokens. The model does not depend on it; evaluation
             tools read their window from it.
         initializer_range: standard deviation of linear and embedding weights at the start.
-        tokenizer_fingerprint: SHA-256 of the tokenizer's `tokenizer.model` or `tokenizer.json`, as the manifest of a
+        tokenizer_fingerprint: fingerprint of the tokenizer or SHA-256 of its file, as the manifest of a
             corpus has it. If it is given, corpora made with another tokenizer are refused.
 
     Raises:

@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ import numpy as np
 from lrnn.errors import UserError
 from lrnn.pretrain.corpus import shard_table
 from lrnn.pretrain.corpus.block_reader import ADVICE, BlockFile
+from lrnn.tokenizer import load_copy
 
 FORMAT = "lrnn-corpus"
 FORMAT_VERSION = 2
@@ -103,7 +105,7 @@ class TokenCorpus:
         manifest: the parsed manifest.json.
         num_tokens, num_documents: size of the split.
         vocab_size: size of the tokenizer's vocabulary.
-        tokenizer_fingerprint: sha256 of the tokenizer's model file.
+        tokenizer_file_sha256: sha256 of the tokenizer's file. Of a corpus of lrnn 0.1.0 it is the fingerprint.
 
     Raises:
         UserError: there is no such corpus or split, the split is empty, or a shard is missing, has another size, holds
@@ -119,7 +121,8 @@ class TokenCorpus:
             raise UserError(f"corpus {path}: no split {split!r}, it has {sorted(self.manifest['splits'])}{hint}")
         description = self.manifest["splits"][split]
         self.vocab_size: int = self.manifest["tokenizer"]["vocab_size"]
-        self.tokenizer_fingerprint: str = self.manifest["tokenizer"]["fingerprint"]
+        described = self.manifest["tokenizer"]
+        self.tokenizer_file_sha256: str = described.get("file_sha256", described["fingerprint"])
         self.num_tokens: int = description["tokens"]
         self.num_documents: int = description["documents"]
         if self.num_tokens == 0:
@@ -151,6 +154,20 @@ class TokenCorpus:
                 )
         if position != self.num_tokens:
             raise UserError(f"corpus {path}: the shards hold {position} tokens, the manifest says {self.num_tokens}")
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """Return the fingerprint of the tokenizer.
+
+        For a Hugging Face tokenizer in a corpus of lrnn 0.1.0 it is computed from the corpus's copy.
+
+        Raises:
+            UserError: it has to be computed, and the tokenizer of the corpus cannot be loaded.
+        """
+        described = self.manifest["tokenizer"]
+        if described.get("kind") == "huggingface" and "file_sha256" not in described:
+            return load_copy(self.path / "tokenizer").fingerprint
+        return described["fingerprint"]
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[_Batch, int, int, int]]:
         """Yield (batch, position of its first token, first and last of its own ids) of the batches in a range."""
@@ -207,7 +224,8 @@ def check_model_matches_corpora(
 
     Args:
         vocab_size: number of rows of the model's embedding.
-        tokenizer_fingerprint: fingerprint of the tokenizer that the model was trained with; None for a new model.
+        tokenizer_fingerprint: fingerprint of the tokenizer that the model was trained with, or the SHA-256 of its file;
+            None for a new model.
         corpora: corpora to train on.
 
     Raises:
@@ -228,7 +246,7 @@ def check_model_matches_corpora(
             )
     if tokenizer_fingerprint is not None:
         for corpus in corpora:
-            if corpus.tokenizer_fingerprint != tokenizer_fingerprint:
+            if tokenizer_fingerprint not in (corpus.tokenizer_fingerprint, corpus.tokenizer_file_sha256):
                 raise UserError(
                     f"corpus {corpus.path}: made with another tokenizer than the model's (fingerprints "
                     f"{corpus.tokenizer_fingerprint[:12]}... and {tokenizer_fingerprint[:12]}...); "

@@ -78,7 +78,11 @@ class StreamData:
     @property
     def fingerprint(self) -> str:
         """Return a sha256 of what decides the samples, except for the streamed data itself, which cannot be checked."""
-        facts = [asdict(self.arguments), self.tokenizer.fingerprint, self.seq_len, self.seed, self.shuffle_buffer]
+        return self.fingerprint_with(self.tokenizer.fingerprint)
+
+    def fingerprint_with(self, tokenizer: str) -> str:
+        """Return the fingerprint, with another fingerprint of the tokenizer."""
+        facts = [asdict(self.arguments), tokenizer, self.seq_len, self.seed, self.shuffle_buffer]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def _source_state(self) -> dict:

@@ -20,7 +20,7 @@ from lrnn.pretrain.data.micro_batch import MicroBatch
 from lrnn.pretrain.data.samples import CorpusData, check_enough_samples
 from lrnn.pretrain.data.stream import StreamData, StreamLoader
 from lrnn.pretrain.distributed import Ranks
-from lrnn.tokenizer import load_tokenizer
+from lrnn.tokenizer import fingerprint_of_0_1_0, load_tokenizer
 
 
 @dataclass
@@ -32,12 +32,14 @@ class TrainingData:
         description: the facts that must not change when the run resumes.
         save_tokenizer: writes the tokenizer's files into a folder, which it makes.
         batching: batch sizes, and the place of this process among all.
+        as_of_0_1_0: the facts that a checkpoint of lrnn 0.1.0 states in another way for the same data.
     """
 
     source: CorpusData | StreamData
     description: dict[str, Any]
     save_tokenizer: Callable[[Path], object]
     batching: Batching
+    as_of_0_1_0: dict[str, Any]
 
     def loader(self, samples: int, stream: dict | None, pin_memory: bool) -> Loader | StreamLoader:
         """Return the loader of this rank, from the position of the run on.
@@ -100,7 +102,8 @@ def open_data(config: Config, model_config: LrnnConfig, ranks: Ranks) -> Trainin
         "weights": weights,
     }
     tokenizer = Path(d.corpora[0].path) / "tokenizer"
-    return TrainingData(source, description, partial(copy_files, tokenizer), batching)
+    old = {"tokenizer": corpora[0].tokenizer_file_sha256}
+    return TrainingData(source, description, partial(copy_files, tokenizer), batching, old)
 
 
 def _open_stream(
@@ -113,7 +116,7 @@ def _open_stream(
             f"vocab_size={model_config.vocab_size}; set vocab_size to at least {tokenizer.vocab_size}"
         )
     expected = model_config.tokenizer_fingerprint
-    if expected not in (None, tokenizer.fingerprint):
+    if expected not in (None, tokenizer.fingerprint, tokenizer.file_sha256):
         raise UserError(
             f"tokenizer {stream.tokenizer} (fingerprint {tokenizer.fingerprint[:12]}...) is not the model's "
             f"({expected[:12]}...); give the model's tokenizer"
@@ -124,4 +127,6 @@ def _open_stream(
         arguments, tokenizer, d.seq_len, config.seed, stream.shuffle_buffer, d.reset_at_document_boundaries
     )
     description |= {"tokenizer": tokenizer.fingerprint, "stream": source.fingerprint}
-    return TrainingData(source, description, tokenizer.save, batching)
+    old = fingerprint_of_0_1_0(stream.tokenizer, tokenizer)
+    facts = {} if old is None else {"tokenizer": old, "stream": source.fingerprint_with(old)}
+    return TrainingData(source, description, tokenizer.save, batching, facts)
