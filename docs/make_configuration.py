@@ -32,6 +32,11 @@ HEAD = """# Configuration
 
 Any key of a YAML file can be set on the command line too, as `key.sub=value`, where the value is YAML: `optim.lr=2e-4`.
 Unknown keys and wrong types are refused with the key's full path.
+
+A relative path in a file starts at the folder of the file, one on the command line at the current folder. `~` and
+`$VARIABLES` are replaced in both. Files that come with lrnn, such as `340m`, count as files in the current folder, or
+in the folder of the file whose `base` they are. In lrnn 0.1.0, all paths started at the current folder: this still
+holds, with a notice, for a file whose paths exist there and none of them beside the file.
 """
 NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", dict: "mapping", Any: "any value"}
 SIGNS = {annotated_types.Gt: ("gt", "> "), annotated_types.Ge: ("ge", ">= ")}

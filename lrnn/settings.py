@@ -4,15 +4,16 @@ Unknown keys, wrong types and keys that are given twice are refused with the key
 """
 
 import difflib
-import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lrnn import paths, shipped
 from lrnn.errors import UserError
 from lrnn.parsing import Key, Parsed, parse_json, parse_yaml
 
@@ -24,6 +25,7 @@ class Section(BaseModel):
     """A mapping of settings. The string below a field is its entry in the configuration reference."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    named: ClassVar[Path | None] = None  # folder of `lrnn.shipped` whose files can be given by name instead of a path
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,22 @@ class Settings:
 
     Attributes:
         path: the file that was asked for.
-        files_or_fields: the keys that are marked with `FileOrFields`.
+        schema: what the values should be; says which of them are paths.
         values: the values.
         origins: where each key and list item was written: "FILE:LINE" or "command line".
+        notices: what the user should know about the files.
     """
 
     path: Path
-    files_or_fields: frozenset[str] = frozenset()
+    schema: type[Section]
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[Key, str] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def files_or_fields(self) -> list[str]:
+        """Return the keys that are marked with `FileOrFields`."""
+        return [name for name, field in self.schema.model_fields.items() if FileOrFields() in field.metadata]
 
     def lay(self, parsed: Parsed, file: Path) -> None:
         """Lay the content of a file over the values so far: mappings are merged, everything else is replaced."""
@@ -85,8 +94,13 @@ class Settings:
             target = target[parent]
             if not isinstance(target, dict):
                 raise UserError(f"override {name}: {parent} holds a value, not a section")
-        replacement = parse_yaml(value, f"override {text}: the value").value
-        self._replace(target, path, replacement, lambda key: COMMAND_LINE)
+        changed: Any = parse_yaml(value, f"override {text}: the value").value
+        for part in reversed(path):
+            changed = {part: changed}
+        paths.place(self.schema, changed, paths.HERE, lambda key: "command line")
+        for part in path:
+            changed = changed[part]
+        self._replace(target, path, changed, lambda key: COMMAND_LINE)
 
     def origin(self, key: Key) -> str | None:
         """Return where a key, or else the nearest section or list around it, was written; None if nowhere."""
@@ -118,29 +132,34 @@ def load(
     path: str | Path,
     overrides: Sequence[str] = (),
     convert: Callable[[dict, str], dict] = lambda raw, origin: raw,
+    notice: Callable[[str], None] = lambda text: print(f"lrnn: notice: {text}", file=sys.stderr),
 ) -> S:
     """Read a YAML file of a schema and apply `key.sub=value` overrides (values are YAML).
 
     Args:
+        path: the file, or the name of one that comes with lrnn.
         convert: turns what older versions wrote, given with the file's path, into what the schema describes.
+        notice: is called with what the user should know about the files.
 
     Raises:
         UserError: the file or a base is missing or not a YAML mapping, an override has no `=`, a key is unknown or
             given twice, a value has the wrong type.
     """
     settings = resolve(schema, path, overrides)
+    for text in settings.notices:
+        notice(text)
     return validate(convert(settings.values, str(path)), str(path), schema, settings.origin)
 
 
 def resolve(schema: type[Section], path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """Read a YAML file, the files that its `base` names and the overrides. Raises UserError; see `load`.
 
-    A file changes its bases key by key. Of several bases, a later one changes the earlier ones. The path of a base is
-    relative to the file that names it.
+    A file changes its bases key by key. Of several bases, a later one changes the earlier ones. The paths in a file,
+    that of a base among them, are relative to the file. A file that comes with lrnn counts as one in the folder of the
+    file whose base it is, or in the current folder. Paths in overrides are relative to the current folder.
     """
-    marked = [name for name, field in schema.model_fields.items() if FileOrFields() in field.metadata]
-    settings = Settings(Path(path), frozenset(marked))
-    _lay_file(settings, settings.path, ())
+    settings = Settings(shipped.find(path, schema.named, "configuration"), schema)
+    _lay_file(settings, settings.path, (), paths.HERE)
     for override in overrides:
         settings.override(override)
     return settings
@@ -195,26 +214,31 @@ def name_hint(name: str, valid: Sequence[str], *, list_all: bool = False) -> str
     return " ".join(guess + listing)
 
 
-def _lay_file(settings: Settings, path: Path, above: tuple[Path, ...], named_by: str = "") -> None:
+def _lay_file(settings: Settings, path: Path, above: tuple[Path, ...], user: Path, named_by: str = "") -> None:
     """Lay the bases of a file, then the file itself, over the settings.
 
     Args:
         above: the files that lead here by their `base`.
+        user: the folder at which relative paths start if the file comes with lrnn.
         named_by: says which file and line named this one.
     """
-    hint = "" if above else "; give the path of a YAML file such as configs/tiny.yaml"
-    parsed = parse_yaml(_read_text(path, f"{named_by}configuration", hint), str(path))
+    parsed = parse_yaml(_read_text(path, f"{named_by}configuration"), str(path))
     if not isinstance(parsed.value, dict):
         raise UserError(f"configuration {path} is not a mapping of keys to values")
     chain = (*above, path)
+    folder = user if shipped.is_shipped(path) else path.parent
     if BASE in parsed.value:
         line = f"{path}:{parsed.lines[BASE,]}"
         for name in _bases(parsed.value.pop(BASE), line):
-            base = path.parent / os.path.expandvars(os.path.expanduser(name))
+            base = path.parent / paths.expand(name, f"{line}: base")
+            if not base.exists() and name in shipped.names(settings.schema.named):
+                base = shipped.find(name, settings.schema.named, "base")
             if base.resolve() in [file.resolve() for file in chain]:
                 circle = " -> ".join(str(file) for file in (*chain, base))
                 raise UserError(f"{line}: base {name} leads back to itself: {circle}")
-            _lay_file(settings, base, chain, f"{line}: base ")
+            _lay_file(settings, base, chain, folder, f"{line}: base ")
+    notice = paths.place(settings.schema, parsed.value, folder, lambda key: f"{path}:{parsed.lines[key]}")
+    settings.notices += [notice] if notice else []
     settings.lay(parsed, path)
 
 
@@ -225,13 +249,13 @@ def _bases(value: Any, line: str) -> list[str]:
     return bases
 
 
-def _read_text(path: Path, what: str, hint: str = "") -> str:
+def _read_text(path: Path, what: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{what} {path} does not exist{hint}") from None
+        raise UserError(f"{what} {path} does not exist") from None
     except OSError as error:
-        raise UserError(f"{what} {path} cannot be read ({error.strerror}){hint}") from None
+        raise UserError(f"{what} {path} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{what} {path} is not UTF-8 text: {error}") from None
 

@@ -13,17 +13,19 @@ RUNS, MODELS, GRIDS = PACKAGE / "configs", PACKAGE / "configs" / "models", PACKA
 BATCH_SCRIPTS = PACKAGE / "slurm"
 
 
-def names(folder: Path) -> list[str]:
-    """Return the names of the configurations in `RUNS`, `MODELS` or `GRIDS`, sorted."""
+def names(folder: Path | None) -> list[str]:
+    """Return the names of the configurations in `RUNS`, `MODELS` or `GRIDS`, sorted; none if there is no folder."""
+    if folder is None:
+        return []
     return sorted(path.stem for path in folder.iterdir() if path.suffix in (".yaml", ".json"))
 
 
-def find(given: str | Path, folder: Path, what: str) -> Path:
+def find(given: str | Path, folder: Path | None, what: str) -> Path:
     """Return the file of a configuration: `given` itself if it is a file, otherwise the shipped one of that name.
 
     Args:
         given: path of a file, or a name such as `340m`.
-        folder: `RUNS`, `MODELS` or `GRIDS`.
+        folder: `RUNS`, `MODELS` or `GRIDS`, or None.
         what: the kind of file, as the first words of a message.
 
     Raises:
@@ -35,7 +37,7 @@ def find(given: str | Path, folder: Path, what: str) -> Path:
     if path.is_file():
         return path
     known = names(folder)
-    if str(given) in known:
+    if folder is not None and str(given) in known:
         return next(folder.glob(f"{given}.*"))
     if path.is_dir():
         raise UserError(f"{what} {given} is a folder; give a file, or the name of one that comes with lrnn")

@@ -7,18 +7,21 @@ fields of one, or by both.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lrnn import LrnnConfig
+from lrnn import LrnnConfig, shipped
 from lrnn.errors import UserError
 from lrnn.model_config import model_config_from
+from lrnn.paths import IsPath
 from lrnn.pretrain import old_config
 from lrnn.pretrain.batching import Batching
 from lrnn.settings import BASE, FileOrFields, Section, Unit, load, read_json, validate
 
 DAY_SECONDS = 24 * 3600
+# Builders of `datasets`, which takes a builder before a folder of that name.
+BUILDERS = frozenset({"arrow", "csv", "json", "parquet", "text", "xml", "webdataset"})
 
 Steps = Annotated[int, Unit("steps")]
 Samples = Annotated[int, Unit("samples")]
@@ -28,7 +31,7 @@ Seconds = Annotated[float, Unit("seconds")]
 class CorpusSource(Section):
     """A corpus that the run trains on."""
 
-    path: str
+    path: Annotated[str, IsPath()]
     """Folder written by `lrnn corpus`."""
     weight: float = Field(1.0, gt=0)
     """Share of the samples, relative to the other corpora."""
@@ -37,15 +40,15 @@ class CorpusSource(Section):
 class StreamSource(Section):
     """Arguments of `datasets.load_dataset(..., streaming=True)`; the text is tokenised while training."""
 
-    path: str
+    path: Annotated[str, IsPath(only_if_exists=True, never=BUILDERS)]
     """Name on the Hugging Face hub, or a builder such as `json` or `parquet` with `data_files`."""
-    tokenizer: str
+    tokenizer: Annotated[str, IsPath(only_if_exists=True)]
     """SentencePiece `.model`, or a Hugging Face tokenizer."""
     name: str | None = None
     """Configuration of the data set."""
     split: str = "train"
     """Split of the data set."""
-    data_files: str | list[str] | None = None
+    data_files: Annotated[str | list[str] | None, IsPath(only_if_exists=True)] = None
     """Files that the builder reads."""
     text_column: str = "text"
     """Column that holds the text."""
@@ -160,18 +163,21 @@ class WatchdogConfig(Section):
 class Config(Section):
     """A pretraining run."""
 
-    run_dir: str
+    named: ClassVar = shipped.RUNS
+
+    run_dir: Annotated[str, IsPath()]
     """Folder that everything is written to. A run is resumed from what is in it."""
-    model: Annotated[str | dict[str, Any], FileOrFields()]
-    """Hugging Face `config.json` of the model, or a mapping of its fields. In a mapping, `base` names a `config.json`
-    that the other fields change; `model.hidden_size=512` on the command line is such a change."""
+    model: Annotated[str | dict[str, Any], FileOrFields(), IsPath(names=shipped.MODELS)]
+    """Hugging Face `config.json` of the model, the name of one that comes with lrnn, or a mapping of its fields. In a
+    mapping, `base` names a `config.json` that the other fields change; `model.hidden_size=512` on the command line is
+    such a change."""
     zero: Literal[1, 2, 3] | None = None
     """ZeRO stage of DeepSpeed: 1 shards the optimizer's state over the processes, 2 the gradients too, 3 the parameters
     too. 2 unless `deepspeed` is given."""
     precision: Literal["bfloat16", "float32"] | None = None
     """Precision of the modules; parameters, gradients and their reduction are float32 with either. `bfloat16` unless
     `deepspeed` is given. On CPUs without AVX-512, `float32` is several times as fast."""
-    deepspeed: str | None = None
+    deepspeed: Annotated[str | None, IsPath()] = None
     """DeepSpeed JSON, for settings that `zero` and `precision` do not cover. Batch sizes and clipping are filled in."""
     steps: Steps = Field(gt=0)
     """Length of the run in optimizer steps."""
@@ -223,7 +229,7 @@ class Config(Section):
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read the YAML file of a run; see `lrnn.settings.load`. Old ways to say things are converted with a notice."""
-    return load(Config, path, overrides, old_config.convert)
+    return load(Config, path, overrides, old_config.convert, notice=old_config.notice)
 
 
 def parse_config(raw: dict, origin: str) -> Config:

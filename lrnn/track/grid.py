@@ -5,14 +5,15 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lrnn import LrnnConfig
+from lrnn import LrnnConfig, shipped
 from lrnn.errors import UserError
 from lrnn.model.mixers import MIXERS
 from lrnn.model_config import model_config_from
+from lrnn.paths import IsPath
 from lrnn.settings import Section, Unit, load, validate
 from lrnn.track.tasks.base import Task
 from lrnn.track.tasks.registry import make_task
@@ -97,7 +98,9 @@ class TestSettings(Section):
 class GridConfig(Section):
     """A grid of trainings: tasks x models x ranges x seeds."""
 
-    out: str
+    named: ClassVar = shipped.GRIDS
+
+    out: Annotated[str, IsPath()]
     """Folder of all results."""
     tasks: dict[str, dict[str, Any]] = Field(min_length=1)
     """Name in the results, and below it `task:` with the parameters of the task."""

@@ -21,7 +21,7 @@ LEVELS = {  # a room imports rooms of lower levels, and itself
     "lrnn.eval": 6,
     "lrnn.commands": 7,
 }
-FLOOR = {"environment", "errors", "files", "parsing", "records", "run_lock", "settings", "shipped", "threads"}
+FLOOR = {"environment", "errors", "files", "parsing", "paths", "records", "run_lock", "settings", "shipped", "threads"}
 FLOOR |= {"tokenizer"}
 PACKAGE = {"__init__", "auto_classes", "model_config"}
 COMMANDS = {"cli", "completion", "init", "quickstart"}  # they name or run everything

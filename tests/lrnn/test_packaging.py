@@ -1,5 +1,6 @@
 """Test what an installed lrnn holds and that it works in an empty folder: the sdist, its wheel, `pip install`."""
 
+import json
 import os
 import re
 import shutil
@@ -110,6 +111,36 @@ def test_version_and_help_of_the_installed_command(installed, tmp_path):
     assert not re.search(r"\| +(torch|transformers|pydantic|numpy|yaml)$", done.stderr, re.MULTILINE)
     done = run(*command, "--help", cwd=tmp_path, PYTHONPATH=str(installed))
     assert str(installed / "lrnn" / "docs") in "".join(done.stdout.split())
+
+
+# Runs commands in one process, because each start would import torch and transformers again.
+COMMANDS = """
+import json, os, sys
+from lrnn import cli
+for arguments in json.loads(sys.argv[1]):
+    print("$", arguments, flush=True)
+    if arguments[0] == "cd":
+        os.chdir(arguments[1])
+    else:
+        assert cli.main(arguments) == 0, arguments
+"""
+
+
+def test_commands_work_in_an_empty_folder(installed, tmp_path):
+    data = "data={seq_len: 64, stream: {path: json, data_files: nowhere.jsonl, tokenizer: nowhere.model}}"
+    small = ["train.steps=2", "train.batch_size=4", "seeds=[0]", "ranges=[negative]", "test.samples=4"]
+    commands = [
+        ["submit", "1.3b", "--dry-run", "--nodes", "2"],
+        ["track", "parity_small", "--device", "cpu", *small],
+        ["init", "project", "--config", "340m"],
+        ["cd", "project"],
+        ["submit", "run.yaml", "--dry-run", data, "--template", "slurm/train.sbatch"],
+    ]
+    done = run(sys.executable, "-c", COMMANDS, json.dumps(commands), cwd=tmp_path, PYTHONPATH=str(installed))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "srun --kill-on-bad-exit=0 --wait=60 lrnn pretrain" in done.stdout and "set -- 1.3b" in done.stdout
+    assert (tmp_path / "runs/track/parity_small/table.md").is_file()
+    assert sorted(p.name for p in (tmp_path / "project").iterdir()) == ["README.md", "model.json", "run.yaml", "slurm"]
 
 
 @pytest.mark.skipif("LRNN_TORTURE" not in os.environ, reason="takes minutes: set LRNN_TORTURE=1")

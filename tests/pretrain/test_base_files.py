@@ -45,10 +45,10 @@ def error_of(function, *arguments) -> str:
     return str(caught.value)
 
 
-def test_a_file_changes_its_base_key_by_key(load):
+def test_a_file_changes_its_base_key_by_key(load, files):
     config = load("base: base.yaml\noptim: {lr: 2e-3}\ndata: {corpora: [{path: c}]}\n", "steps=7")
     assert (config.optim.lr, config.optim.weight_decay, config.data.seq_len, config.steps) == (2e-3, 0.1, 64, 7)
-    assert [c.path for c in config.data.corpora] == ["c"]  # a list is replaced, not joined
+    assert [c.path for c in config.data.corpora] == [str(files / "c")]  # a list is replaced, not joined
 
 
 def test_the_last_of_several_bases_counts(load, files):

@@ -1,0 +1,152 @@
+"""Paths in settings: `~` and `$VARIABLES`, and the folder that a relative path starts at."""
+
+import glob
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from lrnn import shipped
+from lrnn.errors import UserError
+from lrnn.parsing import Key
+
+HERE = Path()  # the current folder, at which paths on the command line start
+VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
+
+
+@dataclass(frozen=True)
+class IsPath:
+    """Marks a key that holds a path, a list of paths, or a mapping whose `base` is a path.
+
+    Attributes:
+        names: a folder of `lrnn.shipped` whose files can be given by name.
+        only_if_exists: the key can hold something else too, such as a name on the hub: only what exists is a path.
+        never: values that are no path even if such a file exists.
+    """
+
+    names: Path | None = None
+    only_if_exists: bool = False
+    never: frozenset[str] = frozenset()
+
+
+@dataclass
+class _Found:
+    """A path in settings: `holder[name]`, which is written at `key`."""
+
+    holder: Any
+    name: str | int
+    mark: IsPath
+    key: Key
+
+    @property
+    def text(self) -> str:
+        return self.holder[self.name]
+
+    @property
+    def is_relative(self) -> bool:
+        return not (os.path.isabs(self.text) or "://" in self.text or self.text in self.mark.never)
+
+
+def place(schema: type[BaseModel], values: Any, folder: Path, origin: Callable[[Key], str]) -> str | None:
+    """Expand every path in the values of a file, and let relative ones start at its folder. `values` are changed.
+
+    In older versions they started at the current folder. This still holds for a file whose paths exist there, and
+    none of them beside the file.
+
+    Args:
+        schema: the schema of the values, whose path keys are marked with `IsPath`.
+        values: parsed YAML.
+        folder: the folder of the file.
+        origin: returns where a key was written, for messages.
+
+    Returns:
+        A notice if the paths start at the current folder for this reason, otherwise None.
+
+    Raises:
+        UserError: an environment variable is not set, or a user does not exist.
+    """
+    found = list(_paths(schema, values, ()))
+    for path in found:
+        path.holder[path.name] = expand(path.text, f"{origin(path.key)}: {_dotted(path.key)}")
+    relative = [path for path in found if path.is_relative]
+    here = [path for path in relative if _exists(HERE, path.text)]
+    notice = None
+    if here and folder.resolve() != HERE.resolve() and not any(_exists(folder, path.text) for path in relative):
+        first = here[0]
+        notice = (
+            f"{origin(first.key)}: {_dotted(first.key)} = {first.text} exists in the current folder, not beside the "
+            "file, so the relative paths of this file start at the current folder; write them relative to the file"
+        )
+        folder = HERE
+    for path in relative:
+        path.holder[path.name] = _placed(path.text, path.mark, folder)
+    return notice
+
+
+def expand(text: str, origin: str) -> str:
+    """Replace `~` and `$VARIABLES` in a path. Raise UserError, which begins with `origin`, if that is not possible."""
+    for plain, braced in VARIABLE.findall(text):
+        if (plain or braced) not in os.environ:
+            raise UserError(f"{origin} = {text!r}: the environment variable {plain or braced} is not set")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise UserError(
+            f"{origin} = {text!r}: there is no user {expanded.split('/')[0][1:]!r}; write ./~... for a name"
+        )
+    return os.path.expandvars(expanded)
+
+
+def _paths(schema: type[BaseModel], values: Any, above: Key) -> Iterator[_Found]:
+    for name, field in schema.model_fields.items():
+        if not isinstance(values, dict) or name not in values:
+            continue
+        value, key = values[name], (*above, name)
+        for mark in field.metadata:
+            if isinstance(mark, IsPath):
+                yield from _texts(values, name, mark, key)
+        candidates = [field.annotation, *get_args(field.annotation)]
+        for inner in (c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)):
+            if isinstance(value, list):
+                for number, item in enumerate(value):
+                    yield from _paths(inner, item, (*key, number))
+            else:
+                yield from _paths(inner, value, key)
+
+
+def _texts(holder: Any, name: str | int, mark: IsPath, key: Key) -> Iterator[_Found]:
+    value = holder[name]
+    if isinstance(value, str):
+        yield _Found(holder, name, mark, key)
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            if isinstance(item, str):
+                yield _Found(value, number, mark, (*key, number))
+    elif isinstance(value, dict) and isinstance(value.get("base"), str):
+        yield _Found(value, "base", mark, (*key, "base"))
+
+
+def _placed(text: str, mark: IsPath, folder: Path) -> str:
+    if not _exists(folder, text):
+        if mark.names is not None and text in shipped.names(mark.names):
+            return str(shipped.find(text, mark.names, "file"))
+        if mark.only_if_exists:
+            return text
+    if folder == HERE:
+        return text
+    joined = os.path.join(folder, text)
+    normal = os.path.normpath(joined)
+    # `link/..` is not the folder that holds the link.
+    return normal if os.path.realpath(normal) == os.path.realpath(joined) else joined
+
+
+def _exists(folder: Path, text: str) -> bool:
+    path = os.path.join(folder, text)
+    return bool(glob.glob(path)) if glob.has_magic(text) else os.path.lexists(path)
+
+
+def _dotted(key: Key) -> str:
+    return ".".join(map(str, key))
