@@ -32,15 +32,27 @@ class Progress:
 
 
 def check_same_run(
-    saved: Path, model_config: LrnnConfig, description: dict[str, Any], as_of_0_1_0: dict[str, Any] | None = None
-) -> None:
-    """Raise UserError if a checkpoint is of another model, or its position refers to other data.
+    saved: Path,
+    model_config: LrnnConfig,
+    description: dict[str, Any],
+    as_of_0_1_0: dict[str, Any] | None = None,
+    *,
+    allow_change: bool = False,
+) -> set[str]:
+    """Check that a checkpoint is of the same model, and that its position refers to the same data.
 
     Args:
         saved: folder of the checkpoint.
         model_config: the model of the run.
         description: facts of the run's data, see `TrainingData`.
         as_of_0_1_0: the same facts in the words of an older checkpoint, where these differ.
+        allow_change: accept other data of the same tokenizer.
+
+    Returns:
+        The facts of the data that differ.
+
+    Raises:
+        UserError: the model differs, or the data do without being allowed to.
     """
     # The model of a checkpoint that is older than a field had the field's present default.
     before = LrnnConfig().to_dict() | json.loads((saved / "config.json").read_text())
@@ -53,11 +65,18 @@ def check_same_run(
                 "a run resumes with the model it began with: restore the configuration, or choose another run_dir"
             )
     data_before = checkpoint.read_progress(saved)["data"]
-    for key in sorted(set(data_before) | set(description)):
-        if data_before.get(key) not in (description.get(key), (as_of_0_1_0 or {}).get(key)):
-            raise UserError(
-                f"{saved} was trained on data with {key} = {data_before.get(key)!r}, now it is "
-                f"{description.get(key)!r}; the position in the data would mean something else: restore it, or choose "
-                "another run_dir"
-            )
+    changed = {
+        key
+        for key in data_before.keys() | description.keys()
+        if data_before.get(key) not in (description.get(key), (as_of_0_1_0 or {}).get(key))
+    }
+    same_tokens = "tokenizer" not in changed
+    if changed and not (allow_change and same_tokens):
+        key = min(changed)
+        remedy = "restore it, add --allow-change to continue all the same" if same_tokens else "restore it"
+        raise UserError(
+            f"{saved} was trained on data with {key} = {data_before.get(key)!r}, now it is {description.get(key)!r}; "
+            f"the position in the data would mean something else: {remedy}, or choose another run_dir"
+        )
     check_sequence_length(before, model_config.max_position_embeddings, saved, in_workers=True)
+    return changed

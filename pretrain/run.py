@@ -1,5 +1,6 @@
 """A run: its parts, its start and end, and everything around the training step."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -12,6 +13,7 @@ import torch
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
 from lrnn.files import write_atomically
+from lrnn.pretrain.changes import Changes, check_changes
 from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.checkpoint import zero_state
 from lrnn.pretrain.checkpoint.reader import SavedState
@@ -52,21 +54,22 @@ class Run:
 
     @classmethod
     @contextmanager
-    def open(cls, config: Config, ranks: Ranks, stop: StopRequest) -> Iterator["Run"]:
+    def open(cls, config: Config, ranks: Ranks, stop: StopRequest, allow_change: bool = False) -> Iterator["Run"]:
         """Start a run, or resume it from its newest checkpoint, and hold its folder within the `with` block.
 
         Args:
             config: the run's configuration.
             ranks: this process among all.
             stop: tells whether this process was asked to stop.
+            allow_change: resume although the configuration now gives other results.
 
         Raises:
             UserError: on all ranks, if anything is wrong with the model, data, checkpoint or folder.
         """
         with ExitStack() as exits:
-            yield cls(config, ranks, stop, exits)
+            yield cls(config, ranks, stop, exits, allow_change)
 
-    def __init__(self, config: Config, ranks: Ranks, stop: StopRequest, exits: ExitStack):
+    def __init__(self, config: Config, ranks: Ranks, stop: StopRequest, exits: ExitStack, allow_change: bool):
         self.config, self.ranks, self._stop = config, ranks, stop
         self.progress = Progress()
         self._data_error: str | None = None
@@ -75,9 +78,7 @@ class Run:
         with self.phase("checking data and checkpoints", step=0):
             self._model_config, self._data, self._heldout = ranks.together(self._check_parts)
             self._saved = self._open_folder(exits)
-            if self._saved is not None:
-                check_same_run(self._saved, self._model_config, self._data.description, self._data.as_of_0_1_0)
-                self.progress = Progress.read(self._saved)
+            changes = self._resume(self._saved, allow_change) if self._saved is not None else {}
             self._first_step = self.progress.step
             self._write_config()
         with self.phase("starting the engine" if self._saved is None else "loading the checkpoint", step=0):
@@ -87,6 +88,7 @@ class Run:
             log = MetricsLog(config, self._first_step, self._saved is not None, ranks)
             self.log = self._watchdog.log = exits.enter_context(closing(log))
         self._say(self._describe())
+        self._report_changes(changes)
         self._speed = Speed(config, self._model_config, ranks)
         self.guard = Guard(config, ranks, self.progress.losses, self.log)
         run_dir, save_tokenizer = Path(config.run_dir), self._data.save_tokenizer
@@ -264,12 +266,39 @@ class Run:
         self._on_main(lock)
         return self._newest_checkpoint()
 
+    def _resume(self, saved: Path, allow_change: bool) -> Changes:
+        """Take the progress of a checkpoint. Return the keys that changed since; refuse those that must not."""
+        changes = self.ranks.together(lambda: check_changes(saved, self.config, allow_change))
+        data = check_same_run(
+            saved, self._model_config, self._data.description, self._data.as_of_0_1_0, allow_change=allow_change
+        )
+        self.progress = Progress.read(saved)
+        if data & {"stream", "corpora"}:  # The position in a stream means nothing in other data.
+            self.progress.stream = None
+        return changes
+
+    def _report_changes(self, changes: Changes) -> None:
+        """Show and record the keys that changed since the checkpoint."""
+        if changes and self.log is not None:
+            step = self.progress.step
+            self.log.write(
+                {"event": "config_changed", "step": step, "changed": {k: list(v) for k, v in changes.items()}}
+            )
+            for key, (before, now) in changes.items():
+                self._say(f"changed since step {step}: {key} {before!r} -> {now!r}")
+
     def _write_config(self) -> None:
+        """Write the resolved configuration into the run's folder. An earlier one that differs is kept beside it."""
         run_dir = Path(self.config.run_dir)
+        file = run_dir / "run.yaml"
 
         def write() -> None:
+            content = dump(self.config)
             try:
-                write_atomically(run_dir / "run.yaml", dump(self.config))
+                if file.exists() and file.read_bytes() != content.encode():
+                    names = (run_dir / f"run.{number}.yaml" for number in itertools.count(1))
+                    write_atomically(next(name for name in names if not name.exists()), file.read_bytes())
+                write_atomically(file, content)
             except OSError as error:
                 raise UserError(f"run_dir {run_dir} cannot be written ({error.strerror}: {error.filename})") from None
 

@@ -74,6 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OPTION=VALUE",
         help="any other long option of sbatch; may be repeated",
     )
+    parser.add_argument(
+        "--allow-change", action="store_true", help="resume with changed settings although they change the results"
+    )
     parser.add_argument("--template", type=Path, default=TEMPLATE, help="batch script to fill in (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="show the script without submitting it")
     parser.epilog = (
@@ -85,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     # These load transformers, which `lrnn submit --help` does without.
+    from lrnn.pretrain.changes import check_changes
     from lrnn.pretrain.config import load_config, load_model_of
     from lrnn.pretrain.deepspeed_config import deepspeed_config
 
@@ -93,7 +97,12 @@ def main(args: argparse.Namespace) -> int:
     options = sbatch_options(config, args, dict(DIRECTIVE.findall(template)))
     load_model_of(config)  # errors that would stop the run are reported before it waits in a queue
     deepspeed_config(config, int(options["nodes"] or 1) * int(options["ntasks-per-node"] or 1))
-    script = fill(template, options, [args.config, *args.overrides])
+    saved = checkpoint.list_checkpoints(Path(config.run_dir))
+    newest = next((folder for folder in reversed(saved) if checkpoint.holds(folder, "run.yaml")), None)
+    if newest is not None:
+        check_changes(newest, config, args.allow_change)
+    allowed = ["--allow-change"] if args.allow_change else []
+    script = fill(template, options, [args.config, *args.overrides, *allowed])
     run_dir = Path(config.run_dir).resolve()
     status = describe(config)
     if args.dry_run:
@@ -240,7 +249,7 @@ def describe(config: "Config") -> str:
         if intact is not None and checkpoint.step_of(intact) >= config.steps:
             raise UserError(
                 f"run_dir {run_dir} is finished: {intact} is step {steps[-1]} of {config.steps}; "
-                "raise steps, or choose another run_dir"
+                "raise steps and add --allow-change, or choose another run_dir"
             )
     return f"resumes {run_dir} at its newest intact checkpoint (step {steps[-1]} of {config.steps})"
 

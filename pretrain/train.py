@@ -33,8 +33,8 @@ from lrnn.pretrain.run import Run
 from lrnn.pretrain.step import train_step
 
 
-def train(config: Config, ranks: Ranks, stop: StopRequest) -> int:
-    """Run the training loop.
+def train(config: Config, ranks: Ranks, stop: StopRequest, allow_change: bool = False) -> int:
+    """Run the training loop. With `allow_change`, a run may resume with settings that change its results.
 
     Returns:
         0 when the last step is done, `STOPPED` when `stop` ended the run early.
@@ -43,7 +43,7 @@ def train(config: Config, ranks: Ranks, stop: StopRequest) -> int:
         UserError: on all ranks, if anything is wrong with the run, its data or its storage. A checkpoint holds the
             steps done so far, unless the storage is at fault.
     """
-    with Run.open(config, ranks, stop) as run:
+    with Run.open(config, ranks, stop, allow_change) as run:
         while not run.finished:
             with run.phase("waiting for data"):
                 batches = run.next_batches()
@@ -63,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the configuration")
     parser.add_argument("--nproc", type=int, help="processes on this host; default one per visible GPU")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # of DeepSpeed's launcher
+    parser.add_argument(
+        "--allow-change", action="store_true", help="resume with changed settings although they change the results"
+    )
     parser.epilog = "example:\n  lrnn pretrain configs/340m.yaml run_dir=runs/340m optim.lr=2e-4"
 
 
@@ -84,13 +87,15 @@ def main(args: argparse.Namespace) -> int:
         load_model_of(config)  # Cheap checks come before processes start.
         deepspeed_config(config, processes)
         if processes > 1:
-            return launch(processes, [sys.executable, "-m", "lrnn.cli", "pretrain", args.config, *args.overrides])
+            options = ["--allow-change"] if args.allow_change else []
+            command = [sys.executable, "-m", "lrnn.cli", "pretrain", args.config, *args.overrides, *options]
+            return launch(processes, command)
     with StopRequest() as stop:  # Before everything that takes long, so that an early signal is not a failure.
         end_with_launcher()
         choose_threads()
         ranks = init_ranks()
         try:
-            return train(config, ranks, stop)
+            return train(config, ranks, stop, args.allow_change)
         except UserError:
             if ranks.is_main:
                 raise

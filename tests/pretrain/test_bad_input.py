@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from lrnn.cli import main
 from lrnn.errors import UserError
@@ -269,7 +270,7 @@ def losses(run: Path) -> dict[int, list[float]]:
 def test_truncated_newest_checkpoint(run, pretrain):
     """The run resumes from the one before, says so, and repeats the lost step with the same result."""
     truncate(state_file(run, 2))
-    status, stdout, stderr = pretrain("steps=3")
+    status, stdout, stderr = pretrain("steps=3", "--allow-change")
     assert status == 0, stderr
     (warning,) = [line for line in stdout.splitlines() if "passed over" in line]
     assert str(state_file(run, 2)) in warning
@@ -314,7 +315,7 @@ def test_error_that_only_the_main_process_sees(run, pretrain):
 def test_resume_with_a_changed_model(run, refused, model_json, tmp_path, field, value):
     (tmp_path / "m.json").write_text(json.dumps(json.loads(model_json.read_text()) | {field: value}))
     before = content(run)
-    message = refused("steps=3", f"model={tmp_path / 'm.json'}")
+    message = refused("steps=3", "--allow-change", f"model={tmp_path / 'm.json'}")
     assert f"{run}/checkpoints/step-00000002 was trained with {field} = " in message
     assert f"says {value!r}" in message and "choose another run_dir" in message
     assert content(run) == before
@@ -336,22 +337,53 @@ def test_resume_with_changed_data(run, refused, corpora, foreign_corpus, tmp_pat
     before = content(run)
 
     def changed(key: str, *overrides: str) -> str:
-        message = refused("steps=3", "log.heldout_every=0", *overrides)
+        message = refused("steps=2", "log.heldout_every=0", *overrides)
         assert f"{run}/checkpoints/step-00000002 was trained on data with {key} = " in message, message
         assert "choose another run_dir" in message and content(run) == before
         return message
 
     assert "seq_len = 64, now it is 32" in changed("seq_len", "data.seq_len=32")
-    assert "seed = 0, now it is 1" in changed("seed", "seed=1")
+    assert "seed = 0, now it is 1" in (message := changed("seed", "seed=1")) and "add --allow-change" in message
     changed("reset_at_document_boundaries", "data.reset_at_document_boundaries=false")
     changed("weights", f"data.corpora=[{{path: {corpora}/a}}, {{path: {corpora}/b}}]")
     changed("corpora", f"data.corpora=[{{path: {corpora}/b}}, {{path: {corpora}/a, weight: 2}}]")
     # The same text with another tokenizer: other tokens, so other corpora as well.
-    changed("corpora", f"data.corpora=[{{path: {foreign_corpus}}}]")
+    assert "allow" not in changed("corpora", f"data.corpora=[{{path: {foreign_corpus}}}]")
 
 
-def test_resume_with_changed_run_settings_is_fine(run, pretrain):
-    status, stdout, stderr = pretrain("steps=3", "optim.lr=0.001", "micro_batch_size=4", "global_batch_size=4")
+def test_resume_with_changed_settings(run, pretrain, refused):
+    """Those that change the results are refused unless they are allowed; all are shown, and the old file is kept."""
+    before, file = content(run), (run / "run.yaml").read_text()
+    changes = ["steps=3", "optim.lr=0.001", "global_batch_size=4", "micro_batch_size=4", "log.heldout_every=7"]
+    message = refused(*changes)
+    listing = "steps = 2 (now 3), global_batch_size = 8 (now 4), optim.lr = 0.01 (now 0.001)"
+    assert f"{run}/checkpoints/step-00000002 was trained with {listing}, which changes the results; add" in message
+    assert content(run) == before
+
+    status, stdout, stderr = pretrain(*changes, "--allow-change")
     assert status == 0, stderr
     assert f"resuming {run}/checkpoints/step-00000002" in stdout
     assert [r["samples"] for r in read_metrics(run) if "samples" in r] == [8, 16, 20]
+    shown = {
+        "steps": [2, 3], "global_batch_size": [8, 4], "micro_batch_size": [2, 4], "optim.lr": [0.01, 0.001],
+        "log.heldout_every": [3, 7], "checkpoint.every": [1, 100], "run_dir": [str(run.parents[1]), str(run)],
+    }  # fmt: skip
+    (event,) = [r for r in read_metrics(run) if r.get("event") == "config_changed"]
+    assert event["step"] == 2 and event["changed"].keys() == shown.keys()
+    for key, (old, new) in shown.items():
+        assert key == "run_dir" or event["changed"][key] == [old, new]
+        assert key == "run_dir" or f"changed since step 2: {key} {old} -> {new}\n" in stdout
+    assert (run / "run.1.yaml").read_text() == file and yaml.safe_load((run / "run.yaml").read_text())["steps"] == 3
+
+    # The same command again needs nothing more.
+    assert pretrain(*changes)[0] == 0 and not (run / "run.2.yaml").exists()
+
+
+def test_resume_with_other_data(run, pretrain, corpora, foreign_corpus):
+    """It is allowed if the tokenizer is the same: the run continues at its sample of the new order."""
+    only = "data.corpora=[{path: %s}]"
+    status, stdout, stderr = pretrain("steps=3", "seed=1", only % (corpora / "b"), "--allow-change")
+    assert status == 0 and "changed since step 2: seed 0 -> 1\n" in stdout, stderr
+    assert [r["samples"] for r in read_metrics(run) if "samples" in r] == [8, 16, 24]
+    status, _, stderr = pretrain("steps=3", only % foreign_corpus, "--allow-change", "log.heldout_every=0")
+    assert status == 2 and "the position in the data would mean something else: restore it, or choose" in stderr

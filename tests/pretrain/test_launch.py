@@ -431,7 +431,7 @@ def test_signals_are_handled_before_the_engine_starts(monkeypatch):
     monkeypatch.setattr(train_module, "init_ranks", lambda: None)
     monkeypatch.setattr(train_module.dist, "destroy_process_group", lambda: None)
 
-    def train(config, ranks, stop):
+    def train(config, ranks, stop, allow_change):
         os.kill(os.getpid(), signal.SIGUSR1)
         return STOPPED if stop.signal == "SIGUSR1" else 1
 
@@ -439,6 +439,11 @@ def test_signals_are_handled_before_the_engine_starts(monkeypatch):
     # If our handler is missing, the signal would end this process; ignored, it makes the test fail instead.
     previous = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
-        assert train_module.main(argparse.Namespace(config="x", overrides=[], nproc=None, local_rank=None)) == STOPPED
+        assert (
+            train_module.main(
+                argparse.Namespace(config="x", overrides=[], nproc=None, local_rank=None, allow_change=False)
+            )
+            == STOPPED
+        )
     finally:
         signal.signal(signal.SIGUSR1, previous)

@@ -59,7 +59,7 @@ def tokenizer_folder(text_folder, tmp_path) -> Path:
 
 def train(config: dict, tmp_path: Path) -> str | int:
     """Train in a separate process. Return what `train` returns there, or its error."""
-    (status,) = run_group(tmp_path, [{"config": config}], processes=1)
+    (status,) = run_group(tmp_path, [{"config": config, "allow_change": True}], processes=1)
     return status
 
 

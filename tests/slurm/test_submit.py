@@ -12,7 +12,9 @@ from filelock import FileLock
 
 from lrnn.cli import main
 from lrnn.pretrain import submit as submit_module
-from lrnn.pretrain.checkpoint.format import manifest_text
+from lrnn.pretrain.checkpoint.format import manifest_text, seal
+from lrnn.pretrain.config import load_config
+from lrnn.settings import dump
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs/tiny.yaml")
@@ -122,6 +124,18 @@ def test_a_finished_run_is_not_submitted(submit, tmp_path):
     status, _, err, calls = submit("--gpus-per-node", "2")
     assert status == 2 and calls == [] and "is finished" in err and "step 200 of 200" in err
     assert submit("--gpus-per-node", "2", "steps=300")[0] == 0
+
+
+def test_a_changed_result_is_refused_before_the_job_is_queued(submit, tmp_path):
+    folder = tmp_path / "my run/checkpoints/step-00000050"
+    folder.mkdir(parents=True)
+    (folder / "run.yaml").write_text(dump(load_config(ROOT / CONFIG, [f"run_dir={tmp_path}/my run"])))
+    (folder / "manifest.json").write_text(manifest_text(50, {"run.yaml": seal(folder / "run.yaml")}))
+    assert submit("--gpus-per-node", "2", "log.every=3")[0] == 0
+    status, _, err, calls = submit("--gpus-per-node", "2", "optim.lr=0.5")
+    assert status == 2 and calls == [] and "optim.lr = 0.003 (now 0.5), which changes the results; add --all" in err
+    status, out, _, _ = submit("--gpus-per-node", "2", "optim.lr=0.5", "--allow-change")
+    assert status == 0 and " optim.lr=0.5 --allow-change\n" in out
 
 
 def test_two_commands_at_once_submit_one_job(submit, tmp_path):

@@ -7,6 +7,7 @@ SPEC is a list of {"config": {...}} with these optional keys:
     "fill_at": before this step the disk of the run folder is filled up;
     "free_at": before this step it is freed again;
     "remove": [step, path]: before this step the file at this path is removed;
+    "allow_change": true resumes with a configuration that changes the results;
     "no_warm_up": true skips the discarded pass before the first step.
 """
 
@@ -79,7 +80,7 @@ def main(file: Path, environment: dict[str, str]) -> None:
         run_module.warm_up = (lambda *args: None) if spec.get("no_warm_up") else original_warm_up
         try:
             with StopRequest() as stop:
-                status = train_module.train(config, ranks, stop)
+                status = train_module.train(config, ranks, stop, spec.get("allow_change", False))
         except (UserError, RuntimeError) as error:
             status = f"{type(error).__name__}: {error}"
         if ranks.is_main:

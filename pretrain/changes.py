@@ -1,0 +1,93 @@
+"""Compare the configuration of a run that resumes with the one that its checkpoint was trained with.
+
+Every changed key is shown. Those that change what the run computes are refused unless `--allow-change` is given: a
+learning rate, a batch size, or the number of steps, which moves the schedule. `progress.py` compares model and data.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from lrnn.errors import UserError
+from lrnn.parsing import parse_yaml
+from lrnn.pretrain import old_config
+from lrnn.pretrain.config import Config
+from lrnn.settings import read_json
+
+Changes = dict[str, tuple[Any, Any]]  # of each changed key, the values before and now
+
+# Keys, or sections of keys, that may differ between two starts of a run. They decide how it is computed, not what.
+FREE = {
+    "run_dir", "zero", "deepspeed", "micro_batch_size", "activation_checkpointing", "checkpoint", "log", "watchdog",
+    "max_skipped_steps", "spikes.max_rollbacks",
+}  # fmt: skip
+COMPARED_BY_CONTENT = {"model", "data", "seed"}  # see lrnn.pretrain.progress
+
+
+def check_changes(saved: Path, config: Config, allow_change: bool) -> Changes:
+    """Return the keys that differ from the configuration in a checkpoint.
+
+    Args:
+        saved: folder of the checkpoint.
+        config: the configuration of the run that resumes.
+        allow_change: accept changes of the results.
+
+    Raises:
+        UserError: a key that changes the results is not what it was, and `allow_change` is false.
+    """
+    file = saved / "run.yaml"
+    before = parse_yaml(file.read_text(encoding="utf-8"), str(file)).value
+    if not isinstance(before, dict):
+        raise UserError(f"{file} is not a mapping of keys to values")
+    changes = find_changes(old_config.convert(before, str(file)), config)
+    refused = {key: values for key, values in changes.items() if changes_results(key)}
+    if refused and not allow_change:
+        listing = ", ".join(f"{key} = {old!r} (now {new!r})" for key, (old, new) in refused.items())
+        raise UserError(
+            f"{saved} was trained with {listing}, which changes the results; add --allow-change to continue with the "
+            "new values, restore the old ones, or choose another run_dir"
+        )
+    return changes
+
+
+def find_changes(before: dict[str, Any], config: Config) -> Changes:
+    """Return the keys whose values differ. Keys that `before` is older than had their present defaults."""
+    then, now = flatten(before), flatten(config.model_dump())
+    then = flatten(_defaults()) | then
+    then["precision"], now["precision"] = _precision(then), _precision(now)
+    return {key: (then.get(key), now.get(key)) for key in {**now, **then} if then.get(key) != now.get(key)}
+
+
+def changes_results(key: str) -> bool:
+    """Return whether a changed key is refused unless changes are allowed."""
+    words = key.split(".")
+    return not (FREE | COMPARED_BY_CONTENT) & {".".join(words[:n]) for n in range(1, len(words) + 1)}
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return values by their dotted keys. A list is one value; so is the model, whatever form it is given in."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key != "model":
+            flat |= flatten(value, f"{key}.")
+        else:
+            flat[key] = value
+    return flat
+
+
+def _defaults() -> dict[str, Any]:
+    """Return a configuration in which every key that has a default has it."""
+    data = {"seq_len": 1, "corpora": [{"path": "x"}]}
+    required = {"run_dir": "x", "model": "x", "data": data, "optim": {"lr": 1.0}}
+    return Config(steps=1, global_batch_size=1, micro_batch_size=1, **required).model_dump()
+
+
+def _precision(flat: dict[str, Any]) -> str | None:
+    """Return the precision of a run; None if its DeepSpeed JSON, which decides it, cannot be read any more."""
+    if flat["deepspeed"] is None or flat["precision"] is not None:
+        return flat["precision"]
+    try:
+        engine = read_json(flat["deepspeed"], "DeepSpeed configuration")
+        return "bfloat16" if engine.get("torch_autocast", {}).get("enabled") else "float32"
+    except (UserError, AttributeError):
+        return None

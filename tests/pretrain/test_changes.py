@@ -1,0 +1,99 @@
+"""Test which changes of a configuration change the results of a run that resumes."""
+
+import copy
+import json
+
+import pytest
+
+from lrnn.errors import UserError
+from lrnn.pretrain.changes import check_changes, find_changes, flatten
+from lrnn.pretrain.config import Config, parse_config
+from lrnn.settings import dump
+
+RUN = {
+    "run_dir": "runs/x", "model": "m.json", "steps": 100, "global_batch_size": 8, "micro_batch_size": 2,
+    "data": {"seq_len": 64, "corpora": [{"path": "a"}]}, "optim": {"lr": 0.001},
+}  # fmt: skip
+OTHERS = {  # another value of every key, by what it is
+    "free": {
+        "run_dir": "y", "zero": 3, "micro_batch_size": 4, "activation_checkpointing": True, "max_skipped_steps": 9,
+        "checkpoint.every": 7, "checkpoint.keep_last": 7, "checkpoint.keep_every": 7, "checkpoint.background": False,
+        "log.every": 7, "log.heldout_every": 7, "log.heldout_batches": 7, "log.tensorboard": False,
+        "log.wandb_project": "p", "watchdog.lost_seconds": 7.0, "watchdog.stall_seconds": 7.0,
+        "watchdog.startup_seconds": 7.0, "watchdog.heartbeat_seconds": 7.0, "spikes.max_rollbacks": 7,
+    },
+    "changes the results": {
+        "steps": 200, "global_batch_size": 16, "precision": "float32", "optim.lr": 0.002, "optim.betas": [0.9, 0.99],
+        "optim.eps": 1e-6, "optim.weight_decay": 0.2, "optim.clip": 0.0, "schedule.name": "wsd",
+        "schedule.warmup_steps": 5, "schedule.decay_steps": 5, "schedule.min_lr_ratio": 0.0, "spikes.action": "skip",
+        "spikes.threshold": 7.0, "spikes.window": 7,
+    },
+    "compared by content": {
+        "model": "n.json", "seed": 1, "data.seq_len": 32, "data.corpora": [{"path": "b", "weight": 1.0}],
+        "data.reset_at_document_boundaries": True,
+    },
+}  # fmt: skip
+REST = {"deepspeed", "data.stream"}  # tested below, or another source of data
+
+
+def changed(**values) -> Config:
+    raw = copy.deepcopy(RUN)
+    for key, value in values.items():
+        *parents, last = key.split(".")
+        target = raw
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[last] = value
+    return parse_config(raw, "run.yaml")
+
+
+@pytest.fixture
+def check(tmp_path):
+    """`check(config, allow)` compares a configuration with that of a checkpoint of RUN."""
+    (tmp_path / "run.yaml").write_text(dump(changed()))
+    return lambda config, allow=False: check_changes(tmp_path, config, allow)
+
+
+def test_every_key_is_one_or_the_other():
+    named = {key for group in OTHERS.values() for key in group} | REST
+    assert named == set(flatten(changed().model_dump())), "say in this file whether the new key changes the results"
+
+
+@pytest.mark.parametrize(("kind", "key"), [(kind, key) for kind, keys in OTHERS.items() for key in keys])
+def test_a_changed_key(check, kind, key):
+    value = OTHERS[kind][key]
+    config = changed(**{key: value})
+    before = flatten(changed().model_dump())[key]
+    assert check(config, True) == {key: (before, value)}
+    if kind == "changes the results":
+        with pytest.raises(UserError) as caught:
+            check(config)
+        assert f"was trained with {key} = {before!r} (now {value!r}), which changes the results; add" in str(
+            caught.value
+        )
+    else:
+        assert check(config) == {key: (before, value)}
+
+
+def test_nothing_changed(check):
+    assert check(changed()) == {}
+    assert check(changed(**{"optim.weight_decay": 0.01, "zero": 2})) == {}  # what was the default before
+
+
+def test_a_checkpoint_that_is_older_than_a_key():
+    before = changed().model_dump()
+    del before["max_skipped_steps"], before["watchdog"]
+    assert find_changes(before, changed()) == {}
+    assert find_changes(before, changed(max_skipped_steps=9)) == {"max_skipped_steps": (5, 9)}
+    assert find_changes(before | {"gone": 3}, changed()) == {"gone": (3, None)}
+
+
+@pytest.mark.parametrize(("autocast", "refused"), [(True, False), (False, True)])
+def test_a_deepspeed_json_counts_by_its_precision(check, tmp_path, autocast, refused):
+    engine = {"zero_optimization": {"stage": 1}, "torch_autocast": {"enabled": autocast}, "gradient_clipping": 1.0}
+    (tmp_path / "own.json").write_text(json.dumps(engine))
+    config = changed(deepspeed=str(tmp_path / "own.json"))
+    if refused:
+        with pytest.raises(UserError, match=r"precision = 'bfloat16' \(now 'float32'\)"):
+            check(config)
+    assert check(config, refused).keys() == {"deepspeed", "zero", *(["precision"] if refused else [])}
