@@ -11,7 +11,6 @@ setup: .venv/installed
 	touch $@
 
 quickstart: setup
-	$(BIN)/lrnn eval --fetch
 	$(BIN)/lrnn quickstart
 
 # Two processes for what bears a busy machine, in the order of tests/conftest.py: the longest files first. pytest-xdist

@@ -9,9 +9,12 @@ import importlib
 import re
 import sys
 from collections.abc import Container
+from pathlib import Path
+from typing import Any
 
 from lrnn import __version__, shipped
 from lrnn.errors import UserError
+from lrnn.files import expand
 from lrnn.threads import wait_without_spinning
 
 LOCAL_RANK = re.compile("--local[-_]rank=")
@@ -77,7 +80,20 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
         args.overrides += rest  # argparse takes no more of them after an option
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    _expand_paths(args)
     return args, COMMANDS[args.command][0]
+
+
+def _expand_paths(args: argparse.Namespace) -> None:
+    """Replace `~` and `$VARIABLES` in every path, as in `--out=~/x`, where shells leave them alone."""
+
+    def expanded(value: Any) -> Any:
+        if isinstance(value, list):
+            return [expanded(item) for item in value]
+        return Path(expand(str(value), "command line: path")) if isinstance(value, Path) else value
+
+    for name, value in vars(args).items():
+        setattr(args, name, expanded(value))
 
 
 def main(argv: list[str] | None = None) -> int:

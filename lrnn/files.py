@@ -1,19 +1,37 @@
-"""Write files and folders whole or not at all, and compute their checksums."""
+"""Write files and folders whole or not at all, compute their checksums, and expand paths."""
 
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lrnn.errors import UserError
+
+VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
+
 
 def sha256(file: Path) -> str:
     """Return the SHA-256 of a file's content, in hex."""
     with file.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def expand(text: str, origin: str) -> str:
+    """Replace `~` and `$VARIABLES` in a path. Raise UserError, which begins with `origin`, if that is not possible."""
+    for plain, braced in VARIABLE.findall(text):
+        if (plain or braced) not in os.environ:
+            raise UserError(f"{origin} = {text!r}: the environment variable {plain or braced} is not set")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise UserError(
+            f"{origin} = {text!r}: there is no user {expanded.split('/')[0][1:]!r}; write ./~... for a name"
+        )
+    return os.path.expandvars(expanded)
 
 
 def sync(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import glob
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from lrnn import shipped
-from lrnn.errors import UserError
+from lrnn.files import expand
 from lrnn.parsing import Key
 
 HERE = Path()  # the current folder, at which paths on the command line start
-VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
 
 
 @dataclass(frozen=True)
@@ -85,19 +83,6 @@ def place(schema: type[BaseModel], values: Any, folder: Path, origin: Callable[[
     for path in relative:
         path.holder[path.name] = _placed(path.text, path.mark, folder)
     return notice
-
-
-def expand(text: str, origin: str) -> str:
-    """Replace `~` and `$VARIABLES` in a path. Raise UserError, which begins with `origin`, if that is not possible."""
-    for plain, braced in VARIABLE.findall(text):
-        if (plain or braced) not in os.environ:
-            raise UserError(f"{origin} = {text!r}: the environment variable {plain or braced} is not set")
-    expanded = os.path.expanduser(text)
-    if expanded.startswith("~"):
-        raise UserError(
-            f"{origin} = {text!r}: there is no user {expanded.split('/')[0][1:]!r}; write ./~... for a name"
-        )
-    return os.path.expandvars(expanded)
 
 
 def _paths(schema: type[BaseModel], values: Any, above: Key) -> Iterator[_Found]:

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from lrnn.errors import UserError
+from lrnn.eval.suites import fetch_data
 from lrnn.pretrain.launch import STOPPED
 from lrnn.records import read_metrics
 
@@ -36,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     out = _unused(args.out)
+    print("$ lrnn eval --fetch", flush=True)
+    fetch_data.fetch()  # Without network access this fails, so it comes before what takes minutes.
     corpus, run, export = out / "corpus", out / "run", out / "model"
     started = time.monotonic()
     build = ["corpus", sysconfig.get_paths()["stdlib"], "--include", "*.py", "--skip-bad-files", "--heldout", "0.05"]

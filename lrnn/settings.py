@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lrnn import paths, shipped
 from lrnn.errors import UserError
+from lrnn.files import expand
 from lrnn.parsing import Key, Parsed, parse_json, parse_yaml
 
 BASE = "base"  # the key that names the file, or the files, that a mapping changes
@@ -230,7 +231,7 @@ def _lay_file(settings: Settings, path: Path, above: tuple[Path, ...], user: Pat
     if BASE in parsed.value:
         line = f"{path}:{parsed.lines[BASE,]}"
         for name in _bases(parsed.value.pop(BASE), line):
-            base = path.parent / paths.expand(name, f"{line}: base")
+            base = path.parent / expand(name, f"{line}: base")
             if not base.exists() and name in shipped.names(settings.schema.named):
                 base = shipped.find(name, settings.schema.named, "base")
             if base.resolve() in [file.resolve() for file in chain]:

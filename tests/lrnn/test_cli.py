@@ -106,6 +106,25 @@ def test_exit_status(command, result, status):
     assert cli.main(["probe", "this"]) == status
 
 
+def test_home_and_variables_expand_in_paths(monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("RUNS", "/runs")
+    args, _ = cli.parse(["plot", "$RUNS/a", "~/b", "--out=~/x.png"])
+    assert [*map(str, args.run_dirs), str(args.out)] == ["/runs/a", "/home/me/b", "/home/me/x.png"]
+    assert cli.main(["plot", "$NOWHERE/a"]) == 2
+    error = capsys.readouterr().err
+    assert error == "lrnn: error: command line: path = '$NOWHERE/a': the environment variable NOWHERE is not set\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_commands_and_options(shell, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--print-completion", shell])
+    assert ended.value.code == 0
+    script = capsys.readouterr().out
+    assert all(name in script for name in cli.COMMANDS) and "--allow-code-execution" in script and "--nproc" in script
+
+
 def test_overrides_may_surround_options():
     args, _ = cli.parse(["pretrain", "run.yaml", "a=1", "--nproc", "2", "b=2", "c=x y"])
     assert (args.config, args.nproc, args.overrides) == ("run.yaml", 2, ["a=1", "b=2", "c=x y"])
