@@ -21,9 +21,11 @@ test: lint docs
 	$(BIN)/pytest -q -m alone
 
 # Runs 300 kills instead of 12, twenty endings of a job instead of three, and other numbers of processes, in some 30
-# minutes. The jobs need root and Debian, because they start their own SLURM.
+# minutes. The jobs need root and Debian, because they start their own SLURM. Exports of every mixer are used in five
+# versions of transformers.
 torture: setup
-	LRNN_TORTURE=1 $(BIN)/pytest -q -s tests/pretrain/test_torture.py tests/slurm
+	LRNN_TORTURE=1 $(BIN)/pytest -q -s tests/pretrain/test_torture.py tests/slurm \
+		tests/eval/export/test_transformers_versions.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -10,6 +10,8 @@ from lrnn.settings import name_hint, read_json
 if TYPE_CHECKING:
     from lrnn import LrnnConfig
 
+NOT_OF_THE_MODEL = ("auto_map", "lrnn_training")  # config.json of a saved or exported model also has these
+
 
 def load_model_config(path: str | Path) -> "LrnnConfig":
     """Read the `config.json` of a model. Raises UserError for unknown fields and bad values."""
@@ -24,7 +26,7 @@ def model_config_from(raw: dict[str, Any], origin: str) -> "LrnnConfig":
     """
     from lrnn import LrnnConfig  # here, because it imports transformers and torch
 
-    fields = dict(raw)
+    fields = {name: value for name, value in raw.items() if name not in NOT_OF_THE_MODEL}
     kind = fields.pop("model_type", LrnnConfig.model_type)
     if kind != LrnnConfig.model_type:
         raise UserError(f"{origin}: model_type {kind!r} should be {LrnnConfig.model_type!r}")

@@ -8,7 +8,6 @@ import transformers
 from huggingface_hub import save_torch_state_dict
 
 from lrnn import LrnnForCausalLM
-from lrnn.environment import PACKAGE
 from lrnn.errors import UserError
 from lrnn.eval.export.check import check_hf_folder, logits, sample_batch
 from lrnn.eval.export.fla_format import check_fla_folder, to_fla_config
@@ -16,14 +15,7 @@ from lrnn.eval.export.model_card import model_card
 from lrnn.eval.export.read import Trained
 from lrnn.eval.export.tokenizer import export_tokenizer
 from lrnn.files import new_folder, use_default_mode
-from lrnn.model.mixers import MIXERS
-
-AUTO_MAP = {
-    "AutoConfig": "configuration_lrnn.LrnnConfig",
-    "AutoModel": "modeling_lrnn.LrnnModel",
-    "AutoModelForCausalLM": "modeling_lrnn.LrnnForCausalLM",
-}
-CODE = ("model", "kernels/reference")  # folders of the package whose files an exported folder holds, side by side
+from lrnn.model.code_files import AUTO_MAP, write_code
 
 
 def check_out(out: Path) -> None:
@@ -96,26 +88,6 @@ def write_weights(model: LrnnForCausalLM, folder: Path) -> None:
         use_default_mode(file)
 
 
-def code_files() -> dict[str, str]:
-    """Return the code that an exported folder holds, text by file name: the whole model with all mixers."""
-    files = [file for folder in CODE for file in sorted((PACKAGE / folder).glob("*.py"))]
-    code = {file.name: file.read_text() for file in files if file.name != "__init__.py"}
-    return code | {"mixers.py": _mixers_file()}
-
-
-def _mixers_file() -> str:
-    """Return a `mixers.py` that imports every mixer by its name.
-
-    transformers copies only the files that such lines name; it does not see what the package's `mixers.py` imports.
-    """
-    classes: dict[str, set[str]] = {}
-    for mixer in MIXERS.values():
-        classes.setdefault(mixer.__module__.rpartition(".")[2], set()).add(mixer.__name__)
-    lines = [f"from .{module} import {', '.join(sorted(names))}" for module, names in sorted(classes.items())]
-    title = "Every mixer of this folder, imported so that it registers itself. Written by `lrnn export`."
-    return "\n".join([f'"""{title}"""', "", *lines, "from .registry import MIXERS", ""])
-
-
 def _write_texts(
     trained: Trained, folder: Path, name: str, pad_token_id: int, export_format: str, dtype: str, license: str | None
 ) -> None:
@@ -131,8 +103,7 @@ def _write_texts(
         # to_diff_dict leaves out fields that equal transformers' default, which may differ from LrnnConfig's.
         explicit = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
         content = config.to_diff_dict() | {name: getattr(config, name) for name in explicit} | {"auto_map": AUTO_MAP}
-        for file, text in code_files().items():
-            (folder / file).write_text(text)
+        write_code(folder)
     content |= {"dtype": dtype, "transformers_version": transformers.__version__}
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
     tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": pad_token_id}

@@ -1,6 +1,11 @@
 """The configuration of an lrnn model. Copied into exported folders."""
 
+import os
+from pathlib import Path
+
 from transformers.configuration_utils import PretrainedConfig
+
+from .code_files import AUTO_MAP, write_code
 
 DELTA_RULE_PRECISIONS = ("standard", "split")
 
@@ -105,3 +110,14 @@ class LrnnConfig(PretrainedConfig):
             **kwargs,
         )
         MIXERS[mixer].check(self)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """Write config.json, and beside it the code that it names in `auto_map`, so that the folder loads without lrnn.
+
+        transformers calls this whenever it saves a model. The arguments are those of `PretrainedConfig`.
+        """
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+        write_code(Path(save_directory))
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)

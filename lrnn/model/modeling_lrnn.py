@@ -25,6 +25,7 @@ from .configuration_lrnn import LrnnConfig
 from .layers import Mixer, RMSNorm, ShortConvolution
 from .mixers import MIXERS
 from .ops import document_ids
+from .renamed import accepts_cache
 
 LOSS_CHUNK = 4096  # tokens whose logits exist at a time in training: [4096, 32000] in float32 is 0.5 GB
 SMALL_LOGITS = 2**24  # logits up to which all of them are kept for the backward pass: 64 MB in float32
@@ -64,6 +65,13 @@ class LrnnPreTrainedModel(PreTrainedModel):
     _is_stateful = True  # generation modes that must rewind the cache refuse to start
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "gate_bias"]
 
+    def post_init(self):
+        # transformers 4 refuses the name of a parameter that the model does not have.
+        names = {part for name, _ in self.named_parameters() for part in name.split(".")}
+        kept = type(self)._keep_in_fp32_modules_strict
+        self._keep_in_fp32_modules_strict = [name for name in kept if name in names]
+        super().post_init()
+
     def _init_weights(self, module: nn.Module):
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -92,6 +100,7 @@ class LrnnModel(LrnnPreTrainedModel):
     def set_input_embeddings(self, value):
         self.embeddings = value
 
+    @accepts_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -154,6 +163,7 @@ class LrnnForCausalLM(LrnnPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.lm_head = value
 
+    @accepts_cache
     def forward(
         self,
         input_ids: Tensor | None = None,

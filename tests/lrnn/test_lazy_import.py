@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from lrnn import LrnnConfig, LrnnForCausalLM
-from lrnn.eval.export.write import AUTO_MAP, code_files
 
 HEAVY = ("torch", "transformers")
 CPU_SECONDS = 0.5
@@ -106,10 +105,6 @@ def found(tmp_path_factory) -> dict[str, list[str]]:
     size = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 16}
     torch.manual_seed(0)
     LrnnForCausalLM(LrnnConfig(**size, intermediate_size=48)).save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "auto_map": AUTO_MAP}))
-    for name, text in code_files().items():
-        (folder / name).write_text(text)
     lines = run(FORKED, root, json.dumps(CASES), str(folder)).splitlines()
     return dict(json.loads(line) for line in lines)
 

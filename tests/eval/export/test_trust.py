@@ -25,8 +25,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from lrnn import LrnnConfig, LrnnForCausalLM, LrnnModel, cli
 from lrnn.environment import PACKAGE
-from lrnn.eval.export.write import AUTO_MAP, code_files
 from lrnn.eval.suites import harness
+from lrnn.model.code_files import AUTO_MAP, code_files
 from lrnn.pretrain.checkpoint.format import manifest_text
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
