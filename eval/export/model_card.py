@@ -2,11 +2,18 @@
 
 from typing import Any
 
+import torch
+import transformers
 import yaml
 from huggingface_hub import ModelCardData
 
+import lrnn
 from lrnn import LrnnConfig
 from lrnn.model.mixers import MIXERS
+
+OLDEST_TRANSFORMERS = "4.57"  # tests/eval/export/test_transformers_versions.py
+# `lrnn eval` writes its results between these two lines of a card.
+RESULTS_BEGIN, RESULTS_END = "<!-- results of lrnn eval -->", "<!-- end of results -->"
 
 
 def model_card(
@@ -49,6 +56,7 @@ def model_card(
         _training(training, data, run),
         _tokens(config, first_id, training),
         _loading(name, export_format, dtype, first_id),
+        f"{RESULTS_BEGIN}\n{RESULTS_END}",
         _limits(export_format),
     ]
     return "\n\n".join(sections) + "\n"
@@ -108,31 +116,44 @@ def _tokens(config: LrnnConfig, first_id: int, training: dict[str, Any]) -> str:
 
 
 def _loading(name: str, export_format: str, dtype: str, first_id: int) -> str:
-    if export_format == "fla":
-        first, flag = "import fla  # flash-linear-attention; needs a GPU", ""
-        evaluate = ""
-    else:
-        first, flag = "", ", trust_remote_code=True"
-        evaluate = f"""
+    fla = export_format == "fla"
+    imports = ["import torch", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    needs, trusted = f"transformers {OLDEST_TRANSFORMERS} or newer", ", trust_remote_code=True"
+    if fla:
+        imports.insert(0, "import fla  # registers the model")
+        needs, trusted = "[flash-linear-attention](https://github.com/fla-org/flash-linear-attention) and a GPU", ""
+    lines = [
+        "## Loading",
+        "",
+        f"This folder needs {needs}. It was written by lrnn {lrnn.__version__} with transformers "
+        f"{transformers.__version__} and torch {torch.__version__}.",
+        "",
+        "```python",
+        *imports,
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype=torch.{dtype}{trusted})',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=False)  # has no code',
+        f'ids = torch.tensor([[{first_id}, *tokenizer("def fibonacci(n):", add_special_tokens=False).input_ids]])',
+        "print(tokenizer.batch_decode(model.generate(ids, max_new_tokens=64)))",
+        "```",
+    ]
+    return "\n".join(lines) if fla else "\n".join(lines + _use(name))
 
-## Evaluation
 
-```bash
-lrnn eval {name} --suite fast  # with lrnn installed
-lm_eval --model hf --model_args pretrained={name},trust_remote_code=True,softmax_dtype=float32 --tasks lambada_openai
-```"""
-    start = f"{first}\n" if first else ""
-    return f"""## Loading
-
-```python
-{start}import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{name}"{flag})
-model = AutoModelForCausalLM.from_pretrained("{name}"{flag}, dtype=torch.{dtype})
-ids = torch.tensor([[{first_id}, *tokenizer("def fibonacci(n):").input_ids]])
-print(tokenizer.batch_decode(model.generate(ids, max_new_tokens=64)))
-```{evaluate}"""
+def _use(name: str) -> list[str]:
+    """Return lines on what else can be done with a folder in the hf format."""
+    return [
+        "",
+        "After `import lrnn`, no code of this folder is run, and a GPU computes with fused kernels.",
+        "",
+        "## Evaluation",
+        "",
+        "```bash",
+        f"lrnn eval {name} --suite fast  # with lrnn installed; writes its results into this card",
+        f"lm_eval --model hf --model_args pretrained={name},trust_remote_code=True,softmax_dtype=float32 "
+        "--tasks lambada_openai",
+        "```",
+    ]
 
 
 def _limits(export_format: str) -> str:

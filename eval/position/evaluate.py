@@ -14,6 +14,7 @@ from lrnn.eval.offline import go_offline
 from lrnn.eval.position import report
 from lrnn.eval.position.bins import log_edges
 from lrnn.eval.statistics import RESAMPLES, SEED
+from lrnn.eval.suites.card_results import update_card
 from lrnn.files import sha256
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ def evaluate(
         "environment": result_folder.describe_environment(str(on)),
     }
     report.write(out, results)
+    for model in models:
+        update_card(model)
     return results
 
 

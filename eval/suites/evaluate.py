@@ -11,6 +11,7 @@ from lrnn.eval.model_folder import check_export, describe_model
 from lrnn.eval.offline import go_offline
 from lrnn.eval.state_tracking import report as state_tracking_report
 from lrnn.eval.suites import fetch_data, harness, report, sandbox
+from lrnn.eval.suites.card_results import update_card
 from lrnn.eval.suites.suites import CODE_TASKS, GENERATION_TOKENS, HELDOUT_TASK, STATE_TRACKING, find_suite
 from lrnn.files import sha256
 
@@ -73,6 +74,7 @@ def evaluate(
         "environment": result_folder.describe_environment(settings["device"]),
     }
     report.write(out, results, raw)
+    update_card(model)
     return results
 
 

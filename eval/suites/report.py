@@ -51,7 +51,15 @@ def metric_rows(raw: Raw) -> list[Raw]:
 
 def markdown_table(results: Raw) -> str:
     """Return the results as Markdown; `+-` is one standard error over documents."""
-    lines = [f"# {results['suite']}: {results['model']['path']}", ""]
+    lines = [f"# {results['suite']}: {results['model']['path']}", "", *metrics_table(results)]
+    if results["by_length"]:
+        lines += ["", state_tracking_report.markdown_table(results["by_length"]).rstrip()]
+    return "\n".join(lines) + "\n"
+
+
+def metrics_table(results: Raw) -> list[str]:
+    """Return the lines of a table of the metrics, with what was left out above it."""
+    lines = []
     if results["limit"] is not None:
         lines += [f"Only the first {results['limit']} documents of every task: not comparable with complete runs.", ""]
     if results["left_out"]:
@@ -63,9 +71,7 @@ def markdown_table(results: Raw) -> str:
         stderr = "n/a" if row["stderr"] is None else f"{row['stderr']:.4f}"
         cells = (row["task"], name, arrow, f"{row['value']:.4f}", stderr, row["n"], row["shots"])
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    if results["by_length"]:
-        lines += ["", state_tracking_report.markdown_table(results["by_length"]).rstrip()]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def write(out: Path, results: Raw, raw: Raw) -> None:

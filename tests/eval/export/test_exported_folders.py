@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from export_checkpoints import VARIANTS, random_model, sha256, write_checkpoint
 from safetensors.torch import load_file, save_file
@@ -203,7 +204,11 @@ def test_contents_of_the_folder(exported, sentencepiece_model):
     transformer = (exported / "transformer" / "README.md").read_text()
     assert "eigenvalues" not in transformer and "no attention" not in transformer
     repository = Path(lrnn.__file__).parent
-    assert sha256(folder / "modeling_lrnn.py") == sha256(repository / "model/modeling_lrnn.py")
+    for name in ("modeling_lrnn.py", "configuration_lrnn.py"):  # followed by the names of the other files
+        assert (folder / name).read_text().startswith((repository / "model" / name).read_text())
+    assert sha256(folder / "layers.py") == sha256(repository / "model/layers.py")
+    for package in (lrnn, transformers, torch):
+        assert f"{package.__name__} {package.__version__}" in card
 
 
 def test_files_have_the_permissions_that_the_umask_gives(exported, tmp_path):
