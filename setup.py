@@ -18,9 +18,10 @@ class BuildWithPages(build_py):
     """Copy the pages of the documentation into `lrnn/docs`, whose links to each other then work."""
 
     def run(self) -> None:
-        super().run()
         if self.editable_mode:  # the package is then used where it is, beside `docs`
-            return
+            return super().run()
+        shutil.rmtree(self.build_lib, ignore_errors=True)  # with what an earlier version had, and this one has not
+        super().run()
         for page in self._pages():
             target = Path(self.build_lib, "lrnn", page)
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ folders themselves, and the pages too.
 from pathlib import Path
 
 from lrnn.errors import UserError
+from lrnn.files import expand
 
 PACKAGE = Path(__file__).parent
 RUNS, MODELS, GRIDS = PACKAGE / "configs", PACKAGE / "configs" / "models", PACKAGE / "configs" / "track"
@@ -33,7 +34,7 @@ def find(given: str | Path, folder: Path | None, what: str) -> Path:
     """
     from lrnn.settings import name_hint  # here, because it imports pydantic, which `lrnn --version` does without
 
-    path = Path(given)
+    path = Path(expand(str(given), what))
     if path.is_file():
         return path
     known = names(folder)

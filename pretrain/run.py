@@ -203,18 +203,22 @@ class Run:
             record = {"step": progress.step, "loss": math.fsum(losses) / len(losses), "loss_last": step.loss}
             progress.unrecorded = []
             record |= {"lr": step.lr, "grad_norm": float(self.engine.get_global_grad_norm())}
-            record |= {"tokens": progress.tokens, "samples": progress.samples}
-            record |= {"epochs": self._data.epochs(progress.samples, progress.stream)}
-            record |= {"skipped_steps": progress.skipped_steps}
+            record |= self._place() | {"skipped_steps": progress.skipped_steps}
             record |= self._speed.read(self._loader.take_wait_s())
             record["eigenvalues"] = self._probe.read()
         if self._heldout.due(progress.step):
             with self.phase("measuring the held-out loss", progress.step):
-                record |= {"step": progress.step, "heldout_loss": self._heldout.loss(self.engine)}
+                record |= {"step": progress.step, "heldout_loss": self._heldout.loss(self.engine), **self._place()}
                 self._speed.skip()
         with self.phase("writing metrics", progress.step):
             if self.log is not None and record:
                 self.log.write(record)
+
+    def _place(self) -> dict[str, Any]:
+        """Return how much data the run has gone through."""
+        progress = self.progress
+        epochs = self._data.epochs(progress.samples, progress.stream)
+        return {"tokens": progress.tokens, "samples": progress.samples, "epochs": epochs}
 
     def save_if_due(self) -> None:
         """Begin a checkpoint, if one is due."""

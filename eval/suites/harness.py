@@ -3,13 +3,14 @@
 import functools
 import logging
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from lrnn.errors import UserError
 from lrnn.eval.model_folder import default_device
-from lrnn.eval.suites import report
-from lrnn.eval.suites.suites import TASK_FOLDER
+from lrnn.eval.suites import report, sandbox
+from lrnn.eval.suites.suites import CODE_TASKS, TASK_FOLDER
 
 
 def silence_expected_warnings() -> None:
@@ -78,15 +79,20 @@ def run_tasks(lm: Any, tasks: dict[str, Any], limit: int | None = None) -> dict[
         start = time.time()
         print(f"[{number}/{len(tasks)}] {name} ...", flush=True)
         # Code tasks are in `tasks` only if the user allowed them. bootstrap_iters only switches standard errors on.
-        raw = simple_evaluate(
-            model=lm,
-            tasks=[task],
-            task_manager=no_other_tasks,
-            limit=limit,
-            bootstrap_iters=100,
-            log_samples=True,
-            confirm_run_unsafe_code=True,
-        )
+        with (
+            sandbox.counting(min(len(task.eval_docs), limit or len(task.eval_docs)))
+            if name in CODE_TASKS
+            else nullcontext()
+        ):
+            raw = simple_evaluate(
+                model=lm,
+                tasks=[task],
+                task_manager=no_other_tasks,
+                limit=limit,
+                bootstrap_iters=100,
+                log_samples=True,
+                confirm_run_unsafe_code=True,
+            )
         assert raw is not None  # it is None only on ranks other than 0, and this is the only process
         for key, value in raw.items():
             merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value

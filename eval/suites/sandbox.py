@@ -14,8 +14,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm import tqdm
 
 from lrnn.errors import UserError
 
@@ -24,6 +28,33 @@ MEMORY_BYTES = 2 << 30
 FILE_BYTES = 16 << 20
 PROCESSES = 64
 CHILD = Path(__file__).with_name("sandbox_child.py")
+
+
+class _Programs:
+    """A progress bar of the programs that run within `counting`. It appears with the first of them."""
+
+    total: int | None = None
+    bar: tqdm | None = None
+
+    def count(self) -> None:
+        if self.total is not None:
+            self.bar = self.bar or tqdm(total=self.total, unit="program", desc="running programs")
+            self.bar.update()
+
+
+_programs = _Programs()
+
+
+@contextmanager
+def counting(total: int) -> Iterator[None]:
+    """Show how many of the `total` programs that `pass_at_k` runs within the `with` block are done."""
+    _programs.total, _programs.bar = total, None
+    try:
+        yield
+    finally:
+        if _programs.bar is not None:
+            _programs.bar.close()
+        _programs.total = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +132,10 @@ def pass_at_k(references: list[str], predictions: list[list[str]], k: int) -> fl
     for tests, candidates in zip(references, predictions, strict=True):
         if len(candidates) < k:
             raise UserError(f"pass@{k} needs at least {k} candidates per problem, got {len(candidates)}")
-        failed = sum(not run(f"{candidate}\n{tests}").passed for candidate in candidates)
+        failed = 0
+        for candidate in candidates:
+            failed += not run(f"{candidate}\n{tests}").passed
+            _programs.count()
         # 1 - C(failed, k) / C(n, k) is the chance that k programs drawn without replacement contain a passing one.
         miss = 1.0
         for i in range(k):

@@ -192,6 +192,16 @@ def test_nothing_runs_if_the_kernel_refuses(tmp_path, monkeypatch):
         sandbox.run("pass")
 
 
+def test_programs_are_counted_where_that_is_asked_for(capsys):
+    with sandbox.counting(3):
+        assert capsys.readouterr().err == "", "the bar appears with the first program"
+        sandbox.pass_at_k(["assert x == 1"] * 3, [["x = 1"], ["x = 1"], ["x = 2"]], 1)
+    shown = capsys.readouterr().err
+    assert "running programs" in shown and "3/3" in shown
+    sandbox.pass_at_k(["assert x == 1"], [["x = 1"]], 1)
+    assert capsys.readouterr().err == ""
+
+
 def test_pass_at_k_is_the_share_of_draws_with_a_passing_program():
     good, bad = "x = 1", "x = 2"
     candidates = [good, bad, bad, good, bad]
