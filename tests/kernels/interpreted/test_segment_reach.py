@@ -76,9 +76,9 @@ def in_segments(x, monkeypatch, function=fused_gated_delta_rule, **options):
     return found, [*forward[..., :2].flatten(0, 1).T.tolist(), (2 - backward[..., 2].flatten()).tolist()]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_skipping_chunks_changes_nothing(dtype, monkeypatch):
+def test_skipping_chunks_changes_nothing(monkeypatch):
     """One head forgets within a chunk, one remembers all. Results are the same bits with and without the limit."""
+    dtype = torch.float16
     x = inputs.random(1, 8 * CHUNK, H=2, dtype=dtype, raw=True)
     x["A_log"] = torch.tensor([8.0, 0.001]).log()
     found, left_out = in_segments(x, monkeypatch)
