@@ -7,6 +7,8 @@ from typing import Any
 from lrnn.errors import UserError
 from lrnn.files import sha256
 
+TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer.model")  # the first that a folder has decides its ids
+
 
 def check_export(folder: Path) -> dict[str, Any]:
     """Return the folder's config.json.
@@ -60,7 +62,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
         "path": str(folder.resolve()),
         "model_type": config.get("model_type"),
         "config_sha256": sha256(folder / "config.json"),
-        "tokenizer_sha256": sha256(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else None,
+        "tokenizer_sha256": next((sha256(folder / name) for name in TOKENIZERS if (folder / name).is_file()), None),
         "weights_sha256": {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))},
         "training": config.get("lrnn_training"),
     }

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lrnn.errors import UserError
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 OTHER_SETTINGS = ("chat_template", "model_max_length")  # of tokenizer_config.json; they do not decide ids
 COPY_MARK = "lrnn_copy"  # this key of tokenizer_config.json says that the ids are those of tokenizer.json alone
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")  # in a folder; the second is transformers' name for some
 TRAIN_CHUNK_CHARS = 4000  # SentencePiece trains on "sentences": here, runs of whole lines of about this length
 
 
@@ -81,6 +82,7 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         self.path = path
+        self.label = str(path)
         model = path.read_bytes()
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -90,11 +92,14 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(
                 f"tokenizer {path}: it has no end-of-sentence id (eos_id=-1), which must end every document"
             )
+        self.model = model
+        self.piece: Callable[[int], str] = self._processor.id_to_piece
         self.fingerprint = self.file_sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size = self._processor.vocab_size()
         bos = self._processor.bos_id()
         self.bos_token_id = bos if bos >= 0 else None
         self.eos_token_id = self._processor.eos_id()
+        self.unk_token_id: int = self._processor.unk_id()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # One thread, because the corpus is built by one process per core.
@@ -155,7 +160,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.special_tokens: dict[str, str] = {name: names[name] for name in names if name not in unknown}
         self.other_settings = {name: settings[name] for name in OTHER_SETTINGS if name in settings}
         self.vocab_size = max(backend.get_vocab().values()) + 1
-        ids = {name: backend.token_to_id(token) for name, token in self.special_tokens.items()}
+        ids: dict[str, Any] = {name: backend.token_to_id(token) for name, token in self.special_tokens.items()}
         self.bos_token_id, self.eos_token_id = ids.get("bos_token"), ids["eos_token"]
         self.file_sha256 = hashlib.sha256(content).hexdigest()
         decisive = [self.file_sha256, self.bos_token_id, self.eos_token_id]
@@ -302,8 +307,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return SentencePieceTokenizer(local)
     if local.is_dir() and (local / "tokenizer.json").exists():
         return _read_huggingface(str(path))
-    if local.is_dir() and (local / "tokenizer.model").exists():
-        return SentencePieceTokenizer(local / "tokenizer.model")
+    for file in SENTENCEPIECE_FILES:
+        if local.is_dir() and (local / file).exists():
+            return SentencePieceTokenizer(local / file)
     # The hub is asked only for possible names, because offline its answer takes minutes.
     if local.exists() or local.suffix in (".model", ".json") or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
         raise UserError(

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lrnn import LrnnForCausalLM
-from lrnn.eval.export.tokenizer import real_texts
 from lrnn.tokenizer import Tokenizer
+from lrnn.tokenizer_export import real_texts
 
 TOLERANCE = 1e-4  # largest difference between logits computed twice in float32 with the same weights
 BATCH, SEQ_LEN = 2, 150  # more than two chunks of the recurrence, the last one partial

@@ -28,6 +28,7 @@ from lrnn.pretrain.corpus.reader import FORMAT, FORMAT_VERSION
 from lrnn.pretrain.corpus.shard_writer import token_dtype, watch_parent, write_part
 from lrnn.pretrain.corpus.source import Source
 from lrnn.tokenizer import Tokenizer, check_trained_size, load_tokenizer, train_sentencepiece
+from lrnn.tokenizer_export import check_exportable
 
 LINE_SECONDS = 10.0  # between two lines of progress when the output is no terminal
 
@@ -183,7 +184,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if args.tokenizer_sample_mb <= 0:
         raise UserError(f"--tokenizer-sample-mb {args.tokenizer_sample_mb} should be more than 0")
     if args.tokenizer is not None:
-        load_tokenizer(args.tokenizer)  # A bad tokenizer is found before a pass over the files.
+        check_exportable(load_tokenizer(args.tokenizer))  # A bad tokenizer is found before a pass over the files.
     else:
         check_trained_size(args.train_tokenizer)
     if args.out.exists():

@@ -20,7 +20,8 @@ from lrnn.pretrain.data.micro_batch import MicroBatch
 from lrnn.pretrain.data.samples import CorpusData, check_enough_samples
 from lrnn.pretrain.data.stream import StreamData, StreamLoader
 from lrnn.pretrain.distributed import Ranks
-from lrnn.tokenizer import fingerprint_of_0_1_0, load_tokenizer
+from lrnn.tokenizer import fingerprint_of_0_1_0, load_copy, load_tokenizer
+from lrnn.tokenizer_export import check_exportable
 
 
 @dataclass
@@ -102,6 +103,8 @@ def open_data(config: Config, model_config: LrnnConfig, ranks: Ranks) -> Trainin
         "weights": weights,
     }
     tokenizer = Path(d.corpora[0].path) / "tokenizer"
+    if tokenizer.is_dir():
+        check_exportable(load_copy(tokenizer))
     old = {"tokenizer": corpora[0].tokenizer_file_sha256}
     return TrainingData(source, description, partial(copy_files, tokenizer), batching, old)
 
@@ -110,6 +113,7 @@ def _open_stream(
     config: Config, stream: StreamSource, model_config: LrnnConfig, description: dict[str, Any], batching: Batching
 ) -> TrainingData:
     tokenizer = load_tokenizer(stream.tokenizer)
+    check_exportable(tokenizer)
     if tokenizer.vocab_size > model_config.vocab_size:
         raise UserError(
             f"tokenizer {stream.tokenizer} has a vocabulary of {tokenizer.vocab_size}, the model's embedding has only "

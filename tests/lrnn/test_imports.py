@@ -22,7 +22,7 @@ LEVELS = {  # a room imports rooms of lower levels, and itself
     "lrnn.commands": 7,
 }
 FLOOR = {"environment", "errors", "files", "parsing", "paths", "records", "run_lock", "settings", "shipped", "threads"}
-FLOOR |= {"tokenizer"}
+FLOOR |= {"sentencepiece_bpe", "tokenizer", "tokenizer_export"}
 PACKAGE = {"__init__", "auto_classes", "model_config"}
 COMMANDS = {"cli", "completion", "init", "quickstart"}  # they name or run everything
 CLASSES = "lrnn.model.modeling_lrnn"  # where `from lrnn import LrnnForCausalLM` leads

@@ -2,23 +2,22 @@
 
 import json
 import random
+import re
 import sysconfig
 from pathlib import Path
 
 import pytest
 import sentencepiece
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from lrnn import cli, tokenizer_export
 from lrnn.errors import UserError
-from lrnn.eval.export.tokenizer import (
-    ODD_TEXTS,
-    compare_tokenizers,
-    convert_sentencepiece,
-    export_tokenizer,
-    real_texts,
-)
+from lrnn.eval.export import tokenizer as exporter
+from lrnn.eval.export.tokenizer import compare_tokenizers, export_tokenizer
+from lrnn.sentencepiece_bpe import convert_bpe
 from lrnn.tokenizer import load_tokenizer, train_sentencepiece
+from lrnn.tokenizer_export import ODD_TEXTS, check_exportable, real_texts
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
@@ -94,8 +93,9 @@ def test_wrong_merges_are_found(exported, model_file, tmp_path, order):
 
 
 def test_a_wrong_decoder_is_found(model_file):
-    tokenizer = convert_sentencepiece(model_file)
-    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    backend = convert_bpe(model_file.read_bytes())
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, split_special_tokens=True)
     with pytest.raises(UserError, match="decodes"):
         compare_tokenizers(tokenizer, load_tokenizer(model_file), real_texts())
 
@@ -122,51 +122,86 @@ def test_files(exported, model_file):
     assert (exported / "tokenizer.model").read_bytes() == model_file.read_bytes()
 
 
+SYMBOLS = {"user_defined_symbols": ["<|code|>", "<sep>", "    "]}
+COMBINED = "".join(map(chr, [*range(0x300, 0x346), 0x5D0, 0x93C, 0x1161, 0x11A8, 0x200D, 0x3099, 0xFE0F]))
+BASES = (
+    "aeIoUns 1</s>\n\r\t\x01\xa0\u2581\u03b1\u03b9\xaa\xbd\xc5\xea\ufb01\u1100\uac00\u304b\u0915\u0958\u2460\U0001f1eb"
+)
+
+
+def combined_texts() -> list[str]:
+    """Return random texts of letters, marks, compositions and white space, which normalisers treat differently."""
+    random_ = random.Random(0)
+    return ["".join(random_.choice(BASES + COMBINED) for _ in range(random_.randint(1, 30))) for _ in range(300)]
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"normalization_rule_name": "nfkc"},
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"normalization_rule_name": "nfkc_cf", "remove_extra_whitespaces": True, "byte_fallback": False},
         {"normalization_rule_name": "identity", "add_dummy_prefix": False},
-        {"normalization_rule_name": "identity", "add_dummy_prefix": False, "user_defined_symbols": ["<|code|>"]},
+        {"normalization_rule_name": "identity", "add_dummy_prefix": False, **SYMBOLS},
         {"normalization_rule_name": "identity", "bos_id": -1, "eos_id": 0, "unk_id": 1},
+        {"normalization_rule_name": "identity", **SYMBOLS},
+        {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True, "user_defined_symbols": ["<sep>"]},
+        {"model_type": "unigram", "remove_extra_whitespaces": True, "byte_fallback": False},
+        {"model_type": "unigram", "remove_extra_whitespaces": True, "byte_fallback": False, "bos_id": -1, **SYMBOLS},
     ],
-    ids=lambda options: next(reversed(options)),
+    ids=lambda options: "-".join(map(str, options.values()))[:60],
 )
-def test_other_sentencepiece_models(tmp_path, options):
+def test_ids_of_other_sentencepiece_models(tmp_path, options, monkeypatch):
+    monkeypatch.setattr(exporter, "real_texts", lambda: real_texts()[:30])
     model = sentencepiece_with(tmp_path, **options)
-    tokenizer = export_tokenizer(load_tokenizer(model), tmp_path / "out")
+    trained = load_tokenizer(model)
+    check_exportable(trained)
+    tokenizer = export_tokenizer(trained, tmp_path / "out")
     sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    for text in [*other_texts()[:20], "<|code|>x <|code|> y", "\ufb01ne \u2460  \uff57\uff49\u3000 x"]:
-        assert tokenizer(text).input_ids == sp.encode(text)
+    symbols = [
+        "<|code|>x <|code|> y",
+        "<sep>",
+        "<sep></s>",
+        "a<sep> b </s> <s>",
+        "\ufb01ne \u2460  \uff57\uff49\u3000 x",
+    ]
+    for text in [*other_texts()[:20], *ODD_TEXTS, *symbols, *combined_texts()]:
+        assert tokenizer(text).input_ids == sp.encode(text), ascii(text)
+    again = load_tokenizer(tmp_path / "out")
+    assert again.encode_batch(symbols) == [sp.encode(text) for text in symbols]
+    assert again.document_prefix == trained.document_prefix == [tokenizer.bos_token_id]
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"model_type": "unigram"}, "only SentencePiece BPE"),
-        ({"byte_fallback": False}, "byte fallback"),
-        ({"remove_extra_whitespaces": True}, "extra white space"),
-        ({"treat_whitespace_as_suffix": True}, "space"),
+        ({"model_type": "unigram"}, "is not a BPE model and has byte fallback"),
+        ({"model_type": "unigram", "byte_fallback": False}, "is not a BPE model and keeps extra white space"),
+        (
+            {"remove_extra_whitespaces": True, "user_defined_symbols": ["    "]},
+            "could not be exported: .* would encode",
+        ),
+        ({"treat_whitespace_as_suffix": True}, "does not write a space as .* in front of a word and has byte fallback"),
     ],
 )
-def test_models_that_cannot_be_converted(tmp_path, options, message):
+def test_models_that_cannot_be_exported_are_refused_before_training(tmp_path, options, message, capsys):
     model = sentencepiece_with(tmp_path, **options)
-    with pytest.raises(UserError, match=message):
-        convert_sentencepiece(model)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.txt").write_text("some text")
+    command = ["corpus", tmp_path / "text", "--tokenizer", model, "--processes", "1", "--out", tmp_path / "corpus"]
+    assert cli.main(list(map(str, command))) == 2
+    assert re.search(message, capsys.readouterr().err) and not (tmp_path / "corpus").exists()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"normalization_rule_name": "nmt_nfkc"},  # tokenizers takes "\r\n" for one character, and drops half of it
-        {"normalization_rule_name": "identity", "user_defined_symbols": ["<|code|>"]},  # a second "▁" behind it
-        {"normalization_rule_name": "identity", "add_dummy_prefix": False, "user_defined_symbols": ["    "]},
-    ],
-)
-def test_models_whose_conversion_is_not_exact_are_found(tmp_path, options):
-    model = sentencepiece_with(tmp_path, **options)
-    with pytest.raises(UserError, match="differs from the trained one"):
-        export_tokenizer(load_tokenizer(model), tmp_path / "out")
+def test_a_conversion_that_is_not_exact_is_found(model_file, monkeypatch):
+    def wrong(model: bytes) -> Tokenizer:
+        backend = convert_bpe(model)
+        backend.normalizer = normalizers.Sequence([normalizers.NFC(), backend.normalizer])
+        return backend
+
+    monkeypatch.setattr(tokenizer_export, "convert_bpe", wrong)
+    with pytest.raises(UserError, match=r"could not be exported: transformers would encode 'Tie.* as \["):
+        check_exportable(load_tokenizer(model_file))
 
 
 def test_hugging_face_tokenizer_of_a_corpus(tmp_path):
