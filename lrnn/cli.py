@@ -36,6 +36,7 @@ COMMANDS = {
 }
 
 
+PATHS_OR_NAMES = {"source", "out", "tokenizer", "data_files"}  # arguments that are texts, because some are no paths
 SHELLS = ("bash", "zsh", "fish", "tcsh", "powershell")
 
 
@@ -87,13 +88,15 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
 def _expand_paths(args: argparse.Namespace) -> None:
     """Replace `~` and `$VARIABLES` in every path, as in `--out=~/x`, where shells leave them alone."""
 
-    def expanded(value: Any) -> Any:
+    def expanded(value: Any, name: str) -> Any:
         if isinstance(value, list):
-            return [expanded(item) for item in value]
-        return Path(expand(str(value), "command line: path")) if isinstance(value, Path) else value
+            return [expanded(item, name) for item in value]
+        if isinstance(value, Path):
+            return Path(expand(str(value), f"command line: {name}"))
+        return expand(value, f"command line: {name}") if isinstance(value, str) and name in PATHS_OR_NAMES else value
 
     for name, value in vars(args).items():
-        setattr(args, name, expanded(value))
+        setattr(args, name, expanded(value, name))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -29,7 +29,7 @@ bench_data() { lrnn bench data --corpus "$work/corpus-32000" --seconds 3; }
 gpu_tests() { timeout "$limit" python3 -m pytest -v -s -p no:cacheprovider tests/gpu; }
 small_model() {
     local heldout=$work/corpus-4096/heldout.jsonl
-    lrnn pretrain configs/tiny.yaml "run_dir=$work/run" "data.corpora=[{path: $work/corpus-4096}]" steps=50 &&
+    lrnn pretrain configs/tiny.yaml "run_dir=$work/run" "data.corpora=[{path: $work/corpus-4096}]" steps=50 precision=bfloat16 &&
         lrnn export "$work/run" "$work/model" &&
         for device in cuda cpu; do
             lrnn eval "$work/model" --suite quick --heldout "$heldout" --limit 16 --max-length 2048 \

@@ -22,7 +22,7 @@ model |= dict(max_position_embeddings=2048, allow_neg_eigval=sys.argv[1] == "tru
 json.dump(model, open(sys.argv[2], "w"))
 PYTHON
     lrnn pretrain configs/tiny.yaml "model=$work/$1.json" "run_dir=$work/$1" "data.corpora=[{path: $work/corpus}]" \
-        data.seq_len=2048 global_batch_size=16 micro_batch_size=16 steps=2000 schedule.warmup_steps=100 log.every=50 \
+        precision=bfloat16 data.seq_len=2048 global_batch_size=16 micro_batch_size=16 steps=2000 schedule.warmup_steps=100 log.every=50 \
         log.heldout_every=500 checkpoint.every=1000 "${@:3}"
     lrnn export "$work/$1" "$work/$1-model"
     lrnn eval "$work/$1-model" --suite state_tracking --max-length 8192 --batch-size 64 --out "$results/$1"

@@ -111,9 +111,11 @@ def test_home_and_variables_expand_in_paths(monkeypatch, capsys):
     monkeypatch.setenv("RUNS", "/runs")
     args, _ = cli.parse(["plot", "$RUNS/a", "~/b", "--out=~/x.png"])
     assert [*map(str, args.run_dirs), str(args.out)] == ["/runs/a", "/home/me/b", "/home/me/x.png"]
+    args, _ = cli.parse(["export", "$RUNS/a", "~/b"])
+    assert (args.source, args.out) == ("/runs/a", "/home/me/b")
     assert cli.main(["plot", "$NOWHERE/a"]) == 2
     error = capsys.readouterr().err
-    assert error == "lrnn: error: command line: path = '$NOWHERE/a': the environment variable NOWHERE is not set\n"
+    assert error == "lrnn: error: command line: run_dirs = '$NOWHERE/a': the environment variable NOWHERE is not set\n"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
