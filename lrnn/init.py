@@ -76,7 +76,8 @@ def project_files(config: str, title: str) -> dict[str, str]:
     for key, value in values.items():
         text, found = re.subn(rf"^{key}: .*$", f"{key}: {value}", text, flags=re.MULTILINE)
         assert found == 1, f"{config}.yaml has {found} lines {key}"
-    text = f"# Relative paths start at the folder of this file.\n{text}"
+    about = f"# A pretraining run, begun as lrnn's configuration {config}. Relative paths start at the file's folder.\n"
+    text = about + re.sub(r"\A(#.*\n)+", "", text)  # the comment is about the configuration's own data
     vocab_size = read_json(model, "model configuration")["vocab_size"]
     files = {"run.yaml": text, "model.json": model.read_text(encoding="utf-8")}
     files |= {f"slurm/{script.name}": script.read_text() for script in sorted(shipped.BATCH_SCRIPTS.glob("*.sbatch"))}
