@@ -19,8 +19,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from lrnn import LrnnConfig
 from lrnn.model.mixers import MIXERS
+from lrnn.model_config import described_fields
 from lrnn.pretrain.config import Config
 from lrnn.settings import Section, Unit
 from lrnn.track.grid import GridConfig
@@ -31,7 +31,13 @@ HEAD = """# Configuration
 <!-- Written by docs/make_configuration.py from the schemas. Change the fields there, not this page. -->
 
 Any key of a YAML file can be set on the command line too, as `key.sub=value`, where the value is YAML: `optim.lr=2e-4`.
-Unknown keys and wrong types are refused with the key's full path.
+Unknown keys, wrong types and keys that are given twice are refused with the key's full path and its line.
+
+`base: other.yaml` in a file makes it a change of another one, or of several (`base: [a.yaml, b.yaml]`, of which later
+ones count more): mappings are merged key by key, lists and single values are replaced. `lrnn config CONFIG` prints the
+whole that results, with where each value was written; it takes `key.sub=value` too. `lrnn config --schema run` prints a
+JSON schema: if it is saved as `run.schema.json`, a YAML file that begins with the line
+`# yaml-language-server: $schema=run.schema.json` gets completion and descriptions in editors.
 
 A relative path in a file starts at the folder of the file, one on the command line at the current folder. `~` and
 `$VARIABLES` are replaced in both. Files that come with lrnn, such as `340m`, count as files in the current folder, or
@@ -87,12 +93,9 @@ def row(name: str, field: FieldInfo) -> list[str]:
 
 def model_rows() -> list[list[str]]:
     """Return the rows of a model's JSON."""
-    meanings = dict(arguments_of(inspect.getdoc(LrnnConfig) or ""))
-    parameters = inspect.signature(LrnnConfig.__init__).parameters.values()
     return [
-        [f"`{p.name}`", type_name(p.annotation), shown(p.default), "", "", meanings.get(p.name, "")]
-        for p in parameters
-        if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"
+        [f"`{field.name}`", type_name(field.annotation), shown(field.default), "", "", field.meaning]
+        for field in described_fields()
     ]
 
 
@@ -104,15 +107,6 @@ def mixer_table() -> str:
         cells = [f"`{name}`", mixer.title, mixer.kind.replace("rnn", "RNN"), f"arXiv:{mixer.paper}", *ranges]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def arguments_of(docstring: str) -> Iterator[tuple[str, str]]:
-    """Yield (name, meaning) of each entry in the Args section of a docstring; `a, b: ...` describes two."""
-    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", docstring, re.MULTILINE | re.DOTALL)
-    for entry in re.split(r"\n(?=    \S)", section[1].rstrip()) if section else []:
-        names, _, meaning = entry.strip().partition(": ")
-        for name in names.split(", "):
-            yield name, " ".join(meaning.split())
 
 
 def table(rows: list[list[str]]) -> str:

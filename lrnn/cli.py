@@ -21,6 +21,7 @@ LOCAL_RANK = re.compile("--local[-_]rank=")
 COMMANDS = {
     "init": ("lrnn.init", "lay out a project: a run, its model, batch scripts"),
     "corpus": ("lrnn.pretrain.corpus.build", "tokenise text or code into a corpus of Arrow shards"),
+    "config": ("lrnn.show_config", "print a configuration with where each value comes from, or its JSON schema"),
     "pretrain": ("lrnn.pretrain.train", "pretrain a model, or resume a run"),
     "submit": ("lrnn.pretrain.submit", "submit a run to SLURM, or resume it"),
     "export": ("lrnn.eval.export.command", "write a checkpoint as a Hugging Face model folder"),

@@ -1,6 +1,9 @@
 """Read the description of a model, a Hugging Face `config.json`, strictly."""
 
 import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,3 +47,35 @@ def model_config_from(raw: dict[str, Any], origin: str) -> "LrnnConfig":
         return LrnnConfig(**fields)
     except (ValueError, TypeError) as error:
         raise UserError(f"{origin}: {error}") from None
+
+
+@dataclass(frozen=True)
+class ModelField:
+    """A field of a model's `config.json`, as the signature and the docstring of `LrnnConfig` describe it."""
+
+    name: str
+    annotation: Any
+    default: Any
+    meaning: str  # empty if the docstring leaves it out
+
+
+def described_fields() -> list[ModelField]:
+    """Return the fields that lrnn reads, in the order of `LrnnConfig`."""
+    from lrnn import LrnnConfig  # here, because it imports transformers and torch
+
+    meanings = dict(_arguments_of(inspect.getdoc(LrnnConfig) or ""))
+    parameters = inspect.signature(LrnnConfig.__init__).parameters.values()
+    return [
+        ModelField(p.name, p.annotation, p.default, meanings.get(p.name, ""))
+        for p in parameters
+        if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"
+    ]
+
+
+def _arguments_of(docstring: str) -> Iterator[tuple[str, str]]:
+    """Yield (name, meaning) of each entry in the Args section of a docstring; `a, b: ...` describes two."""
+    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", docstring, re.MULTILINE | re.DOTALL)
+    for entry in re.split(r"\n(?=    \S)", section[1].rstrip()) if section else []:
+        names, _, meaning = entry.strip().partition(": ")
+        for name in names.split(", "):
+            yield name, " ".join(meaning.split())

@@ -35,6 +35,9 @@ class LrnnConfig(PretrainedConfig):
         initializer_range: standard deviation of linear and embedding weights at the start.
         tokenizer_fingerprint: fingerprint of the tokenizer or SHA-256 of its file, as the manifest of a
             corpus has it. If it is given, corpora made with another tokenizer are refused.
+        use_cache: return the state with every forward pass outside of training, as generation needs it.
+        pad_token_id, bos_token_id, eos_token_id: ids of the tokenizer's special tokens; transformers reads them.
+        tie_word_embeddings: use the embedding as the output layer too.
 
     Raises:
         ValueError: an unknown mixer or precision, a size that is not positive, more than 4 Householder factors, or a

@@ -1,0 +1,90 @@
+"""JSON schemas of the configuration files, by which editors complete keys, describe them, and mark mistakes.
+
+They are made from what reads the files: the schemas of runs and grids, and the signature and docstring of `LrnnConfig`.
+"""
+
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic import TypeAdapter
+
+from lrnn.model.mixers import MIXERS
+from lrnn.model_config import described_fields
+from lrnn.pretrain.config import Config
+from lrnn.settings import BASE, FileOrFields, Section, Unit
+from lrnn.track.grid import GridConfig
+
+RUN, GRID, MODEL = KINDS = ("run", "grid", "model")
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+ENUMERATIONS = {"mixer": list(MIXERS)}  # fields of a model that hold a name
+
+
+def json_schema(kind: str) -> dict[str, Any]:
+    """Return the JSON schema of a run, a grid or a model."""
+    if kind == MODEL:
+        return {"$schema": DIALECT, "title": "lrnn model", **model_schema()}
+    section: type[Section] = Config if kind == RUN else GridConfig
+    schema = section.model_json_schema()
+    in_lists = {item for s in sections(section) for item in _items_of_lists(s)}
+    for inner in sections(section):
+        found = schema if inner is section else schema["$defs"][inner.__name__]
+        _describe(found, inner)
+        if inner not in in_lists:
+            found.pop("required", None)  # the key may be in a base file
+    text = {"type": "string"}
+    schema["properties"][BASE] = {
+        "anyOf": [text, {"type": "array", "items": text}],
+        "description": "A YAML file that this one changes key by key, or several, of which later ones count more. "
+        "Paths are relative to this file.",
+    }
+    return {"$schema": DIALECT, **schema, "title": f"lrnn {kind}"}
+
+
+def model_schema() -> dict[str, Any]:
+    """Return the JSON schema of a model's fields. A file may hold other fields of transformers too."""
+    properties = {"model_type": {"const": "lrnn"}}
+    for field in described_fields():
+        properties[field.name] = TypeAdapter(field.annotation).json_schema() | {"default": field.default}
+        if field.name in ENUMERATIONS:
+            properties[field.name]["enum"] = ENUMERATIONS[field.name]
+        if field.meaning:
+            properties[field.name]["description"] = field.meaning
+    return {"type": "object", "properties": properties}
+
+
+def sections(section: type[Section]) -> Iterator[type[Section]]:
+    """Yield a section and those in it."""
+    yield section
+    for field in section.model_fields.values():
+        for inner in _sections_of(field.annotation):
+            yield from sections(inner)
+
+
+def _sections_of(annotation: Any) -> list[type[Section]]:
+    candidates = [annotation, *get_args(annotation)]
+    return [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
+
+
+def _items_of_lists(section: type[Section]) -> Iterator[type[Section]]:
+    for field in section.model_fields.values():
+        if getattr(field.annotation, "__origin__", None) is list:
+            yield from _sections_of(field.annotation)
+
+
+def _describe(schema: dict[str, Any], section: type[Section]) -> None:
+    """Add units to the descriptions of a section's keys, and the fields of a model to a key that may hold them."""
+    for name, field in section.model_fields.items():
+        entry = schema["properties"][name]
+        entry.pop("title", None)
+        optional = [fact for a in get_args(field.annotation) for fact in getattr(a, "__metadata__", ())]
+        units = [fact.name for fact in [*field.metadata, *optional] if isinstance(fact, Unit)]
+        entry["description"] = " ".join((field.description or "").split())
+        if units:
+            entry["description"] += f" Unit: {units[0]}."
+        if FileOrFields() in field.metadata:
+            fields = model_schema()
+            fields["properties"][BASE] = {
+                "type": "string",
+                "description": "A config.json that the other fields change.",
+            }
+            entry["anyOf"] = [{"type": "string"}, fields]
