@@ -3,9 +3,10 @@
 import json
 import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
+
+import clean_process
 
 
 class _Opens:
@@ -56,7 +57,7 @@ def load_carelessly(code: str, work: Path) -> None:
     """Run Python code in a process without lrnn. It may fail, since only the mark matters."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(work / "modules")}
     program = f"import sys\nsys.modules['lrnn'] = None\n{code}"
-    subprocess.run([sys.executable, "-I", "-c", program], cwd=work, env=env, capture_output=True, timeout=120)
+    clean_process.run([sys.executable, "-I", "-c", program], cwd=work, env=env)
 
 
 def tokenizer_carelessly(folder: Path) -> str:

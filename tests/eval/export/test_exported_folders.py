@@ -3,10 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import clean_process
 import pytest
 import torch
 import transformers
@@ -130,7 +130,7 @@ def use(tmp_path: Path, mode: str, folders: list[Path]) -> list[dict]:
     """Run USE outside the repository, and return its results."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-I", "-c", USE, mode, *map(str, folders)]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = clean_process.run(command, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
 

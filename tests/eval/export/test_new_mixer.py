@@ -3,10 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import clean_process
 import pytest
 
 from lrnn.model.layers import Mixer
@@ -63,6 +63,7 @@ class Toy(Mixer):
 USE = """
 import json, sys
 from pathlib import Path
+sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
 import lrnn
@@ -112,9 +113,9 @@ def found(tmp_path_factory, sentencepiece_model):
     for room in ("lrnn", "configs", "docs"):  # the links in lrnn/ become folders
         shutil.copytree(REPOSITORY / room, root / room, ignore=shutil.ignore_patterns("__pycache__", "results"))
     (root / "lrnn/model/mixer_toy.py").write_text(TOY)
-    env = {**os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", USE, str(root), str(out), str(sentencepiece_model)]
-    done = subprocess.run(command, cwd=out, env=env, capture_output=True, text=True)
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(out / "modules")}
+    command = [sys.executable, "-I", "-c", USE, str(root), str(out), str(sentencepiece_model)]
+    done = clean_process.run(command, cwd=out, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     return {**json.loads(line.removeprefix("RESULT ")), "folder": out / "exported"}
