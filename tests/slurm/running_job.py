@@ -18,7 +18,7 @@ from cluster import Cluster
 from lrnn.cli import main
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 180
+TIMEOUT_S = 600
 TORTURE = os.environ.get("LRNN_TORTURE") == "1"  # the long form of these tests
 # Each way asks a running job to stop so that it can resume. The comments describe SLURM 22.05.
 ENDINGS = {
@@ -145,8 +145,14 @@ class RunningJob:
         """Return everything that the jobs of the run have printed."""
         return (self.folder / "slurm.log").read_text()
 
+    def newest_checkpoint(self) -> int:
+        """Return the step of the newest checkpoint, or 0 if there is none."""
+        folders = (self.folder / "checkpoints").glob("step-*")
+        return max((int(folder.name.removeprefix("step-")) for folder in folders), default=0)
+
     def wait_for_checkpoint(self) -> None:
-        self._wait(lambda: list((self.folder / "checkpoints").glob("step-*")), "no checkpoint")
+        """Wait until there is a checkpoint of the last step."""
+        self._wait(lambda: 0 < self.newest_checkpoint() == self.last_step(), "no checkpoint of the last step")
 
     def _wait(self, condition, failure: str, timeout_s: float = TIMEOUT_S) -> None:
         deadline = time.monotonic() + timeout_s

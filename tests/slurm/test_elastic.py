@@ -11,7 +11,6 @@ from lrnn.pretrain.config import load_config
 from lrnn.pretrain.zero import zero_settings
 from lrnn.records import read_metrics
 
-pytestmark = pytest.mark.alone
 STEPS = 24
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from cluster import KILL_WAIT_S
 from running_job import ENDINGS, TORTURE, RunningJob
+from training_group import losses, run_group
 
-pytestmark = pytest.mark.alone
+from lrnn.pretrain.config import load_config
+
 torture = pytest.mark.skipif(not TORTURE, reason="takes minutes: make torture")
 # The short form has one ending for each way in which signals are delivered; a time limit takes a minute more.
 SHORT = ["usr1 --full", "requeue", "pre-empted"]
@@ -34,28 +36,14 @@ def endings() -> list[str]:
 STEPS = STEPS_BETWEEN * (len(endings()) + 3) + 200 * endings().count("time limit")
 
 
-@pytest.fixture(scope="module")
-def undisturbed(slurm, corpus, tmp_path_factory) -> RunningJob:
-    """Return a run of two nodes that nobody stops."""
-    run = RunningJob(slurm, tmp_path_factory.mktemp("undisturbed") / "run", corpus, STEPS)
-    done = run.submit()
-    assert done.returncode == 0, done.stderr
-    run.wait_for_end()
-    return run
+def undisturbed(run: RunningJob, tmp_path: Path) -> list[tuple[int, float]]:
+    """Return (step, loss) of the same run in two processes that SLURM neither starts nor stops."""
+    config = load_config(run.folder / "run.yaml").model_dump() | {"run_dir": str(tmp_path / "undisturbed")}
+    assert run_group(tmp_path, [{"config": config}]) == [0]
+    return [(step, loss) for step, (loss, *_) in losses(config).items()]
 
 
-def test_two_nodes_train_to_the_end(undisturbed):
-    job = undisturbed.show()
-    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "0"), undisturbed.log()
-    assert job["NumNodes"] == "2" and job["NumTasks"] == "2"
-    start = undisturbed.metrics()[0]
-    assert (start["event"], start["processes"]) == ("start", 2)
-    assert [step for step, _ in undisturbed.losses()] == list(range(1, STEPS + 1))
-    assert undisturbed.losses()[-1][1] < 0.8 * undisturbed.losses()[0][1]
-    assert (undisturbed.folder / f"checkpoints/step-{STEPS:08d}").is_dir()
-
-
-def test_a_stopped_job_resumes_and_loses_nothing(undisturbed, slurm, corpus, tmp_path):
+def test_a_stopped_job_resumes_and_loses_nothing(slurm, corpus, tmp_path):
     started = time.monotonic()
     run = RunningJob(slurm, tmp_path / "my run", corpus, STEPS)
     assert run.submit().returncode == 0
@@ -71,15 +59,19 @@ def test_a_stopped_job_resumes_and_loses_nothing(undisturbed, slurm, corpus, tmp
         assert stopped_at[-1] < STEPS, "the run was done before it could be stopped; it proves nothing"
     job = run.wait_for_end()
     assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), run.log()
+    assert job["NumNodes"] == "2" and job["NumTasks"] == "2"
+    assert (run.folder / f"checkpoints/step-{STEPS:08d}").is_dir()
 
     metrics = run.metrics()
+    assert {record["processes"] for record in metrics if record.get("event") == "start"} == {2}
     starts = [record["step"] for record in metrics if record.get("event") == "start"]
     at_start = [kind == "usr1 at start" for kind in kinds]
     # A job that was stopped before its first record leaves none, and the next one begins where it would have.
     assert sorted(set(starts)) == sorted({0, *stopped_at}) and starts == sorted(starts)
     assert job["Restarts"] == str(len(kinds))
     assert [step for step, _ in run.losses()] == list(range(1, STEPS + 1))  # none missing, none twice, in order
-    assert run.losses() == undisturbed.losses()  # to the last bit
+    assert run.losses() == undisturbed(run, tmp_path)  # to the last bit
+    assert run.losses()[-1][1] < 0.8 * run.losses()[0][1]
     # There is one log, appended to. After `scontrol requeue` the shell ends before it can print.
     log = run.log()
     by_signal = len(kinds) - kinds.count("requeue")
@@ -92,9 +84,12 @@ def test_a_stopped_job_resumes_and_loses_nothing(undisturbed, slurm, corpus, tmp
     )
 
 
-def test_a_failure_is_not_requeued_and_resumes_with_the_same_command(slurm, corpus, tmp_path):
-    """A killed task fails the job, which stays failed. A second command for a queued run is refused."""
-    run = RunningJob(slurm, tmp_path / "run", corpus, 100)
+def test_failed_and_cancelled_jobs_end_and_the_same_command_resumes(slurm, corpus, tmp_path):
+    """A killed task fails the job, which stays failed. A second command for a queued run is refused.
+
+    `scancel` lets the run write its checkpoint, and does not send the job back into the queue.
+    """
+    run = RunningJob(slurm, tmp_path / "run", corpus, 10000)
     more = ["checkpoint.every=10"]
     assert run.submit(*more, "--dry-run").returncode == 0 and run.job == ""
     slurm.run("scontrol", "update", "PartitionName=test", "State=DOWN")  # jobs wait, so the first cannot end before
@@ -112,29 +107,30 @@ def test_a_failure_is_not_requeued_and_resumes_with_the_same_command(slurm, corp
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "137:0", "0"), run.log()
 
     # How many steps a job does before the signal arrives depends on the machine.
-    newest = max(int(folder.name.removeprefix("step-")) for folder in (run.folder / "checkpoints").glob("step-*"))
-    assert 10 <= newest <= run.last_step() <= newest + 10 and newest < 100
+    newest = run.newest_checkpoint()
+    assert 10 <= newest <= run.last_step() <= newest + 10
+    done = run.last_step()
     again = run.submit(*more)
     assert again.returncode == 0 and run.job != first
-    assert "resumes" in again.stdout and f"(step {newest} of 100)" in again.stdout
-    assert run.wait_for_end()["JobState"] == "COMPLETED", run.log()
-    starts = [record["step"] for record in run.metrics() if record.get("event") == "start"]
-    assert starts == [0, newest] and run.last_step() == 100
-    assert run.log().count("resuming ") == 1  # one log for both jobs
-    finished = run.submit(*more)
-    assert finished.returncode == 2 and "is finished" in finished.stderr
-
-
-def test_a_cancelled_job_stays_cancelled(slurm, corpus, tmp_path):
-    """`scancel` lets the run write its checkpoint, and does not send the job back into the queue."""
-    run = RunningJob(slurm, tmp_path / "run", corpus, 10000)
-    assert run.submit().returncode == 0
-    run.wait_for_step(3)
+    assert "resumes" in again.stdout and f"(step {newest} of 10000)" in again.stdout
+    run.wait_for_step(done + 1)
     slurm.run("scancel", run.job)
     job = run.wait_for_end()
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
+    starts = [record["step"] for record in run.metrics() if record.get("event") == "start"]
+    assert starts == [0, newest] and run.log().count("resuming ") == 1  # one log for both jobs
     run.wait_for_checkpoint()
-    assert (run.folder / f"checkpoints/step-{run.last_step():08d}").is_dir()
+    finished = run.submit(f"steps={run.last_step()}")
+    assert finished.returncode == 2 and "is finished" in finished.stderr
+
+
+@torture
+def test_two_nodes_train_to_the_end(slurm, corpus, tmp_path):
+    run = RunningJob(slurm, tmp_path / "run", corpus, STEPS)
+    assert run.submit().returncode == 0
+    job = run.wait_for_end()
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "0"), run.log()
+    assert run.losses() == undisturbed(run, tmp_path)
 
 
 @torture

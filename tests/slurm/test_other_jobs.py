@@ -11,8 +11,6 @@ from running_job import ROOT
 
 from lrnn.eval.suites.collect import collect
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.fixture
 def sbatch(slurm, tmp_path):
@@ -29,7 +27,7 @@ def sbatch(slurm, tmp_path):
     return submit
 
 
-def wait_until(condition, seconds: float = 120) -> None:
+def wait_until(condition, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
