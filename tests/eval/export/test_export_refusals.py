@@ -161,9 +161,14 @@ def test_code_that_computes_something_else_is_found(checkpoint, tmp_path, monkey
 
 
 def test_code_that_needs_lrnn_is_found(checkpoint, tmp_path, monkeypatch):
-    """Without the kernels' files, the code runs only if lrnn is installed."""
-    code = tuple(file for file in write.CODE if not file.startswith("kernels/"))
-    monkeypatch.setattr(write, "CODE", code)
+    """Without the kernels' reference, the code runs only if lrnn is installed."""
+    write_code = write.write_code
+
+    def write_and_harm(folder):
+        write_code(folder)
+        (folder / "delta_rule.py").write_text("from lrnn.kernels.reference.delta_rule import *\n")
+
+    monkeypatch.setattr(write, "write_code", write_and_harm)
     with pytest.raises(RuntimeError, match="does not load without lrnn"):
         export(read_checkpoint(checkpoint), tmp_path / "out")
     assert not (tmp_path / "out").exists()
