@@ -68,6 +68,18 @@ def describe_model(folder: Path) -> dict[str, Any]:
     }
 
 
+def says_add_bos(folder: Path) -> bool | None:
+    """Return `add_bos_token` of the folder's tokenizer_config.json, None if it does not say."""
+    file = folder / "tokenizer_config.json"
+    try:
+        said = json.loads(file.read_text(encoding="utf-8")).get("add_bos_token")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file} is not a JSON object: {error}") from error
+    if said is not None and not isinstance(said, bool):
+        raise UserError(f"{file}: add_bos_token should be true or false, it is {said!r}")
+    return said
+
+
 def default_device(device: str | None, dtype: str | None) -> tuple[str, str]:
     """Return the names of a device and a dtype: a GPU and bfloat16 if there is one, otherwise the CPU and float32."""
     import torch

@@ -93,7 +93,8 @@ def _write_texts(
 ) -> None:
     """Write everything except weights and tokenizer: configurations, code and model card."""
     config = trained.model.config
-    config.bos_token_id, config.eos_token_id = trained.tokenizer.bos_token_id, trained.tokenizer.eos_token_id
+    (config.bos_token_id,) = trained.tokenizer.document_prefix  # where the tokenizer has no bos, this is its eos
+    config.eos_token_id = trained.tokenizer.eos_token_id
     config.lrnn_training = trained.training
     if export_format == "fla":
         content = to_fla_config(config) | {"lrnn_training": trained.training}

@@ -14,7 +14,9 @@ The tasks are ordinary lm-eval tasks, so lm-eval's own command line runs them on
 
 `lrnn_heldout_bpb` reads the file named by LRNN_EVAL_HELDOUT, and code tasks need --confirm_run_unsafe_code. The groups
 `state_tracking`, `state_tracking_mc` and `state_tracking_gen` name all tasks of that suite; lm-eval silently truncates
-a prompt longer than max_length, whereas `lrnn eval` refuses it. The line above runs the code in the model folder;
+a prompt longer than max_length, whereas `lrnn eval` refuses it. With --no-add-bos-token, `lrnn eval` gives the numbers
+of that line. To begin prompts with bos there, add add_bos_token=True; this needs a tokenizer.json, and is not for
+lrnn_heldout_bpb, which lm-eval would then begin with two. The line above runs the code in the model folder;
 `lrnn eval` uses the code of the installed lrnn instead.
 """
 
@@ -49,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="sequences per batch (default: 8)")
     parser.add_argument(
         "--max-length", type=int, help="maximum tokens of context (default: the model's max_position_embeddings)"
+    )
+    parser.add_argument(
+        "--add-bos-token",
+        action=argparse.BooleanOptionalAction,
+        help="begin every prompt with bos (default: add_bos_token of DIR/tokenizer_config.json; true in exports)",
     )
     code = parser.add_mutually_exclusive_group()
     code.add_argument("--allow-code-execution", action="store_true", help="run code written by the model in a sandbox")
@@ -89,6 +96,7 @@ def main(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         batch_size=args.batch_size,
         max_length=args.max_length,
+        add_bos_token=args.add_bos_token,
         allow_code_execution=args.allow_code_execution,
         skip_code_execution=args.skip_code_execution,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from lrnn.errors import UserError
 from lrnn.eval import result_folder
-from lrnn.eval.model_folder import check_export, describe_model
+from lrnn.eval.model_folder import check_export, describe_model, says_add_bos
 from lrnn.eval.offline import go_offline
 from lrnn.eval.state_tracking import report as state_tracking_report
 from lrnn.eval.suites import fetch_data, harness, report, sandbox
@@ -27,10 +27,14 @@ def evaluate(
     dtype: str | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
+    add_bos_token: bool | None = None,
     allow_code_execution: bool = False,
     skip_code_execution: bool = False,
 ) -> dict[str, Any]:
     """Run `suite` on the exported folder `model`, write the result folder, and return the content of results.json.
+
+    A text begins with bos if `add_bos_token` is true. None follows the folder's tokenizer_config.json, or the tokenizer
+    itself if that does not say.
 
     Raises:
         UserError: something is wrong with the request; this is found before the model is loaded.
@@ -45,13 +49,15 @@ def evaluate(
     out = model / "eval" / suite if out is None else out
     result_folder.check_output(out)
     max_length = max_length or config.get("max_position_embeddings") or 2048
+    if add_bos_token is None:
+        add_bos_token = says_add_bos(model)
     go_offline()
     harness.silence_expected_warnings()
     loaded = harness.load_tasks(tasks)
     check_lengths(model, loaded, max_length, limit)
     if CODE_TASKS.intersection(tasks):
         sandbox.run("")  # fails now, not after hours of generation, if this system cannot isolate programs
-    lm, settings = harness.load_model(model, device, dtype, batch_size, max_length)
+    lm, settings = harness.load_model(model, device, dtype, batch_size, max_length, add_bos_token)
     start = time.time()
     raw = harness.run_tasks(lm, loaded, limit)
     rows = report.metric_rows(raw)

@@ -48,7 +48,7 @@ def load_tasks(tasks: list[str]) -> dict[str, Any]:
 
 
 def load_model(
-    folder: Path, device: str | None, dtype: str | None, batch_size: int, max_length: int
+    folder: Path, device: str | None, dtype: str | None, batch_size: int, max_length: int, add_bos_token: bool | None
 ) -> tuple[Any, dict[str, Any]]:
     """Return lm-eval's own Hugging Face model of the folder, and the settings that it was loaded with.
 
@@ -57,7 +57,8 @@ def load_model(
     from lrnn.eval.suites.model import Model
 
     device, dtype = default_device(device, dtype)
-    settings = {"device": device, "dtype": dtype, "batch_size": batch_size, "max_length": max_length}
+    settings: dict[str, Any] = {"device": device, "dtype": dtype, "batch_size": batch_size, "max_length": max_length}
+    settings["add_bos_token"] = add_bos_token
     settings["softmax_dtype"] = "float32"  # in bfloat16 a log-softmax is quantised to 0.005 nats per token
     print(f"loading {folder} on {device} in {dtype}", flush=True)
     try:
