@@ -2,6 +2,7 @@
 
 import json
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ class DurableLines:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def utc_now() -> str:
+    """Return the time of a record, such as `2026-11-28T20:45:01.123+00:00`."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

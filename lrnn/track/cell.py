@@ -13,7 +13,7 @@ from lrnn.environment import describe_environment
 from lrnn.errors import UserError
 from lrnn.files import write_atomically
 from lrnn.pretrain.metrics.eigenvalues import EigenvalueProbe
-from lrnn.records import DurableLines
+from lrnn.records import DurableLines, utc_now
 from lrnn.track.grid import Cell
 from lrnn.track.interleave import Work, finished
 from lrnn.track.measure import measure
@@ -105,6 +105,7 @@ def _train(
                     "grad_norm": values[1].item(),
                     "steps_per_second": round(speed, 2),
                     "eigenvalues": EigenvalueProbe.describe(values[2]) if len(values) > 2 else {},
+                    "time": utc_now(),
                 }
                 log.write(json.dumps(record))
                 say(f"{cell}: step {record['step']}/{in_all}  loss {record['loss']:.4f}  {speed:.1f} steps/s")

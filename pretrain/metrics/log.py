@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from lrnn.environment import describe_environment
 from lrnn.errors import UserError
 from lrnn.pretrain.config import Config
 from lrnn.pretrain.distributed import Ranks
-from lrnn.records import DurableLines
+from lrnn.records import DurableLines, utc_now
 
 PACKAGES = ("deepspeed", "transformers", "tokenizers", "datasets", "numpy")  # the start of a run records their versions
 
@@ -58,8 +57,7 @@ class MetricsLog:
             record: any JSON object. Its numbers, nested ones included, become curves if it has a step and no event. NaN
                 and infinity are written as null, because JSON has neither.
         """
-        time_ = datetime.now(UTC).isoformat(timespec="milliseconds")
-        error = self._lines.write(json.dumps({**_without_nonfinite(record), "time": time_}))
+        error = self._lines.write(json.dumps({**_without_nonfinite(record), "time": utc_now()}))
         if error is not None and not self._lines_failed:
             self.say(f"{self._lines.path} cannot be written, records are kept in memory until it can be: {error}")
         self._lines_failed = error is not None
