@@ -33,6 +33,15 @@ def describe_machine_once() -> None:
         collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)
 
 
+def leave_out_complaints_of_git() -> None:
+    """Let lm-eval ask for the commit of the current folder only in a repository. Elsewhere git prints an error."""
+    from lm_eval import evaluator
+
+    inside = any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents))
+    if not inside:
+        evaluator.get_git_commit_hash = lambda: None
+
+
 def load_tasks(tasks: list[str]) -> dict[str, Any]:
     """Return lm-eval's task objects by name, with their data. A task object serves one run only.
 
@@ -74,6 +83,7 @@ def run_tasks(lm: Any, tasks: dict[str, Any], limit: int | None = None) -> dict[
     from lm_eval.tasks import TaskManager
 
     describe_machine_once()
+    leave_out_complaints_of_git()
     no_other_tasks = TaskManager(include_defaults=False)
     merged: dict[str, Any] = {}
     for number, (name, task) in enumerate(tasks.items(), start=1):
