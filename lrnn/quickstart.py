@@ -75,7 +75,9 @@ def _continuation(model: Path) -> str:
     """Return what the exported model continues `PROMPT` with, as anyone would load it in transformers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     tokenizer, lm = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
     ids = tokenizer(PROMPT).input_ids
     if ids[0] != lm.config.bos_token_id:
