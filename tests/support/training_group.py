@@ -15,13 +15,7 @@ def run_group(tmp_path, specs, processes=2):
     """Run the specs (see training_worker.py) one after the other in one group of processes. Return their statuses."""
     path = tmp_path / f"spec-{len(list(tmp_path.glob('spec-*')))}.json"
     path.write_text(json.dumps(specs))
-    port = free_port()
-    workers = [
-        CONTEXT.Process(target=training_worker.main, args=(path, local_environment(rank, processes, port)))
-        for rank in range(processes)
-    ]
-    for worker in workers:
-        worker.start()
+    workers = _start(training_worker.main, [path], processes)
     while any(worker.is_alive() for worker in workers):
         if any(worker.exitcode for worker in workers):  # the others would wait for the failed one
             for worker in workers:
@@ -30,6 +24,27 @@ def run_group(tmp_path, specs, processes=2):
     codes = [worker.exitcode for worker in workers]
     assert codes == [0] * processes, f"workers ended with {codes}"
     return [json.loads(line)["status"] for line in Path(f"{path}.status").read_text().splitlines()]
+
+
+def run_command(tmp_path, arguments, processes=2):
+    """Run a command of `lrnn` in a group of processes, as `srun` does. Return their statuses, and stderr of all."""
+    errors = tmp_path / "errors"
+    workers = _start(training_worker.command, [arguments, errors], processes)
+    for worker in workers:
+        worker.join(300)
+    return [worker.exitcode for worker in workers], errors.read_text()
+
+
+def _start(target, arguments, processes):
+    """Start processes of a group that call `target` with these arguments and the environment of their rank."""
+    port = free_port()
+    workers = [
+        CONTEXT.Process(target=target, args=(*arguments, local_environment(rank, processes, port)))
+        for rank in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    return workers
 
 
 def losses(config):

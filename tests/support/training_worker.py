@@ -14,11 +14,13 @@ SPEC is a list of {"config": {...}} with these optional keys:
 import json
 import os
 import signal
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from lrnn import cli
 from lrnn.errors import UserError
 from lrnn.pretrain import run as run_module
 from lrnn.pretrain import train as train_module
@@ -30,6 +32,14 @@ from lrnn.pretrain.run import Run
 original_step = train_module.train_step
 original_start = Run._start_engine
 original_warm_up = run_module.warm_up
+
+
+def command(arguments: list[str], errors: Path, environment: dict[str, str]) -> None:
+    """Run a command of `lrnn` as the process that `environment` (RANK, ...) describes. Its stderr goes to a file."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    sys.exit(cli.main(arguments))
 
 
 def fill(path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import without_models
 from small_disk import mounted
-from training_group import losses, run_group
+from training_group import losses, run_command, run_group
 
 from lrnn.cli import main
 from lrnn.errors import UserError
@@ -24,8 +25,6 @@ from lrnn.pretrain.corpus.reader import TokenCorpus
 from lrnn.pretrain.data.samples import CorpusData
 from lrnn.records import read_metrics
 from lrnn.run_lock import RunLock
-
-pytestmark = pytest.mark.alone
 
 
 def events(run_dir: Path, name: str) -> list[dict]:
@@ -82,17 +81,39 @@ def test_a_log_that_cannot_be_written(base, tmp_path):
 # --- a corpus that breaks in the middle of a run ----------------------------------------------------------------------
 
 
-@pytest.fixture
-def long_corpus(corpora, tmp_path) -> tuple[Path, Path]:
-    """Return a corpus of several blocks, and its shard."""
-    (tmp_path / "text").mkdir()
+@pytest.fixture(scope="module")
+def intact_corpus(corpora, tmp_path_factory) -> Path:
+    """Return a corpus of several blocks."""
+    folder = tmp_path_factory.mktemp("intact")
+    (folder / "text").mkdir()
     rng = random.Random(0)
     for i in range(40):
-        (tmp_path / "text" / f"{i}.txt").write_text("".join(rng.choices("abcdef \n", k=20_000)))
+        (folder / "text" / f"{i}.txt").write_text("".join(rng.choices("abcdef \n", k=20_000)))
     options = ["--tokenizer", str(corpora / "a" / "tokenizer"), "--processes", "1", "--heldout", "0.1"]
-    assert main(["corpus", str(tmp_path / "text"), *options, "--out", str(tmp_path / "long")]) == 0
+    assert main(["corpus", str(folder / "text"), *options, "--out", str(folder / "long")]) == 0
+    return folder / "long"
+
+
+@pytest.fixture
+def long_corpus(intact_corpus, tmp_path) -> tuple[Path, Path]:
+    """Return a copy of the corpus, and its shard."""
+    shutil.copytree(intact_corpus, tmp_path / "long")
     (shard,) = (tmp_path / "long/train").glob("*.arrow")
     return tmp_path / "long", shard
+
+
+def on(corpus: Path, config: dict) -> dict:
+    """Return a configuration with another corpus."""
+    return config | {"data": config["data"] | {"corpora": [{"path": str(corpus)}]}}
+
+
+@pytest.fixture(scope="module")
+def straight(config_in, intact_corpus, tmp_path_factory) -> dict:
+    """Return the losses of a run on the intact corpus."""
+    folder = tmp_path_factory.mktemp("straight")
+    config = on(intact_corpus, config_in(folder))
+    assert run_group(folder, [{"config": config}]) == [0]
+    return losses(config)
 
 
 def damage(corpus: Path, shard: Path, rank: int) -> int:
@@ -119,18 +140,12 @@ def damage(corpus: Path, shard: Path, rank: int) -> int:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_shard_that_is_corrupt(base, long_corpus, tmp_path, rank):
+def test_a_shard_that_is_corrupt(base, long_corpus, straight, tmp_path, rank):
     """Whichever process reads it, the run ends on all of them with one message and a checkpoint of the steps so far.
     After the shard is fixed, the run resumes as if nothing had happened."""
     corpus, shard = long_corpus
     good = shard.read_bytes()
-
-    def config(run: str) -> dict:
-        changed = base(run)
-        return changed | {"data": changed["data"] | {"corpora": [{"path": str(corpus)}]}}
-
-    straight, broken = config("straight"), config("broken")
-    assert run_group(tmp_path, [{"config": straight}]) == [0]
+    broken = on(corpus, base("broken"))
     step = damage(corpus, shard, rank)
     (status,) = run_group(tmp_path, [{"config": broken}])
     samples = re.search(r"while reading samples (\d+)\.\.(\d+)\)", status)
@@ -140,20 +155,18 @@ def test_a_shard_that_is_corrupt(base, long_corpus, tmp_path, rank):
     assert checkpoint.find_newest(tmp_path / "broken").name == f"step-{step:08d}"
     if rank == 1:  # the command line prints one line, from the main process, and exits with status 2
         (tmp_path / "run.yaml").write_text(json.dumps(broken))
-        command = [sys.executable, "-m", "lrnn.cli", "pretrain", str(tmp_path / "run.yaml"), "--nproc", "2"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-        assert done.stderr.startswith(f"lrnn: error: corpus {corpus}: shard train/{shard.name} is corrupt")
+        statuses, errors = run_command(tmp_path, ["pretrain", str(tmp_path / "run.yaml")])
+        assert statuses == [2, 2] and errors.count("\n") == 1, errors
+        assert errors.startswith(f"lrnn: error: corpus {corpus}: shard train/{shard.name} is corrupt")
     shard.write_bytes(good)
     assert run_group(tmp_path, [{"config": broken}]) == [0]
-    assert losses(broken) == losses(straight)
+    assert losses(broken) == straight
 
 
 def test_a_shard_that_vanishes(base, long_corpus, tmp_path):
     """A file that is removed while it is read stays readable for those who have it open; the next start names it."""
     corpus, shard = long_corpus
-    changed = base(steps=8)
-    config = changed | {"data": changed["data"] | {"corpora": [{"path": str(corpus)}]}}
+    config = on(corpus, base(steps=8))
     specs = [{"config": config, "remove": [3, str(shard)]}, {"config": config | {"steps": 9}}]
     first, second = run_group(tmp_path, specs)
     assert first == 0 and not shard.exists()
