@@ -14,18 +14,17 @@ quickstart: setup
 	$(BIN)/lrnn quickstart
 
 # Two processes for what bears a busy machine, in the order of tests/conftest.py: the longest files first. pytest-xdist
-# would begin with the files of most tests. What takes times, and SLURM, which mostly waits, come after that, one test at
-# a time.
+# would begin with the files of most tests. What takes times comes after that, one test at a time.
 test: lint docs
 	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not alone'
 	$(BIN)/pytest -q -m alone
 
 # Runs 300 kills instead of 12, twenty endings of a job instead of three, and other numbers of processes, in some 30
 # minutes. The jobs need root and Debian, because they start their own SLURM. Exports of every mixer are used in five
-# versions of transformers.
+# versions of transformers. Plain lm-eval reads its own tasks too.
 torture: setup
 	LRNN_TORTURE=1 $(BIN)/pytest -q -s tests/pretrain/test_torture.py tests/slurm \
-		tests/eval/export/test_transformers_versions.py
+		tests/eval/export/test_transformers_versions.py tests/eval/suites/test_state_tracking_suite.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import pytest
 
 # With one file per process at a time, a long file that starts late leaves the other processes idle at the end.
 LONGEST = (
+    "slurm/test_jobs.py",
     "kernels/test_interpreted.py",
     "golden/test_golden.py",
     "kernels/test_compile.py",
