@@ -38,10 +38,10 @@ class CorpusSource(Section):
 
 
 class StreamSource(Section):
-    """Arguments of `datasets.load_dataset(..., streaming=True)`; the text is tokenised while training."""
+    """What to stream, as for `lrnn corpus --streaming`; the text is tokenised while training."""
 
     path: Annotated[str, IsPath(only_if_exists=True, never=BUILDERS)]
-    """Name on the Hugging Face hub, or a builder such as `json` or `parquet` with `data_files`."""
+    """File, folder, URL, name on the Hugging Face hub, or a builder such as `json` or `parquet` with `data_files`."""
     tokenizer: Annotated[str, IsPath(only_if_exists=True)]
     """SentencePiece `.model`, or a Hugging Face tokenizer."""
     name: str | None = None
@@ -52,6 +52,14 @@ class StreamSource(Section):
     """Files that the builder reads."""
     text_column: str = "text"
     """Column that holds the text."""
+    kind: Literal["text", "json", "csv", "parquet", "arrow"] | None = None
+    """Read files as this; `null` to look at their names and first bytes."""
+    sample_by: Literal["document", "line"] | None = None
+    """Whether a document of text files is a file or a line; `null`: a file, but a line with the builder `text`."""
+    skip_bad_files: bool = False
+    """Leave out and count files, or the rest of files, that cannot be read, instead of ending the run."""
+    skip_bad_rows: bool = False
+    """Leave out and count rows that are broken, not UTF-8 or without text, instead of ending the run."""
     shuffle_buffer: Annotated[int, Unit("documents")] = Field(0, ge=0)
     """Number of documents that are shuffled among each other; 0 keeps the order of the source."""
 

@@ -73,6 +73,7 @@ class Run:
         self.config, self.ranks, self._stop = config, ranks, stop
         self.progress = Progress()
         self._data_error: str | None = None
+        self._left_out_said: set[str] = set()
         self._stopped = False
         self._watchdog = exits.enter_context(Watchdog(ranks, config.watchdog))
         with self.phase("checking data and checkpoints", step=0):
@@ -166,6 +167,7 @@ class Run:
         progress.samples += self.config.global_batch_size
         progress.tokens += step.n_tokens
         progress.stream = self._loader.stream_state
+        self._report_left_out()
         verdict = self.guard.judge(progress.step, self.engine.was_step_applied(), step, batches)
         progress.losses = self.guard.history
         if math.isfinite(step.loss):
@@ -173,6 +175,14 @@ class Run:
         if verdict is not Verdict.GOOD:
             progress.skipped_steps += 1
         return verdict
+
+    def _report_left_out(self) -> None:
+        """Record what the stream left out, as soon as there is another reason than those recorded."""
+        left_out = (self.progress.stream or {}).get("left_out", {})
+        if self.log is not None and not left_out.keys() <= self._left_out_said:
+            self._left_out_said = set(left_out)
+            self.log.write({"event": "left_out", "step": self.progress.step, "left_out": left_out})
+            self._say(f"left out of the stream so far: {_listed(left_out)}")
 
     def roll_back(self) -> bool:
         """Return to the newest intact checkpoint; only the position in the data is kept.
@@ -251,6 +261,8 @@ class Run:
         if reasons:
             raise UserError(f"{reasons[0]} (the run stopped at step {step}, and its checkpoint is written)")
         with self.phase("closing the logs", step):
+            if left_out := (self.progress.stream or {}).get("left_out"):
+                self._say(f"left out of the stream: {_listed(left_out)}")
             self._say("stopped by a signal: run the same command to resume" if self._stopped else "done")
         return STOPPED if self._stopped else 0
 
@@ -374,3 +386,8 @@ class Run:
         tokens = config.global_batch_size * config.data.seq_len
         shape = f"{ranks.world_size} x {device}, {tokens:,} tokens per step, {config.steps} steps"
         return f"{start}: {n / 1e6:.1f}M parameters, {shape}"
+
+
+def _listed(left_out: dict[str, list]) -> str:
+    """Return what a stream left out, for a message: reason -> [how often, where first]."""
+    return "; ".join(f"{count:,} x {reason} (first: {where})" for reason, (count, where) in left_out.items())

@@ -1,7 +1,8 @@
 """Tokenise text or code into a corpus: Arrow shards of token ids, their checksums, and a manifest.
 
-SOURCE is a folder, where every file is a document, or anything that `datasets.load_dataset` takes, where every row is
-one. The corpus appears under its name only when it is complete. The same command continues a build that was cut off.
+SOURCE is a file or folder of text, JSON, CSV, Parquet or Arrow, compressed or not, a saved data set, or anything that
+`datasets.load_dataset` takes. A document is a row, a text file or a line of one. The corpus appears under its name only
+when it is complete. The same command continues a build that was cut off.
 """
 
 import argparse
@@ -9,9 +10,9 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
@@ -22,22 +23,25 @@ import lrnn
 from lrnn.errors import UserError
 from lrnn.files import write_json
 from lrnn.pretrain.corpus import shard_table
-from lrnn.pretrain.corpus.dataset import DatasetArguments, DatasetSource, StreamingSource
-from lrnn.pretrain.corpus.folder import FolderSource
+from lrnn.pretrain.corpus.dataset import DatasetSource
+from lrnn.pretrain.corpus.file_source import FileSource
+from lrnn.pretrain.corpus.locate import locate
+from lrnn.pretrain.corpus.progress import Progress
 from lrnn.pretrain.corpus.reader import FORMAT, FORMAT_VERSION
 from lrnn.pretrain.corpus.shard_writer import token_dtype, watch_parent, write_part
-from lrnn.pretrain.corpus.source import Source
+from lrnn.pretrain.corpus.source import Source, SourceArguments
+from lrnn.pretrain.corpus.streams import DatasetStream, FileStream, StreamingSource
 from lrnn.tokenizer import Tokenizer, check_trained_size, load_tokenizer, train_sentencepiece
 from lrnn.tokenizer_export import check_exportable
-
-LINE_SECONDS = 10.0  # between two lines of progress when the output is no terminal
 
 EXAMPLES = """\
 examples:
   # a folder of source code, with a tokenizer trained on it
   lrnn corpus ~/src/linux --include '*.c' --include '*.h' --train-tokenizer 32000 --heldout 0.01 --out corpora/linux
-  # files of JSON lines, with the tokenizer of another corpus
-  lrnn corpus json --data-files 'web/*.jsonl.gz' --tokenizer corpora/linux/tokenizer --out corpora/web
+  # a folder of JSON lines, with the tokenizer of another corpus
+  lrnn corpus web --include '*.jsonl.zst' --tokenizer corpora/linux/tokenizer --out corpora/web
+  # a text file of which every line is a document
+  lrnn corpus sentences.txt --sample-by line --tokenizer corpora/linux/tokenizer --out corpora/sentences
   # a data set of the hub, read as a stream
   lrnn corpus HuggingFaceFW/fineweb-edu --config sample-10BT --streaming --tokenizer llama.model --out corpora/fineweb
 """
@@ -47,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `lrnn corpus`."""
     parser.epilog = EXAMPLES
     parser.add_argument(
-        "source", metavar="SOURCE", help="a folder, or a name or builder that datasets.load_dataset takes"
+        "source",
+        metavar="SOURCE",
+        help="a file, a folder, a saved data set, a URL, or a name or builder that datasets.load_dataset takes",
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder of the corpus, made by this command"
@@ -78,71 +84,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--processes", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="default: one per core"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the corpus DIR")
+    parser.add_argument(
+        "--kind",
+        choices=["text", "json", "csv", "parquet", "arrow"],
+        help="read files as this (default: look at their names and first bytes)",
+    )
+    parser.add_argument(
+        "--sample-by",
+        choices=["document", "line"],
+        help="make every text file a document, or every line, with its newline (default: document; "
+        "line with the builder `text`)",
+    )
+    parser.add_argument("--text-column", default="text", metavar="COLUMN", help="column with the text (default: text)")
+    parser.add_argument(
+        "--skip-bad-files",
+        action="store_true",
+        help="leave out and count files, or the rest of files, that are empty, unreadable, cut off or not UTF-8",
+    )
+    parser.add_argument(
+        "--skip-bad-rows",
+        action="store_true",
+        help="leave out and count rows that are broken, not UTF-8, or have no text in the text column",
+    )
     folder = parser.add_argument_group("folders")
     folder.add_argument(
         "--include", action="append", metavar="GLOB", help="files to take (default: all); may be repeated"
     )
     folder.add_argument("--exclude", action="append", metavar="GLOB", help="files to leave out; may be repeated")
-    folder.add_argument(
-        "--skip-bad-files", action="store_true", help="leave out files that are empty, unreadable or not UTF-8"
-    )
     dataset = parser.add_argument_group("data sets")
     dataset.add_argument("--data-files", action="append", metavar="GLOB", help="as in load_dataset; may be repeated")
     dataset.add_argument("--config", metavar="NAME", help="the configuration of the data set")
     dataset.add_argument("--split", default="train", help="default: train")
-    dataset.add_argument("--text-column", default="text", metavar="COLUMN", help="default: text")
     dataset.add_argument("--streaming", action="store_true", help="read it as a stream, without storing a copy")
 
 
-class _Progress:
-    """Show progress: a bar on a terminal, otherwise a line every `LINE_SECONDS`."""
-
-    def __init__(self, total_bytes: int | None):
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            total=total_bytes,
-            unit="B",
-            unit_scale=True,
-            desc="tokenising",
-            disable=not sys.stderr.isatty(),
-            mininterval=0.5,
-        )
-        self._total, self._done = total_bytes, 0
-        self._start = self._last = time.monotonic()
-
-    def add(self, num_bytes: int) -> None:
-        self._bar.update(num_bytes)
-        self._done += num_bytes
-        now = time.monotonic()
-        if self._bar.disable and now - self._last >= LINE_SECONDS:
-            self._last = now
-            of = f" of {self._total / 1e6:,.0f}" if self._total else ""
-            print(f"tokenised {self._done / 1e6:,.0f}{of} MB in {now - self._start:.0f} s", flush=True)
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-def _open_source(args: argparse.Namespace, map_files) -> Source:
-    path = Path(args.source)
-    is_dataset = args.data_files or args.config or args.streaming
-    for name in ("include", "exclude"):
-        if getattr(args, name) and (is_dataset or not path.is_dir()):
-            raise UserError(f"--{name} is for folders, and {args.source!r} is read as a data set")
-    if path.is_dir() and not is_dataset:
-        if args.out.resolve().is_relative_to(path.resolve()):
-            raise UserError(f"--out {args.out} is inside the source folder {path}; choose a folder outside")
-        return FolderSource(path, args.include or ["*"], args.exclude or [], args.skip_bad_files, map_files)
-    if path.is_file():
-        raise UserError(
-            f"source {path} is a file; give its folder, or name its kind: `lrnn corpus json --data-files {path}` "
-            "(or parquet, text)"
-        )
-    if not is_dataset and (path.is_absolute() or args.source.startswith((".", "~"))):
-        raise UserError(f"source {path}: there is no such folder")
-    arguments = DatasetArguments(args.source, args.config, args.data_files, args.split, args.text_column)
-    return StreamingSource(arguments) if args.streaming else DatasetSource(arguments)
+def _open_source(args: argparse.Namespace, map_files: Callable[..., Iterable]) -> Source:
+    arguments = SourceArguments(
+        path=args.source,
+        name=args.config,
+        data_files=args.data_files,
+        split=args.split,
+        text_column=args.text_column,
+        kind=args.kind,
+        sample_by=args.sample_by,
+        include=args.include,
+        exclude=args.exclude,
+        skip_bad_files=args.skip_bad_files,
+        skip_bad_rows=args.skip_bad_rows,
+    )
+    path = Path(args.source).expanduser()
+    if path.is_dir() and args.out.resolve().is_relative_to(path.resolve()):
+        raise UserError(f"--out {args.out} is inside the source folder {path}; choose a folder outside")
+    located = locate(arguments)
+    print(f"reading {located.what if located else f'data set {args.source!r} with datasets'}", flush=True)
+    if args.streaming:
+        return StreamingSource(FileStream(located, arguments) if located else DatasetStream(arguments))
+    return FileSource(located, arguments, map_files) if located else DatasetSource(arguments)
 
 
 def _prepare_tokenizer(args: argparse.Namespace, source: Source, work: Path) -> Tokenizer:
@@ -170,8 +167,8 @@ def _prepare_tokenizer(args: argparse.Namespace, source: Source, work: Path) -> 
 def _arguments_record(args: argparse.Namespace) -> dict:
     """Return the arguments that decide the content of the corpus, as the manifest records them."""
     keys = (
-        "source include exclude skip_bad_files data_files config split text_column streaming "
-        "tokenizer train_tokenizer tokenizer_sample_mb heldout"
+        "source kind sample_by include exclude skip_bad_files skip_bad_rows data_files config split text_column "
+        "streaming tokenizer train_tokenizer tokenizer_sample_mb heldout"
     )
     return {key: getattr(args, key) for key in keys.split()}
 
@@ -233,7 +230,7 @@ def _tokenise(args: argparse.Namespace, source: Source, work: Path, pool) -> lis
     entries: dict[int, dict] = {}
     running: dict[Future, int] = {}
     sizes = [part.num_bytes for part in source.parts()] if source.num_parts else None
-    progress = _Progress(sum(sizes) if sizes else None)
+    progress = Progress("tokenising", "tokenised", sum(sizes) if sizes else None)
 
     def collect(at_most: int) -> None:
         while len(running) > at_most:
@@ -347,7 +344,7 @@ def main(args: argparse.Namespace) -> int:
     # Processes are spawned, not forked: a fork beside the threads of Arrow and of the tokenizers can hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, context, watch_parent) if args.processes > 1 else nullcontext() as pool:
-        source = _open_source(args, map if pool is None else lambda f, xs: pool.map(f, xs, chunksize=64))
+        source = _open_source(args, lambda f, xs, n: map(f, xs) if pool is None else pool.map(f, xs, chunksize=n))
         args.out.parent.mkdir(parents=True, exist_ok=True)
         work = _open_work(args, source)
         tokenizer = _prepare_tokenizer(args, source, work)
@@ -362,6 +359,7 @@ def main(args: argparse.Namespace) -> int:
             f"{description['bytes'] / 1e6:,.1f} MB of text, {bytes_per_token:.2f} bytes per token"
         )
     for reason, count in manifest["skipped"].items():
-        print(f"left out: {count:,} documents, {reason}")
+        unit = "files" if reason.startswith("file: ") else "documents"
+        print(f"left out: {count:,} {unit}, {reason.removeprefix('file: ')}")
     print(f"wrote {args.out} in {time.monotonic() - start:.1f} s")
     return 0

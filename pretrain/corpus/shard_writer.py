@@ -170,7 +170,7 @@ def write_part(part: Part, index: int, work: Path, heldout: float) -> dict:
                 writers[s].write(documents[s])
     entry = {
         "splits": {s: {**writers[s].close(), "bytes": num_bytes[s]} for s in splits},
-        "skipped": dict(skipped),
+        "skipped": dict(skipped + part.left_out.counts),
         "num_bytes": part.num_bytes,
     }
     write_json(work / "done" / f"{index:05d}.json", entry)

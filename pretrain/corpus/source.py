@@ -1,14 +1,55 @@
 """A source of text for a corpus: documents, in parts that one process each turns into one shard.
 
-A part is a picklable run of documents in a fixed order. `folder` and `dataset` have the sources.
+A part is a picklable run of documents in a fixed order. `file_source`, `dataset` and `streams` have the sources.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
+
+from lrnn.pretrain.corpus.rows import LeftOut
 
 MIN_PART_BYTES = 8 << 20  # bytes of text below which a part is not worth a task
 MAX_PARTS = 1024
+
+
+@dataclass(frozen=True)
+class SourceArguments:
+    """What to read, and how.
+
+    Attributes:
+        path: a file, a folder, a URL, a builder of `datasets` such as "json" with `data_files`, or a name on the hub.
+        name: configuration of a data set.
+        data_files: globs or URLs; relative to `path` if that is a folder.
+        split: split of a data set.
+        text_column: column with the text.
+        kind: "text", "json", "csv", "parquet" or "arrow", to read files as that; None to look at them.
+        sample_by: whether a "document" of text files is a file or a "line"; None for a file, and with the builder
+            "text" for a line.
+        include, exclude: globs of the files of a folder, see `list_files`; None for all and for none.
+        skip_bad_files, skip_bad_rows: whether to leave out and count what cannot be used, instead of raising.
+        of_run: whether they come from the configuration of a run, for messages.
+    """
+
+    path: str
+    name: str | None = None
+    data_files: str | list[str] | None = None
+    split: str = "train"
+    text_column: str = "text"
+    kind: str | None = None
+    sample_by: str | None = None
+    include: list[str] | None = None
+    exclude: list[str] | None = None
+    skip_bad_files: bool = False
+    skip_bad_rows: bool = False
+    of_run: bool = False
+
+    def option(self, name: str, value: str = "") -> str:
+        """Return how to set one of them, for a message: as an option of `lrnn corpus`, or as a key of a run."""
+        if self.of_run:
+            return f"data.stream.{name}={value or 'true'}"
+        return f"--{name.replace('_', '-')} {value}".rstrip()
 
 
 class Document(NamedTuple):
@@ -20,9 +61,15 @@ class Document(NamedTuple):
 
 
 class Part(Protocol):
-    """A run of documents, in a fixed order, that becomes one shard."""
+    """A run of documents, in a fixed order, that becomes one shard.
 
-    num_bytes: int  # bytes of UTF-8 text, known or estimated
+    Attributes:
+        num_bytes: bytes of UTF-8 text, known or estimated.
+        left_out: counts the rows that `documents` leaves out.
+    """
+
+    num_bytes: int
+    left_out: LeftOut
 
     def documents(self) -> Iterator[Document]: ...
 
@@ -32,7 +79,7 @@ class Source(Protocol):
 
     Attributes:
         fingerprint: changes when the source does.
-        skipped: counts what was left out, by reason.
+        skipped: counts what was left out, by reason, except for what its parts count; complete when they are read.
         num_parts: number of parts; None if it is only known after the whole source is read.
     """
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -17,7 +16,9 @@ import torch
 
 from lrnn.errors import UserError
 from lrnn.pretrain.batching import Batching
-from lrnn.pretrain.corpus.dataset import DatasetArguments, load_rows, text_of
+from lrnn.pretrain.corpus.rows import LeftOut
+from lrnn.pretrain.corpus.source import SourceArguments
+from lrnn.pretrain.corpus.streams import open_stream
 from lrnn.pretrain.data.micro_batch import MicroBatch, build_micro_batch
 from lrnn.pretrain.data.order import window_index
 from lrnn.pretrain.data.prefetch import Prefetcher, set_thread_device
@@ -31,9 +32,10 @@ class _Block(NamedTuple):
 
     epoch: int
     number: int  # number of the block in its epoch
-    source: dict | None  # the data set's state before the block; None at the start of an epoch
+    source: dict | None  # the stream's position before the block; None at the start of an epoch
     tokens: np.ndarray  # [n] int64
     starts: np.ndarray  # positions at which its documents start, int64
+    left_out: LeftOut  # what was left out while the block was read
 
 
 class StreamData:
@@ -42,10 +44,10 @@ class StreamData:
     The documents of the stream are joined one after the other, epoch after epoch; sample i is tokens
     `[i * seq_len, (i + 1) * seq_len]` of the result. With `shuffle_buffer`, each run of that many documents is put in
     random order (a seeded order of whole runs, not a sliding buffer, so that a position can be stored exactly). From
-    the second epoch on, `datasets` also reads the files of the stream in another order.
+    the second epoch on, the files of the stream come in another order.
 
     Args:
-        arguments: the data set to load.
+        arguments: what to stream.
         tokenizer: encodes the documents.
         seq_len: tokens per sample.
         seed: seed of the shuffling.
@@ -53,12 +55,12 @@ class StreamData:
         reset_at_document_boundaries: whether to set `cu_seqlens`.
 
     Raises:
-        UserError: the data set cannot be loaded, is empty, or its position cannot be stored in a checkpoint.
+        UserError: the source cannot be read, is empty, or its position cannot be stored in a checkpoint.
     """
 
     def __init__(
         self,
-        arguments: DatasetArguments,
+        arguments: SourceArguments,
         tokenizer: Tokenizer,
         seq_len: int,
         seed: int = 0,
@@ -71,9 +73,8 @@ class StreamData:
         self.seed = seed
         self.shuffle_buffer = shuffle_buffer
         self.reset_at_document_boundaries = reset_at_document_boundaries
-        self._rows = load_rows(arguments, streaming=True)
-        next(iter(self._rows))
-        self._source_state()  # A stream that cannot resume is refused before training.
+        self._text = open_stream(arguments)
+        self._text.state()  # A stream that cannot resume is refused before training.
 
     @property
     def fingerprint(self) -> str:
@@ -82,36 +83,22 @@ class StreamData:
 
     def fingerprint_with(self, tokenizer: str) -> str:
         """Return the fingerprint, with another fingerprint of the tokenizer."""
-        facts = [asdict(self.arguments), tokenizer, self.seq_len, self.seed, self.shuffle_buffer]
+        a = self.arguments
+        source: dict = {"path": a.path, "name": a.name, "data_files": a.data_files, "split": a.split}
+        source["text_column"] = a.text_column
+        source |= {key: value for key in ("kind", "sample_by") if (value := getattr(a, key)) is not None}
+        facts = [source, tokenizer, self.seq_len, self.seed, self.shuffle_buffer]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-    def _source_state(self) -> dict:
-        label = f"data set {self.arguments.path!r}"
-        try:
-            state = self._rows.state_dict()
-            stored = json.loads(json.dumps(state))
-        except (NotImplementedError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{label}: its position cannot be stored in a checkpoint ({type(error).__name__}: {error}); "
-                "build a corpus from it with `lrnn corpus ... --streaming`"
-            ) from error
-        if stored != state:
-            raise UserError(
-                f"{label}: its position is not the same after it is stored as JSON; "
-                "build a corpus from it with `lrnn corpus ... --streaming`"
-            )
-        return stored
 
     def _blocks(self, epoch: int, number: int, source: dict | None) -> Iterator[_Block]:
         """Yield the blocks of the stream from block `number` of `epoch` on, whose position is `source`."""
         prefix, suffix = self.tokenizer.document_prefix, self.tokenizer.document_suffix
         tokens_in_epoch = -1 if source else 0  # unknown when the epoch began before this run
+        self._text.left_out = LeftOut()
         while True:
-            self._rows.set_epoch(epoch)
-            self._rows.load_state_dict(source)
-            rows = iter(self._rows)
+            rows = self._text.start(epoch, source)
             while read := list(islice(rows, self.shuffle_buffer or BLOCK_DOCUMENTS)):
-                texts = [text_of(row, self.arguments.text_column, self.arguments.path) for row in read]
+                texts = [document.text for document in read]
                 if self.shuffle_buffer:
                     order = window_index(self.seed, (epoch << 32) + number, np.arange(len(texts)), len(texts))
                     texts = [texts[i] for i in order]
@@ -119,22 +106,28 @@ class StreamData:
                 documents = [[*prefix, *ids, *suffix] for ids in encoded if ids]
                 lengths = np.array([len(document) for document in documents], dtype=np.int64)
                 tokens = np.fromiter(chain.from_iterable(documents), dtype=np.int64, count=int(lengths.sum()))
-                if documents:
-                    yield _Block(epoch, number, source, tokens, np.cumsum(lengths) - lengths)
-                    tokens_in_epoch = max(tokens_in_epoch, 0) + len(tokens)
+                left_out, self._text.left_out = self._text.left_out, LeftOut()
+                for document in read:
+                    if not document.text:
+                        left_out.add("empty text", document.source)
+                yield _Block(epoch, number, source, tokens, np.cumsum(lengths) - lengths, left_out)
+                tokens_in_epoch = max(tokens_in_epoch, 0) + len(tokens) if documents else tokens_in_epoch
                 number += 1
-                source = self._source_state()
+                source = self._text.state()
             if tokens_in_epoch == 0:
-                raise UserError(f"empty corpus: data set {self.arguments.path!r} gives no tokens")
+                raise UserError(f"empty corpus: {self.arguments.path!r} gives no tokens")
             epoch, number, source, tokens_in_epoch = epoch + 1, 0, None, 0
 
     def steps(self, state: dict | None, batching: Batching) -> Iterator[tuple[list[MicroBatch], dict]]:
         """Yield the steps from `state` on without end: (micro-batches of the rank, the state after the step)."""
+        if state and state.get("reader", "datasets") != self._text.reader:  # Older checkpoints name no reader.
+            self._text = open_stream(self.arguments, state.get("reader", "datasets"))
         state = state or {"samples": 0, "epoch": 0, "block": 0, "source": None, "offset": 0}
         blocks = self._blocks(state["epoch"], state["block"], state["source"])
         pending: deque[_Block] = deque()
         offset = state["offset"]  # start of the next sample in pending[0]
         sample = state["samples"]
+        left_out = _LeftOutSoFar(state.get("left_out", {}))
         while True:
             batches = []
             for micro in range(batching.micro_batches):
@@ -146,22 +139,31 @@ class StreamData:
                         rows.append(_cut(pending, offset, offset + self.seq_len + 1))
                     offset += self.seq_len
                     while offset >= len(pending[0].tokens):
+                        left_out.add(pending[0].left_out)
                         offset -= len(pending.popleft().tokens)
                 if rows:
                     indices = np.arange(sample, sample + batching.micro_batch_size)
                     batches.append(build_micro_batch(rows, self.seq_len, indices, self.reset_at_document_boundaries))
                 sample += batching.micro_batch_size
             first = pending[0]
-            yield (
-                batches,
-                {
-                    "samples": sample,
-                    "epoch": first.epoch,
-                    "block": first.number,
-                    "source": first.source,
-                    "offset": offset,
-                },
-            )
+            after = {"samples": sample, "epoch": first.epoch, "block": first.number, "source": first.source}
+            after |= {"offset": offset} | ({"left_out": left_out.stored()} if left_out.reasons else {})
+            yield batches, after | ({} if self._text.reader == "datasets" else {"reader": self._text.reader})
+
+
+class _LeftOutSoFar:
+    """What was left out of the blocks that are done: reason -> [how often, where first], which JSON can store."""
+
+    def __init__(self, stored: dict[str, list]):
+        self.reasons = {reason: tuple(found) for reason, found in stored.items()}
+
+    def add(self, left_out: LeftOut) -> None:
+        for reason, count in left_out.counts.items():
+            before, first = self.reasons.get(reason, (0, left_out.first[reason]))
+            self.reasons[reason] = (before + count, first)
+
+    def stored(self) -> dict[str, list]:
+        return {reason: list(found) for reason, found in self.reasons.items()}
 
 
 def _cut(blocks: deque[_Block], start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,8 +13,8 @@ from lrnn.errors import UserError
 from lrnn.files import copy_files
 from lrnn.pretrain.batching import Batching
 from lrnn.pretrain.config import Config, StreamSource
-from lrnn.pretrain.corpus.dataset import DatasetArguments
 from lrnn.pretrain.corpus.reader import TokenCorpus, check_model_matches_corpora
+from lrnn.pretrain.corpus.source import SourceArguments
 from lrnn.pretrain.data.loader import Loader
 from lrnn.pretrain.data.micro_batch import MicroBatch
 from lrnn.pretrain.data.samples import CorpusData, check_enough_samples
@@ -125,7 +125,7 @@ def _open_stream(
             f"tokenizer {stream.tokenizer} (fingerprint {tokenizer.fingerprint[:12]}...) is not the model's "
             f"({expected[:12]}...); give the model's tokenizer"
         )
-    arguments = DatasetArguments(stream.path, stream.name, stream.data_files, stream.split, stream.text_column)
+    arguments = SourceArguments(**stream.model_dump(exclude={"tokenizer", "shuffle_buffer"}), of_run=True)
     d = config.data
     source = StreamData(
         arguments, tokenizer, d.seq_len, config.seed, stream.shuffle_buffer, d.reset_at_document_boundaries
