@@ -56,7 +56,10 @@ def _documents(file: DataFile, column: str, first: int, restart: int) -> Iterato
 
 
 def _numbered_lines(file: DataFile, first: int, restart: int) -> Iterator[tuple[int, bytes, int | None]]:
-    """Yield (number, line with its end, byte at which it begins, or None if one cannot seek there)."""
+    """Yield (number, line with its end, byte at which it begins, or None if one cannot seek there).
+
+    The lines are all lines of the file, or with `restart` those from line `first` on.
+    """
     with open_file(file.path) as stream:
         seekable = not is_remote(file.path) and not is_compressed(file.path)
         number, at = 0, skip_byte_order_mark(stream)
@@ -65,8 +68,7 @@ def _numbered_lines(file: DataFile, first: int, restart: int) -> Iterator[tuple[
             number, at = first, restart
         _refuse_empty(stream, at)
         for line in stream:
-            if number >= first:
-                yield number, line, at if seekable else None
+            yield number, line, at if seekable else None
             at += len(line)
             number += 1
 
@@ -78,6 +80,8 @@ def _refuse_empty(stream: BinaryIO, read: int) -> None:
 
 def _lines(file: DataFile, column: str, first: int, restart: int) -> Iterator[Row]:
     for number, line, at in _numbered_lines(file, first, restart):
+        if number < first:
+            continue
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:

@@ -34,6 +34,8 @@ def json_rows(lines: Iterator[tuple[int, bytes, int | None]], column: str, first
                 return
             break
     for number, line, at in chain(begin, lines):
+        if number < first:
+            continue
         text, is_utf8 = _decoded(line)
         if text := text.lstrip(BOM).strip(SPACE):  # Joined files may have a mark in the middle.
             yield Row(number, _line_value(text, is_utf8, column), at)

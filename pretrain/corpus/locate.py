@@ -59,14 +59,14 @@ def locate(arguments: SourceArguments) -> Located | None:
     if path in BUILDERS and (arguments.data_files or not folder.exists()):
         return _of_builder(arguments)
     if is_remote(path):
-        return _described(arguments, _named_files([path], arguments), path)
+        return _without_splits(arguments, _named_files([path], arguments), path)
     if folder.is_dir():
         return _in_folder(folder, arguments)
     if folder.is_file():
         for option in ("data_files", "name"):
             if getattr(arguments, option):
                 raise UserError(f"source {path} is a file; {_flag(arguments, option)} is for folders and data sets")
-        return _described(arguments, _named_files([path], arguments, folder.parent), path)
+        return _without_splits(arguments, _named_files([path], arguments, folder.parent), path)
     if os.path.lexists(path):
         raise UserError(f"source {path} is neither a file nor a folder that can be read")
     if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1 or kind_by_name(path):
@@ -171,7 +171,7 @@ def _of_builder(arguments: SourceArguments) -> Located | None:
         return None  # `datasets` unpacks archives.
     kind = _text_kind(arguments, "line") if arguments.path == "text" else arguments.path
     files = [_data_file(path, path, arguments, kind) for path in paths]
-    return _described(arguments, files, f"{arguments.path} files")
+    return _without_splits(arguments, files, f"{arguments.path} files")
 
 
 def _resolve(arguments: SourceArguments, base: Path | None) -> list[str]:
@@ -194,7 +194,8 @@ def _resolve(arguments: SourceArguments, base: Path | None) -> list[str]:
 
 def _in_folder(folder: Path, arguments: SourceArguments) -> Located | None:
     if arguments.data_files:
-        return _described(arguments, _named_files(_resolve(arguments, folder), arguments, folder), f"folder {folder}")
+        named = _named_files(_resolve(arguments, folder), arguments, folder)
+        return _without_splits(arguments, named, f"folder {folder}")
     if _read_json(folder / "manifest.json").get("format") == "lrnn-corpus":
         raise UserError(f"source {folder} is a corpus already; train on it: data.corpora: [{{path: {folder}}}]")
     if (saved := _saved_data_set(folder, arguments)) is not None:
@@ -214,7 +215,7 @@ def _in_folder(folder: Path, arguments: SourceArguments) -> Located | None:
         )
     kind = _text_kind(arguments)
     files = [DataFile(str(folder / name), name, kind) for name in names]
-    return _described(arguments, files, f"folder {folder}")
+    return _without_splits(arguments, files, f"folder {folder}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -358,6 +359,12 @@ def _is_plain(config: Any) -> bool:
     free = {"name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter", "columns"}
     default = type(config)()
     return all(getattr(config, key) == value for key, value in vars(default).items() if key not in free)
+
+
+def _without_splits(arguments: SourceArguments, files: list[DataFile], where: str) -> Located:
+    if arguments.split != "train":
+        raise _no_split(where, arguments, ["train"])
+    return _described(arguments, files, where)
 
 
 def _described(arguments: SourceArguments, files: list[DataFile], where: str) -> Located:

@@ -21,7 +21,8 @@ from training_group import run_group
 from lrnn.cli import main
 from lrnn.errors import UserError
 from lrnn.pretrain.checkpoint import format as checkpoint
-from lrnn.pretrain.corpus.dataset import DatasetArguments, load_rows
+from lrnn.pretrain.corpus.dataset import load_rows
+from lrnn.pretrain.corpus.source import SourceArguments
 
 SHORT = {"log": {"heldout_every": 0}, "schedule": {"warmup_steps": 0}}
 
@@ -133,7 +134,7 @@ def test_a_data_set_that_is_a_program_or_a_pickle_is_refused(tmp_path, mark):
     script, frame = tmp_path / "data.py", tmp_path / "data.pkl"
     script.write_text(hostile_python(mark))
     frame.write_bytes(hostile_pickle(mark))
-    for arguments in (DatasetArguments(str(script)), DatasetArguments("pandas", data_files=[str(frame)])):
+    for arguments in (SourceArguments(str(script)), SourceArguments("pandas", data_files=[str(frame)])):
         for streaming in (False, True):
             with pytest.raises(UserError, match="cannot be loaded"):
                 load_rows(arguments, streaming)

@@ -16,7 +16,7 @@ import xxhash
 
 from lrnn.cli import main
 from lrnn.pretrain.corpus import build as build_corpus_module
-from lrnn.pretrain.corpus import dataset, shard_writer, source
+from lrnn.pretrain.corpus import shard_writer, source, streams
 
 
 def documents_of(corpus: Path, split: str = "train") -> list[list[int]]:
@@ -55,7 +55,7 @@ def error_of(capsys: pytest.CaptureFixture, *arguments: object) -> str:
 @pytest.fixture
 def small_parts(monkeypatch):
     monkeypatch.setattr(source, "MIN_PART_BYTES", 8 << 10)
-    monkeypatch.setattr(dataset, "STREAM_PART_BYTES", 8 << 10)
+    monkeypatch.setattr(streams, "STREAM_PART_BYTES", 8 << 10)
     monkeypatch.setattr(shard_writer, "FLUSH_TOKENS", 1000)
     monkeypatch.setattr(shard_writer, "BATCH_CHARS", 2000)
 
@@ -205,7 +205,8 @@ def test_data_set(build_corpus, jsonl, sentencepiece_model, small_parts, options
     train = [t for t, h in zip(texts, held, strict=True) if t and not h]
     assert documents_of(corpus) == expected_documents(train, sentencepiece_model)
     rows = [json.loads(line) for line in (corpus / "heldout.jsonl").read_text().splitlines()]
-    assert rows == [{"text": t, "source": f"json:{i}"} for i, t in enumerate(texts) if held[i]]
+    names = [f"{files.parent}/rows{i // 150}.jsonl:{i % 150 + 1}" for i in range(300)]
+    assert rows == [{"text": t, "source": names[i]} for i, t in enumerate(texts) if held[i]]
     manifest = json.loads((corpus / "manifest.json").read_text())
     assert manifest["skipped"] == {"empty text": 2}
     assert len(manifest["splits"]["train"]["shards"]) > 3
@@ -234,12 +235,10 @@ def test_data_set_errors(jsonl, sentencepiece_model, tmp_path, capsys):
         )
         assert "cannot be loaded" in error_of(capsys, "json", "--data-files", tmp_path / "none.jsonl", *streaming, *end)
         message = error_of(capsys, "json", "--data-files", files, "--split", "nope", *streaming, *end)
-        assert "nope" in message
-    assert "--data-files" in error_of(capsys, tmp_path / "rows0.jsonl", *end)
-    assert "no such folder" in error_of(capsys, tmp_path / "none", *end)
+        assert "no split 'nope'" in message
+    assert "kind of files; name them with --data-files" in error_of(capsys, "json", *end)
+    assert "no such file or folder" in error_of(capsys, tmp_path / "none", *end)
     assert "--include is for folders" in error_of(capsys, "json", "--data-files", files, "--include", "*", *end)
-    (tmp_path / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1"))
-    assert "cannot be loaded" in error_of(capsys, "text", "--data-files", tmp_path / "latin.txt", *end)
     (tmp_path / "empty.jsonl").write_text("\n".join(['{"text": ""}'] * 3))
     assert "empty corpus" in error_of(capsys, "json", "--data-files", tmp_path / "empty.jsonl", *end)
 
@@ -284,7 +283,9 @@ def test_empty_corpus(bad_folder, sentencepiece_model, tmp_path, capsys):
     (tmp_path / "none").mkdir()
     assert "empty corpus" in error_of(capsys, tmp_path / "none", *end)
     (tmp_path / "rows.jsonl").write_text("")
-    assert "data set 'json'" in error_of(capsys, "json", "--data-files", tmp_path / "rows.jsonl", *end)
+    assert f"{tmp_path}/rows.jsonl: zero-length" in error_of(
+        capsys, "json", "--data-files", tmp_path / "rows.jsonl", *end
+    )
     # Every document is held out, and none is left to train on.
     assert "held out" in error_of(capsys, bad_folder, "--include", "a*", "--heldout", "0.9999", *end)
     assert not (tmp_path / "c").exists()

@@ -12,7 +12,8 @@ import torch
 
 from lrnn.errors import UserError
 from lrnn.pretrain.batching import Batching
-from lrnn.pretrain.corpus.dataset import DatasetArguments
+from lrnn.pretrain.corpus.source import SourceArguments
+from lrnn.pretrain.corpus.streams import DatasetStream
 from lrnn.pretrain.data.stream import StreamData, StreamLoader
 from lrnn.tokenizer import load_tokenizer
 
@@ -37,7 +38,7 @@ def stream(jsonl, sentencepiece_model):
     """`stream(**options)` returns a new `StreamData` over the same files."""
 
     def make(**options) -> StreamData:
-        arguments = DatasetArguments("json", data_files=[str(jsonl[0])])
+        arguments = SourceArguments("json", data_files=[str(jsonl[0])])
         return StreamData(arguments, load_tokenizer(sentencepiece_model), SEQ_LEN, **options)
 
     return make
@@ -132,7 +133,7 @@ def test_fingerprint(stream):
     assert len({base, stream(seed=1).fingerprint, stream(shuffle_buffer=5).fingerprint}) == 3
 
 
-def test_streams_that_cannot_resume_are_refused(stream, monkeypatch):
+def test_streams_that_cannot_resume_are_refused(jsonl, monkeypatch):
     def no_state(self):
         raise NotImplementedError("no state here")
 
@@ -140,16 +141,40 @@ def test_streams_that_cannot_resume_are_refused(stream, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(datasets.IterableDataset, "state_dict", state_dict)
             with pytest.raises(UserError, match=r"position.*`lrnn corpus \.\.\. --streaming`"):
-                stream()
+                DatasetStream(SourceArguments("json", data_files=[str(jsonl[0])])).state()
+
+
+def test_a_position_that_datasets_stored_is_continued(stream, jsonl):
+    """Checkpoints older than lrnn's own readers of files hold positions of `datasets`."""
+    whole = take(stream(), 60)
+    rows = datasets.load_dataset("json", data_files=[str(jsonl[0])], split="train", streaming=True)
+    rows = rows.select_columns(["text"])
+    iterator = iter(rows)
+    for _ in range(100):
+        next(iterator)
+    source = json.loads(json.dumps(rows.state_dict()))
+    # The block of documents 100 to 119, which is what is left of the first epoch.
+    state = {"samples": 8 * G, "epoch": 0, "block": 1, "source": source, "offset": 5}
+    resumed = take(stream(), 2, state=state)
+    texts = [text for text in jsonl[1][100:] if text]
+    processor = stream().tokenizer
+    tokens = [id_ for ids in processor.encode_batch(texts) for id_ in (1, *ids, 2)]
+    assert resumed[0][0][0].input_ids.flatten().tolist() == tokens[5 : 5 + MICRO * SEQ_LEN]
+    assert resumed[0][0][0].sample_indices.tolist() == [8 * G, 8 * G + 1]
+    # It goes on with positions of the same kind, and they are continued as well.
+    assert "reader" not in resumed[0][1] and "examples_iterable" in json.dumps(resumed[0][1])
+    assert whole[0][1]["reader"] == "files"
+    again = take(stream(), 1, state=resumed[0][1])
+    assert all(map(same, resumed[1][0], again[0][0]))
 
 
 def test_bad_streams(stream, tmp_path, sentencepiece_model):
     tokenizer = load_tokenizer(sentencepiece_model)
     empty = tmp_path / "empty"
     empty.write_text("")
-    with pytest.raises(UserError, match="empty corpus"):
-        StreamData(DatasetArguments("json", data_files=[str(empty)]), tokenizer, SEQ_LEN)
+    with pytest.raises(UserError, match="empty: zero-length"):
+        StreamData(SourceArguments("json", data_files=[str(empty)]), tokenizer, SEQ_LEN)
     empty.write_text('{"text": ""}\n{"text": ""}')
-    data = StreamData(DatasetArguments("json", data_files=[str(empty)]), tokenizer, SEQ_LEN)
+    data = StreamData(SourceArguments("json", data_files=[str(empty)]), tokenizer, SEQ_LEN)
     with pytest.raises(UserError, match="gives no tokens"):
         next(StreamLoader(data, Batching(G, MICRO)))  # the error of the thread is raised here
