@@ -191,6 +191,13 @@ def _check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"--out {args.out}: the corpus exists already; --overwrite replaces it")
 
 
+def _only_leaves_out_more(before: dict, now: dict) -> bool:
+    """Return whether `now` differs from `before` at most by options that leave out what ended the build before."""
+    options = {"skip_bad_files", "skip_bad_rows"}
+    same = all(before.get(key) == value for key, value in now.items() if key not in options)
+    return same and before.keys() == now.keys() and all(now[option] >= before[option] for option in options)
+
+
 def _open_work(args: argparse.Namespace, source: Source) -> Path:
     """Return the folder of the unfinished corpus: a new one, or one that the same arguments began on the same source.
 
@@ -207,6 +214,8 @@ def _open_work(args: argparse.Namespace, source: Source) -> Path:
             found = json.loads((work / "begun.json").read_text())
         except (OSError, ValueError):
             found = None
+        if found is not None and _only_leaves_out_more(found["arguments"], begun["arguments"]):
+            found["arguments"] = begun["arguments"]
         if found != begun and not args.overwrite:
             raise UserError(
                 f"{work} is an unfinished corpus of other arguments, of another version of this program, or of a "

@@ -54,7 +54,7 @@ def _line_value(text: str, is_utf8: bool, column: str) -> str | BadRow:
     try:
         row = _parsed(text)
     except json.JSONDecodeError as error:
-        return BadRow("not JSON", f"not JSON ({error.msg} at character {error.pos:,})")
+        return BadRow("not JSON", f"not JSON ({error.msg.removesuffix(' at')} at character {error.pos:,})")
     except RecursionError:
         return BadRow("not JSON", "not JSON that can be read: too many values inside each other")
     return _row_value(row, is_utf8, column)
