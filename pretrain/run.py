@@ -178,7 +178,7 @@ class Run:
 
     def _report_left_out(self) -> None:
         """Record what the stream left out, as soon as there is another reason than those recorded."""
-        left_out = (self.progress.stream or {}).get("left_out", {})
+        left_out = self._loader.left_out
         if self.log is not None and not left_out.keys() <= self._left_out_said:
             self._left_out_said = set(left_out)
             self.log.write({"event": "left_out", "step": self.progress.step, "left_out": left_out})
@@ -261,8 +261,8 @@ class Run:
         if reasons:
             raise UserError(f"{reasons[0]} (the run stopped at step {step}, and its checkpoint is written)")
         with self.phase("closing the logs", step):
-            if left_out := (self.progress.stream or {}).get("left_out"):
-                self._say(f"left out of the stream: {_listed(left_out)}")
+            if self._loader.left_out:
+                self._say(f"left out of the stream: {_listed(self._loader.left_out)}")
             self._say("stopped by a signal: run the same command to resume" if self._stopped else "done")
         return STOPPED if self._stopped else 0
 

@@ -29,6 +29,7 @@ class Loader(Prefetcher):
     """
 
     stream_state: dict | None = None  # Only a `StreamLoader` has one; here the number of samples is enough.
+    left_out: dict[str, list] = {}  # noqa: RUF012, a corpus left out what it had to when it was built
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ on any number of processes, but each process does all of the work; build a corpu
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -118,8 +118,12 @@ class StreamData:
                 raise UserError(f"empty corpus: {self.arguments.path!r} gives no tokens")
             epoch, number, source, tokens_in_epoch = epoch + 1, 0, None, 0
 
-    def steps(self, state: dict | None, batching: Batching) -> Iterator[tuple[list[MicroBatch], dict]]:
-        """Yield the steps from `state` on without end: (micro-batches of the rank, the state after the step)."""
+    def steps(self, state: dict | None, batching: Batching) -> Iterator[tuple[list[MicroBatch], dict, dict[str, list]]]:
+        """Yield the steps from `state` on without end.
+
+        A step is (micro-batches of the rank, the state after the step, what was left out until then). The state counts
+        what was left out only of the blocks before its own, because that one is read again.
+        """
         if state and state.get("reader", "datasets") != self._text.reader:  # Older checkpoints name no reader.
             self._text = open_stream(self.arguments, state.get("reader", "datasets"))
         state = state or {"samples": 0, "epoch": 0, "block": 0, "source": None, "offset": 0}
@@ -139,7 +143,7 @@ class StreamData:
                         rows.append(_cut(pending, offset, offset + self.seq_len + 1))
                     offset += self.seq_len
                     while offset >= len(pending[0].tokens):
-                        left_out.add(pending[0].left_out)
+                        left_out = left_out.plus([pending[0].left_out])
                         offset -= len(pending.popleft().tokens)
                 if rows:
                     indices = np.arange(sample, sample + batching.micro_batch_size)
@@ -147,23 +151,28 @@ class StreamData:
                 sample += batching.micro_batch_size
             first = pending[0]
             after = {"samples": sample, "epoch": first.epoch, "block": first.number, "source": first.source}
-            after |= {"offset": offset} | ({"left_out": left_out.stored()} if left_out.reasons else {})
-            yield batches, after | ({} if self._text.reader == "datasets" else {"reader": self._text.reader})
+            after |= {"offset": offset} | ({"left_out": left_out.reasons} if left_out.reasons else {})
+            after |= {} if self._text.reader == "datasets" else {"reader": self._text.reader}
+            yield batches, after, left_out.plus(block.left_out for block in pending).reasons
 
 
 class _LeftOutSoFar:
-    """What was left out of the blocks that are done: reason -> [how often, where first], which JSON can store."""
+    """What was left out, which JSON can store.
 
-    def __init__(self, stored: dict[str, list]):
-        self.reasons = {reason: tuple(found) for reason, found in stored.items()}
+    Attributes:
+        reasons: reason -> [how often, where first].
+    """
 
-    def add(self, left_out: LeftOut) -> None:
-        for reason, count in left_out.counts.items():
-            before, first = self.reasons.get(reason, (0, left_out.first[reason]))
-            self.reasons[reason] = (before + count, first)
+    def __init__(self, reasons: dict[str, list]):
+        self.reasons = reasons
 
-    def stored(self) -> dict[str, list]:
-        return {reason: list(found) for reason, found in self.reasons.items()}
+    def plus(self, more: Iterable[LeftOut]) -> "_LeftOutSoFar":
+        reasons = dict(self.reasons)
+        for left_out in more:
+            for reason, count in left_out.counts.items():
+                before, first = reasons.get(reason, (0, left_out.first[reason]))
+                reasons[reason] = [before + count, first]
+        return _LeftOutSoFar(reasons)
 
 
 def _cut(blocks: deque[_Block], start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
@@ -193,6 +202,7 @@ class StreamLoader(Prefetcher):
     Attributes:
         stream_state: the position after the last step taken from the loader (not the last one prepared), which JSON
             can store; None before the first step.
+        left_out: what was left out of the stream until then: reason -> [how often, where first].
     """
 
     def __init__(
@@ -204,15 +214,16 @@ class StreamLoader(Prefetcher):
         prefetch: int = 2,
     ):
         self.stream_state = state
+        self.left_out: dict[str, list] = (state or {}).get("left_out", {})
         device = torch.cuda.current_device() if pin_memory else None
 
-        def items() -> Iterator[tuple[list[MicroBatch], dict]]:
+        def items() -> Iterator[tuple[list[MicroBatch], dict, dict[str, list]]]:
             set_thread_device(device)
-            for batches, after in data.steps(state, batching):
-                yield [batch.pin_memory() for batch in batches] if pin_memory else batches, after
+            for batches, *after in data.steps(state, batching):
+                yield [batch.pin_memory() for batch in batches] if pin_memory else batches, *after
 
         super().__init__(items(), prefetch)
 
     def __next__(self) -> list[MicroBatch]:
-        batches, self.stream_state = super().__next__()
+        batches, self.stream_state, self.left_out = super().__next__()
         return batches
