@@ -18,6 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import lrnn
 from lrnn.errors import UserError
@@ -204,7 +205,7 @@ def _open_work(args: argparse.Namespace, source: Source) -> Path:
     A partial corpus in another format version is not continued, because its shards lack what this version writes.
     """
     work = args.out.with_name(args.out.name + ".partial")
-    begun = {
+    begun: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "arguments": _arguments_record(args),
         "source": source.fingerprint,

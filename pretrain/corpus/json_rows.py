@@ -26,9 +26,8 @@ def json_rows(lines: Iterator[tuple[int, bytes, int | None]], column: str, first
     begin: list[tuple[int, bytes, int | None]] = []
     for numbered in lines:
         begin.append(numbered)
-        text = numbered[1].strip()
-        if text:
-            if begin[0][0] == 0 and (text == b"{" or text.startswith(b"[")):
+        if stripped := numbered[1].strip():
+            if begin[0][0] == 0 and (stripped == b"{" or stripped.startswith(b"[")):
                 whole = b"".join(line for _, line, _ in chain(begin, lines))
                 yield from _rows_of_whole(*_decoded(whole), column, first)
                 return

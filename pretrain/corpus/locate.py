@@ -22,8 +22,10 @@ KINDS = {
 ALSO_SOURCE_CODE = {".json", ".csv", ".tsv"}  # these can be documents of a folder of text, if not compressed
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
 TITLES = {"json": "JSON", "csv": "CSV", "parquet": "Parquet", "arrow": "Arrow", "lines": "text", "document": "text"}
-NO_DATA = ("README*", "LICEN[CS]E*", "*.md", "*.sha256", "*.md5", "SHA256SUMS", "MD5SUMS")  # beside data files
-NO_DATA += ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "croissant.json")
+NO_DATA = [  # names of files beside data
+    *("README*", "LICEN[CS]E*", "*.md", "*.sha256", "*.md5", "SHA256SUMS", "MD5SUMS"),
+    *("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "croissant.json"),
+]
 
 
 @dataclass
@@ -269,7 +271,9 @@ def _data_names(folder: Path, names: list[str], arguments: SourceArguments) -> l
     """
     if arguments.kind == "text":
         return []
-    data, certain, other = [], [], []
+    data: list[str] = []
+    certain: list[str] = []  # by their names, nothing but data
+    other: list[str] = []
     for name in names:
         if any(part.startswith((".", "_")) for part in PurePosixPath(name).parts) or _is_beside_data(name):
             continue

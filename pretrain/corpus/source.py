@@ -84,8 +84,10 @@ class Source(Protocol):
     """
 
     fingerprint: str
-    skipped: Counter[str]
     num_parts: int | None
+
+    @property
+    def skipped(self) -> Counter[str]: ...
 
     def parts(self) -> Iterator[Part]: ...
 

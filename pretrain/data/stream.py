@@ -219,8 +219,8 @@ class StreamLoader(Prefetcher):
 
         def items() -> Iterator[tuple[list[MicroBatch], dict, dict[str, list]]]:
             set_thread_device(device)
-            for batches, *after in data.steps(state, batching):
-                yield [batch.pin_memory() for batch in batches] if pin_memory else batches, *after
+            for batches, after, left_out in data.steps(state, batching):
+                yield [batch.pin_memory() for batch in batches] if pin_memory else batches, after, left_out
 
         super().__init__(items(), prefetch)
 
