@@ -1,6 +1,7 @@
 """A run: its parts, its start and end, and everything around the training step."""
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -84,10 +85,9 @@ class Run:
             self._write_config()
         with self.phase("starting the engine" if self._saved is None else "loading the checkpoint", step=0):
             self.engine, self._probe = self._start_engine()
-        self.log: MetricsLog | None = None
-        if ranks.is_main:
-            log = MetricsLog(config, self._first_step, self._saved is not None, ranks)
-            self.log = self._watchdog.log = exits.enter_context(closing(log))
+        self.log = self._watchdog.log = ranks.together(self._open_log)
+        if self.log is not None:
+            exits.enter_context(closing(self.log))
         self._say(self._describe())
         self._report_changes(changes)
         self._speed = Speed(config, self._model_config, ranks)
@@ -281,6 +281,13 @@ class Run:
 
         self._on_main(lock)
         return self._newest_checkpoint()
+
+    def _open_log(self) -> MetricsLog | None:
+        """Return the run's log on the main process, None on others."""
+        if not self.ranks.is_main:
+            return None
+        model = json.loads(self._model_config.to_json_string(use_diff=False))
+        return MetricsLog(self.config, self._first_step, self._saved is not None, self.ranks, model)
 
     def _resume(self, saved: Path, allow_change: bool) -> Changes:
         """Take the progress of a checkpoint. Return the keys that changed since; refuse those that must not."""

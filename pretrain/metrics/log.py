@@ -12,9 +12,9 @@ from typing import Any
 from tqdm import tqdm
 
 from lrnn.environment import describe_environment
-from lrnn.errors import UserError
 from lrnn.pretrain.config import Config
 from lrnn.pretrain.distributed import Ranks
+from lrnn.pretrain.metrics import wandb_run
 from lrnn.records import DurableLines, utc_now
 
 PACKAGES = ("deepspeed", "transformers", "tokenizers", "datasets", "numpy")  # the start of a run records their versions
@@ -32,9 +32,15 @@ class MetricsLog:
         start_step: number of steps done so far.
         resumed: whether the run continues from a checkpoint.
         ranks: the processes of the run.
+        model: the fields of the model, for wandb.
+
+    Raises:
+        UserError: wandb is wanted but is not installed, or does not start.
     """
 
-    def __init__(self, config: Config, start_step: int, resumed: bool, ranks: Ranks):
+    def __init__(
+        self, config: Config, start_step: int, resumed: bool, ranks: Ranks, model: dict[str, Any] | None = None
+    ):
         run_dir, self._steps = Path(config.run_dir), config.steps
         self._lines = DurableLines(run_dir / "metrics.jsonl")
         self._lines_failed = False
@@ -44,7 +50,8 @@ class MetricsLog:
 
             self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
         if config.log.wandb_project is not None:
-            self._wandb = _start_wandb(config.log.wandb_project, run_dir)
+            whole = config.model_dump() | {"model": model, "processes": ranks.world_size}
+            self._wandb = wandb_run.start(config.log.wandb_project, run_dir, resumed, whole)
         self._bar = tqdm(total=self._steps, initial=start_step, unit="step") if sys.stderr.isatty() else None
         self._started, self._start_step = time.monotonic(), start_step
         start = {"event": "start", "step": start_step, "processes": ranks.world_size, "resumed": resumed}
@@ -67,7 +74,7 @@ class MetricsLog:
         if self._tensorboard:
             self._to_tensorboard(lambda board: [board.add_scalar(k, v, record["step"]) for k, v in numbers.items()])
         if self._wandb:
-            self._wandb.log(numbers, step=record["step"])
+            self._to_wandb({"step": record["step"], **numbers})
         if "loss" in record:
             self._show(record)
 
@@ -77,6 +84,13 @@ class MetricsLog:
         except OSError as error:  # TensorBoard's writing thread has died of it.
             self._tensorboard = None
             self.say(f"TensorBoard's files cannot be written; {self._lines.path} continues without them: {error}")
+
+    def _to_wandb(self, numbers: dict[str, int | float]) -> None:
+        try:
+            self._wandb.log(numbers)
+        except Exception as error:  # Its process or connection may end in many ways, and the run should not.
+            self._wandb = None
+            self.say(f"wandb does not take records any more; {self._lines.path} continues without it: {error!r}")
 
     def _show(self, record: dict[str, Any]) -> None:
         """Move the progress bar on a terminal; print a line elsewhere."""
@@ -134,14 +148,3 @@ def _numbers(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, in
             yield from _numbers(value, f"{prefix}{key}/")
         elif isinstance(value, int | float) and not isinstance(value, bool) and key != "step":
             yield prefix + key, value
-
-
-def _start_wandb(project: str, run_dir: Path) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(
-            f"log.wandb_project is {project!r} but wandb is not installed: pip install 'lrnn[wandb]'"
-        ) from None
-    # The folder's name is the id, so that a resumed run continues the same record.
-    return wandb.init(project=project, id=run_dir.resolve().name, dir=str(run_dir), resume="allow")

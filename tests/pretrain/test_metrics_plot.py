@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 import sys
 from collections import Counter
 from datetime import UTC, datetime
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +25,7 @@ from lrnn.pretrain.metrics.flops import train_flops_per_token
 from lrnn.pretrain.metrics.log import MetricsLog
 from lrnn.pretrain.metrics.plot import split_records
 from lrnn.pretrain.metrics.speed import Speed
+from lrnn.pretrain.metrics.wandb_run import identity_of, start
 from lrnn.records import read_metrics
 
 RANKS = Ranks(0, 2, torch.device("cpu"), None)  # no group, because nothing here talks to others
@@ -149,18 +152,73 @@ def test_wandb_gets_the_same_numbers(config, tmp_path, monkeypatch):
     def init(**arguments):
         started.append(arguments)
         return SimpleNamespace(
-            log=lambda numbers, step: logged.append((step, numbers)), finish=lambda: finished.append(1)
+            define_metric=lambda *names, **options: None, log=logged.append, finish=lambda: finished.append(1)
         )
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    fake_wandb(monkeypatch, init)
     settings = config.model_copy(update={"log": config.log.model_copy(update={"wandb_project": "p"})})
-    log = MetricsLog(settings, 0, False, RANKS)
+    log = MetricsLog(settings, 0, False, RANKS, {"hidden_size": 8})
     log.write(step_record(10, 3.0))
     log.close()
-    assert started[0]["project"] == "p" and started[0]["id"] == tmp_path.name and started[0]["resume"] == "allow"
-    ((step, numbers),) = logged
-    assert step == 10 and numbers["loss"] == 3.0 and numbers["eigenvalues/negative_fraction/0"] == 0.01
+    assert started[0]["project"] == "p" and started[0]["name"] == tmp_path.name and started[0]["resume"] == "allow"
+    expected = settings.model_dump() | {"model": {"hidden_size": 8}, "processes": 2}
+    assert started[0]["config"] == expected and expected["optim"]["lr"] == 1.0
+    (numbers,) = logged
+    assert (numbers["step"], numbers["loss"]) == (10, 3.0) and numbers["eigenvalues/negative_fraction/0"] == 0.01
     assert finished == [1]
+
+
+def fake_wandb(monkeypatch, init) -> None:
+    errors = SimpleNamespace(Error=type("Error", (Exception,), {}))
+    for name in ("WANDB_RUN_ID", "WANDB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, errors=errors))
+
+
+def test_wandb_that_does_not_start_or_ends(config, monkeypatch, capsys):
+    """A run is not started without it, but goes on."""
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise sys.modules["wandb"].errors.Error("api_key not configured\n(no-tty)")
+
+    settings = config.model_copy(update={"log": config.log.model_copy(update={"wandb_project": "p"})})
+    fake_wandb(monkeypatch, fail)
+    with pytest.raises(
+        UserError, match=r"'p' but wandb does not start: api_key not configured \(no-tty\); run `wandb l"
+    ):
+        MetricsLog(settings, 0, False, RANKS)
+    fake_wandb(monkeypatch, lambda **options: SimpleNamespace(define_metric=lambda *a, **o: None, log=fail))
+    log = MetricsLog(settings, 0, False, RANKS)
+    for step in (10, 20):
+        log.write(step_record(step, 3.0))
+    log.close()
+    assert capsys.readouterr().out.count("wandb does not take records any more") == 1
+    assert [r["step"] for r in read_metrics(Path(config.run_dir)) if "loss" in r] == [10, 20]
+
+
+def test_identity_at_wandb(tmp_path, monkeypatch):
+    """It is kept by a run that resumes or moves, and no two folders share one, whatever their names."""
+    a, b = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    for folder in (a, b):
+        folder.mkdir(parents=True)
+    first = identity_of(a, False)
+    assert identity_of(a, True) == identity_of(a, False) == first != identity_of(b, False)
+    shutil.copytree(a, tmp_path / "copy")
+    assert (copied := identity_of(tmp_path / "copy", True)) not in (first, "copy")
+    assert identity_of(tmp_path / "copy", True) == copied and identity_of(a, True) == first
+    a.rename(tmp_path / "moved")
+    assert identity_of(tmp_path / "moved", True) == first
+    (old := tmp_path / "c" / "run").joinpath("wandb").mkdir(parents=True)
+    assert identity_of(old, True) == "run"  # of lrnn 0.1.0
+    assert identity_of(old, True) == "run"
+
+    started = []
+    fake_wandb(
+        monkeypatch, lambda **options: started.append(options) or SimpleNamespace(define_metric=lambda *a, **o: 0)
+    )
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    start("p", b, False, {})
+    assert started[0]["id"] == "mine"
 
 
 def test_later_records_of_a_step_count():
