@@ -21,11 +21,13 @@ class IsPath:
     """Marks a key that holds a path, a list of paths, or a mapping whose `base` is a path.
 
     Attributes:
+        holds: a file in the folder that the key names, without which the folder does not count as existing.
         names: a folder of `lrnn.shipped` whose files can be given by name.
         only_if_exists: the key can hold something else too, such as a name on the hub: only what exists is a path.
         never: values that are no path even if such a file exists.
     """
 
+    holds: str = ""
     names: Path | None = None
     only_if_exists: bool = False
     never: frozenset[str] = frozenset()
@@ -47,6 +49,10 @@ class _Found:
     @property
     def is_relative(self) -> bool:
         return not (os.path.isabs(self.text) or "://" in self.text or self.text in self.mark.never)
+
+    def exists(self, folder: Path) -> bool:
+        """Return whether the path exists in a folder."""
+        return _exists(folder, os.path.join(self.text, self.mark.holds) if self.mark.holds else self.text)
 
 
 def place(schema: type[BaseModel], values: Any, folder: Path, origin: Callable[[Key], str]) -> str | None:
@@ -71,9 +77,9 @@ def place(schema: type[BaseModel], values: Any, folder: Path, origin: Callable[[
     for path in found:
         path.holder[path.name] = expand(path.text, f"{origin(path.key)}: {_dotted(path.key)}")
     relative = [path for path in found if path.is_relative]
-    here = [path for path in relative if _exists(HERE, path.text)]
+    here = [path for path in relative if path.exists(HERE)]
     notice = None
-    if here and folder.resolve() != HERE.resolve() and not any(_exists(folder, path.text) for path in relative):
+    if here and folder.resolve() != HERE.resolve() and not any(path.exists(folder) for path in relative):
         first = here[0]
         notice = (
             f"{origin(first.key)}: {_dotted(first.key)} = {first.text} exists in the current folder, not beside the "

@@ -173,7 +173,7 @@ class Config(Section):
 
     named: ClassVar = shipped.RUNS
 
-    run_dir: Annotated[str, IsPath()]
+    run_dir: Annotated[str, IsPath(holds="run.yaml")]
     """Folder that everything is written to. A run is resumed from what is in it."""
     model: Annotated[str | dict[str, Any], FileOrFields(), IsPath(names=shipped.MODELS)]
     """Hugging Face `config.json` of the model, the name of one that comes with lrnn, or a mapping of its fields. In a

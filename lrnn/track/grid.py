@@ -100,7 +100,7 @@ class GridConfig(Section):
 
     named: ClassVar = shipped.GRIDS
 
-    out: Annotated[str, IsPath()]
+    out: Annotated[str, IsPath(holds="grid.yaml")]
     """Folder of all results."""
     tasks: dict[str, dict[str, Any]] = Field(min_length=1)
     """Name in the results, and below it `task:` with the parameters of the task."""

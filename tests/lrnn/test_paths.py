@@ -31,7 +31,7 @@ class Schema(Section):
     """A schema with paths at every depth."""
 
     named: ClassVar = shipped.RUNS
-    out: Annotated[str, IsPath()]
+    out: Annotated[str, IsPath(holds="run.yaml")]
     """Output."""
     model: Annotated[str | dict[str, Any], FileOrFields(), IsPath(names=shipped.MODELS)] = "m.json"
     """File or fields."""
@@ -118,6 +118,14 @@ def test_files_of_older_versions_are_read_as_before(read):
     (Path("../project") / "corpus").mkdir()
     found, notices = read("out: runs/a\nsources: [{path: corpus}]\n")
     assert (found.out, found.sources[0].path) == ("../project/runs/a", "../project/corpus") and not notices
+
+
+def test_an_old_run_is_resumed_where_it_is(read):
+    Path("runs/a").mkdir(parents=True)
+    assert read("out: runs/a\n") == (Schema(out="../project/runs/a", model="m.json"), [])
+    Path("runs/a/run.yaml").touch()
+    found, (notice,) = read("out: runs/a\n")
+    assert found.out == "runs/a" and "run.yaml:1: out = runs/a exists in the current folder" in notice
 
 
 def test_a_link_is_not_left_by_dots(read, tmp_path):
