@@ -52,7 +52,10 @@ def check_changes(saved: Path, config: Config, allow_change: bool) -> Changes:
 def find_changes(before: dict[str, Any], config: Config) -> Changes:
     """Return the keys whose values differ. Keys that `before` is older than had their present defaults."""
     then, now = flatten(before), flatten(config.model_dump())
-    then = flatten(_defaults()) | then
+    defaults = flatten(_defaults())
+    if then.get("deepspeed") is not None:  # which decides them, unless they are given too
+        defaults |= {"zero": None, "precision": None}
+    then = defaults | then
     then["precision"], now["precision"] = _precision(then), _precision(now)
     return {key: (then.get(key), now.get(key)) for key in {**now, **then} if then.get(key) != now.get(key)}
 

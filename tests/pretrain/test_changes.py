@@ -88,6 +88,15 @@ def test_a_checkpoint_that_is_older_than_a_key():
     assert find_changes(before | {"gone": 3}, changed()) == {"gone": (3, None)}
 
 
+def test_a_checkpoint_of_0_1_0_with_a_deepspeed_json(tmp_path):
+    """Its configuration has no key `precision`, and the JSON turns autocast off."""
+    (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}))
+    config = changed(deepspeed=str(tmp_path / "own.json"))
+    before = config.model_dump()
+    del before["precision"], before["zero"]
+    assert find_changes(before, config) == {}
+
+
 @pytest.mark.parametrize(("autocast", "refused"), [(True, False), (False, True)])
 def test_a_deepspeed_json_counts_by_its_precision(check, tmp_path, autocast, refused):
     engine = {"zero_optimization": {"stage": 1}, "torch_autocast": {"enabled": autocast}, "gradient_clipping": 1.0}
