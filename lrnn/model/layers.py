@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import LrnnCache
+from .cache import LrnnCacheLayer
 from .configuration_lrnn import LrnnConfig
 from .ops import gated_rms_norm, plain_short_conv, short_conv, signed_decay, use_kernels
 from .registry import Cost, Ranges
@@ -50,7 +50,7 @@ class Mixer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        cache: LrnnCache | None,
+        cache: LrnnCacheLayer | None,
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
         document: Tensor | None,
@@ -59,8 +59,9 @@ class Mixer(nn.Module):
 
         Args:
             x: [B, T, hidden].
-            cache: holds the state ahead of x and is given the state after it. Never together with documents.
-            mask: bool [B, T] or None, False at padding, which leaves the state as it is.
+            cache: holds the layer's state ahead of x and is given the state after it. Never together with documents.
+            mask: bool [B, T] or None, False at padding, which comes after the tokens of its row and leaves the state as
+                it is.
             cu_seqlens: int32 [N + 1] or None, boundaries of documents in the flattened B * T tokens.
             document: `document_ids(cu_seqlens, B, T)`, int64 [B, T], or None. The state is reset at each document.
 
@@ -69,13 +70,13 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
-    def read_state(self, cache: LrnnCache | None) -> Any:
+    def read_state(self, cache: LrnnCacheLayer | None) -> Any:
         """Return the state ahead of the tokens, None for a fresh one."""
-        return None if cache is None else cache.state[self.layer_idx]
+        return None if cache is None else cache.state
 
-    def write_state(self, cache: LrnnCache | None, state: Any) -> None:
+    def write_state(self, cache: LrnnCacheLayer | None, state: Any) -> None:
         if cache is not None:
-            cache.state[self.layer_idx] = state
+            cache.state = state
 
     def note_eigenvalues(self, compute: Callable[[], Tensor]) -> None:
         if self.on_eigenvalues is not None:
@@ -143,12 +144,25 @@ class ShortConvolution(nn.Module):
         bound = self.weight.shape[-1] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
 
+    def read_weight(self) -> Tensor:
+        """Return the weight. If accelerate keeps it in a file or in other memory, it is fetched.
+
+        accelerate does so in `forward`, which is not called, because one kernel applies several convolutions.
+        """
+        hook = getattr(self, "_hf_hook", None)
+        if hook is None:
+            return self.weight
+        hook.pre_forward(self)
+        weight = self.weight
+        hook.post_forward(self, None)
+        return weight
+
 
 def convolve(
     convolutions: Sequence[ShortConvolution],
     inputs: Sequence[Tensor],
-    cache: LrnnCache | None,
-    layer_idx: int,
+    cache: LrnnCacheLayer | None,
+    mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> list[Tensor]:
     """Apply each convolution to its input. The inputs ahead come from the cache, and the last ones go into it.
@@ -156,21 +170,21 @@ def convolve(
     Args:
         convolutions: as many as inputs, with the same number of taps.
         inputs: one to three tensors [B, T, D_i] of one dtype.
-        cache: the cache of the model, or None for zeros ahead.
-        layer_idx: the layer's place in the cache.
+        cache: the cache of the layer, or None for zeros ahead.
+        mask: bool [B, T] or None, False at padding, which comes after the tokens of its row.
         cu_seqlens: int32 [N + 1], boundaries of documents; no tap reaches into another document.
 
     Returns:
         Tensors [B, T, D_i], on CPU in float32, on CUDA in the dtype of the inputs, where one kernel computes them all.
     """
     before: Sequence[Tensor] | None = None
-    weights = [convolution.weight for convolution in convolutions]
+    weights = [convolution.read_weight() for convolution in convolutions]
     taps = weights[0].shape[-1]
     if cache is not None:
-        window = cache.conv[layer_idx]
+        window = cache.conv
         if window is not None:
             before = window.split([x.shape[-1] for x in inputs], -1)
-        cache.conv[layer_idx] = last_inputs(torch.cat(list(inputs), -1), window, taps - 1)
+        cache.conv = last_inputs(torch.cat(list(inputs), -1), window, taps - 1, mask)
     if use_kernels(inputs[0]) and taps > 1:
         return short_conv(inputs, weights, before=before, cu_seqlens=cu_seqlens)
     outputs = plain_short_conv(inputs, weights, before=before, cu_seqlens=cu_seqlens)
@@ -178,9 +192,15 @@ def convolve(
     return [y.to(x.dtype) for x, y in zip(inputs, outputs, strict=True)] if use_kernels(inputs[0]) else outputs
 
 
-def last_inputs(x: Tensor, before: Tensor | None, count: int) -> Tensor:
-    """Return the last `count` steps of x [B, T, D], preceded by `before` [B, count, D], or by zeros if it is None."""
+def last_inputs(x: Tensor, before: Tensor | None, count: int, mask: Tensor | None) -> Tensor:
+    """Return the last `count` steps of x [B, T, D], preceded by `before` [B, count, D], or by zeros if it is None.
+
+    Padding, where `mask` [B, T] is False, comes last and is left out.
+    """
     if before is None:
         before = x.new_zeros(x.shape[0], count, x.shape[-1])
     joined = torch.cat([before, x], 1)
-    return joined[:, joined.shape[1] - count :].clone()
+    if mask is None:
+        return joined[:, joined.shape[1] - count :].clone()
+    columns = mask.sum(1, keepdim=True) + torch.arange(count, device=x.device)
+    return joined.gather(1, columns[..., None].expand(-1, -1, x.shape[-1]))

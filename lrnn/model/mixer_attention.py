@@ -48,15 +48,17 @@ class Attention(Mixer):
         T = x.shape[1]
         before = self.read_state(cache)
         start = 0 if before is None else before[0].shape[2]
-        # Attention depends on differences of positions only, so they may count padding and continue across documents.
-        q, k = rotate(q, start), rotate(k, start)
         seen = mask
         if cache is not None:
             seen = x.new_ones(x.shape[0], T, dtype=torch.bool) if mask is None else mask
             if before is not None:
-                k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)
                 seen = torch.cat([before[2], seen], 1)
-            cache.state[self.layer_idx] = (k, v, seen)
+        # Positions do not count padding. They continue across documents, since only their differences matter.
+        position = torch.arange(T, device=x.device)[None] if before is None else (seen.cumsum(1) - 1)[:, -T:]
+        q, k = rotate(q, position), rotate(k, position)
+        if before is not None:
+            k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)
+        self.write_state(cache, (k, v, seen))
         if start == 0 and mask is None and document is None:
             o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
@@ -86,14 +88,14 @@ def attention_pattern(T: int, start: int, seen: Tensor | None, document: Tensor 
     return sees | (ahead == 0)
 
 
-def rotate(x: Tensor, start: int) -> Tensor:
-    """Apply rotary positions start, start + 1, ... to x [B, H, T, D].
+def rotate(x: Tensor, position: Tensor) -> Tensor:
+    """Apply rotary positions [B or 1, T] to x [B, H, T, D].
 
     Each pair of channels (i, i + D/2) is rotated by the angle position / base^(2i/D).
     """
     D = x.shape[-1]
     frequency = ROTARY_BASE ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
-    angle = torch.arange(start, start + x.shape[2], device=x.device, dtype=torch.float32)[:, None] * frequency
+    angle = position[:, None, :, None].float() * frequency
     cos, sin = angle.cos(), angle.sin()
     first, second = x.float().chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)

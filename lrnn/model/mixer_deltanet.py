@@ -85,7 +85,7 @@ class DeltaNet(Mixer):
             (self.q_conv1d, self.k_conv1d, self.v_conv1d),
             (self.q_proj(x), self.k_proj(x), self.v_proj(x)),
             cache,
-            self.layer_idx,
+            mask,
             cu_seqlens,
         )
         b = self.b_proj(x)

@@ -57,7 +57,7 @@ class Mamba(Mixer):
 
     def forward(self, x, cache, mask, cu_seqlens, document) -> Tensor:
         x = zero_at_padding(x, mask)
-        (v,) = convolve([self.v_conv1d], [self.v_proj(x)], cache, self.layer_idx, cu_seqlens)
+        (v,) = convolve([self.v_conv1d], [self.v_proj(x)], cache, mask, cu_seqlens)
         low_rank, B, C = self.x_proj(v.to(x.dtype)).split(self.widths, -1)
         dt = F.softplus(self.dt_proj(low_rank).float() + self.dt_bias.float())
         dt = zero_at_padding(dt, mask)  # a padded step is the identity on the state: nothing written, a decay of 1

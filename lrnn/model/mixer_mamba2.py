@@ -62,7 +62,7 @@ class Mamba2(Mixer):
             (self.q_conv1d, self.k_conv1d, self.v_conv1d),
             (self.q_proj(x), self.k_proj(x), self.v_proj(x)),
             cache,
-            self.layer_idx,
+            mask,
             cu_seqlens,
         )
         q, k = (y[:, :, None].expand(-1, -1, self.heads[0], -1) for y in (q, k))

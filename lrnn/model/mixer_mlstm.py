@@ -62,7 +62,7 @@ class MLSTM(Mixer):
             (self.q_conv1d, self.k_conv1d),
             (self.q_proj(x), self.k_proj(x)),
             cache,
-            self.layer_idx,
+            mask,
             cu_seqlens,
         )
         q, k, v, gate = (y.unflatten(-1, self.heads) for y in (q, k, self.v_proj(x), self.g_proj(x)))

@@ -83,12 +83,12 @@ class RWKV7(Mixer):
 
     def forward(self, x, cache, mask, cu_seqlens, document) -> Tensor:
         x = zero_at_padding(x, mask)
-        before = None if cache is None else cache.conv[self.layer_idx]
+        before = None if cache is None else cache.conv
         previous = F.pad(x, (0, 0, 1, 0))[:, :-1] if before is None else torch.cat([before.to(x.dtype), x], 1)[:, :-1]
         if document is not None:
             previous = previous * (document == F.pad(document, (1, 0), value=-1)[:, :-1])[..., None]
         if cache is not None:
-            cache.conv[self.layer_idx] = last_inputs(x, before, 1)
+            cache.conv = last_inputs(x, before, 1, mask)
         x_r, x_w, x_k, x_v, x_a, x_g = (x + (previous - x) * self.shift_mix.to(x.dtype)).unbind(0)
         # The recurrence may run in the dtype of r.
         r, k, v = (y.unflatten(-1, self.heads) for y in (self.r_proj(x_r), self.k_proj(x_k), self.v_proj(x_v)))

@@ -196,14 +196,16 @@ class Training:
             joined = self._answer_table[before[:, None], labels.clamp(min=0)]  # type: ignore[index]
             labels = torch.where(labelled, joined, IGNORE)
             # A fresh state is zero. Convolutions always start fresh: their inputs are not in the cache.
-            cache.state = [torch.where(continues.view(-1, *[1] * (x.ndim - 1)), x, 0) for x in states]
+            for layer, x in zip(cache.layers, states, strict=True):
+                layer.state = torch.where(continues.view(-1, *[1] * (x.ndim - 1)), x, 0)
         options = {"attention_mask": input_ids != self._pad_id, "past_key_values": cache, "use_cache": True}
         logits = self.model(input_ids=input_ids, **options).logits.float()
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
         with torch.no_grad():
             right = ((logits.argmax(-1) == labels) | ~labelled).all(1)
             last = (labelled * torch.arange(1, labels.shape[1] + 1, device=labels.device)).argmax(1, keepdim=True)
-            after = [x.detach() for x in (right, labels.gather(1, last)[:, 0], *cache.state)]
+            states = [layer.state for layer in cache.layers]
+            after = [x.detach() for x in (right, labels.gather(1, last)[:, 0], *states)]
             if self._carried is None:
                 self._carried = [x.clone() for x in after]
             else:

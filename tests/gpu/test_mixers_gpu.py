@@ -144,7 +144,7 @@ def results(model: LrnnForCausalLM, x: dict[str, torch.Tensor], device: str, aut
     out.loss.backward()
     found = {"logits": out.logits.detach()} | {n: p.grad for n, p in model.named_parameters()}
     if out.past_key_values is not None and model.config.mixer != "transformer":
-        state = out.past_key_values.state[0]
+        state = out.past_key_values.layers[0].state
         found |= {f"state {i}": s.detach() for i, s in enumerate(state if isinstance(state, tuple) else (state,))}
     if "attention_mask" in x:
         found["logits"] = found["logits"] * x["attention_mask"][..., None]

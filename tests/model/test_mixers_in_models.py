@@ -19,7 +19,7 @@ def one_thread():
 
 
 def states(cache, layer: int = 0) -> tuple[torch.Tensor, ...]:
-    state = cache.state[layer]
+    state = cache.layers[layer].state
     return state if isinstance(state, tuple) else (state,)
 
 
@@ -91,10 +91,8 @@ def test_padding_behind_a_text_leaves_the_state_as_it_is(variant):
         if model.config.mixer != "transformer":
             for a, b in zip(states(before), states(after), strict=True):
                 assert largest(a - b) < 1e-5 * max(1, largest(a))
-            return
-        # Positions have advanced, but no padding is visible.
-        assert not after.state[0][2][:, 20:].any()
-        assert model(step, past_key_values=after).logits.isfinite().all()
+        got = model(step, past_key_values=after).logits
+        assert largest(got - model(step, past_key_values=before).logits) < 1e-4
 
 
 # ---- packed documents

@@ -178,7 +178,7 @@ def test_padding_on_the_left_is_exact(mixer):
         assert largest(out.logits[0, pad:] - alone.logits[0]) < 1e-5
         assert largest(out.logits[1] - model(long).logits[0]) < 1e-5
         for layer in range(2):
-            padded, single = out.past_key_values.state[layer][0], alone.past_key_values.state[layer][0]
+            padded, single = out.past_key_values.layers[layer].state[0], alone.past_key_values.layers[layer].state[0]
             assert largest(padded - single) < 1e-5 < largest(single)
         assert largest(model(batch).logits[0, pad:] - alone.logits[0]) > 1e-2  # without the mask
 
@@ -191,11 +191,11 @@ def test_padding_leaves_the_state_as_it_is(mixer):
     padded = F.pad(ids, (0, 50), value=3)
     mask = (torch.arange(70) < 20).long().expand(2, 70)
     with torch.no_grad():
-        before = model(ids, use_cache=True).past_key_values.state
-        after = model(padded, attention_mask=mask, use_cache=True).past_key_values.state
-        unmasked = model(padded, use_cache=True).past_key_values.state
+        before = model(ids, use_cache=True).past_key_values.layers
+        after = model(padded, attention_mask=mask, use_cache=True).past_key_values.layers
+        unmasked = model(padded, use_cache=True).past_key_values.layers
     for a, b, c in zip(before, after, unmasked, strict=True):
-        assert largest(a - b) < 1e-5 and largest(a - c) > 1e-2
+        assert largest(a.state - b.state) < 1e-5 and largest(a.state - c.state) > 1e-2
 
 
 def test_a_cache_can_be_reordered_and_repeated_but_not_cropped():
@@ -336,7 +336,7 @@ def test_autocast_keeps_the_state_in_float32():
     ids = tokens(1, 20)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         out = model(ids, use_cache=True)
-    assert out.logits.dtype == torch.bfloat16 and out.past_key_values.state[0].dtype == torch.float32
+    assert out.logits.dtype == torch.bfloat16 and out.past_key_values.layers[0].state.dtype == torch.float32
     with torch.no_grad():
         full = model(ids).logits
     assert largest(out.logits.float() - full) < 0.1 * largest(full)

@@ -308,7 +308,8 @@ def test_expressions_continue_as_sums(tiny_cells, task, symbols, lengths):
             cache = LrnnCache(len(model.model.layers))
             with torch.no_grad():
                 for each in read[row]:
-                    cache.conv = [None] * len(cache)
+                    for layer in cache.layers:
+                        layer.conv = None
                     logits = model(input_ids=torch.tensor([each]), past_key_values=cache, use_cache=True).logits[0, -1]
             wanted = value_of(read[row], symbols) + cell.task.first_answer_id
             summed += torch.nn.functional.cross_entropy(logits, torch.tensor(wanted)).item()

@@ -9,7 +9,7 @@ from lrnn.kernels.reference import delta_rule as delta_rule_reference
 from lrnn.kernels.reference import gated_rms_norm as gated_rms_norm_reference
 from lrnn.kernels.short_conv.api import short_conv
 from lrnn.model import layers, mixer_deltanet
-from lrnn.model.cache import LrnnCache
+from lrnn.model.cache import LrnnCacheLayer
 from lrnn.pretrain.engine import build_model
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 64}
@@ -142,11 +142,11 @@ def test_one_launch_gives_the_results_of_three(kind, launches):
     if kind == "documents":
         cu_seqlens = torch.tensor([0, 4, 4, 11, 18])
     if kind == "continued":
-        cache, earlier = LrnnCache(1), make_inputs(5)
-        layers.convolve(convolutions, earlier, cache, 0, None)
+        cache, earlier = LrnnCacheLayer(), make_inputs(5)
+        layers.convolve(convolutions, earlier, cache, None, None)
         before = [[x[:, 2:]] for x in earlier]
     launches.clear()
-    found = layers.convolve(convolutions, inputs, cache, 0, cu_seqlens)
+    found = layers.convolve(convolutions, inputs, cache, None, cu_seqlens)
     assert launches == [3]
     expected = [
         short_conv([x], [w], before=b, cu_seqlens=cu_seqlens)[0]
@@ -156,7 +156,7 @@ def test_one_launch_gives_the_results_of_three(kind, launches):
     gradients = [torch.autograd.grad(sum((y * y).sum() for y in ys), (*inputs, *weights)) for ys in (found, expected)]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     if cache is not None:
-        assert torch.equal(cache.conv[0], torch.cat(inputs, -1)[:, -3:])
+        assert torch.equal(cache.conv, torch.cat(inputs, -1)[:, -3:])
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -164,5 +164,5 @@ def test_convolutions_compile_to_one_graph(documents):
     convolutions, inputs = make_convolutions(), make_inputs(9)
     cu_seqlens = torch.tensor([0, 4, 18]) if documents else None
     compiled = torch.compile(layers.convolve, fullgraph=True, backend="aot_eager")
-    pairs = [f(convolutions, inputs, None, 0, cu_seqlens) for f in (compiled, layers.convolve)]
+    pairs = [f(convolutions, inputs, None, None, cu_seqlens) for f in (compiled, layers.convolve)]
     assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
