@@ -176,11 +176,10 @@ class LrnnModel(LrnnPreTrainedModel):
         """Return the embeddings of the tokens [B, T, hidden]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        name, tokens = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
-        if tokens.ndim != 2 + (inputs_embeds is not None) or tokens.shape[1] == 0:
-            shape = "[batch, tokens]" if inputs_embeds is None else "[batch, tokens, hidden]"
-            raise ValueError(f"{name} must be {shape} with at least one token; got shape {list(tokens.shape)}")
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.ndim != 3 or x.shape[1] == 0:
+            what = "input_ids must be" if inputs_embeds is None else "inputs_embeds must be embeddings of"
+            raise ValueError(f"{what} [batch, tokens] with at least one token; got shape {list(x.shape[:-1])}")
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # otherwise the residual stream would stay float32
         return x
