@@ -166,4 +166,7 @@ def _limits(export_format: str) -> str:
         lines.append(
             "The code in this folder is plain PyTorch: it runs anywhere, but on a GPU more slowly than fused kernels."
         )
+        lines.append(
+            "`transformers serve` (up to 5.24) loads only models whose class is in transformers itself, not this one."
+        )
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)

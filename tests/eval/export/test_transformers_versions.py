@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from export_checkpoints import OTHER_MIXERS, VARIANTS, random_model, write_checkpoint
-from other_transformers import VERSIONS, environment
+from other_transformers import PEFT, VERSIONS, environment, fetched
 from safetensors.torch import load_file
 
 from lrnn import cli
@@ -105,3 +105,15 @@ def test_tokenizer(used, sentencepiece_model, variant):
     tokenizer = load_tokenizer(sentencepiece_model)
     assert results[variant]["ids"] == given["decoded"]
     assert results[variant]["decoded"] == [tokenizer.decode(ids) for ids in given["decoded"]]
+
+
+@pytest.mark.skipif(not TORTURE, reason="long: LRNN_TORTURE=1 (make torture)")
+@pytest.mark.parametrize("version", VERSIONS)
+def test_fine_tuned_models_load(exports, version, tmp_path):
+    env = environment(version, fetched(*PEFT)) | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    arguments = [Path(__file__).parents[2] / "support/tune_exports.py", exports / "gated-tied", tmp_path]
+    done = subprocess.run([sys.executable, "-P", *arguments], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.rpartition("RESULT ")[2]) == dict.fromkeys(
+        ("trained", "Trainer", "adapted", "PEFT"), True
+    )
