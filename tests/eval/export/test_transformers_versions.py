@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from lrnn import cli
 from lrnn.eval.export import check as export_check
 from lrnn.eval.export import write
-from lrnn.eval.export.tokenizer import ODD_TEXTS
 from lrnn.tokenizer import load_tokenizer
+from lrnn.tokenizer_export import ODD_TEXTS
 
 TORTURE = os.environ.get("LRNN_TORTURE") == "1"
 DTYPES = dict.fromkeys([*VARIANTS, *OTHER_MIXERS] if TORTURE else ["gated-tied"], "float32")
