@@ -56,7 +56,8 @@ def find_changes(before: dict[str, Any], config: Config) -> Changes:
     if then.get("deepspeed") is not None:  # which decides them, unless they are given too
         defaults |= {"zero": None, "precision": None}
     then = defaults | then
-    then["precision"], now["precision"] = _precision(then), _precision(now)
+    now["precision"] = _precision(now)
+    then["precision"] = _precision(then) or now["precision"]  # Of a file that is gone, no change is known.
     return {key: (then.get(key), now.get(key)) for key in {**now, **then} if then.get(key) != now.get(key)}
 
 

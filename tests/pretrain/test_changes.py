@@ -97,6 +97,14 @@ def test_a_checkpoint_of_0_1_0_with_a_deepspeed_json(tmp_path):
     assert find_changes(before, config) == {}
 
 
+def test_a_deepspeed_json_that_is_not_there_any_more(tmp_path):
+    """Its path may be relative to the folder in which the run was started."""
+    (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}))
+    config = changed(deepspeed=str(tmp_path / "own.json"))
+    before = config.model_dump() | {"deepspeed": "elsewhere/own.json"}
+    assert find_changes(before, config).keys() == {"deepspeed"}
+
+
 @pytest.mark.parametrize(("autocast", "refused"), [(True, False), (False, True)])
 def test_a_deepspeed_json_counts_by_its_precision(check, tmp_path, autocast, refused):
     engine = {"zero_optimization": {"stage": 1}, "torch_autocast": {"enabled": autocast}, "gradient_clipping": 1.0}
