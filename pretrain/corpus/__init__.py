@@ -2,7 +2,12 @@
 
 build           `lrnn corpus`: source -> parts -> shards of token ids, with checksums and a manifest
 source          documents, parts, and the rule by which a document is held out
-folder, dataset the sources: files of a folder, rows of anything that `datasets.load_dataset` takes
+locate          what a source is: its files, and of which kind
+file_rows, json_rows, open_file, rows
+                the rows of a file of any kind, and what makes one unusable
+file_source     files as a source: a first pass over them, pieces of equal work
+streams         a source as a stream, with a position that a checkpoint can store
+dataset         what only `datasets.load_dataset` can read
 shard_writer    one part of a source -> one shard per split
 shard_table     the checksums and the layout of a shard, in a file beside it
 reader          `TokenCorpus`: the shards of a split as one stream of tokens with document boundaries
