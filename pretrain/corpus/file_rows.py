@@ -264,17 +264,17 @@ def good_rows(
                 return
     except BadFile as error:
         if not arguments.skip_bad_files:
-            where = row_label(file, error.rows) if error.rows else file.label
+            where = row_label(file, error.rows) if error.rows else file.name
             raise UserError(
                 f"{where}: {error}; fix the file, or leave out what cannot be read with "
                 f"{arguments.option('skip_bad_files')}"
             ) from error
-        left_out.add(bad_file_key(file, error), file.label)
+        left_out.add(bad_file_key(file, error), file.name)
 
 
 def check_first_row(file: DataFile, arguments: SourceArguments) -> None:
     """Raise UserError if the first row of a source's first file lacks the column: then it has another name."""
-    missing, where = "", file.label
+    missing, where = "", file.name
     try:
         row = next(read_rows(file, arguments.text_column), None)
         if row is not None and isinstance(row.value, BadRow) and row.value.reason.startswith("no column"):
@@ -287,7 +287,7 @@ def check_first_row(file: DataFile, arguments: SourceArguments) -> None:
 
 def row_label(file: DataFile, number: int) -> str:
     """Return the name of a row in messages, which counts from 1."""
-    return f"{file.label}, row {number + 1:,}"
+    return f"{file.name}, row {number + 1:,}"
 
 
 def bad_file_key(file: DataFile, error: BadFile) -> str:

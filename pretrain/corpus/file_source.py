@@ -98,9 +98,9 @@ def scan_file(file: DataFile, arguments: SourceArguments, piece_bytes: int) -> F
                     break
     except BadFile as error:
         scan.reason = bad_file_key(file, error)
-        scan.bad_file = f"{row_label(file, error.rows) if error.rows else file.label}: {error}"
+        scan.bad_file = f"{row_label(file, error.rows) if error.rows else file.name}: {error}"
     except OSError as error:
-        scan.reason, scan.bad_file = "unreadable", f"{file.label}: unreadable, {error.strerror or error}"
+        scan.reason, scan.bad_file = "unreadable", f"{file.name}: unreadable, {error.strerror or error}"
     if stop > first:
         scan.pieces.append(Piece(file, first, stop, restart, num_bytes))
     return scan

@@ -335,11 +335,11 @@ def _of_hub(arguments: SourceArguments) -> Located | None:
     try:
         builder = datasets.load_dataset_builder(arguments.path, arguments.name, data_files=arguments.data_files)
     except Exception as error:  # Whatever the hub, the network and the files of the data set make of it.
-        lines = str(error).splitlines() or [""]
+        reason = " ".join(str(error).splitlines()[:2])  # The second line lists the configurations.
         here = (
             "" if os.path.isdir(arguments.path) else "there is no such file or folder, and as a data set of the hub it "
         )
-        raise UserError(f"{what}: {here}cannot be loaded ({type(error).__name__}: {lines[0]})") from error
+        raise UserError(f"{what}: {here}cannot be loaded ({type(error).__name__}: {reason})") from error
     config = builder.config
     modules = [c.__module__.split(".") for c in type(builder).__mro__]
     module = next((m[2] for m in modules if m[:2] == ["datasets", "packaged_modules"]), None)

@@ -17,8 +17,7 @@ class DataFile:
 
     Attributes:
         path: path on disk, or URL.
-        label: name of the file in messages, in `heldout.jsonl`, and in the digest that decides whether a document is
-            held out.
+        label: name of the file in `heldout.jsonl` and in the digest that decides whether a document is held out.
         kind: "document" (a text file that is one document), "lines", "json", "csv", "parquet" or "arrow".
         delimiter: between the fields of a row of CSV.
     """
@@ -27,6 +26,11 @@ class DataFile:
     label: str
     kind: str
     delimiter: str = ","
+
+    @property
+    def name(self) -> str:
+        """Return the name of the file in messages; the path of a downloaded file says nothing."""
+        return self.path if self.path.endswith(self.label) else self.label
 
 
 class BadRow(NamedTuple):

@@ -237,7 +237,8 @@ def test_a_stream_that_fails_in_the_middle(pretrain, corpora, tmp_path):
     rows = ["".join(json.dumps({"text": f"row {i} " * 2}) + "\n" for i in range(k, k + 300)) for k in (0, 300)]
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_text(rows[0])
-    (tmp_path / "in" / "b.jsonl").write_text('{"text": "cut o\n{"text": 5}\n' + rows[1])
+    bad = tmp_path / "in" / "b.jsonl"
+    bad.write_text('{"text": "cut o\n{"text": 5}\n' + rows[1])
     stream = {"path": str(tmp_path / "in"), "tokenizer": f"{corpora}/a/tokenizer"}
 
     def run(name: str, **more) -> tuple[int, str, str]:
@@ -247,7 +248,7 @@ def test_a_stream_that_fails_in_the_middle(pretrain, corpora, tmp_path):
 
     status, stdout, stderr = run("broken")
     assert status == 2 and stderr.count("\n") == 1
-    assert stderr.startswith("lrnn: error: b.jsonl, row 1: not JSON (Unterminated string starting at character 9)")
+    assert stderr.startswith(f"lrnn: error: {bad}, row 1: not JSON (Unterminated string starting at character 9)")
     assert "data.stream.skip_bad_rows=true" in stderr and "its checkpoint is written" in stderr
     done = max(losses(tmp_path / "broken"))
     assert 3 < done < 13 and f"the run stopped at step {done}," in stderr
@@ -255,13 +256,13 @@ def test_a_stream_that_fails_in_the_middle(pretrain, corpora, tmp_path):
 
     status, stdout, stderr = run("broken", skip_bad_rows=True)
     assert status == 0, stderr
-    counted = "1 x not JSON (first: b.jsonl, row 1); 1 x not text (first: b.jsonl, row 2)"
+    counted = f"1 x not JSON (first: {bad}, row 1); 1 x not text (first: {bad}, row 2)"
     assert f"left out of the stream: {counted}" in stdout
     status, _, stderr = run("whole", skip_bad_rows=True)
     assert status == 0, stderr
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 13
     (event,) = [record for record in read_metrics(tmp_path / "whole") if record.get("event") == "left_out"]
-    assert event["left_out"]["not text"] == [1, "b.jsonl, row 2"]
+    assert event["left_out"]["not text"] == [1, f"{bad}, row 2"]
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
