@@ -1,10 +1,13 @@
 """Fixtures: the real benchmark data, a tiny random model with its tokenizer, a held-out file, a SentencePiece model."""
 
 import json
+import shutil
 import sysconfig
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import tqdm
 from tiny_models import write_tiny_model
 
 from lrnn.eval.suites import fetch_data
@@ -15,6 +18,37 @@ from lrnn.tokenizer import train_sentencepiece
 def eval_data():
     """Return the folder of the real benchmark data, fetched into the cache if it is missing."""
     return fetch_data.fetch()
+
+
+@pytest.fixture(scope="session")
+def less_eval_data(eval_data, tmp_path_factory):
+    """Return a folder with the data, but only the first documents of the two largest sets, GSM8K and MATH.
+
+    lm-eval prepares all documents of a task, which takes seconds, even if few are evaluated.
+    """
+    folder = shutil.copytree(eval_data, tmp_path_factory.mktemp("data") / "eval_data")
+    manifest = json.loads((folder / fetch_data.MANIFEST).read_text())
+    for name in ("gsm8k.jsonl", "math.jsonl"):
+        rows = (folder / name).read_bytes().splitlines(keepends=True)[:70]
+        (folder / name).write_bytes(b"".join(rows))
+        manifest["files"][name] |= {"rows": len(rows), "sha256": sha256(b"".join(rows)).hexdigest()}
+    (folder / fetch_data.MANIFEST).write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture
+def few_documents(less_eval_data, monkeypatch):
+    """Let tasks read `less_eval_data`."""
+    monkeypatch.setenv("LRNN_EVAL_DATA", str(less_eval_data))
+
+
+BAR = tqdm.tqdm.__init__
+
+
+@pytest.fixture(autouse=True)
+def bars(monkeypatch):
+    """Draw bars as usual in every test. An evaluation changes them for its process."""
+    monkeypatch.setattr(tqdm.tqdm, "__init__", BAR)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,9 @@
-"""Test the whole scoring path: a model that knows every answer scores 1.0, and one that knows none scores 0."""
+"""Test the whole scoring path: a model that knows every answer scores 1.0, and one that knows none scores 0.
 
+LRNN_TORTURE=1 runs all solutions of HumanEval instead of every fourth (`make torture`).
+"""
+
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,7 +14,8 @@ from lm_eval.tasks import TaskManager
 from lrnn.eval.suites import fetch_data, harness, sandbox
 from lrnn.eval.suites.suites import HELDOUT_TASK, SUITES, TASK_FOLDER
 
-pytestmark = pytest.mark.usefixtures("eval_data")
+pytestmark = pytest.mark.usefixtures("few_documents")
+TORTURE = os.environ.get("LRNN_TORTURE") == "1"
 
 
 class Oracle(LM):
@@ -59,9 +64,9 @@ def score(model, task, limit):
 GENERATION = [
     ("lrnn_humaneval", Oracle, 12, {"pass@1,create_test": 1.0}),
     ("lrnn_mbpp", Oracle, 24, {"pass_at_1,none": 1.0}),
-    ("lrnn_gsm8k_cot", Oracle, 200, {"exact_match,strict-match": 1.0, "exact_match,flexible-extract": 1.0}),
-    ("lrnn_minerva_math", FinalAnswerOracle, 140, {"exact_match,none": 1.0}),
-    ("lrnn_minerva_math", Oracle, 140, {"math_verify,none": 1.0}),
+    ("lrnn_gsm8k_cot", Oracle, 70, {"exact_match,strict-match": 1.0, "exact_match,flexible-extract": 1.0}),
+    ("lrnn_minerva_math", FinalAnswerOracle, 70, {"exact_match,none": 1.0}),
+    ("lrnn_minerva_math", Oracle, 35, {"math_verify,none": 1.0}),
 ]
 
 
@@ -86,15 +91,15 @@ def test_certainty_is_zero_bits_of_heldout_text(heldout_file, monkeypatch):
     assert score(Oracle(), HELDOUT_TASK, None) == {"bits_per_byte,none": 0.0}
 
 
-def test_every_humaneval_solution_passes_in_the_sandbox():
+def test_humaneval_solutions_pass_in_the_sandbox():
     def passes(doc):
         program = f"{doc['prompt']}{doc['canonical_solution']}\n{doc['test']}\ncheck({doc['entry_point']})"
         return sandbox.run(program, timeout_s=60).passed
 
-    docs = fetch_data.load_rows("humaneval")
+    docs = fetch_data.load_rows("humaneval")[:: 1 if TORTURE else 4]
     with ThreadPoolExecutor(2) as pool:
         failed = [doc["task_id"] for doc, passed in zip(docs, pool.map(passes, docs), strict=True) if not passed]
-    assert len(docs) == 164 and failed == []
+    assert len(docs) == (164 if TORTURE else 41) and failed == []
 
 
 def test_the_mbpp_problem_that_needs_setup_code_can_be_solved():

@@ -98,7 +98,7 @@ def test_result_folder(quick, tiny_model):
     assert sorted(p.name for p in quick.parent.iterdir()) == ["quick"], "no temporary folder is left"
 
 
-def test_code_and_maths_end_to_end(eval_data, tiny_model, tmp_path, monkeypatch):
+def test_code_and_maths_end_to_end(few_documents, tiny_model, tmp_path, monkeypatch):
     from lm_eval.models.huggingface import HFLM
 
     monkeypatch.setattr(HFLM, "_model_generate", generate_little(HFLM._model_generate))
@@ -167,7 +167,9 @@ def test_bad_requests_are_one_clear_error(tiny_model, tmp_path, capsys, monkeypa
     assert "lrnn eval --fetch" in error_of(capsys, tiny_model, "--suite", "quick")
 
 
-def test_tasks_that_exceed_the_context_are_refused_before_the_model_loads(eval_data, tiny_model, capsys, monkeypatch):
+def test_tasks_that_exceed_the_context_are_refused_before_the_model_loads(
+    few_documents, tiny_model, capsys, monkeypatch
+):
     monkeypatch.setattr(harness, "load_model", lambda *args: pytest.fail("the model was loaded"))
     short = error_of(capsys, tiny_model, "--suite", "quick", "--max-length", 64)
     assert "lrnn_gsm8k_bpb_0shot has gold answers of up to" in short and "give --max-length 2048" in short
