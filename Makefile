@@ -21,8 +21,7 @@ test: lint docs
 
 # Runs 300 kills instead of 12, twenty endings of a job instead of three, and other numbers of processes, in some 30
 # minutes. The jobs need root and Debian, because they start their own SLURM. Exports of every mixer are used in five
-# versions of transformers. Plain lm-eval reads its own tasks too, and every solution of
-# HumanEval runs.
+# versions of transformers. Plain lm-eval reads its own tasks too, and every solution of HumanEval runs.
 torture: setup
 	LRNN_TORTURE=1 $(BIN)/pytest -q -s tests/pretrain/test_torture.py tests/slurm \
 		tests/eval/export/test_transformers_versions.py tests/eval/suites/test_state_tracking_suite.py \

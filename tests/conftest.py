@@ -18,8 +18,8 @@ LONGEST = (
     "pretrain/test_bad_input.py",
     "pretrain/corpus/test_build.py",
     "pretrain/test_trust.py",
-    "eval/export/test_trust.py",
-    "eval/export/test_export_refusals.py",
+    "eval/export/test_transformers_versions.py",
+    "eval/export/test_oracle.py",
 )
 
 
