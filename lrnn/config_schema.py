@@ -42,7 +42,7 @@ def json_schema(kind: str) -> dict[str, Any]:
 
 def model_schema() -> dict[str, Any]:
     """Return the JSON schema of a model's fields. A file may hold other fields of transformers too."""
-    properties = {"model_type": {"const": "lrnn"}}
+    properties: dict[str, dict[str, Any]] = {"model_type": {"const": "lrnn"}}
     for field in described_fields():
         properties[field.name] = TypeAdapter(field.annotation).json_schema() | {"default": field.default}
         if field.name in ENUMERATIONS:

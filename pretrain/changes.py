@@ -82,8 +82,9 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _defaults() -> dict[str, Any]:
     """Return a configuration in which every key that has a default has it."""
     data = {"seq_len": 1, "corpora": [{"path": "x"}]}
-    required = {"run_dir": "x", "model": "x", "data": data, "optim": {"lr": 1.0}}
-    return Config(steps=1, global_batch_size=1, micro_batch_size=1, **required).model_dump()
+    required = {"run_dir": "x", "model": "x", "data": data, "optim": {"lr": 1.0}, "steps": 1}
+    sizes = {"global_batch_size": 1, "micro_batch_size": 1}
+    return Config.model_validate(required | sizes).model_dump()
 
 
 def _precision(flat: dict[str, Any]) -> str | None:

@@ -74,7 +74,7 @@ class MetricsLog:
         if self._tensorboard:
             self._to_tensorboard(lambda board: [board.add_scalar(k, v, record["step"]) for k, v in numbers.items()])
         if self._wandb:
-            self._to_wandb({"step": record["step"], **numbers})
+            self._to_wandb(lambda run: run.log({"step": record["step"], **numbers}))
         if "loss" in record:
             self._show(record)
 
@@ -85,9 +85,9 @@ class MetricsLog:
             self._tensorboard = None
             self.say(f"TensorBoard's files cannot be written; {self._lines.path} continues without them: {error}")
 
-    def _to_wandb(self, numbers: dict[str, int | float]) -> None:
+    def _to_wandb(self, action: Callable[[Any], object]) -> None:
         try:
-            self._wandb.log(numbers)
+            action(self._wandb)
         except Exception as error:  # Its process or connection may end in many ways, and the run should not.
             self._wandb = None
             self.say(f"wandb does not take records any more; {self._lines.path} continues without it: {error!r}")
@@ -131,7 +131,7 @@ class MetricsLog:
         if self._tensorboard:
             self._to_tensorboard(lambda board: board.close())
         if self._wandb:
-            self._wandb.finish()
+            self._to_wandb(lambda run: run.finish())
 
 
 def _without_nonfinite(value: Any) -> Any:
