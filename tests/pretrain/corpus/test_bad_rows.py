@@ -190,8 +190,9 @@ def test_a_wrong_column_is_told_at_once(tmp_path, streaming):
 
 def test_the_command_counts_and_resumes_with_the_option(tmp_path, sentencepiece_model, capsys):
     (tmp_path / "a.jsonl").write_bytes(LINES + b"broken\n" + LINES + b'{"text": 5}\n' + b'{"text": 6}\n')
-    end = ["--tokenizer", str(sentencepiece_model), "--out", str(tmp_path / "c"), "--processes", "1"]
     for more in ([], ["--streaming"]):
+        out = tmp_path / f"corpus{len(more)}"
+        end = ["--tokenizer", str(sentencepiece_model), "--out", str(out), "--processes", "1"]
         assert main(["corpus", str(tmp_path / "a.jsonl"), *more, *end]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("lrnn: error: ") and "a.jsonl, row 4: not JSON (Expecting value at character 0)" in line
@@ -199,7 +200,6 @@ def test_the_command_counts_and_resumes_with_the_option(tmp_path, sentencepiece_
         assert main(["corpus", str(tmp_path / "a.jsonl"), *more, *end, "--skip-bad-rows"]) == 0
         printed = capsys.readouterr().out
         assert "left out: 1 documents, not JSON\nleft out: 2 documents, not text\n" in printed
-        manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
+        manifest = json.loads((out / "manifest.json").read_text())
         assert manifest["skipped"] == {"not JSON": 1, "not text": 2}
         assert manifest["splits"]["train"]["documents"] == 6
-        end += ["--overwrite"]
