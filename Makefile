@@ -23,7 +23,7 @@ test: lint docs
 # minutes. The jobs need root and Debian, because they start their own SLURM. Exports of every mixer are used in five
 # versions of transformers. Plain lm-eval reads its own tasks too, and every solution of HumanEval runs.
 torture: setup
-	LRNN_TORTURE=1 $(BIN)/pytest -q -s tests/pretrain/test_torture.py tests/slurm \
+	LRNN_TORTURE=1 $(BIN)/pytest -q -s tests/pretrain/test_torture.py tests/track/test_workers.py tests/slurm \
 		tests/eval/export/test_transformers_versions.py tests/eval/suites/test_state_tracking_suite.py \
 		tests/eval/export/test_oracle.py
 

@@ -6,12 +6,14 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lrnn import LrnnConfig, LrnnForCausalLM
 
+REPOSITORY = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers")
 CPU_SECONDS = 0.5
 
@@ -79,17 +81,37 @@ CASES |= {
     "trusted, lrnn last": f"{ORDERS['Auto classes']}; "
     "loaded = [AutoModel.from_pretrained(FOLDER, trust_remote_code=True)]",
 }
+# Modules that import the Auto classes themselves, at a moment when the model cannot be imported yet.
+NEEDED = ("transformers.modeling_layers", "transformers.generation.utils", "transformers.modeling_utils")
+CASES |= {
+    f"{module} after lrnn": f"import lrnn, {module}\n"
+    "from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as mapping\n"
+    "found = mapping[lrnn.LrnnConfig] is lrnn.LrnnForCausalLM"
+    for module in NEEDED
+}
+CASES["at the root of the repository"] = f"""
+import os, sys
+os.chdir({str(REPOSITORY)!r})
+sys.path.insert(0, "")
+from transformers import LlamaConfig, LlamaForCausalLM
+import lrnn, lrnn.kernels.reference.delta_rule
+size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+found = LlamaForCausalLM(LlamaConfig(**size)).num_parameters()
+"""
 # Runs each case in a child of one process that has already imported what takes long and does not matter here.
 FORKED = """
 import json, os, sys, traceback
-import torch
+import accelerate.utils, huggingface_hub, jinja2, PIL.Image, scipy.optimize, tokenizers, torch, triton
+import torch._dynamo.aot_compile, torch.distributed.fsdp, torch.distributed.tensor
+assert not {"transformers", "lrnn", "kernels"} & set(sys.modules)
 for name, code in json.loads(sys.argv[1]).items():
     sys.stdout.flush()
     if os.fork() == 0:
         try:
             scope = {"FOLDER": sys.argv[2]}
             exec(code, scope)
-            print(json.dumps([name, [f"{type(x).__module__}.{type(x).__name__}" for x in scope["loaded"]]]), flush=True)
+            classes = [f"{type(x).__module__}.{type(x).__name__}" for x in scope.get("loaded", [])]
+            print(json.dumps([name, scope.get("found", classes)]), flush=True)
         except BaseException:
             print(json.dumps([name, traceback.format_exc()]), flush=True)
         os._exit(0)
@@ -98,8 +120,8 @@ for name, code in json.loads(sys.argv[1]).items():
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[str, list[str]]:
-    """Return the classes that each case gives for a folder with the model files of an exported one."""
+def found(tmp_path_factory) -> dict[str, Any]:
+    """Return what each case finds, or the classes that it loads of a folder with the model files of an exported one."""
     root = tmp_path_factory.mktemp("loaded")
     folder = root / "model"
     size = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 16}
@@ -134,14 +156,11 @@ def test_unknown_attributes_are_errors():
         _ = lrnn.LrnnModle
 
 
-@pytest.mark.parametrize(
-    "module", ["transformers.modeling_layers", "transformers.generation.utils", "transformers.modeling_utils"]
-)
-def test_modules_that_the_model_needs_may_come_first(module, tmp_path):
-    """Such a module imports the Auto classes itself, at a moment when the model cannot be imported yet."""
-    code = (
-        f"import lrnn, {module}\n"
-        "from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as mapping\n"
-        "print(mapping[lrnn.LrnnConfig] is lrnn.LrnnForCausalLM)"
-    )
-    assert run(code, tmp_path) == "True\n"
+@pytest.mark.parametrize("module", NEEDED)
+def test_modules_that_the_model_needs_may_come_first(module, found):
+    assert found[f"{module} after lrnn"] is True
+
+
+def test_transformers_works_at_the_root_of_the_repository(found):
+    """transformers imports Hugging Face's package `kernels`, and a folder of that name is there."""
+    assert isinstance(found["at the root of the repository"], int), found["at the root of the repository"]

@@ -91,7 +91,7 @@ def model_json(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "config.json"
     path.write_text(
         json.dumps({
-            "model_type": "lrnn", "vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2,
+            "model_type": "lrnn", "vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2,
             "head_dim": 16, "intermediate_size": 48,
         })
     )  # fmt: skip
@@ -107,6 +107,7 @@ def config_in(corpora, model_json):
             "run_dir": str(folder / run),
             "model": str(model_json),
             "zero": stage,
+            "precision": "float32",  # many CPUs compute bfloat16 many times as slowly
             "steps": 6,
             "global_batch_size": 8,
             "micro_batch_size": 2,

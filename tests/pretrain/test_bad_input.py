@@ -3,14 +3,15 @@
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
+import command_server
 import pytest
 import torch
 import yaml
+from fork_server import CONTEXT
+from training_group import run_command
 
 from lrnn.cli import main
 from lrnn.errors import UserError
@@ -21,22 +22,22 @@ from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.progress import check_same_run
 from lrnn.records import read_metrics
 
-SERVER = Path(__file__).with_name("command_server.py")
-
 
 @pytest.fixture(scope="module")
 def lrnn():
     """`lrnn(*arguments)` runs a command line in another process, and returns (status, stdout, stderr)."""
-    server = subprocess.Popen([sys.executable, str(SERVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    ours, theirs = CONTEXT.Pipe()
+    server = CONTEXT.Process(target=command_server.serve, args=(theirs,))
+    server.start()
+    theirs.close()  # so that the pipe closes with the process
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        server.stdin.write(json.dumps([str(a) for a in arguments]) + "\n")
-        server.stdin.flush()
-        return tuple(json.loads(server.stdout.readline()))
+        ours.send([str(a) for a in arguments])
+        return ours.recv()
 
     yield run
-    server.stdin.close()
-    server.wait(20)
+    ours.send(None)
+    server.join(20)
 
 
 @pytest.fixture
@@ -331,12 +332,13 @@ def test_lost_manifests(run, refused):
     assert content(run) == before
 
 
-def test_error_that_only_the_main_process_sees(run, pretrain):
-    """Only the main process reads checkpoints; the other one must not wait for it."""
+def test_error_that_only_the_main_process_sees(run, base, tmp_path):
+    """Only the main process reads checkpoints and prints the error. The other one must not wait for it."""
     for step in (1, 2):
         truncate(state_file(run, step))
-    status, _, stderr = pretrain("steps=3", nproc=2)
-    assert status == 2
+    (tmp_path / "run.yaml").write_text(json.dumps(base(steps=3)))
+    statuses, stderr = run_command(tmp_path, ["pretrain", str(tmp_path / "run.yaml")])
+    assert statuses == [2, 2]
     assert stderr.startswith(f"lrnn: error: no checkpoint of {run} is intact")
     assert stderr.count("\n") == 1
 

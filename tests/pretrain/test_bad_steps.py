@@ -17,9 +17,10 @@ from lrnn.pretrain.launch import STOPPED
 from lrnn.pretrain.spike_rule import SpikeRule
 from lrnn.records import read_metrics
 
-SPIKES = {"window": 8, "threshold": 5.0}
-STRANGE = 18  # the step with wrong labels
-STEPS = 22
+SPIKES = {"window": 6, "threshold": 5.0}
+QUICK = {"optim": {"lr": 0.04}, "schedule": {"name": "wsd", "warmup_steps": 1}}  # The loss soon hardly falls.
+STRANGE = 10  # the step with wrong labels
+STEPS = 13
 G = 8  # samples per step
 
 
@@ -88,7 +89,7 @@ def strange_samples() -> list[int]:
 
 def test_a_spike_is_logged_or_skipped(base, tmp_path):
     def config(run, action):
-        return base(run, steps=STEPS, spikes=SPIKES | {"action": action})
+        return base(run, steps=STEPS, spikes=SPIKES | {"action": action}, **QUICK)
 
     logged, skipped, calm = config("logged", "log"), config("skipped", "skip"), config("calm", "skip")
     resumed = config("resumed", "skip")
@@ -116,32 +117,32 @@ def test_a_spike_is_logged_or_skipped(base, tmp_path):
 
 @pytest.mark.parametrize("stage", [2, 3])  # stage 1 keeps its state as stage 2 does
 def test_a_rollback_is_a_resume_with_the_data_that_follow(base, tmp_path, stage):
-    """After a spike in step 18 the run continues from step 16 with the samples after step 18.
+    """After a spike in step 10 the run continues from step 8 with the samples after step 10.
 
     It is bitwise the same as a run that is resumed by hand from that checkpoint, with the position in the data moved.
     """
     settings = {
         "steps": STEPS, "spikes": SPIKES | {"action": "rollback"}, "checkpoint": {"every": 4, "keep_last": 10},
-        "log": {"every": 1, "tensorboard": False},
+        "log": {"every": 1, "tensorboard": False}, "micro_batch_size": 4, **QUICK,
     }  # fmt: skip
     rolled, by_hand = base("rolled", stage, **settings), base("by-hand", stage, **settings)
     assert run_group(tmp_path, [{"config": rolled, "strange_at": STRANGE}]) == [0]
     (event,) = events(rolled, "rollback")
-    assert event["step"] == STRANGE and event["to"].endswith("step-00000016")
+    assert event["step"] == STRANGE and event["to"].endswith("step-00000008")
     records = [r["step"] for r in read_metrics(tmp_path / "rolled") if "loss" in r and "event" not in r]
-    assert records == [*range(1, STRANGE), *range(17, STEPS + 1)]
+    assert records == [*range(1, STRANGE), *range(9, STEPS + 1)]
 
-    folder = tmp_path / "by-hand/checkpoints/step-00000016"
-    shutil.copytree(tmp_path / "rolled/checkpoints/step-00000016", folder)
+    folder = tmp_path / "by-hand/checkpoints/step-00000008"
+    shutil.copytree(tmp_path / "rolled/checkpoints/step-00000008", folder)
     progress = checkpoint.read_progress(folder)
-    assert progress["progress"]["samples"] == 16 * G
+    assert progress["progress"]["samples"] == 8 * G
     progress["progress"]["samples"] = STRANGE * G
     (folder / "progress.json").write_text(json.dumps(progress))
-    files = checkpoint.verify(tmp_path / "rolled/checkpoints/step-00000016")["files"]
-    checkpoint.write_manifest(folder, 16, files | {"progress.json": checkpoint.seal(folder / "progress.json")})
+    files = checkpoint.verify(tmp_path / "rolled/checkpoints/step-00000008")["files"]
+    checkpoint.write_manifest(folder, 8, files | {"progress.json": checkpoint.seal(folder / "progress.json")})
     assert run_group(tmp_path, [{"config": by_hand}]) == [0]
     truth, found = losses(by_hand), losses(rolled)
-    assert list(truth) == list(range(17, STEPS + 1))
+    assert list(truth) == list(range(9, STEPS + 1))
     assert {step: found[step] for step in truth} == truth
     final = {run: checkpoint.read_progress(checkpoint.find_newest(tmp_path / run))["progress"] for run in
              ("rolled", "by-hand")}  # fmt: skip
@@ -153,7 +154,8 @@ def test_a_rollback_is_a_resume_with_the_data_that_follow(base, tmp_path, stage)
 def test_a_rollback_without_a_checkpoint_and_too_many(base, tmp_path):
     """Without a checkpoint to return to, the step is skipped. If every step is a spike, the run stops and says why."""
     spikes = SPIKES | {"action": "rollback", "max_rollbacks": 1}
-    early = base("early", steps=STEPS, spikes=spikes, log={"every": 1, "tensorboard": False})
+    changes = {"micro_batch_size": 4, "log": {"every": 1, "tensorboard": False}, **QUICK}
+    early = base("early", steps=STEPS, spikes=spikes, **changes)
     # The limit is below every loss: every step is a spike as soon as there is a limit.
     never = spikes | {"threshold": 1e-9, "window": 4}
     hopeless = early | {"run_dir": str(tmp_path / "hopeless"), "spikes": never, "optim": {"lr": 1e-9}}

@@ -75,6 +75,7 @@ def test_steps_are_those_of_plain_pytorch(base, short_documents, tmp_path):
         (tmp_path / f"zero{stage}.json").write_text(json.dumps(engine))
         changes = {
             "zero": None,
+            "precision": None,
             "deepspeed": str(tmp_path / f"zero{stage}.json"),
             "steps": STEPS,
             "data": {"seq_len": 64, "reset_at_document_boundaries": True, "corpora": [{"path": str(short_documents)}]},

@@ -3,7 +3,7 @@
 SPEC is a list of {"config": {...}} with these optional keys:
     "stop_at": at this step the last rank gets the signal that announces a preemption; 0 means while the engine starts;
     "poison_at": at this step one gradient of the last rank becomes NaN;
-    "strange_at": at this step the labels of the last rank's last micro-batch are all the same token;
+    "strange_at": at this step the labels of the last rank's last micro-batch are all a token that no text has;
     "fill_at": before this step the disk of the run folder is filled up;
     "free_at": before this step it is freed again;
     "remove": [step, path]: before this step the file at this path is removed;
@@ -63,7 +63,7 @@ def main(file: Path, environment: dict[str, str]) -> None:
             if last and number == spec.get("stop_at"):
                 os.kill(os.getpid(), signal.SIGUSR1)
             if last and number == spec.get("strange_at"):
-                batches[-1].labels.fill_(1)
+                batches[-1].labels.fill_(3)  # a byte that no text has
             filler = Path(config.run_dir) / "filler"
             if ranks.is_main and number == spec.get("fill_at"):
                 fill(filler)

@@ -1,13 +1,10 @@
-"""Run command lines of `lrnn` in one process, which imports once, for tests of many short commands.
+"""Run command lines of `lrnn` in a process beside the tests."""
 
-Each line of the input is a JSON list of arguments. For each, a line with [status, stdout, stderr] is printed.
-"""
-
-import json
 import os
 import sys
 import tempfile
 import traceback
+from multiprocessing.connection import Connection
 
 import torch
 
@@ -49,9 +46,10 @@ def captured(arguments: list[str]) -> tuple[int, str, str]:
         return status, out.read(), err.read()
 
 
-if __name__ == "__main__":
+def serve(pipe: Connection) -> None:
+    """Run each list of arguments that comes through the pipe, and send its `captured`, until None comes."""
     os.environ["OMP_NUM_THREADS"] = "1"  # `lrnn pretrain` would use all cores
     torch.set_num_threads(1)
     torch.distributed.destroy_process_group = lambda: None  # DeepSpeed cannot begin a second one
-    for line in sys.stdin:
-        print(json.dumps(captured(json.loads(line))), flush=True)
+    while (arguments := pipe.recv()) is not None:
+        pipe.send(captured(arguments))
