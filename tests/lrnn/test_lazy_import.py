@@ -100,10 +100,11 @@ found = LlamaForCausalLM(LlamaConfig(**size)).num_parameters()
 """
 # Runs each case in a child of one process that has already imported what takes long and does not matter here.
 FORKED = """
-import json, os, sys, traceback
+import gc, json, os, sys, traceback
 import accelerate.utils, huggingface_hub, jinja2, PIL.Image, scipy.optimize, tokenizers, torch, triton
 import torch._dynamo.aot_compile, torch.distributed.fsdp, torch.distributed.tensor
 assert not {"transformers", "lrnn", "kernels"} & set(sys.modules)
+gc.freeze()
 for name, code in json.loads(sys.argv[1]).items():
     sys.stdout.flush()
     if os.fork() == 0:
