@@ -72,7 +72,7 @@ def test_an_error_ends_all():
     assert closed == [True, True]
 
 
-def test_cells_at_once_are_cells_one_by_one(tiny_cells):
+def test_cells_at_once_equal_cells_one_by_one(tiny_cells):
     """Records, states and results of several mixers and seeds are equal bitwise."""
     model = tiny_cells()[0].model_config.to_diff_dict()
     model = {k: model[k] for k in ("hidden_size", "num_hidden_layers", "num_heads", "head_dim", "intermediate_size")}
@@ -89,7 +89,7 @@ def test_cells_at_once_are_cells_one_by_one(tiny_cells):
         assert len(lines) == len(cells) * 5
         for result in results.values():
             assert result.pop("concurrent") == at_once and result.pop("steps_per_second") > 0
-        records = [[{**r, "steps_per_second": 0} for r in read_metrics(cell.folder)] for cell in cells]
+        records = [[{**r, "steps_per_second": 0, "time": ""} for r in read_metrics(cell.folder)] for cell in cells]
         states = [torch.load(cell.folder / "state.pt", weights_only=True) for cell in cells]
         written = [json.loads((cell.folder / "result.json").read_text())["accuracy"] for cell in cells]
         found.append((results, records, written, [state["model"] for state in states]))
