@@ -93,7 +93,7 @@ class OptimConfig(Section):
     eps: float = Field(1e-8, gt=0)
     """Added to the root of the second moment."""
     weight_decay: float = Field(0.01, ge=0)
-    """Decoupled weight decay, on matrices only."""
+    """Decoupled weight decay, on the weights of linear maps only."""
     clip: float = Field(1.0, ge=0)
     """Largest norm of the gradient over all parameters; a larger one is scaled down to it. 0 turns clipping off."""
 

@@ -12,7 +12,7 @@ from lrnn.kernels.delta_rule.api import saving_states
 from lrnn.pretrain.config import Config
 from lrnn.pretrain.deepspeed_config import deepspeed_config
 from lrnn.pretrain.distributed import Ranks
-from lrnn.pretrain.optim import build_optimizer
+from lrnn.pretrain.optim import build_optimizer, parameter_groups
 
 
 class ZeroOptimizer(Protocol):
@@ -81,11 +81,15 @@ def build_model(model_config: LrnnConfig, seed: int, activation_checkpointing: b
     return model.train()
 
 
-def build_engine(model: LrnnForCausalLM, config: Config, ranks: Ranks) -> Engine:
-    """Wrap the model in a DeepSpeed engine with ZeRO and AdamW, whose state is float32."""
+def build_engine(model: LrnnForCausalLM, config: Config, ranks: Ranks, decay_by_shape: bool = False) -> Engine:
+    """Wrap the model in a DeepSpeed engine with ZeRO and AdamW, whose state is float32.
+
+    With `decay_by_shape` the parameters with weight decay are those of earlier versions, see `parameter_groups`.
+    """
     import deepspeed
 
-    optimizer = build_optimizer(model, config.optim, ranks.device)
+    groups = parameter_groups(model, config.optim.weight_decay, decay_by_shape)
+    optimizer = build_optimizer(groups, config.optim, ranks.device)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config(config, ranks.world_size), dist_init_required=False
     )

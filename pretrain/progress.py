@@ -23,12 +23,13 @@ class Progress:
     stream: dict[str, Any] | None = None  # position in a streamed source
     rollbacks: int = 0
     losses: list[float] = field(default_factory=list)  # losses of the last steps, by which the guard finds a spike
+    decay_by_shape: bool = False  # whether the run began before linear maps were told by meaning, see `optim`
     unrecorded: list[float] = field(default_factory=list)  # finite losses of the steps since the last record
 
     @classmethod
     def read(cls, saved: Path) -> "Progress":
         """Return the progress that the checkpoint in `saved` stores."""
-        return cls(**checkpoint.read_progress(saved)["progress"])
+        return cls(**{"decay_by_shape": True} | checkpoint.read_progress(saved)["progress"])
 
 
 def check_same_run(

@@ -31,6 +31,7 @@ from lrnn.pretrain.launch import STOPPED, StopRequest
 from lrnn.pretrain.metrics.eigenvalues import EigenvalueProbe
 from lrnn.pretrain.metrics.log import MetricsLog
 from lrnn.pretrain.metrics.speed import Speed
+from lrnn.pretrain.optim import has_other_groups_by_shape
 from lrnn.pretrain.progress import Progress, check_same_run
 from lrnn.pretrain.schedule import learning_rate
 from lrnn.pretrain.step import Step, warm_up
@@ -338,7 +339,13 @@ class Run:
         if state is not None:
             state.load_into(model)
         probe = EigenvalueProbe(model)
-        engine = build_engine(model.to(self.ranks.device), self.config, self.ranks)
+        by_shape = self.progress.decay_by_shape
+        if by_shape and has_other_groups_by_shape(model):
+            self._say(
+                "this run began with an earlier version of lrnn, and keeps its weight decay: the mixer's gate biases "
+                "have it, and recurrent matrices do not; new runs have it on linear maps only"
+            )
+        engine = build_engine(model.to(self.ranks.device), self.config, self.ranks, by_shape)
         if state is not None:
             zero_state.restore(engine, state.read, self.progress.optimizer_step)
         return engine, probe

@@ -25,6 +25,7 @@ class SLSTM(Mixer):
 
     title, paper = "sLSTM", "2405.04517"
     kind = "non-linear rnn"
+    matrices = ("recurrent",)
 
     @staticmethod
     def cost(config: LrnnConfig) -> Cost:

@@ -64,7 +64,7 @@ class TrainSettings(Section):
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
     """Decay of the moving averages of the gradient and of its square."""
     weight_decay: float = Field(0.1, ge=0)
-    """Decoupled weight decay, on matrices only."""
+    """Decoupled weight decay, on the weights of linear maps only."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Largest norm of the gradient; a larger one is scaled down to it."""
     state_passing: float = Field(0.0, ge=0, lt=1)

@@ -55,13 +55,7 @@ class Training:
         self.step = 0
         self.loss = self.grad_norm = torch.full((), math.nan, device=device)  # of the last step
         self._on_gpu = device.type == "cuda"
-        self._optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, settings.weight_decay),
-            lr=settings.lr,
-            betas=(settings.betas[0], settings.betas[1]),
-            fused=self._on_gpu,
-            capturable=self._on_gpu,
-        )
+        self._optimizer = self._new_optimizer(decay_by_shape=False)
         self._wants_graph = self._on_gpu and settings.cuda_graphs
         self._graph: torch.cuda.CUDAGraph | None = None
         self._eager_steps = 0
@@ -119,6 +113,16 @@ class Training:
         self._have_samples()
         self.model(input_ids=self._input_ids[self.step % self.steps_at_once], use_cache=False, logits_to_keep=1)
 
+    def _new_optimizer(self, decay_by_shape: bool) -> torch.optim.AdamW:
+        self._decay_by_shape = decay_by_shape
+        return torch.optim.AdamW(
+            parameter_groups(self.model, self.settings.weight_decay, decay_by_shape),
+            lr=self.settings.lr,
+            betas=(self.settings.betas[0], self.settings.betas[1]),
+            fused=self._on_gpu,
+            capturable=self._on_gpu,
+        )
+
     def state(self) -> dict[str, Any]:
         """Return what `load` takes, on any device and with or without a graph."""
         return {
@@ -127,11 +131,14 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "carried": self._carried,
+            "decay_by_shape": self._decay_by_shape,
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Resume from the state of a training of the same stage of the cell. Must be called before the first step."""
         self.model.load_state_dict(state["model"])
+        # Files of earlier versions number the parameters by groups that were told by shape.
+        self._optimizer = self._new_optimizer(state.get("decay_by_shape", True))
         # Groups hold settings of this device (fused, capturable), so those of the state are not used.
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})

@@ -66,6 +66,14 @@ def test_entry_is_unchanged(found, part, name):
         check(GOLDEN[part][name], found[part][name], f"{part} / {name}")
 
 
+def test_old_checkpoint_keeps_its_weight_decay():
+    """A run that began when linear maps were told by shape keeps the groups that it began with."""
+    from lrnn.pretrain.progress import Progress
+
+    saved = HERE / "old_checkpoint/run/checkpoints/step-00000008"
+    assert Progress.read(saved).decay_by_shape is True and Progress().decay_by_shape is False
+
+
 def test_old_checkpoint_resumes_as_if_never_stopped(found):
     """The remaining steps equal the record, so neither the format nor the meaning of a checkpoint has changed."""
     whole, rest = GOLDEN["old checkpoint"]["never stopped"], found["old checkpoint"]["resumed"]

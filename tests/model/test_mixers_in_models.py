@@ -10,7 +10,7 @@ from mixer_models import SIZE, VARIANTS, WITHOUT_RANGE, every_case, every_varian
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.model import mixer_deltanet
 from lrnn.pretrain.metrics.eigenvalues import EigenvalueProbe
-from lrnn.pretrain.optim import parameter_groups
+from lrnn.pretrain.optim import has_other_groups_by_shape, parameter_groups
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -215,9 +215,18 @@ def test_weight_decay_is_for_matrices(variant):
     decayed = {id(p) for p in parameter_groups(model, 0.1)[0]["params"]}
     for name, p in model.named_parameters():
         if name.endswith(("A_log", "dt_bias", "bias", ".D", "norm.weight", "conv1d.weight", "_k", "_a")):
-            assert id(p) not in decayed or name.endswith("gate_bias"), name
-        elif name.endswith("_proj.weight"):
+            assert id(p) not in decayed, name
+        elif name.endswith(("_proj.weight", "embeddings.weight", "lm_head.weight", ".recurrent")):
             assert id(p) in decayed, name
+
+
+@every_variant
+def test_only_gate_biases_and_recurrent_matrices_change_groups_of_earlier_versions(variant):
+    model = make_model(variant)
+    new, old = ({id(p) for p in parameter_groups(model, 0.1, by_shape)[0]["params"]} for by_shape in (False, True))
+    changed = {name.rpartition(".")[2] for name, p in model.named_parameters() if id(p) in new ^ old}
+    assert changed == {"mlstm": {"gate_bias"}, "slstm": {"gate_bias", "recurrent"}}.get(model.config.mixer, set())
+    assert has_other_groups_by_shape(model) == bool(changed)
 
 
 @every_variant

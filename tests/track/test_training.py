@@ -347,6 +347,20 @@ def test_sequences_that_cannot_continue(tiny_cells, changes, message):
         tiny_cells(**PASSING | changes)
 
 
+def test_a_state_of_an_earlier_version_keeps_its_weight_decay(tiny_cells):
+    """Its numbers of parameters count those with weight decay first, and these were told by shape."""
+    model = {"mixer": "slstm", "hidden_size": 16, "num_hidden_layers": 1, "num_heads": 1, "head_dim": 16}
+    cell, *_ = tiny_cells(models={"m": {**model, "intermediate_size": 16}})
+    straight, first, second = (Training(cell, CPU) for _ in range(3))
+    for earlier in (straight, first):
+        earlier._optimizer = earlier._new_optimizer(decay_by_shape=True)
+    expected = losses(straight, 6)
+    losses(first, 3)
+    second.load({name: value for name, value in first.state().items() if name != "decay_by_shape"})
+    assert losses(second, 3) == expected[3:]
+    assert second.state()["decay_by_shape"] is True and Training(cell, CPU).state()["decay_by_shape"] is False
+
+
 def test_results_older_than_state_passing_stay_valid(tiny_cells):
     cell, *_ = tiny_cells()  # the fingerprints below are of a commit without state passing
     assert cell.fingerprint == "c87d446e2d6af29c3f600231801a797e95f32745fc167637734577b02520d811"
