@@ -64,6 +64,9 @@ def main(input_file: str, output_file: str, work: str) -> None:
         tensors |= {f"{name} {kind}": x.float() for kind, x in logits.items()}
         print("RESULT", json.dumps(found))
     save_file(tensors, output_file)
+    for folder in given["tokenizers"]:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        print("TOKENIZER", json.dumps([tokenizer(text, add_special_tokens=False).input_ids for text in given["texts"]]))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,14 @@ versions are fetched from the package registry once. Without it these tests fail
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from export_checkpoints import OTHER_MIXERS, VARIANTS, random_model, write_checkpoint
 from other_transformers import PEFT, VERSIONS, environment, fetched
@@ -19,6 +22,7 @@ from safetensors.torch import load_file
 from lrnn import cli
 from lrnn.eval.export import check as export_check
 from lrnn.eval.export import write
+from lrnn.eval.export.tokenizer import export_tokenizer
 from lrnn.tokenizer import load_tokenizer
 from lrnn.tokenizer_export import ODD_TEXTS
 
@@ -41,9 +45,24 @@ def exports(tmp_path_factory, sentencepiece_model):
     return root
 
 
+@pytest.fixture(scope="module")
+def unigram(tmp_path_factory, exports):
+    """Return a tokenizer that transformers reads with SentencePiece itself, and its folder, beside a config.json."""
+    root = tmp_path_factory.mktemp("unigram")
+    text = "".join((Path(sysconfig.get_paths()["stdlib"]) / name).read_text() for name in ("textwrap.py", "bisect.py"))
+    with (root / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(text.splitlines()), model_writer=file, vocab_size=300, minloglevel=2
+        )
+    tokenizer = load_tokenizer(root / "tokenizer.model")
+    export_tokenizer(tokenizer, root / "folder")
+    shutil.copyfile(exports / "gated-tied/config.json", root / "folder/config.json")
+    return tokenizer, root / "folder"
+
+
 @pytest.fixture(scope="module", params=VERSIONS if TORTURE else ["4.57.6", "5.24.0"])
-def used(request, exports, sentencepiece_model, tmp_path_factory):
-    """Return what a process with one version found, by variant, and the token ids that it was given."""
+def used(request, exports, unigram, sentencepiece_model, tmp_path_factory):
+    """Return what a process with one version found, by variant, its logits, what it was given, and the unigram ids."""
     work = tmp_path_factory.mktemp("work")
     tokenizer = load_tokenizer(sentencepiece_model)
     given = {
@@ -52,6 +71,7 @@ def used(request, exports, sentencepiece_model, tmp_path_factory):
         "decoded": tokenizer.encode_batch(ODD_TEXTS),
         "batch": export_check.sample_batch(tokenizer)[:, :70].tolist(),
         "prompts": PROMPTS,
+        "tokenizers": [str(unigram[1])],
     }
     (work / "input.json").write_text(json.dumps(given))
     env = environment(request.param) | {"HF_MODULES_CACHE": str(work / "modules")}
@@ -64,12 +84,13 @@ def used(request, exports, sentencepiece_model, tmp_path_factory):
     lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     results = dict(zip(DTYPES, map(json.loads, lines), strict=True))
     assert {found["transformers"] for found in results.values()} == {request.param}
-    return results, load_file(work / "output.safetensors"), given
+    (ids,) = [json.loads(line.removeprefix("TOKENIZER ")) for line in done.stdout.splitlines() if "TOKENIZER" in line]
+    return results, load_file(work / "output.safetensors"), given, ids
 
 
 @pytest.mark.parametrize("variant", DTYPES)
 def test_logits_are_those_of_the_checkpoint(used, variant):
-    results, logits, given = used
+    results, logits, given, _ = used
     model = random_model(variant)
     write.round_weights(model, getattr(torch, DTYPES[variant]))
     with torch.no_grad():
@@ -101,10 +122,14 @@ def test_generation(used, variant):
 
 @pytest.mark.parametrize("variant", DTYPES)
 def test_tokenizer(used, sentencepiece_model, variant):
-    results, _, given = used
+    results, _, given, _ = used
     tokenizer = load_tokenizer(sentencepiece_model)
     assert results[variant]["ids"] == given["decoded"]
     assert results[variant]["decoded"] == [tokenizer.decode(ids) for ids in given["decoded"]]
+
+
+def test_tokenizer_of_sentencepiece(used, unigram):
+    assert used[3] == unigram[0].encode_batch(ODD_TEXTS)
 
 
 @pytest.mark.skipif(not TORTURE, reason="long: LRNN_TORTURE=1 (make torture)")
