@@ -13,3 +13,12 @@ shard_table     the checksums and the layout of a shard, in a file beside it
 reader          `TokenCorpus`: the shards of a split as one stream of tokens with document boundaries
 block_reader    reads a shard in blocks, each checked against its checksum at every read
 """
+
+
+def __getattr__(name: str):
+    """Return `TokenCorpus`, which people read corpora with, without loading the reader for everything else here."""
+    if name == "TokenCorpus":
+        from lrnn.pretrain.corpus.reader import TokenCorpus
+
+        return TokenCorpus
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[2]
 LEVELS = {  # a room imports rooms of lower levels, and itself
     "lrnn.floor": 0,
@@ -146,8 +148,9 @@ def test_modules_do_not_import_in_circles():
 
 
 def test_init_files_hold_a_docstring_only():
+    """`lrnn` and `lrnn.pretrain.corpus` also give public classes, loaded when they are asked for."""
     for name, path in modules().items():
-        if path.name == "__init__.py" and name != "lrnn":
+        if path.name == "__init__.py" and name not in ("lrnn", "lrnn.pretrain.corpus"):
             body = ast.parse(path.read_text()).body
             only = len(body) == 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
             assert only, f"{path.relative_to(REPOSITORY)} should hold its docstring and nothing else"
@@ -157,3 +160,16 @@ def test_no_file_is_long():
     files = [*modules().values(), *(REPOSITORY / "tests").rglob("*.py"), *(REPOSITORY / "docs").rglob("*.py")]
     long = {str(f.relative_to(REPOSITORY)): n for f in files if (n := len(f.read_text().splitlines())) > MAX_LINES}
     assert not long, f"files of more than {MAX_LINES} lines: {long}"
+
+
+def test_names_of_0_1_0_still_import():
+    from lrnn.pretrain.corpus import TokenCorpus
+    from lrnn.pretrain.corpus.reader import TokenCorpus as same
+
+    assert TokenCorpus is same
+    with pytest.warns(DeprecationWarning, match=r"is now lrnn\.tokenizer"):
+        from lrnn.pretrain.tokenizers_io import load_tokenizer
+    with pytest.warns(DeprecationWarning, match=r"is now lrnn\.eval\.export\.tokenizer"):
+        from lrnn.eval.tokenizer import export_tokenizer
+    assert load_tokenizer.__module__ == "lrnn.tokenizer"
+    assert export_tokenizer.__module__ == "lrnn.eval.export.tokenizer"
