@@ -120,7 +120,7 @@ def test_failed_and_cancelled_jobs_end_and_the_same_command_resumes(slurm, corpu
     starts = [record["step"] for record in run.metrics() if record.get("event") == "start"]
     assert starts == [0, newest] and run.log().count("resuming ") == 1  # one log for both jobs
     run.wait_for_checkpoint()
-    finished = run.submit(f"steps={run.last_step()}")
+    finished = run.submit(f"steps={run.last_step()}", "--allow-change")
     assert finished.returncode == 2 and "is finished" in finished.stderr
 
 
