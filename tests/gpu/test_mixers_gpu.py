@@ -140,7 +140,7 @@ def results(model: LrnnForCausalLM, x: dict[str, torch.Tensor], device: str, aut
     model = copy.deepcopy(model).to(device)
     x = {n: y.to(device) for n, y in x.items()}
     with torch.autocast(device, BF16, enabled=autocast):
-        out = model(**x, use_cache=True, num_items_in_batch=T)
+        out = model(**x, use_cache="cu_seqlens" not in x, num_items_in_batch=T)
     out.loss.backward()
     found = {"logits": out.logits.detach()} | {n: p.grad for n, p in model.named_parameters()}
     if out.past_key_values is not None and model.config.mixer != "transformer":
