@@ -25,7 +25,6 @@ HERE = Path(__file__).parent
 OLD_CHECKPOINT = HERE / "old_checkpoint"
 TOKENIZER = OLD_CHECKPOINT / "run/checkpoints/step-00000008/tokenizer/tokenizer.model"
 STEPS = 20
-FEW = 5  # The runs that only have to show that their mixer or ZeRO stage is unchanged stop after so many steps.
 WORDS = [
     "def",
     "return",
@@ -137,9 +136,7 @@ def training(work: Path) -> Record:
         shape = {"seq_len": 80, "micro_batch_size": 2} if mixer == MAIN else {"seq_len": 20, "micro_batch_size": 4}
         # Each mixer that has two runs resets its state in one and carries it over in the other.
         resets = mixer == MAIN or eigenvalue_range != "positive"
-        full = mixer == MAIN
-        config = _write_run(work, name, name, model, resets=resets, heldout_every=10 if full else FEW, **shape)
-        surfaces.pretrain(config, last_step=None if full else FEW)
+        surfaces.command("pretrain", _write_run(work, name, name, model, resets=resets, **shape))
         record[name] = _metrics(work / "runs" / name) | {
             "checkpoint": _checkpoint(work, name, name == f"{MAIN} negative")
         }
@@ -161,11 +158,9 @@ def zero(work: Path) -> Record | None:
             MODEL | {"mixer": MAIN, "num_hidden_layers": 1},
             resets=True,
             zero_stage=stage,
-            heldout_every=FEW if stage == 3 else 10,
             **shape,
         )
-        schedule = "schedule={name: wsd, warmup_steps: 2, decay_steps: 5}"
-        surfaces.pretrain(config, schedule, last_step=FEW if stage == 3 else None)  # stage 3 takes longest
+        surfaces.command("pretrain", config, "schedule={name: wsd, warmup_steps: 2, decay_steps: 5}")
         if rank == 0:
             record[name] = _metrics(work / "runs" / name) | {"checkpoint": _checkpoint(work, name, values=False)}
     return record if rank == 0 else None
@@ -175,9 +170,9 @@ def old_checkpoint(work: Path) -> Record:
     """Record a run that was never stopped, and the same run resumed from a checkpoint of an earlier version."""
     shutil.copytree(OLD_CHECKPOINT, work / "old_checkpoint")
     os.chdir(work)  # its configuration contains relative paths
-    config = Path("old_checkpoint/run.yaml")
-    surfaces.pretrain(config, "run_dir=runs/never_stopped")
-    surfaces.pretrain(config)
+    config = "old_checkpoint/run.yaml"
+    surfaces.command("pretrain", config, "run_dir=runs/never_stopped")
+    surfaces.command("pretrain", config)
     resumed = work / "old_checkpoint/run"
     return {
         "never stopped": _metrics(work / "runs/never_stopped"),
@@ -196,7 +191,6 @@ def _write_run(
     micro_batch_size: int,
     resets: bool,
     zero_stage: int = 2,
-    heldout_every: int = 10,
 ) -> Path:
     """Write the configuration of a run into its own folder. Return the YAML file."""
     run = {
@@ -214,7 +208,7 @@ def _write_run(
         },
         "optim": {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-3},
         "schedule": {"name": "cosine", "warmup_steps": 3},
-        "log": {"every": 1, "heldout_every": heldout_every, "heldout_batches": 2, "tensorboard": False},
+        "log": {"every": 1, "heldout_every": 10, "heldout_batches": 2, "tensorboard": False},
         "seed": 7,
     }
     return surfaces.write_run(work / "configs" / folder, model, run, zero_stage)
@@ -264,15 +258,11 @@ def _checkpoint(work: Path, name: str, values: bool) -> Record:
 
 
 def export(work: Path) -> Record:
-    """Export runs. Return the contents of the folders, and logits with lrnn and in a process without it.
-
-    One range per mixer is enough, because the code is the same; `MAIN` has both.
-    """
+    """Export every run. Return the contents of the folders, and logits with lrnn and in a process without it."""
     record: Record = {}
-    runs = [(mixer, r) for mixer, r in RUNS if r != "positive" or mixer == MAIN]
     exports = work / "exports"
     with surfaces.without_checks():
-        for mixer, eigenvalue_range in runs:
+        for mixer, eigenvalue_range in RUNS:
             name = f"{mixer} {eigenvalue_range}"
             print(name, flush=True)
             run = work / "runs" / name
@@ -286,7 +276,8 @@ def export(work: Path) -> Record:
                 record[back.name] = _folder(back) | {"logits": logits_of(str(back), trust_remote_code=False)}
         surfaces.command("export", work / "runs" / f"{MAIN} negative", exports / "bfloat16", "--dtype", "bfloat16")
         record["bfloat16"] = _folder(exports / "bfloat16")
-    names = [f"{mixer} {eigenvalue_range}" for mixer, eigenvalue_range in runs if eigenvalue_range != "positive"]
+    # One range is enough: the code is the same.
+    names = [f"{mixer} {eigenvalue_range}" for mixer, eigenvalue_range in RUNS if eigenvalue_range != "positive"]
     for name, logits in zip(names, _logits_without_lrnn(work, [str(exports / name) for name in names]), strict=True):
         record[name]["logits without lrnn"] = logits
     tokenizer = AutoTokenizer.from_pretrained(exports / names[0])

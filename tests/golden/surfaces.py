@@ -5,7 +5,6 @@ If a module, an option or a form of configuration changes, only this file needs 
 
 import json
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,10 +24,9 @@ from lrnn.eval.export import write as export_write
 from lrnn.eval.state_tracking.documents import documents
 from lrnn.eval.state_tracking.tasks import TEXT_TASKS
 from lrnn.model.mixers import MIXERS
-from lrnn.pretrain import train
+from lrnn.pretrain import train  # noqa: F401  the command's module, imported before the fork
 from lrnn.pretrain.corpus.reader import TokenCorpus
 from lrnn.pretrain.data.order import MixedOrder, window_index
-from lrnn.pretrain.launch import STOPPED
 from lrnn.track.tasks.counter_rng import split_seed
 from lrnn.track.tasks.registry import TASKS, make_task
 
@@ -45,13 +43,13 @@ IMPORT_FLA = ("--from-fla",)
 FLA_MIXERS = ("gated_deltanet", "deltanet")
 
 
-def command(*arguments: str | Path, expected: int = 0) -> None:
+def command(*arguments: str | Path) -> None:
     """Run a command line of `lrnn` in this process.
 
     Leave the group of processes that a training makes, because DeepSpeed cannot begin a second one.
 
     Raises:
-        RuntimeError: If the command ends with a status other than `expected`.
+        RuntimeError: If the command ends with a status other than 0.
     """
     environment = dict(os.environ)
     try:
@@ -60,23 +58,8 @@ def command(*arguments: str | Path, expected: int = 0) -> None:
     finally:  # a training adds its place in the group of processes
         os.environ.clear()
         os.environ.update(environment)
-    if status != expected:
+    if status:
         raise RuntimeError(f"lrnn {' '.join(map(str, arguments))} ended with status {status}")
-
-
-def pretrain(config: Path, *overrides: str, last_step: int | None = None) -> None:
-    """Run `lrnn pretrain` in this process. Send the signal of a preemption in step `last_step`, which ends the run."""
-    original, calls = train.train_step, 0
-
-    def step(*args: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == last_step:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return original(*args, **options)
-
-    with patch.object(train, "train_step", step):
-        command("pretrain", config, *overrides, expected=0 if last_step is None else STOPPED)
 
 
 @contextmanager
