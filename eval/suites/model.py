@@ -21,14 +21,14 @@ class Model(HFLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of every document in nats, with a bar that counts tokens."""
-        told = self.add_bos_token
-        self.add_bos_token = False if told else told  # HFLM itself puts bos in front of a whole document
+        with_bos = self.add_bos_token
+        self.add_bos_token = False if with_bos else with_bos  # HFLM itself puts bos in front of a whole document
         try:
             total = sum(len(self.tok_encode(text)) for (text,) in (request.args for request in requests))
             with tqdm(total=total, unit="token", unit_scale=True, desc="whole documents, tokens") as self._bar:
                 return super().loglikelihood_rolling(requests, disable_tqdm=True)
         finally:
-            self._bar, self.add_bos_token = None, told
+            self._bar, self.add_bos_token = None, with_bos
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **options: Any

@@ -1,4 +1,4 @@
-"""The code that stands beside the weights of a saved model. Copied into exported folders.
+"""Write the code of a model beside its saved weights. Copied into exported folders.
 
 `auto_map` in config.json names two entry files. From a local folder, transformers before 5.10 copies only these and the
 files that they import by name, and not what those import in turn. In a saved folder each entry file therefore names all

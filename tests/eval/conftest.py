@@ -1,4 +1,4 @@
-"""Fixtures: the real benchmark data, a tiny random model with its tokenizer, a held-out file, a SentencePiece model."""
+"""Fixtures: the real benchmark data, a tiny random model with its tokenizer, held-out files, a SentencePiece model."""
 
 import json
 import shutil
@@ -63,6 +63,15 @@ def sentencepiece_model(tmp_path_factory):
     library = Path(sysconfig.get_paths()["stdlib"])
     texts = [(library / name).read_text() for name in ("argparse.py", "textwrap.py", "typing.py")]
     train_sentencepiece(texts, 600, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def heldout(tmp_path_factory):
+    """Return a held-out file of three short documents."""
+    path = tmp_path_factory.mktemp("heldout") / "heldout.jsonl"
+    texts = ["def f(x):\n    return x\n", "[1, 2]", "naïve\n"]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
 
 

@@ -234,7 +234,7 @@ def test_streams(refused, corpora, tmp_path):
 
 
 def test_a_stream_that_fails_in_the_middle(pretrain, corpora, tmp_path):
-    """The run ends with one line and a checkpoint, and goes on without the bad rows as if it had never met them."""
+    """The run ends with one line and a checkpoint, and resumes without the bad rows as if it had never met them."""
     rows = ["".join(json.dumps({"text": f"row {i} " * 2}) + "\n" for i in range(k, k + 300)) for k in (0, 300)]
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_text(rows[0])

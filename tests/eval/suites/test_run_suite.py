@@ -20,14 +20,6 @@ LIMIT = 3
 
 
 @pytest.fixture(scope="module")
-def heldout(tmp_path_factory):
-    path = tmp_path_factory.mktemp("heldout") / "heldout.jsonl"
-    texts = ["def f(x):\n    return x\n", "[1, 2]", "naïve\n"]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
-
-
-@pytest.fixture(scope="module")
 def quick(eval_data, tiny_model, heldout, tmp_path_factory):
     """Return the result folder of the suite `quick`, written by the command line."""
     out = tmp_path_factory.mktemp("results") / "quick"

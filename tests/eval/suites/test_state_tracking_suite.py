@@ -224,14 +224,6 @@ BPB_TASKS = ("lrnn_humaneval_bpb_0shot", "lrnn_heldout_bpb")
 
 
 @pytest.fixture(scope="module")
-def heldout(tmp_path_factory):
-    path = tmp_path_factory.mktemp("heldout") / "heldout.jsonl"
-    texts = ["def f(x):\n    return x\n", "[1, 2]", "na\u00efve\n"]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
-
-
-@pytest.fixture(scope="module")
 def theirs(question_model, heldout, eval_data, tmp_path_factory):
     """Return what plain lm-eval writes for some tasks of both suites, in a process of its own."""
     folder = tmp_path_factory.mktemp("lm_eval")

@@ -161,7 +161,7 @@ def test_a_position_that_datasets_stored_is_continued(stream, jsonl):
     tokens = [id_ for ids in processor.encode_batch(texts) for id_ in (1, *ids, 2)]
     assert resumed[0][0][0].input_ids.flatten().tolist() == tokens[5 : 5 + MICRO * SEQ_LEN]
     assert resumed[0][0][0].sample_indices.tolist() == [8 * G, 8 * G + 1]
-    # It goes on with positions of the same kind, and they are continued as well.
+    # Its later positions are of the same kind.
     assert "reader" not in resumed[0][1] and "examples_iterable" in json.dumps(resumed[0][1])
     assert whole[0][1]["reader"] == "files"
     again = take(stream(), 1, state=resumed[0][1])
