@@ -3,73 +3,22 @@
 import json
 import os
 import re
-import shutil
-import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from installation import REPOSITORY, run
 
 import lrnn
 
-REPOSITORY = Path(__file__).parents[2]
-BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
-FOLDERS = ("configs", "docker", "docs", "eval", "kernels", "lrnn", "pretrain", "slurm")
 # What the commands need beside their modules.
 DATA = {
     "py.typed", "configs/tiny.yaml", "configs/340m.yaml", "configs/models/1.3b.json", "configs/track/s5.yaml",
     "slurm/train.sbatch", "slurm/corpus.sbatch", "slurm/eval.sbatch", "eval/suites/tasks/_gold_bpb.yaml",
     "eval/suites/tasks/state_tracking/lrnn_s5_mc.yaml", "docs/index.md", "docs/results/index.md",
 }  # fmt: skip
-
-
-def run(*command: str | Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | variables
-    return subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
-
-
-def build(what: str, source: Path, out: Path) -> Path:
-    """Build an sdist or a wheel in `source`, and return it."""
-    done = run(sys.executable, "-c", BUILD, f"build_{what}", out, cwd=source)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (built,) = out.glob("*.tar.gz" if what == "sdist" else "*.whl")
-    return built
-
-
-@pytest.fixture(scope="module")
-def sdist(tmp_path_factory) -> Path:
-    """Return the sdist of a copy of the repository, so that no earlier build is part of it."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("sdist")
-    for name in FOLDERS:
-        ignored = shutil.ignore_patterns("__pycache__", "track_*", "tracking_*", "gpu_*", "pretrain_*")
-        shutil.copytree(REPOSITORY / name, source / name, symlinks=True, ignore=ignored)
-    for file in REPOSITORY.iterdir():
-        if file.is_file() and file.name != ".git":
-            shutil.copyfile(file, source / file.name)
-    return build("sdist", source, out)
-
-
-@pytest.fixture(scope="module")
-def wheel(sdist, tmp_path_factory) -> Path:
-    """Return the wheel that is built from the sdist."""
-    source = tmp_path_factory.mktemp("unpacked")
-    with tarfile.open(sdist) as archive:
-        assert not [member.name for member in archive if member.issym() or member.islnk()]
-        archive.extractall(source, filter="data")
-    (top,) = source.iterdir()
-    return build("wheel", top, tmp_path_factory.mktemp("wheel"))
-
-
-@pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory) -> Path:
-    """Return the folder into which pip installed the wheel."""
-    target = tmp_path_factory.mktemp("site")
-    options = ["--quiet", "--no-deps", "--no-compile", "--no-index", "--disable-pip-version-check", "--target"]
-    done = run(sys.executable, "-m", "pip", "install", *options, target, wheel, cwd=target)
-    assert done.returncode == 0, done.stderr
-    return target
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):

@@ -1,4 +1,4 @@
-"""Run Python programs in processes that have imported torch and transformers, but not lrnn.
+"""Run Python programs in processes that have imported torch and transformers, but not lrnn; or an installed lrnn.
 
 They are forks of one such process, which starts with the first of them. Each then takes some 0.1 s of CPU time to
 start, not 8 s, and is otherwise what `python -I` would be.
@@ -17,6 +17,14 @@ from pathlib import Path
 from typing import Any
 
 IMPORTED_ONCE = ("modeling_utils", "generation", "models.auto.modeling_auto", "models.auto.tokenization_auto")
+# What the commands of lrnn import.
+OF_LRNN = (
+    *("lrnn.cli", "lrnn.pretrain.corpus.build", "lrnn.pretrain.train", "lrnn.eval.export.command"),
+    *("lrnn.eval.export.write", "lrnn.eval.suites.evaluate", "lrnn.eval.suites.harness", "deepspeed", "pandas"),
+)
+# Otherwise Arrow's allocator would start a thread, and a process with threads must not fork.
+WITHOUT_THREADS = {"JE_ARROW_MALLOC_CONF": "background_thread:false", "OMP_NUM_THREADS": "1"}
+MAIN = "import sys; from lrnn.cli import main; sys.exit(main())"
 
 
 def run(command: list[str], *, cwd: Path, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess:
@@ -27,39 +35,68 @@ def run(command: list[str], *, cwd: Path, env: dict[str, str], **_: Any) -> subp
     """
     python, isolated, *program = map(str, command)
     assert (python, isolated) == (sys.executable, "-I") and env["HF_HUB_OFFLINE"] == "1"
+    return _run(_server(), program, cwd, env)
+
+
+def run_lrnn(*arguments: object, cwd: Path, site: Path, **variables: str) -> subprocess.CompletedProcess:
+    """Run a command line of the lrnn that is installed in the folder `site`, on a CPU.
+
+    Args:
+        variables: added to the environment.
+    """
+    env = {**os.environ, **_environment(str(site)), "CUDA_VISIBLE_DEVICES": "", **variables}
+    return _run(_server(str(site)), ["-c", MAIN, *map(str, arguments)], cwd, env)
+
+
+def _run(server: subprocess.Popen, program: list[str], cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
     with tempfile.TemporaryDirectory() as name:
         outputs = [f"{name}/out", f"{name}/err"]
-        server = _server()
         assert server.stdin is not None and server.stdout is not None
         request = {"program": program, "cwd": str(cwd), "env": env, "outputs": outputs}
         print(json.dumps(request), file=server.stdin, flush=True)
         status = int(server.stdout.readline())
-        return subprocess.CompletedProcess(command, status, *(Path(output).read_text() for output in outputs))
+        return subprocess.CompletedProcess(program, status, *(Path(output).read_text() for output in outputs))
 
 
 @functools.cache
-def _server() -> subprocess.Popen:
-    """Return the process that the others are forks of. It ends with this one, whose end closes its standard input."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+def _server(site: str | None = None) -> subprocess.Popen:
+    """Return the process that the others are forks of. It ends with this one, whose end closes its standard input.
+
+    Args:
+        site: folder of an installed lrnn to import; None for a process without lrnn.
+    """
+    command = [sys.executable, "-I", __file__] if site is None else [sys.executable, "-P", __file__, site]
     pipe = subprocess.PIPE
-    server = subprocess.Popen([sys.executable, "-I", __file__], env=env, stdin=pipe, stdout=pipe, text=True)
+    environment = os.environ | _environment(site)
+    server = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
     atexit.register(server.kill)
     return server
 
 
-def _serve() -> None:
+def _environment(site: str | None) -> dict[str, str]:
+    offline = {"HF_HUB_OFFLINE": "1"}
+    return offline if site is None else {**offline, **WITHOUT_THREADS, "PYTHONPATH": site}
+
+
+def _serve(site: str | None) -> None:
     import importlib
 
     import safetensors.torch  # noqa: F401
 
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what modules print while they are imported is no answer
     for module in IMPORTED_ONCE:
         importlib.import_module(f"transformers.{module}")
-    assert "lrnn" not in sys.modules
+    if site is None:
+        assert "lrnn" not in sys.modules
+    for module in OF_LRNN if site is not None else ():
+        importlib.import_module(module)
+    assert site is None or str(sys.modules["lrnn"].__file__).startswith(site)
     for line in sys.stdin:
         process = os.fork()
         if process == 0:
             _be_the_program(**json.loads(line))
-        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), file=answers, flush=True)
 
 
 def _be_the_program(program: list[str], cwd: str, env: dict[str, str], outputs: list[str]) -> None:
@@ -99,4 +136,4 @@ def _read_modules_cache_again() -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(*(sys.argv[1:] or [None]))
