@@ -25,22 +25,25 @@ class IsPath:
         names: a folder of `lrnn.shipped` whose files can be given by name.
         only_if_exists: the key can hold something else too, such as a name on the hub: only what exists is a path.
         never: values that are no path even if such a file exists.
+        within: a key beside this one. If it names a folder, this path starts there.
     """
 
     holds: str = ""
     names: Path | None = None
     only_if_exists: bool = False
     never: frozenset[str] = frozenset()
+    within: str = ""
 
 
 @dataclass
 class _Found:
-    """A path in settings: `holder[name]`, which is written at `key`."""
+    """A path in settings: `holder[name]`, which is written at `key`. `base` is the path beside it that it may be in."""
 
     holder: Any
     name: str | int
     mark: IsPath
     key: Key
+    base: str | None = None
 
     @property
     def text(self) -> str:
@@ -49,6 +52,10 @@ class _Found:
     @property
     def is_relative(self) -> bool:
         return not (os.path.isabs(self.text) or "://" in self.text or self.text in self.mark.never)
+
+    def is_within(self, *folders: Path) -> bool:
+        """Return whether the path beside it is a folder, at which this one then starts."""
+        return self.base is not None and any((folder / self.base).is_dir() for folder in folders)
 
     def exists(self, folder: Path) -> bool:
         """Return whether the path exists in a folder."""
@@ -76,7 +83,7 @@ def place(schema: type[BaseModel], values: Any, folder: Path, origin: Callable[[
     found = list(_paths(schema, values, ()))
     for path in found:
         path.holder[path.name] = expand(path.text, f"{origin(path.key)}: {_dotted(path.key)}")
-    relative = [path for path in found if path.is_relative]
+    relative = [path for path in found if path.is_relative and not path.is_within(folder, HERE)]
     here = [path for path in relative if path.exists(HERE)]
     notice = None
     if here and folder.resolve() != HERE.resolve() and not any(path.exists(folder) for path in relative):
@@ -91,14 +98,23 @@ def place(schema: type[BaseModel], values: Any, folder: Path, origin: Callable[[
     return notice
 
 
+def seen_from(text: str, folder: Path) -> str:
+    """Return a path as `folder` sees it: the same from every current folder, and when both are moved together.
+
+    What does not exist, such as a name on the hub, stays as it is.
+    """
+    if "://" in text or not _exists(HERE, text):
+        return text
+    return os.path.relpath(os.path.realpath(text), os.path.realpath(folder))
+
+
 def _paths(schema: type[BaseModel], values: Any, above: Key) -> Iterator[_Found]:
     for name, field in schema.model_fields.items():
         if not isinstance(values, dict) or name not in values:
             continue
         value, key = values[name], (*above, name)
-        for mark in field.metadata:
-            if isinstance(mark, IsPath):
-                yield from _texts(values, name, mark, key)
+        if (mark := _mark(schema, name)) is not None:
+            yield from _texts(values, name, mark, key, _beside(schema, values, mark.within))
         candidates = [field.annotation, *get_args(field.annotation)]
         for inner in (c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)):
             if isinstance(value, list):
@@ -108,14 +124,25 @@ def _paths(schema: type[BaseModel], values: Any, above: Key) -> Iterator[_Found]
                 yield from _paths(inner, value, key)
 
 
-def _texts(holder: Any, name: str | int, mark: IsPath, key: Key) -> Iterator[_Found]:
+def _mark(schema: type[BaseModel], name: str) -> IsPath | None:
+    return next((mark for mark in schema.model_fields[name].metadata if isinstance(mark, IsPath)), None)
+
+
+def _beside(schema: type[BaseModel], values: dict[str, Any], name: str) -> str | None:
+    """Return the path at another key of a section, or None if there is none."""
+    value = values.get(name) if name else None
+    mark = _mark(schema, name) if name else None
+    return value if isinstance(value, str) and mark is not None and value not in mark.never else None
+
+
+def _texts(holder: Any, name: str | int, mark: IsPath, key: Key, base: str | None) -> Iterator[_Found]:
     value = holder[name]
     if isinstance(value, str):
-        yield _Found(holder, name, mark, key)
+        yield _Found(holder, name, mark, key, base)
     elif isinstance(value, list):
         for number, item in enumerate(value):
             if isinstance(item, str):
-                yield _Found(value, number, mark, (*key, number))
+                yield _Found(value, number, mark, (*key, number), base)
     elif isinstance(value, dict) and isinstance(value.get("base"), str):
         yield _Found(value, "base", mark, (*key, "base"))
 

@@ -48,8 +48,8 @@ class StreamSource(Section):
     """Configuration of the data set."""
     split: str = "train"
     """Split of the data set."""
-    data_files: Annotated[str | list[str] | None, IsPath(only_if_exists=True)] = None
-    """Files that the builder reads."""
+    data_files: Annotated[str | list[str] | None, IsPath(only_if_exists=True, within="path")] = None
+    """Files that the builder reads, or files of the folder `path`."""
     text_column: str = "text"
     """Column that holds the text."""
     kind: Literal["text", "json", "csv", "parquet", "arrow"] | None = None

@@ -7,8 +7,12 @@ from typing import Any
 
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
+from lrnn.pretrain.changes import Changes
 from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.old_config import check_sequence_length
+
+# Keys of `data.stream` that decide its samples, beside the tokenizer, whose content is compared.
+OF_STREAM = ("path", "name", "split", "data_files", "text_column", "kind", "sample_by", "shuffle_buffer")
 
 
 @dataclass
@@ -39,6 +43,7 @@ def check_same_run(
     as_of_0_1_0: dict[str, Any] | None = None,
     *,
     allow_change: bool = False,
+    changes: Changes | None = None,
 ) -> set[str]:
     """Check that a checkpoint is of the same model, and that its position refers to the same data.
 
@@ -48,6 +53,7 @@ def check_same_run(
         description: facts of the run's data, see `TrainingData`.
         as_of_0_1_0: the same facts in the words of an older checkpoint, where these differ.
         allow_change: accept other data of the same tokenizer.
+        changes: the keys of the configuration that changed, see `check_changes`; they say how a stream differs.
 
     Returns:
         The facts of the data that differ.
@@ -69,15 +75,35 @@ def check_same_run(
     changed = {
         key
         for key in data_before.keys() | description.keys()
-        if data_before.get(key) not in (description.get(key), (as_of_0_1_0 or {}).get(key))
+        if not _same(data_before.get(key), description.get(key), (as_of_0_1_0 or {}).get(key))
     }
     same_tokens = "tokenizer" not in changed
     if changed and not (allow_change and same_tokens):
-        key = min(changed)
         remedy = "restore it, add --allow-change to continue all the same" if same_tokens else "restore it"
         raise UserError(
-            f"{saved} was trained on data with {key} = {data_before.get(key)!r}, now it is {description.get(key)!r}; "
+            f"{saved} was trained on {_difference(changed, data_before, description, changes or {})}; "
             f"the position in the data would mean something else: {remedy}, or choose another run_dir"
         )
     check_sequence_length(before, model_config.max_position_embeddings, saved, in_workers=True)
     return changed
+
+
+def _same(before: Any, *now: Any) -> bool:
+    """Return whether a fact of the data is the same in one of the ways to state it. A mapping holds several of them."""
+    ways = [way for fact in now for way in _ways(fact)]
+    return any(way in ways for way in _ways(before))
+
+
+def _ways(fact: Any) -> list[Any]:
+    return list(fact.values()) if isinstance(fact, dict) else [fact]
+
+
+def _difference(changed: set[str], before: dict[str, Any], now: dict[str, Any], changes: Changes) -> str:
+    """Return how data differ, for a message. A stream, whose fingerprint covers other facts, counts after these."""
+    key = min(changed - {"stream"}, default="stream")
+    if key != "stream":
+        return f"data with {key} = {before.get(key)!r}, now it is {now.get(key)!r}"
+    of_stream = {name: changes.get(f"data.stream.{name}") for name in OF_STREAM}
+    named = [(f"data.stream.{name}", *values) for name, values in of_stream.items() if values is not None]
+    listing = ", ".join(f"{key} = {old!r} (now {new!r})" for key, old, new in named)
+    return f"another stream: {listing}" if listing else "another stream than that of the configuration"

@@ -293,9 +293,8 @@ class Run:
     def _resume(self, saved: Path, allow_change: bool) -> Changes:
         """Take the progress of a checkpoint. Return the keys that changed since; refuse those that must not."""
         changes = self.ranks.together(lambda: check_changes(saved, self.config, allow_change))
-        data = check_same_run(
-            saved, self._model_config, self._data.description, self._data.as_of_0_1_0, allow_change=allow_change
-        )
+        facts = self._data.description, self._data.as_of_0_1_0
+        data = check_same_run(saved, self._model_config, *facts, allow_change=allow_change, changes=changes)
         self.progress = Progress.read(saved)
         if data & {"stream", "corpora"}:  # The position in a stream means nothing in other data.
             self.progress.stream = None

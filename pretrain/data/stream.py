@@ -6,16 +6,20 @@ on any number of processes, but each process does all of the work; build a corpu
 
 import hashlib
 import json
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from lrnn.errors import UserError
+from lrnn.paths import seen_from
 from lrnn.pretrain.batching import Batching
+from lrnn.pretrain.config import BUILDERS
 from lrnn.pretrain.corpus.rows import LeftOut
 from lrnn.pretrain.corpus.source import SourceArguments
 from lrnn.pretrain.corpus.streams import open_stream
@@ -81,10 +85,22 @@ class StreamData:
         """Return a sha256 of what decides the samples, except for the streamed data itself, which cannot be checked."""
         return self.fingerprint_with(self.tokenizer.fingerprint)
 
+    def fingerprint_from(self, folder: Path) -> str:
+        """Return the fingerprint with paths as `folder` sees them, which do not depend on the current folder."""
+        path, files = self.arguments.path, self.arguments.data_files
+        if path not in BUILDERS:
+            path = seen_from(path, folder)
+        if files and not os.path.isdir(self.arguments.path):
+            files = [seen_from(file, folder) for file in ([files] if isinstance(files, str) else files)]
+        return self._fingerprint(path, files, self.tokenizer.fingerprint)
+
     def fingerprint_with(self, tokenizer: str) -> str:
         """Return the fingerprint, with another fingerprint of the tokenizer."""
+        return self._fingerprint(self.arguments.path, self.arguments.data_files, tokenizer)
+
+    def _fingerprint(self, path: str, data_files: str | list[str] | None, tokenizer: str) -> str:
         a = self.arguments
-        source: dict = {"path": a.path, "name": a.name, "data_files": a.data_files, "split": a.split}
+        source: dict = {"path": path, "name": a.name, "data_files": data_files, "split": a.split}
         source["text_column"] = a.text_column
         source |= {key: value for key in ("kind", "sample_by") if (value := getattr(a, key)) is not None}
         facts = [source, tokenizer, self.seq_len, self.seed, self.shuffle_buffer]

@@ -30,7 +30,8 @@ class TrainingData:
 
     Attributes:
         source: the samples.
-        description: the facts that must not change when the run resumes.
+        description: the facts that must not change when the run resumes. A mapping states one in several ways, of which
+            one must be the same.
         save_tokenizer: writes the tokenizer's files into a folder, which it makes.
         batching: batch sizes, and the place of this process among all.
         as_of_0_1_0: the facts that a checkpoint of lrnn 0.1.0 states in another way for the same data.
@@ -130,7 +131,8 @@ def _open_stream(
     source = StreamData(
         arguments, tokenizer, d.seq_len, config.seed, stream.shuffle_buffer, d.reset_at_document_boundaries
     )
-    description |= {"tokenizer": tokenizer.fingerprint, "stream": source.fingerprint}
+    stated = {"as given": source.fingerprint, "from run_dir": source.fingerprint_from(Path(config.run_dir))}
+    description |= {"tokenizer": tokenizer.fingerprint, "stream": stated}
     old = fingerprint_of_0_1_0(stream.tokenizer, tokenizer)
     facts = {} if old is None else {"tokenizer": old, "stream": source.fingerprint_with(old)}
     return TrainingData(source, description, tokenizer.save, batching, facts)

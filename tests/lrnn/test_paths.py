@@ -9,7 +9,7 @@ from pydantic import Field
 
 from lrnn import shipped
 from lrnn.errors import UserError
-from lrnn.paths import IsPath
+from lrnn.paths import IsPath, seen_from
 from lrnn.settings import FileOrFields, Section, load
 
 
@@ -23,7 +23,7 @@ class Source(Section):
 class Stream(Section):
     path: Annotated[str, IsPath(only_if_exists=True, never=frozenset({"json"}))]
     """Folder or name."""
-    data_files: Annotated[str | list[str] | None, IsPath(only_if_exists=True)] = None
+    data_files: Annotated[str | list[str] | None, IsPath(only_if_exists=True, within="path")] = None
     """Files."""
 
 
@@ -101,6 +101,38 @@ def test_what_may_be_a_name_is_a_path_only_if_it_exists(read):
     assert found.stream.path == "org/name"
     assert found.stream.data_files == ["../project/*.jsonl", "hf://x/*.jsonl", "none.csv"]
     assert read("out: a\nstream: {path: json}\n")[0].stream.path == "json"
+
+
+def test_files_of_a_folder_start_at_it(read):
+    """A file of the same name beside the YAML is another one."""
+    for folder in ("data", "json", "."):
+        (Path("../project") / folder).mkdir(exist_ok=True)
+        (Path("../project") / folder / "d.jsonl").touch()
+    for files in ("d.jsonl", "['*.jsonl']"):
+        found, _ = read(f"out: a\nstream: {{path: data, data_files: {files}}}\n")
+        assert (found.stream.path, str(found.stream.data_files)) == ("../project/data", files)
+    found, _ = read("out: a\nstream: {path: json, data_files: d.jsonl}\n")  # a builder, not that folder
+    assert (found.stream.path, found.stream.data_files) == ("json", "../project/d.jsonl")
+
+
+def test_paths_seen_from_a_folder(tmp_path, monkeypatch):
+    """They are the same from every current folder, through links, and after everything moved."""
+    (tmp_path / "project/run").mkdir(parents=True)
+    (tmp_path / "project/d.jsonl").touch()
+    (tmp_path / "link").symlink_to("project")
+    for here, file, run in (
+        ("project", "d.jsonl", "run"),
+        ("project", "*.jsonl", "run"),
+        (".", "project/d.jsonl", "project/run"),
+        ("project/run", "../d.jsonl", "."),
+        ("/", str(tmp_path / "link/d.jsonl"), str(tmp_path / "project/run")),
+    ):
+        monkeypatch.chdir(tmp_path / here)
+        assert seen_from(file, Path(run)) == f"../{Path(file).name}"
+        assert seen_from("org/name", Path(run)) == "org/name" and seen_from("hf://d.jsonl", Path(run)) == "hf://d.jsonl"
+    (tmp_path / "project").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    assert seen_from("d.jsonl", Path("run")) == "../d.jsonl"
 
 
 def test_models_that_come_with_lrnn_have_names(read):

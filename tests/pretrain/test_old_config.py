@@ -146,6 +146,24 @@ def test_a_checkpoint_with_another_length_resumes(tmp_path, capsys):
         check_same_run(tmp_path, model, {"seq_len": 32})
 
 
+def test_a_stream_is_the_same_by_one_of_its_fingerprints(tmp_path):
+    """Checkpoints of 0.1.0 have only that of the configuration as it is written."""
+    model = LrnnConfig()
+    (tmp_path / "config.json").write_text(json.dumps(model.to_dict()))
+    now = {"seed": 1, "tokenizer": "t", "stream": {"as given": "a", "from run_dir": "b"}}
+    changes = {"data.stream.data_files": ("x", "y"), "data.stream.tokenizer": ("t", "u")}
+    for before in ("a", {"as given": "a", "from run_dir": "c"}, {"as given": "c", "from run_dir": "b"}):
+        (tmp_path / "progress.json").write_text(json.dumps({"data": now | {"stream": before}}))
+        assert check_same_run(tmp_path, model, now) == set()
+    for before in ("c", {"as given": "c", "from run_dir": "d"}):
+        (tmp_path / "progress.json").write_text(json.dumps({"data": now | {"stream": before}}))
+        with pytest.raises(UserError, match=r"on another stream: data.stream.data_files = 'x' \(now 'y'\); the pos"):
+            check_same_run(tmp_path, model, now, changes=changes)
+        with pytest.raises(UserError, match="was trained on data with seed = 1, now it is 2; the position"):
+            check_same_run(tmp_path, model, now | {"seed": 2}, changes=changes)
+        assert check_same_run(tmp_path, model, now, allow_change=True) == {"stream"}
+
+
 @pytest.mark.parametrize(
     ("environment", "in_workers", "printed"),
     [

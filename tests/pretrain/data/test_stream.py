@@ -133,6 +133,23 @@ def test_fingerprint(stream):
     assert len({base, stream(seed=1).fingerprint, stream(shuffle_buffer=5).fingerprint}) == 3
 
 
+def test_a_fingerprint_that_does_not_depend_on_the_current_folder(jsonl, sentencepiece_model, tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(sentencepiece_model)
+
+    def fingerprints(folder: str, path: str, files: list[str] | None, run: str) -> tuple[str, str]:
+        monkeypatch.chdir(tmp_path / folder)
+        data = StreamData(SourceArguments(path, data_files=files), tokenizer, SEQ_LEN)
+        return data.fingerprint, data.fingerprint_from(Path(run))
+
+    (tmp_path / "run").mkdir()
+    for path, files in (("json", ["0.jsonl", "1.jsonl"]), ("json", ["*.jsonl"]), ("0.jsonl", None), (".", ["0.jsonl"])):
+        beside = fingerprints(".", path, files, "run")
+        above = [f"../{name}" for name in files] if files and path != "." else files
+        below = fingerprints("run", path if path == "json" else f"../{path}", above, ".")
+        assert beside[1] == below[1] and beside[0] != below[0], path
+    assert fingerprints(".", "json", ["0.jsonl"], "run")[1] != fingerprints(".", "json", ["1.jsonl"], "run")[1]
+
+
 def test_streams_that_cannot_resume_are_refused(jsonl, monkeypatch):
     def no_state(self):
         raise NotImplementedError("no state here")
