@@ -11,6 +11,7 @@ from lrnn.errors import UserError
 from lrnn.parsing import parse_yaml
 from lrnn.pretrain import old_config
 from lrnn.pretrain.config import Config
+from lrnn.pretrain.deepspeed_config import COPY, changed_results
 from lrnn.settings import read_json
 
 Changes = dict[str, tuple[Any, Any]]  # of each changed key, the values before and now
@@ -38,7 +39,9 @@ def check_changes(saved: Path, config: Config, allow_change: bool) -> Changes:
     before = parse_yaml(file.read_text(encoding="utf-8"), str(file)).value
     if not isinstance(before, dict):
         raise UserError(f"{file} is not a mapping of keys to values")
-    changes = find_changes(old_config.convert(before, str(file)), config)
+    copy = saved / COPY  # older checkpoints have none
+    engine = read_json(copy, "DeepSpeed configuration") if copy.exists() else None
+    changes = find_changes(old_config.convert(before, str(file)), config, engine)
     refused = {key: values for key, values in changes.items() if changes_results(key)}
     if refused and not allow_change:
         listing = ", ".join(f"{key} = {old!r} (now {new!r})" for key, (old, new) in refused.items())
@@ -49,21 +52,35 @@ def check_changes(saved: Path, config: Config, allow_change: bool) -> Changes:
     return changes
 
 
-def find_changes(before: dict[str, Any], config: Config) -> Changes:
-    """Return the keys whose values differ. Keys that `before` is older than had their present defaults."""
+def find_changes(before: dict[str, Any], config: Config, engine: dict[str, Any] | None = None) -> Changes:
+    """Return the keys whose values differ.
+
+    Args:
+        before: the earlier configuration. Keys that it is older than had their present defaults.
+        config: the configuration now.
+        engine: content of the DeepSpeed JSON that `before` names, None if it is not known. Its settings that differ now
+            and decide results are among the keys: `deepspeed.communication_data_type`.
+    """
     then, now = flatten(before), flatten(config.model_dump())
     defaults = flatten(_defaults())
     if then.get("deepspeed") is not None:  # which decides them, unless they are given too
         defaults |= {"zero": None, "precision": None}
     then = defaults | then
-    now["precision"] = _precision(now)
-    then["precision"] = _precision(then) or now["precision"]  # Of a file that is gone, no change is known.
-    return {key: (then.get(key), now.get(key)) for key in {**now, **then} if then.get(key) != now.get(key)}
+    engine_now = _engine(now)
+    now["precision"] = _precision(now, engine_now)
+    # Of a file that is gone, no change is known.
+    then["precision"] = _precision(then, engine or _engine(then)) or now["precision"]
+    changes = {key: (then.get(key), now.get(key)) for key in {**now, **then} if then.get(key) != now.get(key)}
+    if engine is not None or then["deepspeed"] is None:
+        changes |= {f"deepspeed.{key}": values for key, values in changed_results(engine, engine_now).items()}
+    return changes
 
 
 def changes_results(key: str) -> bool:
     """Return whether a changed key is refused unless changes are allowed."""
     words = key.split(".")
+    if words[0] == "deepspeed":
+        return len(words) > 1  # The path may change, and a setting that is among the changes may not.
     return not (FREE | COMPARED_BY_CONTENT) & {".".join(words[:n]) for n in range(1, len(words) + 1)}
 
 
@@ -87,12 +104,17 @@ def _defaults() -> dict[str, Any]:
     return Config.model_validate(required | sizes).model_dump()
 
 
-def _precision(flat: dict[str, Any]) -> str | None:
-    """Return the precision of a run; None if its DeepSpeed JSON, which decides it, cannot be read any more."""
-    if flat["deepspeed"] is None or flat["precision"] is not None:
-        return flat["precision"]
+def _engine(flat: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the content of a run's DeepSpeed JSON; None if it has none, or it cannot be read any more."""
     try:
-        engine = read_json(flat["deepspeed"], "DeepSpeed configuration")
-        return "bfloat16" if engine.get("torch_autocast", {}).get("enabled") else "float32"
-    except (UserError, AttributeError):
+        return None if flat["deepspeed"] is None else read_json(flat["deepspeed"], "DeepSpeed configuration")
+    except UserError:
         return None
+
+
+def _precision(flat: dict[str, Any], engine: dict[str, Any] | None) -> str | None:
+    """Return the precision of a run; None if its DeepSpeed JSON, which decides it, is not known."""
+    if flat["deepspeed"] is None or flat["precision"] is not None or engine is None:
+        return flat["precision"]
+    autocast = engine.get("torch_autocast")
+    return "bfloat16" if isinstance(autocast, dict) and autocast.get("enabled") else "float32"

@@ -1,11 +1,28 @@
 """The configuration that DeepSpeed gets: made from that of the run, or read from a DeepSpeed JSON and checked."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from lrnn.errors import UserError
 from lrnn.pretrain.config import Config
-from lrnn.pretrain.zero import zero_settings
+from lrnn.pretrain.zero import AUTOCAST, zero_settings
 from lrnn.settings import read_json
+
+COPY = "deepspeed.json"  # in a checkpoint: the DeepSpeed JSON as it was when the run started
+# Settings that decide how a run is computed, or what is reported of it. Others count as changing the results.
+FREE = {
+    "zero_optimization", "activation_checkpointing", "aio", "autotuning", "checkpoint", "comms_logger", "csv_monitor",
+    "dataloader_drop_last", "dump_state", "elasticity", "flops_profiler", "memory_breakdown", "nebula",
+    "steps_per_print", "tensorboard", "timers", "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+}  # fmt: skip
+# Settings that the run's configuration decides, or `precision`, which is compared with it.
+DECIDED = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "torch_autocast.enabled",
+}  # fmt: skip
+# Of the ZeRO section: gradients or weights are rounded on their way, or weights are updated late.
+NOT_FREE = ("zero_optimization.zero_quantized", "zero_optimization.zenflow")
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
@@ -76,3 +93,33 @@ def _check_agreement(raw: dict[str, Any], path: str, config: Config) -> None:
             f"{path}: gradient_clipping is {clip!r}, and optim.clip of the run's configuration is {config.optim.clip}; "
             "remove one of them"
         )
+
+
+def changed_results(before: dict[str, Any] | None, now: dict[str, Any] | None) -> dict[str, tuple[Any, Any]]:
+    """Return the settings of two DeepSpeed JSONs that decide the results and differ, with both values.
+
+    None stands for the settings of a run without such a file.
+    """
+    then = dict(_settings(_own(now) if before is None else before))
+    new = dict(_settings(_own(before) if now is None else now))
+    keys = [key for key in {**new, **then} if then.get(key) != new.get(key)]
+    return {key: (then.get(key), new.get(key)) for key in keys if _decides_results(key)}
+
+
+def _own(other: dict[str, Any] | None) -> dict[str, Any]:
+    """Return lrnn's own settings, as far as a DeepSpeed JSON has them too: what it leaves out has their values."""
+    autocast = (other or {}).get("torch_autocast")
+    return {"torch_autocast": {k: v for k, v in AUTOCAST.items() if isinstance(autocast, dict) and k in autocast}}
+
+
+def _settings(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings of a JSON object by their dotted names."""
+    for name, value in section.items():
+        if isinstance(value, dict):
+            yield from _settings(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _decides_results(key: str) -> bool:
+    return key.startswith(NOT_FREE) or (key not in DECIDED and key.partition(".")[0] not in FREE)

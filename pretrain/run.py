@@ -23,7 +23,7 @@ from lrnn.pretrain.config import Config, load_model_of
 from lrnn.pretrain.data.heldout import HeldOut
 from lrnn.pretrain.data.micro_batch import MicroBatch
 from lrnn.pretrain.data.training_data import TrainingData, open_data
-from lrnn.pretrain.deepspeed_config import deepspeed_config
+from lrnn.pretrain.deepspeed_config import COPY, deepspeed_config
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.engine import Engine, build_engine, build_model
 from lrnn.pretrain.guard import Guard, Verdict
@@ -37,7 +37,7 @@ from lrnn.pretrain.schedule import learning_rate
 from lrnn.pretrain.step import Step, warm_up
 from lrnn.pretrain.watchdog.watchdog import Watchdog
 from lrnn.run_lock import RunLock
-from lrnn.settings import dump
+from lrnn.settings import dump, read_json
 
 T = TypeVar("T")
 
@@ -80,6 +80,7 @@ class Run:
         self._watchdog = exits.enter_context(Watchdog(ranks, config.watchdog))
         with self.phase("checking data and checkpoints", step=0):
             self._model_config, self._data, self._heldout = ranks.together(self._check_parts)
+            self._engine_copy = ranks.together(self._read_engine_copy)
             self._saved = self._open_folder(exits)
             changes = self._resume(self._saved, allow_change) if self._saved is not None else {}
             self._first_step = self.progress.step
@@ -274,6 +275,11 @@ class Run:
         data = open_data(self.config, model_config, self.ranks)
         return model_config, data, HeldOut(self.config, self.ranks)
 
+    def _read_engine_copy(self) -> dict[str, str]:
+        """Return the files of a checkpoint that keep the DeepSpeed JSON, which may change while the run goes on."""
+        path = self.config.deepspeed
+        return {} if path is None else {COPY: json.dumps(read_json(path, "DeepSpeed configuration"), indent=2)}
+
     def _open_folder(self, exits: ExitStack) -> Path | None:
         """Hold the run's folder, and return its newest checkpoint."""
 
@@ -363,7 +369,7 @@ class Run:
         self.progress.optimizer_step = zero_state.optimizer_step(self.engine)
         progress = {"step": self.progress.step, "progress": asdict(self.progress), "data": self._data.description}
         texts = {"config.json": self._model_config.to_json_string(use_diff=False), "run.yaml": dump(self.config)}
-        self._writer.begin(self.engine, progress, texts)
+        self._writer.begin(self.engine, progress, texts | self._engine_copy)
 
     def _report_checkpoint(self, outcome: Outcome) -> None:
         """Record what became of a checkpoint, which may be of an earlier step than the run is at by now."""

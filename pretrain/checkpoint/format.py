@@ -4,6 +4,7 @@
         state-00000-of-00002.safetensors   float32 parameters and Adam's moments, as fragments (one file per process)
         config.json                        the model, as transformers writes it
         run.yaml                           the run's resolved configuration
+        deepspeed.json                     the DeepSpeed JSON that it names, if any, as the run read it
         progress.json                      step, samples and tokens consumed, state of a streamed source
         tokenizer/                         the tokenizer of the corpus
         manifest.json                      size and SHA-256 of every file above, and its own SHA-256; written last

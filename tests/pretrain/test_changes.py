@@ -8,6 +8,7 @@ import pytest
 from lrnn.errors import UserError
 from lrnn.pretrain.changes import check_changes, find_changes, flatten
 from lrnn.pretrain.config import Config, parse_config
+from lrnn.pretrain.deepspeed_config import COPY
 from lrnn.settings import dump
 
 RUN = {
@@ -114,3 +115,69 @@ def test_a_deepspeed_json_counts_by_its_precision(check, tmp_path, autocast, ref
         with pytest.raises(UserError, match=r"precision = 'bfloat16' \(now 'float32'\)"):
             check(config)
     assert check(config, refused).keys() == {"deepspeed", "zero", *(["precision"] if refused else [])}
+
+
+AUTOCAST = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+JSON = {"zero_optimization": {"stage": 1}, "torch_autocast": AUTOCAST}
+SETTINGS = {  # other contents of the same file: the settings that change the results, as they are named
+    "same": (JSON, {}),
+    "free": (JSON | {"zero_optimization": {"stage": 3, "reduce_bucket_size": 7}, "steps_per_print": 3}, {}),
+    "decided by the run": (JSON | {"gradient_clipping": 1.0, "train_batch_size": 3}, {}),
+    "lower precision": (JSON | {"communication_data_type": "fp16"}, {"communication_data_type": (None, "fp16")}),
+    "another dtype": (
+        JSON | {"torch_autocast": AUTOCAST | {"dtype": "float16"}},
+        {"torch_autocast.dtype": ("bfloat16", "float16")},
+    ),
+    "quantized": (
+        JSON | {"zero_optimization": {"stage": 1, "zero_quantized_gradients": True}},
+        {"zero_optimization.zero_quantized_gradients": (None, True)},
+    ),
+    "deeper": (
+        JSON | {"data_types": {"grad_accum_dtype": "bf16"}},
+        {"data_types.grad_accum_dtype": (None, "bf16")},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_content_of_a_deepspeed_json(tmp_path, name):
+    """It is compared with the copy in the checkpoint, because the file at the same path may be another by now."""
+    content, changes = SETTINGS[name]
+    changes = {f"deepspeed.{key}": values for key, values in changes.items()}
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(content))
+    config = changed(deepspeed=str(own))
+    (tmp_path / "run.yaml").write_text(dump(config))
+    assert check_changes(tmp_path, config, False) == {}, "an older checkpoint has no copy"
+    (tmp_path / COPY).write_text(json.dumps(JSON))
+    if changes:
+        ((key, (before, now)),) = changes.items()
+        with pytest.raises(UserError) as caught:
+            check_changes(tmp_path, config, False)
+        assert f"was trained with {key} = {before!r} (now {now!r}), which changes the results; add" in str(caught.value)
+    assert check_changes(tmp_path, config, True) == changes
+
+
+def test_autocast_that_was_turned_off_in_the_same_file(tmp_path):
+    (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    config = changed(deepspeed=str(tmp_path / "own.json"))
+    (tmp_path / "run.yaml").write_text(dump(config))
+    (tmp_path / COPY).write_text(json.dumps(JSON))
+    with pytest.raises(UserError, match=r"precision = 'bfloat16' \(now 'float32'\)"):
+        check_changes(tmp_path, config, False)
+
+
+def test_a_deepspeed_json_in_place_of_own_settings(check, tmp_path):
+    """And the other way round: what the file sets beside `zero` and `precision` is a change."""
+    own = tmp_path / "own.json"
+    settings = JSON | {"gradient_clipping": 1.0}
+    own.write_text(json.dumps(settings))
+    assert check(changed(deepspeed=str(own))).keys() == {"deepspeed", "zero"}
+    own.write_text(json.dumps(settings | {"communication_data_type": "fp16"}))
+    config = changed(deepspeed=str(own))
+    with pytest.raises(UserError, match=r"deepspeed.communication_data_type = None \(now 'fp16'\)"):
+        check(config)
+    (tmp_path / "run.yaml").write_text(dump(config))
+    (tmp_path / COPY).write_text(own.read_text())
+    with pytest.raises(UserError, match=r"deepspeed.communication_data_type = 'fp16' \(now None\)"):
+        check(changed())

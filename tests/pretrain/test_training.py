@@ -12,6 +12,7 @@ from training_group import losses, run_group
 from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.checkpoint.reader import SavedState
 from lrnn.pretrain.corpus.reader import TokenCorpus
+from lrnn.pretrain.deepspeed_config import COPY
 from lrnn.pretrain.launch import STOPPED
 from lrnn.pretrain.zero import zero_settings
 from lrnn.records import read_metrics
@@ -91,6 +92,9 @@ def test_other_numbers_of_processes_and_stages_agree(base, tmp_path, stages, aut
     assert run_group(tmp_path, [{"config": straight}, {"config": moved, "stop_at": 2}]) == [0, STOPPED]
     assert run_group(tmp_path, [{"config": config("moved", stages[1]), "stop_at": 4}], processes=1) == [STOPPED]
     assert run_group(tmp_path, [{"config": config("moved", stages[2])}]) == [0]
+    if not autocast:  # otherwise it says what `zero` and `precision` do, which replace it
+        copy = checkpoint.find_newest(Path(moved["run_dir"])) / COPY
+        assert json.loads(copy.read_text()) == json.loads((tmp_path / f"zero{stages[2]}.json").read_text())
     truth, found = losses(straight), losses(moved)
     assert list(truth) == list(found) and found[2] == truth[2]
     for step in truth:
