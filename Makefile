@@ -19,13 +19,14 @@ test: lint docs
 	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not alone'
 	$(BIN)/pytest -q -m alone
 
-# Runs 300 kills instead of 12, twenty endings of a job instead of three, and other numbers of processes, in some 30
+# Runs 300 kills instead of 12, twenty endings of a job instead of three, and other numbers of processes, in some 50
 # minutes. The jobs need root and Debian, because they start their own SLURM. Exports of every mixer are used in five
 # versions of transformers. Plain lm-eval reads its own tasks too, and every solution of HumanEval runs.
+# The whole job runs from a wheel for every form of data and kind of tokenizer, published ones among them (see the file).
 torture: setup
 	LRNN_TORTURE=1 $(BIN)/pytest -q -s tests/pretrain/test_torture.py tests/track/test_workers.py tests/slurm \
 		tests/eval/export/test_transformers_versions.py tests/eval/suites/test_state_tracking_suite.py \
-		tests/eval/export/test_oracle.py
+		tests/eval/export/test_oracle.py tests/lrnn/test_packaging.py tests/lrnn/test_whole_job.py
 
 lint: setup
 	$(BIN)/ruff check .
