@@ -17,6 +17,8 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token
 OTHER_SETTINGS = ("chat_template", "model_max_length")  # of tokenizer_config.json; they do not decide ids
 COPY_MARK = "lrnn_copy"  # this key of tokenizer_config.json says that the ids are those of tokenizer.json alone
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")  # in a folder; the second is transformers' name for some
+LFS_POINTER = b"version https://git-lfs"
+NOT_FETCHED = "a pointer of Git LFS in place of the file; fetch it with `git lfs pull`"
 TRAIN_CHUNK_CHARS = 4000  # SentencePiece trains on "sentences": here, runs of whole lines of about this length
 
 
@@ -85,9 +87,10 @@ class SentencePieceTokenizer(Tokenizer):
         self.label = str(path)
         model = path.read_bytes()
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._processor = sentencepiece.SentencePieceProcessor()
+            self._processor.LoadFromSerializedProto(model)
         except RuntimeError as error:
-            raise UserError(f"tokenizer {path}: not a SentencePiece model ({error})") from error
+            raise UserError(f"tokenizer {path}: {_why_not_sentencepiece(model, error)}") from error
         if self._processor.eos_id() < 0:
             raise UserError(
                 f"tokenizer {path}: it has no end-of-sentence id (eos_id=-1), which must end every document"
@@ -111,6 +114,14 @@ class SentencePieceTokenizer(Tokenizer):
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self.path, folder / "tokenizer.model")
+
+
+def _why_not_sentencepiece(content: bytes, error: Exception) -> str:
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", content):
+        return "a tiktoken vocabulary, which lacks the rule that splits text; give a folder with its tokenizer.json"
+    if content.startswith(LFS_POINTER):
+        return NOT_FETCHED
+    return f"not a SentencePiece model ({error})"
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -222,6 +233,8 @@ def _huggingface_files(name: str) -> tuple[bytes, dict[str, Any], bytes | None]:
         ) from error
     if "tokenizer.json" not in content:
         raise UserError(f"tokenizer {name!r}: it has no tokenizer.json; give its SentencePiece .model file instead")
+    if content["tokenizer.json"].startswith(LFS_POINTER):
+        raise UserError(f"tokenizer {name!r}: its tokenizer.json is {NOT_FETCHED}")
     _check_needs_no_code(name, settings)
     settings = {**{token: named[token] for token in SPECIAL_TOKENS if token in named}, **settings}
     if not {"bos_token", "eos_token"} <= set(settings):
@@ -293,7 +306,7 @@ def fingerprint_of_0_1_0(path: str, tokenizer: Tokenizer) -> str | None:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a tokenizer from a SentencePiece `.model` file, a folder, or a name on the Hugging Face hub.
+    """Load a tokenizer from a SentencePiece model file, a folder, or a name on the Hugging Face hub.
 
     A folder with `tokenizer.json` is read as a Hugging Face tokenizer, one with only `tokenizer.model` as
     SentencePiece. The folder `tokenizer/` of a corpus is such a folder. The ids of a Hugging Face tokenizer are those
@@ -303,7 +316,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         UserError: the path holds no usable tokenizer, or the tokenizer has no id that ends a document.
     """
     local = Path(path)
-    if local.is_file() and local.suffix == ".model":
+    if local.is_file() and local.suffix != ".json":
         return SentencePieceTokenizer(local)
     if local.is_dir() and (local / "tokenizer.json").exists():
         return _read_huggingface(str(path))
@@ -312,10 +325,24 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             return SentencePieceTokenizer(local / file)
     # The hub is asked only for possible names, because offline its answer takes minutes.
     if local.exists() or local.suffix in (".model", ".json") or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
-        raise UserError(
-            f"tokenizer {path}: neither a SentencePiece .model file nor a folder with tokenizer.model or tokenizer.json"
-        )
+        raise UserError(f"tokenizer {path}: {_why_none(local)}")
     return _read_huggingface(str(path))
+
+
+def _why_none(path: Path) -> str:
+    """Return why a path that is no name on the hub holds no tokenizer, and what to do."""
+    if path.name == "tokenizer.json" and path.is_file():
+        return f"give its folder, {path.parent}, whose tokenizer_config.json names the token that ends documents"
+    if (path / "vocab.json").exists() and (path / "merges.txt").exists():
+        load = f"AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained('tokenizer')"
+        return (
+            "it has vocab.json and merges.txt, but no tokenizer.json; write one and name its folder: "
+            f'python -c "from transformers import AutoTokenizer; {load}"'
+        )
+    tiktoken = next(iter(sorted(path.glob("*.tiktoken"))), None) if path.is_dir() else None
+    if tiktoken is not None:
+        return f"{tiktoken.name} lacks the rule that splits text; give a folder with the model's tokenizer.json"
+    return "neither a SentencePiece .model file nor a folder with tokenizer.model or tokenizer.json"
 
 
 def _training_chunks(texts: Iterable[str]) -> Iterator[str]:

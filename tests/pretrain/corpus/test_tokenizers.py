@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,29 @@ def test_special_tokens_in_text_are_text(huggingface_folder, sentencepiece_model
         assert tokenizer.decode(ids) == "a </s> b <s>"
 
 
+def test_other_published_forms(tmp_path, huggingface_folder, sentencepiece_model):
+    """What else models are published with: the message says what to give instead."""
+    shutil.copy(sentencepiece_model, tmp_path / "tokenizer.model.v3")
+    assert load_tokenizer(tmp_path / "tokenizer.model.v3").kind == "sentencepiece"
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    for path, content, message in (
+        ("meta/tokenizer.model", "IQ== 0\nIg== 1\n", "a tiktoken vocabulary, which lacks the rule .* tokenizer.json"),
+        ("x.tiktoken", "IQ== 0\nIg== 1\n", "a tiktoken vocabulary"),
+        ("qwen/qwen.tiktoken", "IQ== 0\n", r"qwen.tiktoken lacks the rule that splits text; give a folder with"),
+        ("lfs/tokenizer.model", pointer, "pointer of Git LFS in place of the file; fetch it"),
+        ("lfs/tokenizer.json", pointer, "its tokenizer.json is a pointer of Git LFS"),
+        ("file/tokenizer.json", "{}", f"give its folder, {tmp_path / 'file'}, whose"),
+        ("gpt2/merges.txt", "a b\n", r"no tokenizer.json; write one .*from_pretrained\(.*gpt2.\)\.save_pretrained"),
+    ):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(content)
+        (tmp_path / "gpt2").mkdir(exist_ok=True)
+        (tmp_path / "gpt2/vocab.json").write_text('{"a": 0}')
+        is_folder = not path.startswith(("x", "file"))
+        with pytest.raises(UserError, match=message):
+            load_tokenizer((tmp_path / path).parent if is_folder else tmp_path / path)
+
+
 def test_unusable_tokenizers(tmp_path, huggingface_folder):
     with pytest.raises(
         UserError, match="'nobody/nothing': neither a local folder nor a tokenizer that can be reached on the hub"
@@ -96,9 +120,10 @@ def test_unusable_tokenizers(tmp_path, huggingface_folder):
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="END").save_pretrained(tmp_path / "word")
     with pytest.raises(UserError, match="literal text 'END' is encoded as its end-of-document id 1"):
         load_tokenizer(tmp_path / "word")
-    (tmp_path / "x.model").write_bytes(b"\x00")
-    with pytest.raises(UserError, match="not a SentencePiece model"):
-        load_tokenizer(tmp_path / "x.model")
+    for content in (b"\x00", b"", b"plain text\n"):
+        (tmp_path / "x.model").write_bytes(content)
+        with pytest.raises(UserError, match="not a SentencePiece model"):
+            load_tokenizer(tmp_path / "x.model")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["some words to learn from"] * 10),
         model_prefix=str(tmp_path / "no_eos"),
