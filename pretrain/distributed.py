@@ -130,9 +130,10 @@ def _choose_device() -> torch.device:
 def _quieten(deepspeed: Any) -> None:
     """Turn off messages of DeepSpeed and what it would compile at every start without need."""
     deepspeed.logger.setLevel("ERROR")
-    # DeepSpeed would compile this operator, for inference on CPU, at the first start. A process that is killed
-    # meanwhile leaves a lock behind for which every later one waits forever.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed would compile an operator, for inference on CPU, at the first start if it found it compatible. A process
+    # that is killed meanwhile leaves a lock behind for which every later one waits forever. The look-up itself runs
+    # compilers, and makes this dictionary when it is read first.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     # DeepSpeed compiles a function of Muon, which is not used here, at every start: 2 s to load torch's compiler.
     deepspeed.runtime.compiler.compile = lambda: lambda function: function
     # DeepSpeed calls names that newer versions of torch deprecate; its users can do nothing about it.

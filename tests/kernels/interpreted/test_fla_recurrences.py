@@ -45,17 +45,15 @@ def fla_without_a_gpu(monkeypatch):
                 monkeypatch.setattr(module, "IS_GATHER_SUPPORTED", False)
 
 
-# Each shape has both ranges and both types, and each range has both types, but not each shape all four.
+# Each range has both types. The range changes only the numbers that the kernels are given.
 @pytest.mark.parametrize(
     ("K", "V", "T", "numbers", "one_number_kernels", "dtype", "negative"),
     [
         (32, 33, 66, 1, True, FP16, True),
         (32, 33, 66, 1, True, FP32, False),
         (16, 17, 66, 1, False, FP32, True),
-        (16, 17, 66, 1, False, FP16, False),
         (32, 32, 66, 32, True, FP16, True),
         (32, 32, 66, 32, True, FP32, False),
-        (20, 7, 35, 20, True, FP32, True),
         (20, 7, 35, 20, True, FP16, False),
     ],
 )
@@ -77,7 +75,7 @@ def test_diagonal(K, V, T, numbers, one_number_kernels, dtype, negative, monkeyp
 @pytest.mark.parametrize("strong", [-20.0, -500.0])
 def test_strong_decays(strong, numbers):
     """The logarithm of 2a - 1 near 0 is -16 to -20. The mLSTM's decays may be stronger."""
-    x = diagonal_inputs(1, 130, 1, 32, 32, numbers)
+    x = diagonal_inputs(1, 90, 1, 32, 32, numbers)
     g = -0.1 * x.pop("logit").abs()
     g[:, ::3] = g[:, 60:80] = strong
     x["g"] = g
@@ -115,8 +113,8 @@ def test_few_tokens_near_zero_do_not_drown_the_gradient(numbers, monkeypatch):
 @pytest.mark.parametrize(
     ("K", "V", "T", "negative", "dtype"),
     [
-        (32, 32, 35, True, FP16),
-        (20, 7, 33, False, FP32),
+        (32, 32, 18, True, FP16),
+        (20, 7, 17, False, FP32),
         (16, 16, 16, True, FP32),
         (16, 16, 16, False, FP16),
     ],
@@ -150,14 +148,14 @@ def test_mixers(mixer, kind, monkeypatch):
     for p in attn.parameters():
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=0.2)
-    x = random(1, 2, 40, 32)
+    x = random(1, 2, 20, 32)
     mask = cu_seqlens = document = None
     if kind == "padded":
-        mask = torch.ones(2, 40, dtype=torch.bool)
-        mask[1, 25:] = False
+        mask = torch.ones(2, 20, dtype=torch.bool)
+        mask[1, 12:] = False
     if kind == "documents":
-        cu_seqlens = torch.tensor([0, 7, 40, 41, 80])
-        document = document_ids(cu_seqlens, 2, 40)
+        cu_seqlens = torch.tensor([0, 7, 20, 21, 40])
+        document = document_ids(cu_seqlens, 2, 20)
     found = []
     for on_fla in (True, False):
         monkeypatch.setattr(recurrences, "_runs_on_fla", lambda r, on_fla=on_fla: on_fla and r.dtype == FP16)
@@ -168,7 +166,7 @@ def test_mixers(mixer, kind, monkeypatch):
             out = attn(leaf, cache, mask, cu_seqlens, document)
             if kind == "states":
                 cache.conv = None if cache.conv is None else cache.conv.detach()  # the kernels' rule
-                out = torch.cat([out, attn(leaf[:, :20], cache, None, None, None)], 1)
+                out = torch.cat([out, attn(leaf[:, :9], cache, None, None, None)], 1)
         out = out if mask is None else out * mask[..., None]
         (out.float() * random(2, *out.shape)).sum().backward()
         state = () if cache is None else cache.state

@@ -17,8 +17,10 @@ def compare(shape, eps=1e-6, function=gated_rms_norm, **options):
     check(found, true_output_and_gradients(*inputs, eps=eps), *inputs[:3])
 
 
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("T", [1, 2, 3, 63, 64, 65, 130])
+@pytest.mark.parametrize(
+    ("T", "gated"),
+    [(1, True), (2, False), (3, True), (63, False), (64, True), (65, False), (130, True), (130, False)],
+)
 def test_lengths(T, gated):
     """With 3 heads, rows do not fill the last tile. From T = 86 on, the backward pass has more than one program."""
     compare((1, T, 3, 64), gated=gated)
@@ -34,9 +36,10 @@ def test_leading_dimensions(shape):
     compare(shape)
 
 
-@pytest.mark.parametrize("gate_dtype", [FP16, FP32])
-@pytest.mark.parametrize("dtype", [FP16, FP32])
-@pytest.mark.parametrize("weight_dtype", [FP16, FP32])
+@pytest.mark.parametrize(  # every pair of types
+    ("dtype", "gate_dtype", "weight_dtype"),
+    [(FP16, FP16, FP16), (FP16, FP32, FP32), (FP32, FP16, FP32), (FP32, FP32, FP16)],
+)
 def test_dtypes(dtype, gate_dtype, weight_dtype):
     compare((2, 9, 2, 64), dtype=dtype, gate_dtype=gate_dtype, weight_dtype=weight_dtype)
 
@@ -75,13 +78,13 @@ def strided(x):
 KINDS = ["slice of a projection", "apart", "uneven", "heads first", "last not contiguous", "expanded"]
 
 
-@pytest.mark.parametrize("which", ["x", "gate", "both"])
+@pytest.mark.parametrize("which", ["x", "gate"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_strides(kind, which):
     x, gate, weight, dy = make((2, 5, 3, 64))
-    if which in ("x", "both"):
+    if which == "x":
         x = strided(x.detach())[kind].requires_grad_()
-    if which in ("gate", "both"):
+    else:
         gate = strided(gate.detach())[kind].requires_grad_()
     assert not (x.is_contiguous() and gate.is_contiguous())
     inputs = (x, gate, weight, strided(dy)[kind])
@@ -123,10 +126,10 @@ def test_extreme_gates_and_rows():
         check(*pick, x[row], gate[row], weight, f"row {row}")
 
 
-def test_five_runs_are_bitwise_equal():
+def test_two_runs_are_bitwise_equal():
     inputs = make((1, 100, 3, 64), dtype=FP16)
-    runs = [output_and_gradients(gated_rms_norm, *inputs) for _ in range(5)]
-    assert all(torch.equal(run[n], runs[0][n]) for run in runs[1:] for n in runs[0])
+    first, second = (output_and_gradients(gated_rms_norm, *inputs) for _ in range(2))
+    assert all(torch.equal(first[n], second[n]) for n in first)
 
 
 @pytest.mark.parametrize("gated", [True, False])

@@ -31,14 +31,19 @@ def test_lengths(T):
     compare(T, widths=[8, 4])
 
 
-@pytest.mark.parametrize("T", [127, 128, 129, 130, 131, 260])
+@pytest.mark.parametrize("T", [127, 128, 129, 131, 260])
 def test_lengths_of_long_blocks(T, long_blocks):
     compare(T)
 
 
-@pytest.mark.parametrize("before", [False, True])
-@pytest.mark.parametrize("taps", [2, 3, 4])
-@pytest.mark.parametrize("T", [1, 2, 35])
+@pytest.mark.parametrize(
+    ("T", "taps", "before"),
+    [
+        *((T, taps, True) for T in (1, 2) for taps in (2, 3, 4)),
+        *((35, taps, True) for taps in (2, 4)),
+        *((1, 2, False), (2, 4, False), (35, 3, False)),
+    ],
+)
 def test_taps(T, taps, before):
     compare(T, B=2, taps=taps, before=before)
 
@@ -64,11 +69,10 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("lengths", PACKED.values(), ids=PACKED)
-def test_documents(lengths, dtype):
-    T = sum(lengths)
-    compare(T, cu_seqlens=boundaries(lengths, dtype))
+def test_documents(lengths):
+    """The boundaries are int32 here, and int64 where there are many documents."""
+    compare(sum(lengths), cu_seqlens=boundaries(lengths))
 
 
 @pytest.mark.parametrize("taps", [2, 3])
@@ -76,7 +80,7 @@ def test_documents_with_fewer_taps(taps):
     compare(66, taps=taps, cu_seqlens=boundaries(PACKED["lengths 0, 1, 2"]))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_documents_in_long_blocks(seed, long_blocks):
     """In two rows of 150 tokens, a document often continues from one row to the next, where taps still end."""
     r = torch.Generator().manual_seed(seed)
@@ -179,15 +183,14 @@ def test_extreme_activations():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_five_runs_are_bitwise_equal(packed):
+def test_two_runs_are_bitwise_equal(packed):
     xs, weights, _, dys = make(1, 40, [24], dtype=FP16)
     cu_seqlens = boundaries([3, 0, 20, 1, 16]) if packed else None
-    runs = [outputs_and_gradients(short_conv, xs, weights, dys, cu_seqlens=cu_seqlens) for _ in range(5)]
-    for run in runs[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(runs[0], run, strict=True))
+    runs = [outputs_and_gradients(short_conv, xs, weights, dys, cu_seqlens=cu_seqlens) for _ in range(2)]
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["plain", "before", "packed"])
+@pytest.mark.parametrize("kind", ["before", "packed"])
 def test_operators(kind):
     xs, weights, before, dys = make(2, 6, [8, 4], dtype=FP16, before=kind == "before")
     cu_seqlens = boundaries([4, 2, 0, 6]) if kind == "packed" else None
