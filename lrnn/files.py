@@ -12,6 +12,8 @@ from pathlib import Path
 
 from lrnn.errors import UserError
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what a clone without Git LFS has in place of large files
+NOT_FETCHED = "a pointer of Git LFS in place of the file; fetch it with `git lfs pull`"
 VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
 
 

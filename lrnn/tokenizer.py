@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from lrnn.errors import UserError
+from lrnn.files import LFS_POINTER, NOT_FETCHED
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 OTHER_SETTINGS = ("chat_template", "model_max_length")  # of tokenizer_config.json; they do not decide ids
 COPY_MARK = "lrnn_copy"  # this key of tokenizer_config.json says that the ids are those of tokenizer.json alone
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")  # in a folder; the second is transformers' name for some
-LFS_POINTER = b"version https://git-lfs"
-NOT_FETCHED = "a pointer of Git LFS in place of the file; fetch it with `git lfs pull`"
 TRAIN_CHUNK_CHARS = 4000  # SentencePiece trains on "sentences": here, runs of whole lines of about this length
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
 from lrnn.errors import UserError
+from lrnn.files import LFS_POINTER, NOT_FETCHED
 from lrnn.pretrain.corpus.json_rows import json_rows
 from lrnn.pretrain.corpus.open_file import is_compressed, is_remote, open_file, open_raw
 from lrnn.pretrain.corpus.rows import (
@@ -30,6 +31,7 @@ BATCH_ROWS = 1024
 
 def skip_byte_order_mark(stream: BinaryIO) -> int:
     """Skip the mark at the start of a file, and return its length. It says how the text is encoded, and is no text."""
+    _refuse_pointer(stream)
     head = stream.peek(3)  # type: ignore[attr-defined]
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise BadFile("not UTF-8", "it begins with the byte-order mark of UTF-16")
@@ -76,6 +78,11 @@ def _numbered_lines(file: DataFile, first: int, restart: int) -> Iterator[tuple[
 def _refuse_empty(stream: BinaryIO, read: int) -> None:
     if not read and not stream.peek(1):  # type: ignore[attr-defined]
         raise BadFile("zero-length")
+
+
+def _refuse_pointer(stream: BinaryIO) -> None:
+    if stream.peek(len(LFS_POINTER)).startswith(LFS_POINTER):  # type: ignore[attr-defined]
+        raise BadFile("a pointer of Git LFS", NOT_FETCHED)
 
 
 def _lines(file: DataFile, column: str, first: int, restart: int) -> Iterator[Row]:
@@ -161,6 +168,7 @@ def _parquet(file: DataFile, column: str, first: int, restart: int) -> Iterator[
 
     with open_raw(file.path) as raw:
         _refuse_empty(raw, 0)
+        _refuse_pointer(raw)
         with pq.ParquetFile(raw, page_checksum_verification=True) as parquet:
             names = parquet.schema_arrow.names
             if column not in names:
@@ -180,6 +188,7 @@ def _arrow(file: DataFile, column: str, first: int, restart: int) -> Iterator[Ro
 
     with open_file(file.path) as stream:
         _refuse_empty(stream, 0)
+        _refuse_pointer(stream)
         is_file = stream.peek(6).startswith(b"ARROW1")  # type: ignore[attr-defined]
         on_disk = not is_remote(file.path) and not is_compressed(file.path)
         source: Any = pa.memory_map(file.path) if on_disk else pa.BufferReader(stream.read()) if is_file else stream

@@ -100,6 +100,9 @@ def test_rows_of_other_kinds(tmp_path, streaming):
     assert read(text, streaming, **options) == (["good\n", "more\n"], {"not UTF-8": 1})
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 99\n"
+
+
 def arrow_stream(path: Path) -> bytes:
     table = pa.table({"text": NAMES})
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
@@ -131,6 +134,10 @@ def bad_files(folder: Path) -> dict[str, tuple[bytes, str, str]]:
         "no.json": (b"[1] x", "b.json, row 2: not JSON, text after the end of the array", "not JSON"),
         "wide.jsonl": (MANY.decode().encode("utf-16"), "it begins with the byte-order mark of UTF-16", "not UTF-8"),
         "columns.csv": (b"body\nx\n", "b.csv: no column 'text'; the text column can be one of ['body']", "no column"),
+        **{
+            f"pointer{suffix}": (POINTER, f"b{suffix}: a pointer of Git LFS in place of", "a pointer of Git LFS")
+            for suffix in (".jsonl", ".jsonl.gz", ".csv", ".parquet", ".arrow")
+        },
     }
 
 
@@ -171,6 +178,7 @@ def test_text_files(tmp_path, streaming):
         ("text".encode("utf-16-le"), "NUL characters, 4 of 8 characters are NUL: this is no text"),
         (b"\0" * 100, "100 of 100 characters are NUL"),
         (gzip.compress(MANY)[:600], "cut off"),
+        (POINTER, "a pointer of Git LFS in place of the file; fetch it with `git lfs pull`"),
     ]:
         (tmp_path / "a.c").write_bytes(b"good\0 text is kept as it is, \r\n too")
         (tmp_path / "b.c").write_bytes(data)
