@@ -15,7 +15,8 @@ quickstart: setup
 
 # Two processes for what bears a busy machine, in the order of tests/conftest.py: the longest files first. pytest-xdist
 # would begin with the files of most tests. What takes times comes after that, one test at a time.
-test: lint docs
+test: setup
+	$(MAKE) --no-print-directory --output-sync=target -j 2 lint docs
 	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not alone'
 	$(BIN)/pytest -q -m alone
 

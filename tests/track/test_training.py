@@ -261,7 +261,7 @@ def test_sequences_continue_where_the_previous_ones_ended(tiny_cells, monkeypatc
     trained = Training(cell, CPU, 1, model)
     read: list[list[int]] = [[] for _ in range(24)]  # since the row last began from a fresh state
     right, reached, by_chance = [False] * 24, 0, []
-    for step in range(16):
+    for step in range(10):
         trained.run(1)
         chances = trained._continues[step % 3].tolist()
         by_chance += chances
@@ -298,7 +298,7 @@ def test_expressions_continue_as_sums(tiny_cells, task, symbols, lengths):
     trained = Training(cell, CPU, 1, model)
     read: list[list[list[int]]] = [[] for _ in range(24)]
     right, longest = [False] * 24, 0
-    for step in range(16):
+    for step in range(10):
         trained.run(1)
         summed = 0.0
         for row, ids in enumerate(batch_of(cell, step, used=120 * 24).input_ids.tolist()):
