@@ -220,7 +220,7 @@ PASSING = {
     # The model is sometimes right, then steps change nothing, so that states stay those of the present parameters.
     "train": {
         "min_length": 2, "max_length": 4, "steps": 16, "batch_size": 24, "lr": 1e-30, "weight_decay": 0.0,
-        "min_lr": 0.0, "state_passing": 0.7, "curriculum": [{"steps": 120, "lr": 1e-2}],
+        "min_lr": 0.0, "state_passing": 0.7, "curriculum": [{"steps": 80, "lr": 1e-2}],
     },
 }  # fmt: skip
 
@@ -257,7 +257,7 @@ def test_sequences_continue_where_the_previous_ones_ended(tiny_cells, monkeypatc
     models = {"m": PASSING["models"]["deltaproduct"] | {"mixer": mixer}}
     cell, *_ = tiny_cells(**PASSING | {"tasks": {"t": {"task": task, **parameters}}, "models": models})
     model = new_model(cell, CPU)
-    Training(cell, CPU, 0, model).run(120)
+    Training(cell, CPU, 0, model).run(80)
     trained = Training(cell, CPU, 1, model)
     read: list[list[int]] = [[] for _ in range(24)]  # since the row last began from a fresh state
     right, reached, by_chance = [False] * 24, 0, []
@@ -266,7 +266,7 @@ def test_sequences_continue_where_the_previous_ones_ended(tiny_cells, monkeypatc
         chances = trained._continues[step % 3].tolist()
         by_chance += chances
         summed, labelled = 0.0, 0
-        for row, ids in enumerate(batch_of(cell, step, used=120 * 24).input_ids.tolist()):
+        for row, ids in enumerate(batch_of(cell, step, used=80 * 24).input_ids.tolist()):
             word = [i for i in ids if i != cell.task.pad_id]
             read[row] = read[row] + word if chances[row] and right[row] else word
             if task == "parity":
@@ -294,14 +294,14 @@ def test_expressions_continue_as_sums(tiny_cells, task, symbols, lengths):
     changes = {"tasks": {"t": {"task": task}}, "models": {"m": fields}, "train": train}
     cell, *_ = tiny_cells(**PASSING | changes)
     model = new_model(cell, CPU)
-    Training(cell, CPU, 0, model).run(120)
+    Training(cell, CPU, 0, model).run(80)
     trained = Training(cell, CPU, 1, model)
     read: list[list[list[int]]] = [[] for _ in range(24)]
     right, longest = [False] * 24, 0
     for step in range(10):
         trained.run(1)
         summed = 0.0
-        for row, ids in enumerate(batch_of(cell, step, used=120 * 24).input_ids.tolist()):
+        for row, ids in enumerate(batch_of(cell, step, used=80 * 24).input_ids.tolist()):
             expression = [i for i in ids if i != cell.task.pad_id]
             continues = bool(trained._continues[step, row]) and right[row]
             read[row] = [*read[row], expression] if continues else [expression]
