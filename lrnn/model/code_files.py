@@ -13,6 +13,9 @@ AUTO_MAP = {
     "AutoConfig": "configuration_lrnn.LrnnConfig",
     "AutoModel": "modeling_lrnn.LrnnModel",
     "AutoModelForCausalLM": "modeling_lrnn.LrnnForCausalLM",
+    # `transformers serve` (5.22 and later) asks this class first, and then only for classes of transformers itself.
+    # The pipeline of that name takes any causal language model.
+    "AutoModelForDecision": "modeling_lrnn.LrnnForCausalLM",
 }
 ENTRY_FILES = ("configuration_lrnn.py", "modeling_lrnn.py")
 HERE = Path(__file__).parent

@@ -226,6 +226,14 @@ class LrnnForCausalLM(LrnnPreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
+    @property
+    def init_continuous_batching(self):
+        """Raise AttributeError, which makes `transformers serve --continuous-batching` generate without it.
+
+        It keeps keys and values in pages, which a state is not.
+        """
+        raise AttributeError(f"{type(self).__name__} has no continuous batching; call generate with a padded batch")
+
     def get_output_embeddings(self):
         return self.lm_head
 
@@ -297,6 +305,8 @@ class LrnnForCausalLM(LrnnPreTrainedModel, GenerationMixin):
         # A piece of a prompt that is read in pieces may be nothing but padding.
         if padded and bool((attention_mask.any(1) & (attention_mask[:, -1] == 0)).any()):
             raise ValueError("a prompt ends in padding, so nothing can follow it; set padding_side='left'")
+        # `generate` reads these itself (for stop strings, for example), and yet passes them on.
+        kwargs = {name: x for name, x in kwargs.items() if name not in ("tokenizer", "assistant_tokenizer")}
         return super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
         )

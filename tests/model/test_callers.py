@@ -8,7 +8,18 @@ import copy
 import pytest
 import torch
 from mixer_models import every_variant, largest, make_model, tokens
-from transformers import DataCollatorWithFlattening, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import (
+    DataCollatorWithFlattening,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    StaticCache,
+)
 from transformers.utils.generic import find_labels
 
 from lrnn import LrnnForCausalLM
@@ -274,6 +285,16 @@ def test_generating_from_padded_prompts(model):
         assert torch.equal(beams[2 * i : 2 * i + 2, -4:], one[:, -4:])
     with pytest.raises(ValueError, match=r"a prompt ends in padding.*padding_side='left'"):
         model.generate(ids, attention_mask=mask.flip(1), max_new_tokens=2, **FREE)
+
+
+def test_generation_stops_at_strings(model):
+    characters = Tokenizer(WordLevel({chr(33 + i): i for i in range(97)}))
+    characters.pre_tokenizer, characters.decoder = Split("", "isolated"), Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters)
+    truth = continued(model, A, 6)
+    stop = tokenizer.decode(truth[0, 14:16])
+    options = {"max_new_tokens": 6, "stop_strings": stop, "tokenizer": tokenizer, **FREE}
+    assert torch.equal(model.generate(A, **options), truth[:, : 13 + 3])
 
 
 def test_a_conversation_and_a_prefix_in_a_cache(model):

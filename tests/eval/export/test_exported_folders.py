@@ -13,6 +13,7 @@ import transformers
 import yaml
 from export_checkpoints import VARIANTS, random_model, sha256, write_checkpoint
 from safetensors.torch import load_file, save_file
+from transformers.cli.serving.model_manager import ModelManager
 
 import lrnn
 from lrnn import LrnnForCausalLM, cli
@@ -20,6 +21,7 @@ from lrnn.errors import UserError
 from lrnn.eval.export import check as export_check
 from lrnn.eval.export import write
 from lrnn.eval.export.fla_format import from_fla, to_fla_config
+from lrnn.model.code_files import AUTO_MAP
 from lrnn.tokenizer import load_tokenizer
 
 EXPORTED = {"gated-tied": "bfloat16", "mlstm": "bfloat16"}
@@ -181,12 +183,22 @@ def test_a_process_with_lrnn_installed_that_has_not_imported_it(exported, tmp_pa
     assert found["cached"] and found["left padded"] and found["continued"] < 1e-4
 
 
+def test_the_model_manager_of_transformers_serve_loads_a_folder(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path))
+    manager = ModelManager(device="cpu", trust_remote_code=True, model_timeout=-1)
+    name = manager.process_model_name(str(exported / "gated-tied"))
+    model, processor = manager.load_model_and_processor(name)
+    manager.shutdown()
+    assert type(model).__name__ == "LrnnForCausalLM" and type(model).__module__.startswith("transformers_modules")
+    assert manager.get_model_modality(model, processor).value == "LLM"
+
+
 def test_contents_of_the_folder(exported, sentencepiece_model):
     folder = exported / "gated-tied"
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "lrnn" and config["dtype"] == "bfloat16"
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert config["auto_map"] == AUTO_MAP
     training = config["lrnn_training"]
     assert (training["step"], training["tokens"], training["seed"]) == (10, 5000, 7)
     assert training["tokenizer_sha256"] == sha256(sentencepiece_model) == sha256(folder / "tokenizer.model")
