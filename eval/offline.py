@@ -4,6 +4,8 @@ import os
 import sys
 from typing import Any
 
+SECONDS = 30.0  # between two lines of a progress bar in a log
+
 
 def go_offline() -> None:
     """Forbid access to the Hugging Face hub, and write progress bars as plain lines unless stderr is a terminal.
@@ -20,14 +22,46 @@ def go_offline() -> None:
 
 
 def _plain_progress() -> None:
-    """Let every tqdm bar, lm-eval's too, write a plain line every half minute instead of redrawing itself."""
+    """Let every tqdm bar, lm-eval's too, write a plain line every half minute and at its end, if it takes that long."""
     import tqdm
 
-    original = tqdm.tqdm.__init__
-    style = {"delay": 30, "mininterval": 30, "bar_format": "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}]\n"}
+    bar = tqdm.tqdm
+    if bar.display is _line:
+        return
+    original = bar.__init__
+    style = {
+        "delay": SECONDS,
+        "mininterval": SECONDS,
+        "bar_format": "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
+    }
 
     def plain(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **{**kwargs, **style})
 
-    if original.__name__ != "plain":
-        setattr(tqdm.tqdm, "__init__", plain)  # noqa: B010 (mypy forbids assigning to a method)
+    for name, method in {
+        "__init__": plain,
+        "display": _line,
+        "close": _last_line,
+        "clear": lambda *_, **__: None,
+    }.items():
+        setattr(bar, name, method)
+
+
+def _line(self: Any, msg: str | None = None, pos: int | None = None) -> None:
+    """Write the state of a tqdm bar as a line, unless its last line says the same or is younger than half a minute."""
+    last, at = getattr(self, "_last_line", (self.start_t, None))
+    ends = self.n == self.total or self.disable
+    if self.n != at and (ends or self._time() - last >= SECONDS):
+        self._last_line = self._time(), self.n
+        self.fp.write(f"{self}\n")
+        self.fp.flush()
+
+
+def _last_line(self: Any) -> None:
+    """Close a tqdm bar. Its end is written if it lasted long enough for lines."""
+    if getattr(self, "disable", True):  # also if __init__ failed
+        return
+    self.disable = True
+    self._decr_instances(self)
+    if self._time() - self.start_t >= SECONDS:
+        _line(self)
