@@ -90,7 +90,7 @@ def _train(
                 training.look()
                 training.run(1)
                 # The copies are queued before later steps overwrite the values, and complete when the piece is done.
-                found = (training.loss, training.grad_norm, probe.counts())
+                found = (training.take_losses(), training.loss, training.grad_norm, probe.counts())
                 values = [x.to("cpu", non_blocking=True) for x in found if x is not None]
             else:
                 training.run(count)
@@ -100,11 +100,12 @@ def _train(
                 speed = (training.step - marked_step) / (now - marked_at)
                 record = {
                     "step": before + training.step,
-                    "loss": values[0].item(),
+                    "loss": values[0].item(),  # the mean since the last record
+                    "loss_last": values[1].item(),
                     "lr": learning_rate(training.step - 1, settings),
-                    "grad_norm": values[1].item(),
+                    "grad_norm": values[2].item(),
                     "steps_per_second": round(speed, 2),
-                    "eigenvalues": EigenvalueProbe.describe(values[2]) if len(values) > 2 else {},
+                    "eigenvalues": EigenvalueProbe.describe(values[3]) if len(values) > 3 else {},
                     "time": utc_now(),
                 }
                 log.write(json.dumps(record))

@@ -54,6 +54,8 @@ class Training:
         self.model = new_model(cell, device) if model is None else model
         self.step = 0
         self.loss = self.grad_norm = torch.full((), math.nan, device=device)  # of the last step
+        # Sum and number of the finite losses since the last record. A graph adds to them in place.
+        self._unrecorded = torch.zeros(2, dtype=torch.float64, device=device)
         self._on_gpu = device.type == "cuda"
         self._optimizer = self._new_optimizer(decay_by_shape=False)
         self._wants_graph = self._on_gpu and settings.cuda_graphs
@@ -107,6 +109,13 @@ class Training:
         """Return the steps, at least 1, until new samples must be drawn, which waits for all earlier steps."""
         return self._drawn.stop - self.step if self.step in self._drawn else 1
 
+    def take_losses(self) -> Tensor:
+        """Return the mean loss since the last call: float64, without losses that are not finite, or else the last."""
+        total, count = self._unrecorded
+        mean = torch.where(count > 0, total / count, self.loss.double())
+        self._unrecorded.zero_()
+        return mean
+
     @torch.no_grad()
     def look(self) -> None:
         """Run a forward pass over the samples of the next step, for hooks on the model. It changes nothing."""
@@ -131,6 +140,7 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "carried": self._carried,
+            "unrecorded": self._unrecorded,
             "decay_by_shape": self._decay_by_shape,
         }
 
@@ -144,6 +154,8 @@ class Training:
         self._optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         carried = state.get("carried")  # absent in files of earlier versions
         self._carried = None if carried is None else [x.to(self._number.device, copy=True) for x in carried]
+        if "unrecorded" in state:  # absent in files of earlier versions
+            self._unrecorded.copy_(state["unrecorded"])
         self.step = state["step"]
         self._number.fill_(self.step)
         if self._on_gpu:
@@ -186,6 +198,8 @@ class Training:
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm).detach()
         self._optimizer.step()
         self.loss = loss.detach()
+        is_finite = self.loss.isfinite()
+        self._unrecorded += torch.stack([torch.where(is_finite, self.loss, 0), is_finite]).double()
         self._number += 1
 
     def _loss_passing_state(self, input_ids: Tensor, labels: Tensor, continues: Tensor) -> Tensor:

@@ -348,7 +348,7 @@ def track_grid(work: Path) -> Record:
         result = json.loads(file.read_text())
         steps = _records(file.parent)
         record[str(file.parent.relative_to(work / "track"))] = {
-            "loss": [step["loss"] for step in steps],
+            "loss": [step["loss_last"] for step in steps],
             "grad_norm": [step["grad_norm"] for step in steps],
             "lr": [step["lr"] for step in steps],
             "eigenvalues": steps[-1]["eigenvalues"],

@@ -8,6 +8,7 @@ from lrnn.errors import UserError
 from lrnn.model.cache import LrnnCache
 from lrnn.pretrain.optim import parameter_groups
 from lrnn.records import read_metrics
+from lrnn.track import cell as cell_module
 from lrnn.track import measure, training
 from lrnn.track.cell import train_cell
 from lrnn.track.interleave import interleave
@@ -173,6 +174,49 @@ def test_a_stopped_curriculum_resumes_where_it_was(tiny_cells, monkeypatch, stop
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     records = [{r["step"]: r["loss"] for r in read_metrics(cell.folder)} for cell in (whole, stopped)]
     assert list(records[0]) == list(range(1, 13)) and records[0] == records[1]
+
+
+def test_a_record_has_the_mean_loss_since_the_one_before(tiny_cells, monkeypatch):
+    """The mean is that of a plain loop, also over a stop between records and with a file of an earlier version."""
+    train = {"min_length": 3, "max_length": 10, "steps": 11, "batch_size": 8, "lr": 1e-2}
+    settings = {"train": train | {"log_every": 4, "checkpoint_seconds": 1e-9}, "seeds": [0]}
+    whole, stopped = tiny_cells("whole", **settings)[0], tiny_cells("stopped", **settings)[0]
+    finish(whole)
+    monkeypatch.setattr("lrnn.track.cell.BLOCK", 2)  # a state is saved every two steps
+    save = cell_module._save
+    for cell in (stopped, tiny_cells("old", **settings)[0]):
+
+        def stop(cell, training):
+            save(cell, training)
+            if training.step == 6:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(cell_module, "_save", stop)
+            finish(cell)
+        state = torch.load(cell.folder / "state.pt", weights_only=True)
+        assert state["step"] == 6 and state["unrecorded"][1] == 2
+        if cell is not stopped:
+            torch.save({name: x for name, x in state.items() if name != "unrecorded"}, cell.folder / "state.pt")
+        finish(cell)
+    values = [loss for loss, _ in plain_losses(whole)]
+    means = [(4, sum(values[:4]) / 4), (8, sum(values[4:8]) / 4), (11, sum(values[8:]) / 3)]
+    records = read_metrics(whole.folder)
+    assert [(r["step"], r["loss"]) for r in records] == [(step, pytest.approx(mean, rel=1e-12)) for step, mean in means]
+    assert [r["loss_last"] for r in records] == [values[i] for i in (3, 7, 10)]
+    assert [r["loss"] for r in read_metrics(stopped.folder)] == [r["loss"] for r in records]
+    assert read_metrics(cell.folder)[1]["loss"] == pytest.approx(sum(values[6:8]) / 2, rel=1e-12)
+
+
+def test_losses_that_are_not_finite_are_left_out_of_the_mean(tiny_cells):
+    trained = Training(tiny_cells()[0], CPU)
+    ((first, _),) = losses(trained, 1)
+    for p in trained.model.parameters():
+        p.data.fill_(float("nan"))
+    trained.run(2)
+    assert trained.take_losses().item() == first and trained.loss.isnan()
+    trained.run(1)
+    assert trained.take_losses().isnan()
 
 
 def test_a_curriculum_keeps_to_the_ids_of_its_task(tiny_cells):
