@@ -96,8 +96,9 @@ def _read_mask(attention_mask: Tensor | None, shape: tuple[int, int], seen_token
     if attention_mask is None:
         return None
     B, T = shape
-    found = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__qualname__
-    if found not in ([B, T], [B, seen_tokens + T]):
+    is_tensor = isinstance(attention_mask, Tensor)
+    if not is_tensor or not (_has_shape(attention_mask, B, T) or _has_shape(attention_mask, B, seen_tokens + T)):
+        found = list(attention_mask.shape) if is_tensor else type(attention_mask).__qualname__
         raise ValueError(f"attention_mask must have shape {[B, seen_tokens + T]}, as the tokens; got {found}")
     mask = attention_mask[:, -T:]
     real = mask != 0
@@ -155,9 +156,14 @@ def _read_documents(
     return begins if begins is not None and bool(begins.any()) else None
 
 
+def _has_shape(x: Tensor, rows: int, columns: int) -> bool:
+    # Lists are not compared, because `torch.compile` takes a symbolic size in a list for another number.
+    return x.ndim == 2 and x.shape[0] == rows and x.shape[1] == columns
+
+
 def _grid(name: str, x: Tensor, shape: tuple[int, int]) -> Tensor:
     """Return x [B or 1, T] as [B, T]."""
-    if list(x.shape) not in (list(shape), [1, shape[1]]):
+    if not (_has_shape(x, *shape) or _has_shape(x, 1, shape[1])):
         raise ValueError(f"{name} must have shape {list(shape)}, as the tokens; got {list(x.shape)}")
     return x.expand(shape)
 
@@ -210,7 +216,8 @@ def check_cache_position(position: Tensor | None, seen_tokens: int, tokens: int)
 def selected_states(option: bool | int | list[int] | None, default: Any, count: int) -> set[int]:
     """Return which of `count` hidden states `output_hidden_states` asks for: all, none, or those with given numbers.
 
-    Numbers below 0 count from the end, and numbers out of range select nothing, as in transformers.
+    Numbers below 0 count from the end, and numbers out of range select nothing, as in transformers from 5.23 on.
+    (Earlier versions count layers in a list and take a number for True.)
     """
     option = default if option is None else option
     if option is True or not option:

@@ -1,5 +1,6 @@
 """Arguments that transformers renames from version to version. Copied into exported folders."""
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -16,4 +17,9 @@ def accepts_cache(forward: Callable) -> Callable:
             kwargs["past_key_values"] = cache
         return forward(self, *args, **kwargs)
 
+    # `generate` looks in the signature for what a caller may pass. The last parameter is **kwargs.
+    signature = inspect.signature(forward)
+    *parameters, others = signature.parameters.values()
+    cache = inspect.Parameter("cache", inspect.Parameter.KEYWORD_ONLY, default=None)
+    call.__signature__ = signature.replace(parameters=[*parameters, cache, others])  # type: ignore[attr-defined]
     return call
