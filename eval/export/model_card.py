@@ -167,6 +167,6 @@ def _limits(export_format: str) -> str:
             "The code in this folder is plain PyTorch: it runs anywhere, but on a GPU more slowly than fused kernels."
         )
         lines.append(
-            "`transformers serve --trust-remote-code` serves this folder from transformers 5.23 on, at `/v1/completions`."
+            "`transformers serve --trust-remote-code` serves this folder (from 5.23 on), at `/v1/completions`."
         )
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
