@@ -199,7 +199,7 @@ class Training:
         self._optimizer.step()
         self.loss = loss.detach()
         is_finite = self.loss.isfinite()
-        self._unrecorded += torch.stack([torch.where(is_finite, self.loss, 0), is_finite]).double()
+        self._unrecorded += torch.stack([torch.where(is_finite, self.loss, 0).double(), is_finite.double()])
         self._number += 1
 
     def _loss_passing_state(self, input_ids: Tensor, labels: Tensor, continues: Tensor) -> Tensor:
