@@ -8,8 +8,8 @@
 Both kernels are bound by memory. The forward pass goes once over x, gate and y. The backward pass goes once over x,
 gate, dy, dx and dgate, and computes r again.
 
-Symbols of the kernels: R rows of D elements lie in pieces of H contiguous rows, which start SX elements apart in x and
-SG elements apart in gate. A tile has BR rows and BD >= D columns.
+Symbols of the kernels: R rows of D elements lie in pieces of H contiguous rows, which start SX elements apart in x, SG
+in gate and SDG in dgate. A tile has BR rows and BD >= D columns.
 """
 
 from collections.abc import Iterator
@@ -130,6 +130,7 @@ def gated_rms_norm_backward_kernel(
     eps,
     SX: tl.constexpr,
     SG: tl.constexpr,
+    SDG: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
     BR: tl.constexpr,
@@ -153,7 +154,8 @@ def gated_rms_norm_backward_kernel(
             b_g = _load(gate, o_r, o_d, mask, SG, H, D)
             b_s = tl.sigmoid(b_g)
             b_dg = b_dy * b_n * b_w[None, :] * b_s * (1.0 + b_g * (1.0 - b_s))
-            tl.store(dgate + p_out, b_dg.to(dgate.dtype.element_ty), mask=mask)
+            p_dg = ((o_r // H) * SDG + (o_r % H) * D)[:, None] + o_d[None, :]
+            tl.store(dgate + p_dg, b_dg.to(dgate.dtype.element_ty), mask=mask)
             b_dy *= b_g * b_s
         # dweight = sum of dy silu(gate) n
         b_dw += b_dy * b_n
@@ -204,7 +206,15 @@ def _launch(kernel, x, gate, weight, eps, tile: int, rows: int | None = None, **
     HG, SG = 1, D
     if gate is not None:
         gate, HG, SG = _readable(gate)
-    H = max(HX, HG)  # if they differ, one is 1: that tensor is contiguous, and any number of its rows makes a piece
+    HDG, SDG = 1, D
+    dgate = own.get("dgate")
+    if dgate is not None:
+        pieces = _pieces(dgate)
+        assert pieces is not None, f"dgate cannot be written in place; its strides are {dgate.stride()}"
+        HDG, SDG = pieces
+    H = max(HX, HG, HDG)  # those that differ are 1: of a contiguous tensor, any number of rows makes a piece
+    if kernel is gated_rms_norm_backward_kernel:
+        own["SDG"] = SDG * (H // HDG)
     BD = triton.next_power_of_2(max(D, 16))
     BR = tile // BD
     with torch.cuda.device_of(x):  # does nothing for CPU tensors, in Triton's interpreter
@@ -242,15 +252,26 @@ def _(x, gate, weight, eps):
 @torch.library.custom_op("lrnn::gated_rms_norm_backward", mutates_args=())
 def _backward(dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> list[Tensor]:
     """Return dx, dgate if there is a gate, and dweight in float32."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dgate = None if gate is None else torch.empty(x.shape, dtype=gate.dtype, device=x.device)
+    dx, dweight = write_gradients(dgate, dy, x, gate, weight, eps)
+    return [dx, dweight] if dgate is None else [dx, dgate, dweight]
+
+
+def write_gradients(
+    dgate: Tensor | None, dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Write the gradient of the gate into `dgate`, which may be [..., H, D] in a slice of wider rows.
+
+    Returns:
+        dx, and dweight in float32.
+    """
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     # One part per program, which are added up afterwards: atomic additions have no fixed order.
     D = x.shape[-1]
     parts = torch.empty((triton.cdiv(x.numel() // D, ROWS), D), dtype=torch.float32, device=x.device)
     own = {"dy": dy.contiguous(), "dx": dx, "dgate": dgate, "dweight_parts": parts, "ROWS": ROWS}
     _launch(gated_rms_norm_backward_kernel, x, gate, weight, eps, BACKWARD_TILE, ROWS, **own)
-    dweight = parts.sum(0)
-    return [dx, dweight] if dgate is None else [dx, dgate, dweight]
+    return dx, parts.sum(0)
 
 
 @_backward.register_fake
@@ -283,7 +304,7 @@ def compile_cases(D: int = 128) -> Iterator[tuple[str, Any, dict[str, str], dict
         constants = {"SX": D, "SG": D, "H": 1, "D": D, "BD": D, "HAS_GATE": True}
         for name, kernel, own in (
             ("forward", gated_rms_norm_forward_kernel, {"BR": FORWARD_TILE // D}),
-            ("backward", gated_rms_norm_backward_kernel, {"BR": BACKWARD_TILE // D, "ROWS": ROWS}),
+            ("backward", gated_rms_norm_backward_kernel, {"BR": BACKWARD_TILE // D, "ROWS": ROWS, "SDG": D}),
         ):
             signature = {n: types.get(n, f"*{dtype}") for n in kernel.arg_names if n not in {**constants, **own}}
             yield f"gated_rms_norm_{name}_{dtype}", kernel, signature, {**constants, **own}, WARPS, 1

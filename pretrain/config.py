@@ -209,8 +209,12 @@ class Config(Section):
     """When a run counts as hung."""
     seed: int = Field(0, ge=0)
     """Seed of the weights and of the order of the data."""
-    activation_checkpointing: bool = False
-    """Recompute layers in the backward pass, which saves memory and costs time."""
+    activation_checkpointing: Literal["none", "mlp", "full"] = "none"
+    """What the backward pass computes again, which saves memory and costs time: `mlp` the gate and up projections of
+    MLPs, which takes `fused_layers`; `full` whole layers. `true` and `false` mean `full` and `none`."""
+    fused_layers: bool | None = None
+    """Train with layers that run their forward and backward passes in fused kernels and merged products; `null` on GPUs
+    in bfloat16. Results differ from those of plain layers by rounding."""
     max_skipped_steps: Steps = Field(5, gt=0)
     """Number of steps in a row that are not applied, after which the run stops."""
 

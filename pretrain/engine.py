@@ -1,17 +1,21 @@
 """The model of a run, and the DeepSpeed engine around it."""
 
 import warnings
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lrnn import LrnnConfig, LrnnForCausalLM
+from lrnn.errors import UserError
+from lrnn.kernels.common.dispatch import INTERPRETED
 from lrnn.kernels.delta_rule.api import saving_states
+from lrnn.model.modeling_lrnn import LrnnBlock
 from lrnn.pretrain.config import Config
 from lrnn.pretrain.deepspeed_config import deepspeed_config
 from lrnn.pretrain.distributed import Ranks
+from lrnn.pretrain.fused.layers import fuse
 from lrnn.pretrain.optim import build_optimizer, parameter_groups
 
 
@@ -44,6 +48,9 @@ class Engine(Protocol):
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Say whether the next backward pass is the last one of a step."""
+
+    def coalesce_grad_reduction(self) -> AbstractContextManager[None]:
+        """Leave gradients where they are within the `with` block, and reduce their sums at its end."""
 
     def was_step_applied(self) -> bool:
         """Return whether the last `step` updated the weights."""
@@ -85,12 +92,38 @@ def build_engine(model: LrnnForCausalLM, config: Config, ranks: Ranks, decay_by_
     """Wrap the model in a DeepSpeed engine with ZeRO and AdamW, whose state is float32.
 
     With `decay_by_shape` the parameters with weight decay are those of earlier versions, see `parameter_groups`.
+
+    Raises:
+        UserError: the configuration asks for fused layers on a CPU, or for what only they can do without them.
     """
     import deepspeed
 
+    settings = deepspeed_config(config, ranks.world_size)
+    stage = settings["zero_optimization"]["stage"]
+    dtype = torch.bfloat16 if settings.get("torch_autocast", {}).get("enabled") else torch.float32
+    if uses_fused_layers(config, ranks.device, dtype):
+        fuse(model, dtype, recompute_mlp=config.activation_checkpointing == "mlp", partitioned=stage == 3)
+        if stage == 3:  # A block reads the weights of the modules inside of it, so they are gathered together.
+            deepspeed.utils.set_z3_leaf_modules(model, [LrnnBlock])
     groups = parameter_groups(model, config.optim.weight_decay, decay_by_shape)
     optimizer = build_optimizer(groups, config.optim, ranks.device)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_config(config, ranks.world_size), dist_init_required=False
-    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
+
+
+def uses_fused_layers(config: Config, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether a run trains with fused layers.
+
+    Raises:
+        UserError: see `build_engine`.
+    """
+    fused = config.fused_layers
+    if fused is None:
+        fused = device.type == "cuda" and dtype == torch.bfloat16
+    elif fused and not (device.type == "cuda" or INTERPRETED):
+        raise UserError("fused_layers is true, but they run on GPUs alone, and there is none; set it to null or false")
+    if config.activation_checkpointing == "mlp" and not fused:
+        raise UserError(
+            "activation_checkpointing is 'mlp', which only fused layers can do, on a GPU; set it to 'full' or 'none'"
+        )
+    return fused

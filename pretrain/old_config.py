@@ -6,6 +6,8 @@
   off, so `optim.clip` becomes 0.
 - `max_position_embeddings` of a model's JSON gives way to `data.seq_len`, and so does that of a checkpoint's
   `config.json`.
+- `activation_checkpointing: true` becomes `full`, and `false` becomes `none`; both are still fine to write, so there is
+  no notice.
 """
 
 import functools
@@ -26,6 +28,8 @@ SHIPPED_CLIP = 1.0  # of all three files
 
 def convert(raw: dict[str, Any], origin: str) -> dict[str, Any]:
     """Return the parsed YAML of a run in its present form. The schema later refuses values that do not fit it."""
+    if isinstance(recomputed := raw.get("activation_checkpointing"), bool):
+        raw = {**raw, "activation_checkpointing": "full" if recomputed else "none"}
     path, optim = raw.get("deepspeed"), raw.get("optim")
     if not isinstance(path, str) or not isinstance(optim, dict):
         return raw

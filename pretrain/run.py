@@ -339,7 +339,7 @@ class Run:
 
     def _start_engine(self) -> tuple[Engine, EigenvalueProbe]:
         """Return the model in a DeepSpeed engine, with the checkpoint's weights and moments if the run resumes."""
-        model = build_model(self._model_config, self.config.seed, self.config.activation_checkpointing)
+        model = build_model(self._model_config, self.config.seed, self.config.activation_checkpointing == "full")
         state = SavedState(self._saved) if self._saved is not None else None
         if state is not None:
             state.load_into(model)

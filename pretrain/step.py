@@ -1,5 +1,6 @@
 """One training step: forward passes, backward passes and update, with the loss as a mean over all labels."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from lrnn.pretrain.data.micro_batch import MicroBatch, model_inputs
 from lrnn.pretrain.engine import Engine
+from lrnn.pretrain.fused.layers import refresh
 
 
 @dataclass
@@ -48,25 +50,40 @@ def train_step(engine: Engine, batches: list[MicroBatch], *, lr: float, limit: f
     # DeepSpeed averages gradients over ranks, so a rank's share is its sum of losses x ranks / tokens.
     share = n_tokens.clamp(min=1) / world_size
     loss, parts = torch.zeros((), device=device), []
-    for i, batch in enumerate(batches):
-        last = i == len(batches) - 1
-        engine.set_gradient_accumulation_boundary(last)
-        part = engine(**model_inputs(batch, device), num_items_in_batch=share).loss
-        parts.append(part.detach())
-        if last:
-            loss = torch.stack(parts).sum() / world_size
-            dist.all_reduce(loss)
-            # The loss is compared on the device before the last backward pass, so that nothing waits. A factor of NaN
-            # makes every gradient NaN, and DeepSpeed skips an update with a gradient that is not finite on all ranks.
-            part = part * torch.where(loss.isfinite() & (loss <= limit), 1.0, torch.nan)
-        engine.backward(part, scale_wrt_gas=False)
+    refresh(engine.module)
+    with _one_reduction(engine, len(batches)):
+        for i, batch in enumerate(batches):
+            last = i == len(batches) - 1
+            engine.set_gradient_accumulation_boundary(last)
+            part = engine(**model_inputs(batch, device), num_items_in_batch=share).loss
+            parts.append(part.detach())
+            if last:
+                loss = torch.stack(parts).sum() / world_size
+                dist.all_reduce(loss)
+                # The loss is compared on the device before the last backward pass, so that nothing waits. A factor of
+                # NaN makes every gradient NaN, and DeepSpeed skips an update with a gradient that is not finite.
+                part = part * torch.where(loss.isfinite() & (loss <= limit), 1.0, torch.nan)
+            engine.backward(part, scale_wrt_gas=False)
+    engine.set_gradient_accumulation_boundary(True)
     engine.step()
     micro_batch_losses = torch.stack(parts) * share / labels.clamp(min=1)
     return Step(float(loss), micro_batch_losses, int(n_tokens), lr)  # On a GPU, float() waits for the end of the step.
 
 
+def _one_reduction(engine: Engine, micro_batches: int) -> AbstractContextManager[None]:
+    """Return a context in which gradients of all micro-batches are added up before they are reduced over the ranks.
+
+    ZeRO-1 does so by itself, and overlaps the reduction with the last backward pass. ZeRO-2 and 3 would reduce after
+    every micro-batch.
+    """
+    if micro_batches == 1 or engine.zero_optimization_stage() == 1:
+        return nullcontext()
+    return engine.coalesce_grad_reduction()
+
+
 def warm_up(engine: Engine, batch: MicroBatch) -> None:
     """Run a forward and backward pass of full shape with zero gradients: what is too large fails before step 1."""
+    refresh(engine.module)
     engine.set_gradient_accumulation_boundary(False)
     engine.backward(engine(**model_inputs(batch, engine.device)).loss * 0.0, scale_wrt_gas=False)
     engine.optimizer.zero_grad()

@@ -45,6 +45,11 @@ def saving_states() -> Iterator[None]:
         _saving = before
 
 
+def is_saving() -> bool:
+    """Return whether `save_states` is True by default here."""
+    return _saving
+
+
 def gated_delta_rule(
     q: Tensor,
     k: Tensor,

@@ -28,6 +28,7 @@ def compile_cases(D: int = 2048) -> Iterator[tuple[str, Any, dict[str, Any], dic
             types |= {"w": ("*fp32",) * 3}
             types |= {"dw_parts": "*fp32", "cu_seqlens": "*i32", "T": "i32", "NT": "i32", "N": "i32"}
             for name, kernel in (("forward", short_conv_forward_kernel), ("backward", short_conv_backward_kernel)):
-                signature = {n: types[n] for n in kernel.arg_names if n not in constants}
+                own = constants | ({"SO": (D,) * 3} if name == "backward" else {})
+                signature = {n: types[n] for n in kernel.arg_names if n not in own}
                 suffix = f"{dtype}_packed" if packed else dtype
-                yield f"short_conv_{name}_{suffix}", kernel, signature, constants, WARPS, 1
+                yield f"short_conv_{name}_{suffix}", kernel, signature, own, WARPS, 1

@@ -10,8 +10,8 @@ walks down a block of tokens with the last inputs in registers. Each input is re
 blocks share, and the sums over time of the backward pass need no exchange between threads.
 
 Arguments that differ from tensor to tensor are tuples: the pointers x, w, before, y, dy and dx, the numbers of channels
-D, and the numbers of elements S and SB between rows of x and of `before`. Inside a program, p_x and the like, D_c, S_c
-and SB_c belong to the tensor of its column.
+D, and the numbers of elements S, SB and SO between rows of x, of `before` and of dx. Inside a program, p_x and the
+like, D_c, S_c, SB_c and SO_c belong to the tensor of its column.
 
 What belongs to the taps is a tuple of W vectors [BD]: b_x[j] is x_{t-j}, b_w[j] is w_j, b_dw[j] is the sum for dw_j.
 
@@ -141,9 +141,9 @@ def _load_rows(x, t, end, S, o_d, D, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _store_row(y, t, inside, o_d, D, b_y):
+def _store_row(y, t, inside, S, o_d, D, b_y):
     # Row t [BD], unless it is not `inside`.
-    tl.store(y + t.to(tl.int64) * D + o_d, b_y.to(y.dtype.element_ty), mask=_channels(o_d, D, inside))
+    tl.store(y + t.to(tl.int64) * S + o_d, b_y.to(y.dtype.element_ty), mask=_channels(o_d, D, inside))
 
 
 @triton.jit
@@ -275,7 +275,7 @@ def short_conv_forward_kernel(
             age += 1
             b_z = _convolve(b_x, b_w, W)
             b_y = b_z * tl.sigmoid(b_z)
-            _store_row(p_y, t + r, t + r < end, o_d, D_c, b_y)
+            _store_row(p_y, t + r, t + r < end, D_c, o_d, D_c, b_y)
             b_past = b_x[: W - 1]
 
 
@@ -294,6 +294,7 @@ def short_conv_backward_kernel(
     D: tl.constexpr,
     S: tl.constexpr,
     SB: tl.constexpr,
+    SO: tl.constexpr,
     W: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
@@ -307,11 +308,12 @@ def short_conv_backward_kernel(
     o_d = (i_c - _choose(i_c, COLUMNS, COLUMNS)) * BD + tl.arange(0, BD)
     D_c = _choose(i_c, D, COLUMNS)
     S_c = _choose(i_c, S, COLUMNS)
+    SO_c = _choose(i_c, SO, COLUMNS)
     m_d = o_d < D_c
     bos = i_b.to(tl.int64) * T
     p_x = _choose(i_c, x, COLUMNS) + bos * S_c
     p_dy = _choose(i_c, dy, COLUMNS) + bos * D_c
-    p_dx = _choose(i_c, dx, COLUMNS) + bos * D_c
+    p_dx = _choose(i_c, dx, COLUMNS) + bos * SO_c
     b_w = _load_taps(_choose(i_c, w, COLUMNS), o_d, m_d, W, BD)
     if HAS_BEFORE:
         p_before = _choose(i_c, before, COLUMNS)
@@ -344,7 +346,7 @@ def short_conv_backward_kernel(
             b_dx, b_a = _scatter(b_dz, b_a, b_w, age, W, IS_VARLEN)
             age += 1
             t = t0 + i + r - (W - 1)
-            _store_row(p_dx, t, (t >= t0) & (t < end), o_d, D_c, b_dx)
+            _store_row(p_dx, t, (t >= t0) & (t < end), SO_c, o_d, D_c, b_dx)
             b_past = b_x[: W - 1]
     CHANNELS: tl.constexpr = starts(D)
     column = _choose(i_c, CHANNELS, COLUMNS) + o_d
@@ -360,5 +362,5 @@ def short_conv_backward_kernel(
         b_dx, b_a = _scatter(b_dz, b_a, b_w, age, W, IS_VARLEN)
         age += 1
         t = behind + r - (W - 1)
-        _store_row(p_dx, t, (t >= t0) & (t < end), o_d, D_c, b_dx)
+        _store_row(p_dx, t, (t >= t0) & (t < end), SO_c, o_d, D_c, b_dx)
         b_past = b_x[: W - 1]

@@ -69,6 +69,18 @@ def launch(
         )
 
 
+def row_steps(xs: list[Tensor]) -> tuple[int, ...]:
+    """Return the number of elements between the rows of each of xs, to be written in place.
+
+    Raises:
+        ValueError: rows are not evenly spaced.
+    """
+    rows = [_rows(x) for x in xs]
+    if any(found is not x for (found, _), x in zip(rows, xs, strict=True)):
+        raise ValueError(f"rows must be evenly spaced; got strides {[x.stride() for x in xs]}")
+    return tuple(step for _, step in rows)
+
+
 def _readable(xs: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """Return xs, copied where their rows are not evenly spaced, and the number of elements between the rows of each."""
     rows = [_rows(x) for x in xs]

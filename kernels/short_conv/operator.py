@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from lrnn.kernels.short_conv.kernels import short_conv_backward_kernel, short_conv_forward_kernel
-from lrnn.kernels.short_conv.launch import block_tokens, launch
+from lrnn.kernels.short_conv.launch import block_tokens, launch, row_steps
 
 
 @torch.library.custom_op("lrnn::short_conv_forward", mutates_args=())
@@ -25,14 +25,30 @@ def _backward(
     dys: list[Tensor], xs: list[Tensor], weights: list[Tensor], before: list[Tensor], cu_seqlens: Tensor | None
 ) -> list[Tensor]:
     """Return the gradient of each x and, as the last one, that of all weights, float32 [sum of D_i, taps]."""
-    B, T, _ = xs[0].shape
     dxs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs]
+    return [*dxs, write_gradients(dxs, dys, xs, weights, before, cu_seqlens)]
+
+
+def write_gradients(
+    dxs: list[Tensor],
+    dys: list[Tensor],
+    xs: list[Tensor],
+    weights: list[Tensor],
+    before: list[Tensor],
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """Write the gradient of each x into `dxs`, whose rows may be slices of wider ones but must be evenly spaced.
+
+    Returns:
+        The gradient of all weights, float32 [sum of D_i, taps].
+    """
+    B, T, _ = xs[0].shape
     # One part per block of tokens, which are added up afterwards: atomic additions have no fixed order.
     shape = (B * triton.cdiv(T, block_tokens(B * T)), sum(x.shape[2] for x in xs), weights[0].shape[-1])
     parts = torch.empty(shape, dtype=torch.float32, device=xs[0].device)
-    own = {"dy": tuple(dy.contiguous() for dy in dys), "dx": tuple(dxs), "dw_parts": parts}
+    own = {"dy": tuple(dy.contiguous() for dy in dys), "dx": tuple(dxs), "dw_parts": parts, "SO": row_steps(dxs)}
     launch(short_conv_backward_kernel, xs, weights, before, cu_seqlens, **own)
-    return [*dxs, parts.sum(0)]
+    return parts.sum(0)
 
 
 @_backward.register_fake

@@ -26,14 +26,13 @@ def bare_steps(config: Config, ranks: Ranks, steps: int) -> list[float]:
     """Return the seconds of each step of forward, backward and update alone, on micro-batches already on the device."""
     model_config = load_model_of(config)
     data = open_data(config, model_config, ranks)
-    engine = build_engine(
-        build_model(model_config, config.seed, config.activation_checkpointing).to(ranks.device), config, ranks
-    )
+    model = build_model(model_config, config.seed, config.activation_checkpointing == "full")
+    engine = build_engine(model.to(ranks.device), config, ranks)
     with data.loader(0, None, pin_memory=ranks.device.type == "cuda") as loader:
         batches = next(loader)
     inputs = [model_inputs(batch, ranks.device) for batch in batches]
     share = torch.tensor(sum(batch.num_labels for batch in batches), device=ranks.device)
-    warm_up(engine, data.throwaway_batch())
+    warm_up(engine, data.throwaway_batch())  # renews the copies of the weights, which may age in what follows
     seconds = []
     for _ in range(steps):
         start = _now(ranks)

@@ -8,6 +8,7 @@ in PyTorch.
 Parameter names and shapes of the DeltaNet mixers are those of `fla`'s `gated_deltanet` and `delta_net` models.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -48,6 +49,9 @@ class SwiGLU(nn.Module):
 class LrnnBlock(GradientCheckpointingLayer):
     """x + mixer(norm(x)), then x + mlp(norm(x))."""
 
+    # If set, it is called in place of the lines below, for the same result. `lrnn.pretrain.fused` sets it.
+    fused: Callable[[Tensor, Tensor | None, Tensor | None], Tensor] | None = None
+
     def __init__(self, config: LrnnConfig, layer_idx: int):
         super().__init__()
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -56,6 +60,8 @@ class LrnnBlock(GradientCheckpointingLayer):
         self.mlp = SwiGLU(config)
 
     def forward(self, x, cache, mask, cu_seqlens, document) -> Tensor:
+        if self.fused is not None and cache is None and mask is None:
+            return self.fused(x, cu_seqlens, document)
         x = x + self.attn(self.attn_norm(x), cache, mask, cu_seqlens, document)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -215,6 +221,8 @@ class LrnnForCausalLM(LrnnPreTrainedModel, GenerationMixin):
     """The language model: `LrnnModel` and a linear head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
+    # If set, it is called in place of the head and the summed cross-entropy. `lrnn.pretrain.fused` sets it.
+    fused_loss: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, config: LrnnConfig):
         super().__init__(config)
@@ -324,7 +332,9 @@ class LrnnForCausalLM(LrnnPreTrainedModel, GenerationMixin):
         if labels.shape != h.shape[:2]:
             raise ValueError(f"labels must have shape {list(h.shape[:2])}, as the tokens; got {list(labels.shape)}")
         flat_h, flat_labels = h.flatten(0, 1), labels.flatten()
-        if flat_labels.numel() * self.config.vocab_size <= SMALL_LOGITS:
+        if self.fused_loss is not None:
+            total = self.fused_loss(flat_h, flat_labels)
+        elif flat_labels.numel() * self.config.vocab_size <= SMALL_LOGITS:
             total = piece(flat_h, flat_labels)
         else:
             # Nothing random is inside, and a generator's state cannot be read while a CUDA graph is captured.

@@ -14,6 +14,7 @@ from lrnn.pretrain.data.micro_batch import IGNORED, MicroBatch, build_micro_batc
 from lrnn.pretrain.data.samples import num_windows, read_window
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.engine import Engine
+from lrnn.pretrain.fused.layers import refresh
 
 
 class HeldOut:
@@ -49,8 +50,9 @@ class HeldOut:
         """Return the mean cross-entropy in nats per token, over the batches of all ranks."""
         totals = torch.zeros(2, dtype=torch.float64, device=self._device)
         engine.eval()
+        refresh(engine.module)
         for batch in self._batches:
-            totals[0] += engine(**model_inputs(batch, self._device), num_items_in_batch=1).loss
+            totals[0] += engine(**model_inputs(batch, self._device), num_items_in_batch=1, use_cache=False).loss
             totals[1] += batch.num_labels
         engine.train()
         dist.all_reduce(totals)

@@ -1,0 +1,60 @@
+"""Cross-entropy of a row of logits, with its gradient in place of the logits.
+
+    loss = log sum exp(z) - z_label       dz = softmax(z) - onehot(label)
+
+The kernel goes over a row twice: once for the maximum and the sum, once for the gradient. Both are in float32.
+
+Symbols of the kernel: rows of V logits, BV at a time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lrnn.kernels.common.launch import launch
+
+BLOCK = 8192  # logits at a time
+
+
+@triton.jit
+def cross_entropy_kernel(logits, labels, losses, V: tl.constexpr, BV: tl.constexpr, NEEDS_GRADIENT: tl.constexpr):
+    i_r = tl.program_id(0).to(tl.int64)
+    p = logits + i_r * V
+    label = tl.load(labels + i_r)
+    counts = label >= 0  # other rows have no label
+    largest, total = -float("inf"), 0.0
+    for i in range(0, V, BV):
+        o_v = i + tl.arange(0, BV)
+        b_z = tl.load(p + o_v, mask=o_v < V, other=-float("inf")).to(tl.float32)
+        before, largest = largest, tl.maximum(largest, tl.max(b_z, 0))
+        total = total * tl.exp(before - largest) + tl.sum(tl.exp(b_z - largest), 0)
+    z_label = tl.load(p + tl.where(counts, label, 0)).to(tl.float32)
+    tl.store(losses + i_r, tl.where(counts, largest + tl.log(total) - z_label, 0.0))
+    if NEEDS_GRADIENT:
+        tl.debug_barrier()  # every thread has read the label's logit before it is replaced
+        for i in range(0, V, BV):
+            o_v = i + tl.arange(0, BV)
+            b_z = tl.load(p + o_v, mask=o_v < V, other=-float("inf")).to(tl.float32)
+            b_dz = tl.exp(b_z - largest) / total - tl.where(o_v == label, 1.0, 0.0)
+            tl.store(p + o_v, tl.where(counts, b_dz, 0.0).to(logits.dtype.element_ty), mask=o_v < V)
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor, needs_gradient: bool) -> Tensor:
+    """Return the cross-entropy of each row and, with `needs_gradient`, replace the logits by its gradient.
+
+    Args:
+        logits: [R, V] contiguous, any float dtype.
+        labels: [R] int64, negative for rows without a label: their loss and gradient are 0.
+        needs_gradient: whether the logits are replaced.
+
+    Returns:
+        [R] float32.
+    """
+    R, V = logits.shape
+    losses = torch.empty(R, dtype=torch.float32, device=logits.device)
+    if R:
+        BV = min(BLOCK, triton.next_power_of_2(V))
+        arguments = {"V": V, "BV": BV, "NEEDS_GRADIENT": needs_gradient}
+        launch(cross_entropy_kernel, (R, 1, 1), logits, labels, losses, **arguments, num_warps=16, num_stages=1)
+    return losses

@@ -1,0 +1,10 @@
+"""Layers that compute their own backward pass, which training on GPUs uses in place of the model's plain ones.
+
+The plain form stands in `lrnn.model`. Both compute the same up to rounding.
+
+layers          put them into a model
+deltanet        x + mixer(norm(x)) for (gated) DeltaNet
+mlp             x + mlp(norm(x))
+loss            the head and the cross-entropy
+product         products with the weights of several linear layers
+"""

@@ -1,0 +1,135 @@
+"""x + mixer(norm(x)) for (gated) DeltaNet, with its own backward pass. The plain form is in `mixer_deltanet.py`."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrnn.kernels import gated_rms_norm
+from lrnn.kernels.common.constants import HEAD_SIZES
+from lrnn.kernels.delta_rule.api import is_saving
+from lrnn.kernels.delta_rule.operator import gated_delta_rule_backward, gated_delta_rule_forward
+from lrnn.kernels.rms_norm import rms_norm_backward, rms_norm_forward
+from lrnn.kernels.short_conv import operator as short_conv
+from lrnn.kernels.short_conv.api import TAPS
+from lrnn.model.layers import Mixer, RMSNorm
+from lrnn.model.mixer_deltanet import DeltaNet
+from lrnn.pretrain.fused.product import Product
+
+
+class FusedDeltaNet:
+    """Compute x + mixer(norm(x)).
+
+    All projections of norm(x) are one product [q | k | v | gate | b | a], whose columns the other kernels read and
+    whose gradient they write in place. The norms are computed again in the backward pass.
+    """
+
+    def __init__(self, norm: RMSNorm, mixer: DeltaNet, dtype: torch.dtype):
+        self.norm, self.mixer = norm, mixer
+        projections = [mixer.q_proj, mixer.k_proj, mixer.v_proj]
+        projections += [mixer.g_proj, mixer.b_proj, mixer.a_proj] if mixer.gated else [mixer.b_proj]
+        self.inner = Product([p.weight for p in projections], dtype)
+        self.out = Product([mixer.o_proj.weight], dtype)
+        self.products = [self.inner, self.out]
+        self.convolutions = [mixer.q_conv1d, mixer.k_conv1d, mixer.v_conv1d]
+        self.scale = mixer.heads[1] ** -0.5
+
+    @staticmethod
+    def fits(mixer: Mixer) -> bool:
+        """Return whether the mixer is one of those that can be computed so."""
+        return (
+            isinstance(mixer, DeltaNet)
+            and mixer.num_householder == 1
+            and mixer.heads[1] in HEAD_SIZES
+            and mixer.q_conv1d.weight.shape[-1] in TAPS
+        )
+
+    def __call__(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """Return x + mixer(norm(x)).
+
+        Args:
+            x: [B, T, hidden] in the dtype of the products.
+            cu_seqlens: int32 [N + 1], the boundaries of documents in the flattened B * T tokens, or None.
+        """
+        return _FusedDeltaNet.apply(x.contiguous(), cu_seqlens, self, *self.parameters())
+
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters in the order in which the backward pass returns their gradients."""
+        mixer = self.mixer
+        gates = [mixer.A_log, mixer.dt_bias] if mixer.gated else []
+        convolutions = [c.weight for c in self.convolutions]
+        matrices = [*self.inner.weights, *self.out.weights]
+        return [self.norm.weight, mixer.o_norm.weight, *gates, *convolutions, *matrices]
+
+    def gates(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return A_log and dt_bias."""
+        return (self.mixer.A_log, self.mixer.dt_bias) if self.mixer.gated else (None, None)
+
+    def columns(self, z: Tensor) -> tuple[list[Tensor], Tensor | None, Tensor | None, Tensor]:
+        """Return the parts of z [B, T, columns]: [q, k, v], the gate of the output [B, T, H, D], a, and b."""
+        q, k, v, *rest = z.split(self.inner.rows, -1)
+        if not self.mixer.gated:
+            return [q, k, v], None, None, rest[0]
+        gate, b, a = rest
+        return [q, k, v], gate.unflatten(-1, self.mixer.heads), a, b
+
+    def gated_norm(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        """Return the normed output of the delta rule as rows [B * T, H * D]."""
+        norm = self.mixer.o_norm
+        y = gated_rms_norm.gated_rms_norm(o, gate, norm.weight, norm.eps)
+        return y.flatten(-2).flatten(0, 1)
+
+
+class _FusedDeltaNet(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cu_seqlens: Tensor | None, layer: FusedDeltaNet, *parameters: Tensor) -> Tensor:
+        mixer, norm = layer.mixer, layer.norm
+        rows = x.flatten(0, 1)
+        y = rms_norm_forward(rows, norm.weight, norm.eps)
+        z = layer.inner.forward(y).unflatten(0, x.shape[:2])
+        qkv, gate, a, b = layer.columns(z)
+        a, b = None if a is None else a.contiguous(), b.contiguous()
+        mixer.note_eigenvalues(partial(mixer._eigenvalues, b))
+        weights: list[Tensor] = [c.weight for c in layer.convolutions]
+        q, k, v = (u.unflatten(-1, mixer.heads) for u in short_conv.short_conv_forward(qkv, weights, [], cu_seqlens))
+        options = (mixer.beta_range, layer.scale, True)
+        o, _, *kept = gated_delta_rule_forward(
+            q, k, v, a, b, *layer.gates(), *options, None, False, cu_seqlens, mixer.precision, is_saving()
+        )
+        ctx.layer, ctx.options = layer, options
+        ctx.save_for_backward(x, cu_seqlens, z, q, k, v, a, b, o, *kept)
+        return layer.out.forward(layer.gated_norm(o, gate)).add_(rows).view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+        x, cu_seqlens, z, q, k, v, a, b, o, *kept = ctx.saved_tensors
+        layer: FusedDeltaNet = ctx.layer
+        mixer, norm, o_norm = layer.mixer, layer.norm, layer.mixer.o_norm
+        A_log, dt_bias = layer.gates()
+        qkv, gate, _, _ = layer.columns(z)
+        dz = torch.empty_like(z)
+        dqkv, dgate, da_column, db_column = layer.columns(dz)
+        rows, dx_rows = x.flatten(0, 1), dx.contiguous().flatten(0, 1)
+
+        d_out = layer.out.weight_gradients(dx_rows, layer.gated_norm(o, gate))
+        dn = layer.out.input_gradient(dx_rows).view_as(o)
+        do, d_o_norm = gated_rms_norm.write_gradients(dgate, dn, o, gate, o_norm.weight, o_norm.eps)
+        dq, dk, dv, da, db, d_gates, _ = gated_delta_rule_backward(
+            do, None, q, k, v, a, b, A_log, dt_bias, *ctx.options, None, cu_seqlens, mixer.precision, *kept
+        )
+        db_column.copy_(db)
+        gates = []
+        if da_column is not None and A_log is not None and dt_bias is not None:
+            da_column.copy_(da)
+            gates = [d_gates[0].to(A_log.dtype), d_gates[1].to(dt_bias.dtype)]
+        weights: list[Tensor] = [c.weight for c in layer.convolutions]
+        d_taps = short_conv.write_gradients(dqkv, [d.flatten(-2) for d in (dq, dk, dv)], qkv, weights, [], cu_seqlens)
+        taps = d_taps.split([w.shape[0] for w in weights])
+        convolutions = [d[:, None].to(w.dtype) for d, w in zip(taps, weights, strict=True)]
+
+        dz_rows = dz.flatten(0, 1)
+        d_inner = layer.inner.weight_gradients(dz_rows, rms_norm_forward(rows, norm.weight, norm.eps))
+        dx, d_norm = rms_norm_backward(layer.inner.input_gradient(dz_rows), rows, norm.weight, norm.eps, dx_rows)
+        small = [d_norm.to(norm.weight.dtype), d_o_norm.to(o_norm.weight.dtype), *gates, *convolutions]
+        return dx.view_as(x), None, None, *small, *d_inner, *d_out

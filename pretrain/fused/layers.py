@@ -1,0 +1,60 @@
+"""Put fused layers into a model, and renew their copies of the weights."""
+
+import torch
+from torch import Tensor, nn
+
+from lrnn.model.modeling_lrnn import LrnnBlock, LrnnForCausalLM
+from lrnn.pretrain.fused.deltanet import FusedDeltaNet
+from lrnn.pretrain.fused.loss import FusedLoss
+from lrnn.pretrain.fused.mlp import FusedMlp
+from lrnn.pretrain.fused.product import Product
+
+
+class FusedBlock:
+    """Compute what a block does, in its place. A mixer that has no fused form is called as it is."""
+
+    def __init__(self, block: LrnnBlock, dtype: torch.dtype, recompute_mlp: bool):
+        self.norm, self.mixer, self.dtype = block.attn_norm, block.attn, dtype
+        self.fused_mixer = FusedDeltaNet(block.attn_norm, block.attn, dtype) if FusedDeltaNet.fits(block.attn) else None
+        self.mlp = FusedMlp(block.mlp_norm, block.mlp, dtype, recompute_mlp)
+        self.products: list[Product] = [*(self.fused_mixer.products if self.fused_mixer else []), *self.mlp.products]
+
+    def __call__(self, x: Tensor, cu_seqlens: Tensor | None, document: Tensor | None) -> Tensor:
+        x = x.to(self.dtype)
+        if self.fused_mixer is not None:
+            x = self.fused_mixer(x, cu_seqlens)
+        else:
+            x = x + self.mixer(self.norm(x), None, None, cu_seqlens, document)
+        return self.mlp(x)
+
+
+def fuse(model: LrnnForCausalLM, dtype: torch.dtype, recompute_mlp: bool = False, partitioned: bool = False) -> None:
+    """Make a model compute with fused layers when it neither pads nor has a cache.
+
+    Names and values of parameters stay as they are. Hooks on modules inside of blocks are not called.
+
+    Args:
+        model: its blocks get fused layers, and its loss.
+        dtype: what products compute in; the model must be called under autocast to it, unless it is float32.
+        recompute_mlp: whether MLPs keep their input alone for the backward pass.
+        partitioned: whether ZeRO-3 will partition the weights. Then there are no copies of them in `dtype`, and the
+            loss is not fused, because the head is gathered only while it is called.
+    """
+    products: list[Product] = []
+    for block in model.model.layers:
+        assert isinstance(block, LrnnBlock)
+        fused = FusedBlock(block, dtype, recompute_mlp)
+        block.fused = fused
+        products += fused.products
+    if partitioned:
+        return
+    loss = FusedLoss(model.lm_head, dtype)
+    model.fused_loss = loss
+    model.fused_products = [*products, *loss.products]
+
+
+@torch.no_grad()
+def refresh(model: nn.Module) -> None:
+    """Renew the copies of the weights. Call it before a model runs with weights that may have changed."""
+    for product in getattr(model, "fused_products", ()):
+        product.refresh()

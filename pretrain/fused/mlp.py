@@ -1,0 +1,58 @@
+"""x + mlp(norm(x)) with SwiGLU, with its own backward pass. `LrnnBlock` has the plain form."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrnn.kernels.rms_norm import rms_norm_backward, rms_norm_forward
+from lrnn.kernels.swiglu import swiglu_backward, swiglu_forward
+from lrnn.model.layers import RMSNorm
+from lrnn.model.modeling_lrnn import SwiGLU
+from lrnn.pretrain.fused.product import Product
+
+
+class FusedMlp:
+    """Compute x + mlp(norm(x)).
+
+    The input and the gate and up projections are kept for the backward pass; the norm and the activations are computed
+    again. With `recompute`, the projections are too: that takes one product more, and the input alone is kept.
+    """
+
+    def __init__(self, norm: RMSNorm, mlp: SwiGLU, dtype: torch.dtype, recompute: bool):
+        self.norm, self.recompute = norm, recompute
+        self.inner = Product([mlp.gate_proj.weight, mlp.up_proj.weight], dtype)
+        self.down = Product([mlp.down_proj.weight], dtype)
+        self.products = [self.inner, self.down]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return x + mlp(norm(x)), for x [B, T, hidden] in the dtype of the products."""
+        return _FusedMlp.apply(x.contiguous(), self, self.norm.weight, *self.inner.weights, *self.down.weights)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return norm(x) [n, hidden], and its gate and up projections [n, 2 intermediate], for x [n, hidden]."""
+        y = rms_norm_forward(x, self.norm.weight, self.norm.eps)
+        return y, self.inner.forward(y)
+
+
+class _FusedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mlp: FusedMlp, *parameters: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        _, ab = mlp.project(rows)
+        ctx.mlp = mlp
+        ctx.save_for_backward(x, *([] if mlp.recompute else [ab]))
+        return mlp.down.forward(swiglu_forward(ab)).add_(rows).view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        (x, *kept), mlp = ctx.saved_tensors, ctx.mlp
+        rows, dz_rows = x.flatten(0, 1), dz.contiguous().flatten(0, 1)
+        y, ab = mlp.project(rows) if mlp.recompute else (None, kept[0])
+        dab, h = swiglu_backward(mlp.down.input_gradient(dz_rows), ab)
+        d_down = mlp.down.weight_gradients(dz_rows, h)
+        if y is None:
+            y = rms_norm_forward(rows, mlp.norm.weight, mlp.norm.eps)
+        d_inner = mlp.inner.weight_gradients(dab, y)
+        dx, d_norm = rms_norm_backward(mlp.inner.input_gradient(dab), rows, mlp.norm.weight, mlp.norm.eps, dz_rows)
+        return dx.view_as(x), None, d_norm.to(mlp.norm.weight.dtype), *d_inner, *d_down

@@ -1,0 +1,75 @@
+"""Test the fused layers on a GPU: their loss and gradients are as near to float64 as those of the plain layers."""
+
+import copy
+
+import pytest
+import torch
+
+from lrnn import LrnnConfig, LrnnForCausalLM
+from lrnn.pretrain.fused.layers import fuse, refresh
+
+SIZES = {"vocab_size": 700, "hidden_size": 256, "num_hidden_layers": 2, "intermediate_size": 384, "num_heads": 2}
+
+
+def gradients(model, ids, labels, cu_seqlens, autocast):
+    """Return the loss and the gradients of two micro-batches."""
+    model.zero_grad()
+    losses = []
+    for rows, targets in zip(ids.chunk(2), labels.chunk(2), strict=True):
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            losses.append(model(rows, shift_labels=targets, cu_seqlens=cu_seqlens, num_items_in_batch=1000).loss)
+        losses[-1].backward()
+    return sum(losses).item(), {name: p.grad.double().cpu() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("mixer", ["gated_deltanet", "deltanet", "gla"])
+def test_as_exact_as_the_plain_layers(mixer, packed):
+    torch.manual_seed(0)
+    config = LrnnConfig(**SIZES, mixer=mixer, head_dim=128)
+    model = LrnnForCausalLM(config).train()
+    ids, labels = torch.randint(0, 700, (2, 4, 300)).unbind()
+    labels[:, ::7] = -100
+    cu_seqlens = torch.tensor([0, 100, 133, 300, 600], dtype=torch.int32) if packed else None
+    loss, truth = gradients(copy.deepcopy(model).double(), ids, labels, cu_seqlens, autocast=False)
+
+    model = model.cuda()
+    fused = copy.deepcopy(model)
+    fuse(fused, torch.bfloat16)
+    refresh(fused)
+    on_gpu = [x if x is None else x.cuda() for x in (ids, labels, cu_seqlens)]
+    plain_loss, plain = gradients(model, *on_gpu, autocast=True)
+    fused_loss, found = gradients(fused, *on_gpu, autocast=True)
+    assert abs(fused_loss - loss) < max(2 * abs(plain_loss - loss), 1e-4)
+    errors = {n: [((g[n] - truth[n]).norm() / truth[n].norm()).item() for g in (found, plain)] for n in truth}
+    print("\n".join(f"{name:45} fused {a:.2e}  plain {b:.2e}" for name, (a, b) in errors.items()))
+    assert all(a < 1.3 * b + 1e-3 for a, b in errors.values()), errors
+
+
+def test_gradients_are_the_same_every_time():
+    torch.manual_seed(0)
+    model = LrnnForCausalLM(LrnnConfig(**SIZES, mixer="gated_deltanet", head_dim=128)).train().cuda()
+    fuse(model, torch.bfloat16)
+    refresh(model)
+    ids, labels = torch.randint(0, 700, (2, 8, 2048), device="cuda").unbind()
+    first = gradients(model, ids, labels, None, autocast=True)
+    for _ in range(3):
+        again = gradients(model, ids, labels, None, autocast=True)
+        assert again[0] == first[0] and all(torch.equal(again[1][n], g) for n, g in first[1].items())
+
+
+def test_memory_and_recomputation():
+    """`recompute_mlp` changes no number, and takes less memory."""
+    torch.manual_seed(0)
+    plain = LrnnForCausalLM(LrnnConfig(**SIZES, mixer="gated_deltanet", head_dim=128)).train().cuda()
+    ids, labels = torch.randint(0, 700, (2, 8, 2048), device="cuda").unbind()
+    found = []
+    for recompute in (False, True):
+        model = copy.deepcopy(plain)
+        fuse(model, torch.bfloat16, recompute_mlp=recompute)
+        refresh(model)
+        torch.cuda.reset_peak_memory_stats()
+        found.append((gradients(model, ids, labels, None, autocast=True), torch.cuda.max_memory_allocated()))
+    (kept, more), (again, less) = found
+    assert kept[0] == again[0] and all(torch.equal(again[1][n], g) for n, g in kept[1].items())
+    assert less < more - 8 * 1024 * 2 * 384 * 2
