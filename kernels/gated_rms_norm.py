@@ -125,6 +125,7 @@ def gated_rms_norm_backward_kernel(
     dy,
     dx,
     dgate,
+    y,
     dweight_parts,
     R,
     eps,
@@ -154,9 +155,13 @@ def gated_rms_norm_backward_kernel(
             b_g = _load(gate, o_r, o_d, mask, SG, H, D)
             b_s = tl.sigmoid(b_g)
             b_dg = b_dy * b_n * b_w[None, :] * b_s * (1.0 + b_g * (1.0 - b_s))
+            if y is not None:
+                tl.store(y + p_out, (b_n * b_w[None, :] * b_g * b_s).to(y.dtype.element_ty), mask=mask)
             p_dg = ((o_r // H) * SDG + (o_r % H) * D)[:, None] + o_d[None, :]
             tl.store(dgate + p_dg, b_dg.to(dgate.dtype.element_ty), mask=mask)
             b_dy *= b_g * b_s
+        elif y is not None:
+            tl.store(y + p_out, (b_n * b_w[None, :]).to(y.dtype.element_ty), mask=mask)
         # dweight = sum of dy silu(gate) n
         b_dw += b_dy * b_n
         # dx = r (dn - n mean(dn n)), dn = dy silu(gate) weight
@@ -253,14 +258,21 @@ def _(x, gate, weight, eps):
 def _backward(dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> list[Tensor]:
     """Return dx, dgate if there is a gate, and dweight in float32."""
     dgate = None if gate is None else torch.empty(x.shape, dtype=gate.dtype, device=x.device)
-    dx, dweight = write_gradients(dgate, dy, x, gate, weight, eps)
+    dx, dweight = write_gradients(dgate, None, dy, x, gate, weight, eps)
     return [dx, dweight] if dgate is None else [dx, dgate, dweight]
 
 
 def write_gradients(
-    dgate: Tensor | None, dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float
+    dgate: Tensor | None,
+    y: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Write the gradient of the gate into `dgate`, which may be [..., H, D] in a slice of wider rows.
+    """Write the gradient of the gate into `dgate`, which may be [..., H, D] in a slice of wider rows, and the output of
+    the forward pass into y, a contiguous tensor of the shape of x.
 
     Returns:
         dx, and dweight in float32.
@@ -269,7 +281,7 @@ def write_gradients(
     # One part per program, which are added up afterwards: atomic additions have no fixed order.
     D = x.shape[-1]
     parts = torch.empty((triton.cdiv(x.numel() // D, ROWS), D), dtype=torch.float32, device=x.device)
-    own = {"dy": dy.contiguous(), "dx": dx, "dgate": dgate, "dweight_parts": parts, "ROWS": ROWS}
+    own = {"dy": dy.contiguous(), "dx": dx, "dgate": dgate, "y": y, "dweight_parts": parts, "ROWS": ROWS}
     _launch(gated_rms_norm_backward_kernel, x, gate, weight, eps, BACKWARD_TILE, ROWS, **own)
     return dx, parts.sum(0)
 
@@ -302,9 +314,10 @@ def compile_cases(D: int = 128) -> Iterator[tuple[str, Any, dict[str, str], dict
     for dtype in ("bf16", "fp32"):
         types = {"weight": "*fp32", "dweight_parts": "*fp32", "R": "i32", "eps": "fp32"}
         constants = {"SX": D, "SG": D, "H": 1, "D": D, "BD": D, "HAS_GATE": True}
+        own: dict[str, int | None]
         for name, kernel, own in (
             ("forward", gated_rms_norm_forward_kernel, {"BR": FORWARD_TILE // D}),
-            ("backward", gated_rms_norm_backward_kernel, {"BR": BACKWARD_TILE // D, "ROWS": ROWS, "SDG": D}),
+            ("backward", gated_rms_norm_backward_kernel, {"BR": BACKWARD_TILE // D, "ROWS": ROWS, "SDG": D, "y": None}),
         ):
             signature = {n: types.get(n, f"*{dtype}") for n in kernel.arg_names if n not in {**constants, **own}}
             yield f"gated_rms_norm_{name}_{dtype}", kernel, signature, {**constants, **own}, WARPS, 1

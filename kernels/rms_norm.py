@@ -5,7 +5,7 @@
     dn = dy weight       dx = r (dn - n mean(dn n)) + dx of the residual stream       dweight = sum over rows of dy n
 
 Both kernels are bound by memory: the forward pass reads x and writes y, the backward pass reads x, dy and the gradient
-that passes the norm by, and writes dx. Sums are in float32.
+that passes the norm by, and writes dx and y again. Sums are in float32.
 
 Symbols of the kernels: R rows of D elements, with BD >= D a power of 2. A program takes BR rows at a time.
 """
@@ -40,6 +40,7 @@ def rms_norm_backward_kernel(
     dy,
     dpast,
     dx,
+    y,
     dweight_parts,
     R,
     eps,
@@ -65,6 +66,7 @@ def rms_norm_backward_kernel(
         if dpast is not None:
             b_dx += tl.load(dpast + p, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx + p, b_dx.to(dx.dtype.element_ty), mask=mask)
+        tl.store(y + p, (b_n * b_w[None, :]).to(y.dtype.element_ty), mask=mask)
     tl.store(dweight_parts + tl.program_id(0).to(tl.int64) * D + o_d, tl.sum(b_dw, 0), mask=o_d < D)
 
 
@@ -87,8 +89,8 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, eps: float, dpast: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and weight.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x and weight, and rms_norm(x) * weight again, which the next product's gradient needs.
 
     Args:
         dy: gradient of the norm, [..., D] contiguous.
@@ -96,14 +98,14 @@ def rms_norm_backward(
         dpast: another gradient of x, which is added: that of the residual stream past the norm. [..., D] contiguous.
 
     Returns:
-        dx in the dtype of x, and dweight in float32, summed in a fixed order.
+        dx in the dtype of x, dweight in float32, summed in a fixed order, and y as `rms_norm_forward` returns it.
     """
-    dx = torch.empty_like(x)
+    dx, y = torch.empty_like(x), torch.empty_like(x)
     (sizes, rows), R, D = _sizes(x), x.numel() // x.shape[-1], x.shape[-1]
     parts = torch.empty((triton.cdiv(R, ROWS), D), dtype=torch.float32, device=x.device)
-    arguments = (x, weight, dy, dpast, dx, parts, R, eps)
+    arguments = (x, weight, dy, dpast, dx, y, parts, R, eps)
     _launch(rms_norm_backward_kernel, x, ROWS, *arguments, **sizes, BR=rows, ROWS=ROWS)
-    return dx, parts.sum(0)
+    return dx, parts.sum(0), y
 
 
 def _sizes(x: Tensor) -> tuple[dict[str, int], int]:

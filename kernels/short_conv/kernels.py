@@ -15,7 +15,8 @@ like, D_c, S_c, SB_c and SO_c belong to the tensor of its column.
 
 What belongs to the taps is a tuple of W vectors [BD]: b_x[j] is x_{t-j}, b_w[j] is w_j, b_dw[j] is the sum for dw_j.
 
-    W: taps    BT, BD: tokens and channels per program    NT: blocks per sequence    N: documents
+    W: taps    BT, BD: tokens and channels per program    BR: tokens loaded at a time    NT: blocks per sequence
+    N: documents
     i_c, i_b, i_t: the program's column of channels, sequence, and block of tokens
 """
 
@@ -234,6 +235,7 @@ def short_conv_forward_kernel(
     SB: tl.constexpr,
     W: tl.constexpr,
     BT: tl.constexpr,
+    BR: tl.constexpr,
     BD: tl.constexpr,
     HAS_BEFORE: tl.constexpr,
     IS_VARLEN: tl.constexpr,
@@ -264,10 +266,10 @@ def short_conv_forward_kernel(
         start, _, low, high = _documents(cu_seqlens, N, bos + t0, rows)
         age = bos + t0 - start
     b_past = _load_rows_before(p_x, p_before, i_b, t0, S_c, SB_c, o_d, D_c, W, HAS_BEFORE)
-    for i in range(0, rows, 4):
+    for i in range(0, rows, BR):
         t = t0 + i
-        b_new = _load_rows(p_x, t, end, S_c, o_d, D_c, 4)
-        for r in tl.static_range(4):
+        b_new = _load_rows(p_x, t, end, S_c, o_d, D_c, BR)
+        for r in tl.static_range(BR):
             b_x = _with_past(b_new[r], b_past)
             if IS_VARLEN:
                 age = _age(age, low, high, i + r)
@@ -297,6 +299,7 @@ def short_conv_backward_kernel(
     SO: tl.constexpr,
     W: tl.constexpr,
     BT: tl.constexpr,
+    BR: tl.constexpr,
     BD: tl.constexpr,
     HAS_BEFORE: tl.constexpr,
     IS_VARLEN: tl.constexpr,
@@ -333,10 +336,10 @@ def short_conv_backward_kernel(
     b_past = _load_rows_before(p_x, p_before, i_b, t0, S_c, SB_c, o_d, D_c, W, HAS_BEFORE)
     b_a = _zeros(W - 1, BD)
     b_dw = _zeros(W, BD)
-    for i in range(0, rows, 2):  # four rows at a time would spill registers
-        b_new = _load_rows(p_x, t0 + i, end, S_c, o_d, D_c, 2)
-        b_dys = _load_rows(p_dy, t0 + i, end, D_c, o_d, D_c, 2)
-        for r in tl.static_range(2):
+    for i in range(0, rows, BR):
+        b_new = _load_rows(p_x, t0 + i, end, S_c, o_d, D_c, BR)
+        b_dys = _load_rows(p_dy, t0 + i, end, D_c, o_d, D_c, BR)
+        for r in tl.static_range(BR):
             b_x = _with_past(b_new[r], b_past)
             if IS_VARLEN:
                 age = _age(age, low, high, i + r)
@@ -353,7 +356,7 @@ def short_conv_backward_kernel(
     _store_taps(dw_parts + i_bt.to(tl.int64) * (CHANNELS[-1] * W), column, m_d, b_dw, W, BD)
 
     # The last rows also get gradients from the rows behind the block, as far as their document goes.
-    behind = t0 + tl.cdiv(rows, 2) * 2
+    behind = t0 + tl.cdiv(rows, BR) * BR
     for r in tl.static_range(W - 1):
         b_new = _load_row(p_x, behind + r, last, S_c, o_d, D_c)
         b_dy = _load_row(p_dy, behind + r, last, D_c, o_d, D_c)

@@ -10,6 +10,7 @@ from lrnn.kernels.short_conv.kernels import starts
 
 WARPS = 2
 LONG_BLOCK, SHORT_BLOCK = 128, 32  # tokens per program; `_documents` has bits for 128
+FORWARD_ROWS, BACKWARD_ROWS = 4, 2  # tokens loaded at a time; four would spill registers in the backward pass
 MANY_TOKENS = 8192  # from this many tokens on, long blocks fill the GPU
 
 

@@ -112,9 +112,9 @@ class _FusedDeltaNet(torch.autograd.Function):
         dqkv, dgate, da_column, db_column = layer.columns(dz)
         rows, dx_rows = x.flatten(0, 1), dx.contiguous().flatten(0, 1)
 
-        d_out = layer.out.weight_gradients(dx_rows, layer.gated_norm(o, gate))
-        dn = layer.out.input_gradient(dx_rows).view_as(o)
-        do, d_o_norm = gated_rms_norm.write_gradients(dgate, dn, o, gate, o_norm.weight, o_norm.eps)
+        dn, n = layer.out.input_gradient(dx_rows).view_as(o), torch.empty_like(o)
+        do, d_o_norm = gated_rms_norm.write_gradients(dgate, n, dn, o, gate, o_norm.weight, o_norm.eps)
+        d_out = layer.out.weight_gradients(dx_rows, n.flatten(-2).flatten(0, 1))
         dq, dk, dv, da, db, d_gates, _ = gated_delta_rule_backward(
             do, None, q, k, v, a, b, A_log, dt_bias, *ctx.options, None, cu_seqlens, mixer.precision, *kept
         )
@@ -129,7 +129,8 @@ class _FusedDeltaNet(torch.autograd.Function):
         convolutions = [d[:, None].to(w.dtype) for d, w in zip(taps, weights, strict=True)]
 
         dz_rows = dz.flatten(0, 1)
-        d_inner = layer.inner.weight_gradients(dz_rows, rms_norm_forward(rows, norm.weight, norm.eps))
-        dx, d_norm = rms_norm_backward(layer.inner.input_gradient(dz_rows), rows, norm.weight, norm.eps, dx_rows)
+        dy = layer.inner.input_gradient(dz_rows)
+        dx, d_norm, y = rms_norm_backward(dy, rows, norm.weight, norm.eps, dx_rows)
+        d_inner = layer.inner.weight_gradients(dz_rows, y)
         small = [d_norm.to(norm.weight.dtype), d_o_norm.to(o_norm.weight.dtype), *gates, *convolutions]
         return dx.view_as(x), None, None, *small, *d_inner, *d_out

@@ -29,17 +29,16 @@ class FusedMlp:
         """Return x + mlp(norm(x)), for x [B, T, hidden] in the dtype of the products."""
         return _FusedMlp.apply(x.contiguous(), self, self.norm.weight, *self.inner.weights, *self.down.weights)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return norm(x) [n, hidden], and its gate and up projections [n, 2 intermediate], for x [n, hidden]."""
-        y = rms_norm_forward(x, self.norm.weight, self.norm.eps)
-        return y, self.inner.forward(y)
+    def project(self, x: Tensor) -> Tensor:
+        """Return the gate and up projections of norm(x), [n, 2 intermediate], for x [n, hidden]."""
+        return self.inner.forward(rms_norm_forward(x, self.norm.weight, self.norm.eps))
 
 
 class _FusedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mlp: FusedMlp, *parameters: Tensor) -> Tensor:
         rows = x.flatten(0, 1)
-        _, ab = mlp.project(rows)
+        ab = mlp.project(rows)
         ctx.mlp = mlp
         ctx.save_for_backward(x, *([] if mlp.recompute else [ab]))
         return mlp.down.forward(swiglu_forward(ab)).add_(rows).view_as(x)
@@ -48,11 +47,10 @@ class _FusedMlp(torch.autograd.Function):
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         (x, *kept), mlp = ctx.saved_tensors, ctx.mlp
         rows, dz_rows = x.flatten(0, 1), dz.contiguous().flatten(0, 1)
-        y, ab = mlp.project(rows) if mlp.recompute else (None, kept[0])
+        ab = mlp.project(rows) if mlp.recompute else kept[0]
         dab, h = swiglu_backward(mlp.down.input_gradient(dz_rows), ab)
         d_down = mlp.down.weight_gradients(dz_rows, h)
-        if y is None:
-            y = rms_norm_forward(rows, mlp.norm.weight, mlp.norm.eps)
+        dy = mlp.inner.input_gradient(dab)
+        dx, d_norm, y = rms_norm_backward(dy, rows, mlp.norm.weight, mlp.norm.eps, dz_rows)
         d_inner = mlp.inner.weight_gradients(dab, y)
-        dx, d_norm = rms_norm_backward(mlp.inner.input_gradient(dab), rows, mlp.norm.weight, mlp.norm.eps, dz_rows)
         return dx.view_as(x), None, d_norm.to(mlp.norm.weight.dtype), *d_inner, *d_down
