@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lrnn.kernels.common.dispatch import use_kernels
 from lrnn.kernels.common.dtypes import DTYPES
+from lrnn.kernels.common.launch import launch
 from lrnn.kernels.reference import gated_rms_norm as reference
 
 MAX_SIZE = 256
@@ -193,60 +194,79 @@ def _readable(x: Tensor) -> tuple[Tensor, int, int]:
     return (x, *pieces) if pieces else (x.contiguous(), 1, x.shape[-1])
 
 
-def _launch(kernel, x, gate, weight, eps, tile: int, rows: int | None = None, **own) -> None:
+def _launch(
+    kernel: Any,
+    x: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    tile: int,
+    rows: int | None,
+    own: tuple,
+    dgate: Tensor | None = None,
+    **constants: int,
+) -> None:
     """Launch a kernel.
 
     Args:
         kernel: `gated_rms_norm_forward_kernel` or `gated_rms_norm_backward_kernel`.
         x, gate, weight, eps: the arguments of `gated_rms_norm`.
         tile: elements per tile.
-        rows: rows per program; default those of one tile.
+        rows: rows per program; None for those of one tile.
         own: the arguments that this kernel alone has.
+        dgate: the one of them that may have strides.
+        constants: the constants that this kernel alone has.
     """
     D = x.shape[-1]
     R = x.numel() // D
     if R == 0:
         return
     x, HX, SX = _readable(x)
-    HG, SG = 1, D
+    HG, SG, HDG, SDG = 1, D, 1, D
     if gate is not None:
         gate, HG, SG = _readable(gate)
-    HDG, SDG = 1, D
-    dgate = own.get("dgate")
     if dgate is not None:
         pieces = _pieces(dgate)
         assert pieces is not None, f"dgate cannot be written in place; its strides are {dgate.stride()}"
         HDG, SDG = pieces
     H = max(HX, HG, HDG)  # those that differ are 1: of a contiguous tensor, any number of rows makes a piece
+    strides = {"SX": SX * (H // HX), "SG": SG * (H // HG)}
     if kernel is gated_rms_norm_backward_kernel:
-        own["SDG"] = SDG * (H // HDG)
+        strides["SDG"] = SDG * (H // HDG)
     BD = triton.next_power_of_2(max(D, 16))
     BR = tile // BD
     with torch.cuda.device_of(x):  # does nothing for CPU tensors, in Triton's interpreter
-        kernel[(triton.cdiv(R, rows or BR),)](
-            x=x,
-            gate=gate,
-            weight=weight.contiguous(),
-            **own,
-            R=R,
-            eps=eps,
-            SX=SX * (H // HX),
-            SG=SG * (H // HG),
+        launch(
+            kernel,
+            (triton.cdiv(R, rows or BR), 1, 1),
+            x,
+            gate,
+            weight.contiguous(),
+            *own,
+            R,
+            eps,
+            **strides,
             H=H,
             D=D,
             BR=BR,
             BD=BD,
+            **constants,
             HAS_GATE=gate is not None,
             num_warps=WARPS,
             num_stages=1,
         )
 
 
+def compute(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """Do what `gated_rms_norm` does on a GPU, without autograd and checks."""
+    y = torch.empty(x.shape, dtype=x.dtype if gate is None else gate.dtype, device=x.device)
+    _launch(gated_rms_norm_forward_kernel, x, gate, weight, eps, FORWARD_TILE, None, (y,))
+    return y
+
+
 @torch.library.custom_op("lrnn::gated_rms_norm_forward", mutates_args=())
 def _forward(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype if gate is None else gate.dtype, device=x.device)
-    _launch(gated_rms_norm_forward_kernel, x, gate, weight, eps, FORWARD_TILE, y=y)
-    return y
+    return compute(x, gate, weight, eps)
 
 
 @_forward.register_fake
@@ -281,8 +301,8 @@ def write_gradients(
     # One part per program, which are added up afterwards: atomic additions have no fixed order.
     D = x.shape[-1]
     parts = torch.empty((triton.cdiv(x.numel() // D, ROWS), D), dtype=torch.float32, device=x.device)
-    own = {"dy": dy.contiguous(), "dx": dx, "dgate": dgate, "y": y, "dweight_parts": parts, "ROWS": ROWS}
-    _launch(gated_rms_norm_backward_kernel, x, gate, weight, eps, BACKWARD_TILE, ROWS, **own)
+    own = (dy.contiguous(), dx, dgate, y, parts)
+    _launch(gated_rms_norm_backward_kernel, x, gate, weight, eps, BACKWARD_TILE, ROWS, own, dgate, ROWS=ROWS)
     return dx, parts.sum(0)
 
 
@@ -314,10 +334,10 @@ def compile_cases(D: int = 128) -> Iterator[tuple[str, Any, dict[str, str], dict
     for dtype in ("bf16", "fp32"):
         types = {"weight": "*fp32", "dweight_parts": "*fp32", "R": "i32", "eps": "fp32"}
         constants = {"SX": D, "SG": D, "H": 1, "D": D, "BD": D, "HAS_GATE": True}
-        own: dict[str, int | None]
-        for name, kernel, own in (
+        cases: list[tuple[str, Any, dict[str, int | None]]] = [
             ("forward", gated_rms_norm_forward_kernel, {"BR": FORWARD_TILE // D}),
             ("backward", gated_rms_norm_backward_kernel, {"BR": BACKWARD_TILE // D, "ROWS": ROWS, "SDG": D, "y": None}),
-        ):
+        ]
+        for name, kernel, own in cases:
             signature = {n: types.get(n, f"*{dtype}") for n in kernel.arg_names if n not in {**constants, **own}}
             yield f"gated_rms_norm_{name}_{dtype}", kernel, signature, {**constants, **own}, WARPS, 1

@@ -16,6 +16,7 @@ from lrnn.pretrain.config import Config
 from lrnn.pretrain.deepspeed_config import deepspeed_config
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.fused.layers import fuse
+from lrnn.pretrain.gradient_norm import read_once
 from lrnn.pretrain.optim import build_optimizer, parameter_groups
 
 
@@ -108,6 +109,8 @@ def build_engine(model: LrnnForCausalLM, config: Config, ranks: Ranks, decay_by_
     groups = parameter_groups(model, config.optim.weight_decay, decay_by_shape)
     optimizer = build_optimizer(groups, config.optim, ranks.device)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    if stage < 3:
+        read_once(engine.optimizer)
     return engine
 
 

@@ -25,7 +25,7 @@ def launch(kernel: Any, grid: tuple[int, int, int], *args: Any, **constants: Any
 
     Args:
         kernel: a function under `triton.jit` or `gluon.jit`, which takes its constants (`tl.constexpr`) last.
-        args: every other argument: tensors, `Tiles`, integers, floats or None.
+        args: every other argument: tensors, `Tiles`, integers, floats, None, or tuples of these.
         constants: every constant, and `num_warps` and `num_stages` unless they are Triton's own.
     """
     if INTERPRETED:
@@ -58,6 +58,8 @@ def _specialization(x: Any) -> Any:
         return x.dtype, x.data_ptr() % 16
     if isinstance(x, Tiles):
         return x.kind
+    if isinstance(x, tuple):
+        return tuple(map(_specialization, x))
     if isinstance(x, int):
         # Finer than Triton's own rule for an argument under `do_not_specialize`, which looks at the width alone.
         return x == 1, x % 16 == 0, -(2**31) <= x < 2**31

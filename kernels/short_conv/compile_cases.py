@@ -4,7 +4,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from lrnn.kernels.short_conv.kernels import short_conv_backward_kernel, short_conv_forward_kernel
-from lrnn.kernels.short_conv.launch import BACKWARD_ROWS, FORWARD_ROWS, LONG_BLOCK, WARPS, block_channels
+from lrnn.kernels.short_conv.launch import (
+    BACKWARD_ROWS,
+    BACKWARD_ROWS_PACKED,
+    FORWARD_ROWS,
+    LONG_BLOCK,
+    WARPS,
+    block_channels,
+)
 
 
 def compile_cases(D: int = 2048) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], int, int]]:
@@ -28,7 +35,8 @@ def compile_cases(D: int = 2048) -> Iterator[tuple[str, Any, dict[str, Any], dic
             types |= {"w": ("*fp32",) * 3}
             types |= {"dw_parts": "*fp32", "cu_seqlens": "*i32", "T": "i32", "NT": "i32", "N": "i32"}
             for name, kernel in (("forward", short_conv_forward_kernel), ("backward", short_conv_backward_kernel)):
-                own = {"SO": (D,) * 3, "BR": BACKWARD_ROWS} if name == "backward" else {"BR": FORWARD_ROWS}
+                rows = BACKWARD_ROWS_PACKED if packed else BACKWARD_ROWS
+                own = {"SO": (D,) * 3, "BR": rows} if name == "backward" else {"BR": FORWARD_ROWS}
                 own |= constants
                 signature = {n: types[n] for n in kernel.arg_names if n not in own}
                 suffix = f"{dtype}_packed" if packed else dtype

@@ -6,11 +6,13 @@ import torch
 import triton
 from torch import Tensor
 
+from lrnn.kernels.common.launch import launch
 from lrnn.kernels.short_conv.kernels import starts
 
 WARPS = 2
 LONG_BLOCK, SHORT_BLOCK = 128, 32  # tokens per program; `_documents` has bits for 128
-FORWARD_ROWS, BACKWARD_ROWS = 4, 2  # tokens loaded at a time; four would spill registers in the backward pass
+# Tokens loaded at a time. More of them keep more loads under way, and take registers.
+FORWARD_ROWS, BACKWARD_ROWS, BACKWARD_ROWS_PACKED = 8, 2, 4
 MANY_TOKENS = 8192  # from this many tokens on, long blocks fill the GPU
 
 
@@ -24,20 +26,21 @@ def block_channels(element_size: int) -> int:
     return 16 // element_size * 32 * WARPS
 
 
-def launch(
+def launch_on(
     kernel: Any,
     xs: list[Tensor],
     weights: list[Tensor],
     before: list[Tensor],
     cu_seqlens: Tensor | None,
-    **own: Any,
+    *own: Any,
+    **constants: Any,
 ) -> None:
     """Launch a kernel of the short convolution.
 
     Args:
         kernel: `short_conv_forward_kernel` or `short_conv_backward_kernel`.
         xs, weights, before, cu_seqlens: the arguments of `short_conv`, with `before` empty if there is none.
-        own: the arguments that this kernel alone has.
+        own, constants: the arguments, and the constants, that this kernel alone has.
     """
     B, T, _ = xs[0].shape
     BT, BD = block_tokens(B * T), block_channels(xs[0].element_size())
@@ -48,18 +51,21 @@ def launch(
     x, S = _readable(xs)
     ahead, SB = _readable([b.to(xs[0].dtype) for b in before])
     with torch.cuda.device_of(xs[0]):  # does nothing for CPU tensors, in Triton's interpreter
-        kernel[(programs,)](
-            x=x,
-            w=tuple(w.contiguous() for w in weights),
-            before=ahead or None,
-            **own,
-            cu_seqlens=cu_seqlens,
-            T=T,
-            NT=triton.cdiv(T, BT),
-            N=None if cu_seqlens is None else cu_seqlens.numel() - 1,
+        launch(
+            kernel,
+            (programs, 1, 1),
+            x,
+            tuple(w.contiguous() for w in weights),
+            ahead or None,
+            *own,
+            cu_seqlens,
+            T,
+            triton.cdiv(T, BT),
+            None if cu_seqlens is None else cu_seqlens.numel() - 1,
             D=D,
             S=S,
             SB=SB,
+            **constants,
             W=weights[0].shape[-1],
             BT=BT,
             BD=BD,

@@ -5,14 +5,26 @@ import triton
 from torch import Tensor
 
 from lrnn.kernels.short_conv.kernels import short_conv_backward_kernel, short_conv_forward_kernel
-from lrnn.kernels.short_conv.launch import BACKWARD_ROWS, FORWARD_ROWS, block_tokens, launch, row_steps
+from lrnn.kernels.short_conv.launch import (
+    BACKWARD_ROWS,
+    BACKWARD_ROWS_PACKED,
+    FORWARD_ROWS,
+    block_tokens,
+    launch_on,
+    row_steps,
+)
+
+
+def compute(xs: list[Tensor], weights: list[Tensor], before: list[Tensor], cu_seqlens: Tensor | None) -> list[Tensor]:
+    """Do what the operator does, without autograd."""
+    ys = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs]
+    launch_on(short_conv_forward_kernel, xs, weights, before, cu_seqlens, tuple(ys), BR=FORWARD_ROWS)
+    return ys
 
 
 @torch.library.custom_op("lrnn::short_conv_forward", mutates_args=())
 def _forward(xs: list[Tensor], weights: list[Tensor], before: list[Tensor], cu_seqlens: Tensor | None) -> list[Tensor]:
-    ys = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs]
-    launch(short_conv_forward_kernel, xs, weights, before, cu_seqlens, y=tuple(ys), BR=FORWARD_ROWS)
-    return ys
+    return compute(xs, weights, before, cu_seqlens)
 
 
 @_forward.register_fake
@@ -46,14 +58,10 @@ def write_gradients(
     # One part per block of tokens, which are added up afterwards: atomic additions have no fixed order.
     shape = (B * triton.cdiv(T, block_tokens(B * T)), sum(x.shape[2] for x in xs), weights[0].shape[-1])
     parts = torch.empty(shape, dtype=torch.float32, device=xs[0].device)
-    own = {
-        "dy": tuple(dy.contiguous() for dy in dys),
-        "dx": tuple(dxs),
-        "dw_parts": parts,
-        "SO": row_steps(dxs),
-        "BR": BACKWARD_ROWS,
-    }
-    launch(short_conv_backward_kernel, xs, weights, before, cu_seqlens, **own)
+    own = (tuple(dy.contiguous() for dy in dys), tuple(dxs), parts)
+    rows = BACKWARD_ROWS if cu_seqlens is None else BACKWARD_ROWS_PACKED
+    steps = row_steps(dxs)
+    launch_on(short_conv_backward_kernel, xs, weights, before, cu_seqlens, *own, SO=steps, BR=rows)
     return parts.sum(0)
 
 

@@ -77,7 +77,7 @@ class FusedDeltaNet:
     def gated_norm(self, o: Tensor, gate: Tensor | None) -> Tensor:
         """Return the normed output of the delta rule as rows [B * T, H * D]."""
         norm = self.mixer.o_norm
-        y = gated_rms_norm.gated_rms_norm(o, gate, norm.weight, norm.eps)
+        y = gated_rms_norm.compute(o, gate, norm.weight, norm.eps)
         return y.flatten(-2).flatten(0, 1)
 
 
@@ -92,7 +92,7 @@ class _FusedDeltaNet(torch.autograd.Function):
         a, b = None if a is None else a.contiguous(), b.contiguous()
         mixer.note_eigenvalues(partial(mixer._eigenvalues, b))
         weights: list[Tensor] = [c.weight for c in layer.convolutions]
-        q, k, v = (u.unflatten(-1, mixer.heads) for u in short_conv.short_conv_forward(qkv, weights, [], cu_seqlens))
+        q, k, v = (u.unflatten(-1, mixer.heads) for u in short_conv.compute(qkv, weights, [], cu_seqlens))
         options = (mixer.beta_range, layer.scale, True)
         o, _, *kept = gated_delta_rule_forward(
             q, k, v, a, b, *layer.gates(), *options, None, False, cu_seqlens, mixer.precision, is_saving()
