@@ -18,6 +18,7 @@ from torch import Tensor
 from lrnn.kernels.common.launch import launch
 
 MAX_SIZE = 8192
+WARPS, TILE = 8, 4096  # elements at a time
 ROWS = 16  # rows per program of the backward pass, each of which computes one part of dweight
 
 
@@ -109,15 +110,15 @@ def rms_norm_backward(
 
 
 def _sizes(x: Tensor) -> tuple[dict[str, int], int]:
-    """Return the constants of a launch, and the rows that a program takes at a time: some 4096 elements."""
+    """Return the constants of a launch, and the rows that a program takes at a time: some TILE elements."""
     D = x.shape[-1]
     if not 0 < D <= MAX_SIZE:
         raise ValueError(f"the norm's kernels take up to {MAX_SIZE} elements per row; got x {[*x.shape]}")
     BD = triton.next_power_of_2(max(D, 16))
-    return {"D": D, "BD": BD}, max(1, min(ROWS, 4096 // BD))
+    return {"D": D, "BD": BD}, max(1, min(ROWS, TILE // BD))
 
 
 def _launch(kernel, x: Tensor, rows: int, *arguments, **constants) -> None:
     R = x.numel() // x.shape[-1]
     if R:
-        launch(kernel, (triton.cdiv(R, rows), 1, 1), *arguments, **constants, num_warps=8, num_stages=1)
+        launch(kernel, (triton.cdiv(R, rows), 1, 1), *arguments, **constants, num_warps=WARPS, num_stages=1)

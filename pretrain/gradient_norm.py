@@ -16,9 +16,8 @@ def read_once(zero: Any) -> None:
 
     def norm(gradients: list[Tensor], params: list[Tensor], norm_type: float = 2) -> Tensor:
         own = [g for g in gradients if not getattr(g, "_zero_padding", False)][: len(params)]
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in own]
-        total = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=zero.device)
-        total = total.float()
+        norms = torch._foreach_norm(own) if own else [torch.zeros((), device=zero.device)]
+        total = torch.stack(list(norms)).double().square().sum().float()
         dist.all_reduce(total, op=dist.ReduceOp.SUM, group=zero.dp_process_group)
         total = total.sqrt()
         return torch.where(total.isfinite(), total, -1.0)  # DeepSpeed's mark of a gradient that is not finite
