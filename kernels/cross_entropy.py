@@ -7,6 +7,9 @@ The kernel goes over a row twice: once for the maximum and the sum, once for the
 Symbols of the kernel: rows of V logits, BV at a time.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from lrnn.kernels.common.launch import launch
 
+WARPS = 16
 BLOCK = 8192  # logits at a time
 
 
@@ -56,5 +60,15 @@ def cross_entropy_(logits: Tensor, labels: Tensor, needs_gradient: bool) -> Tens
     if R:
         BV = min(BLOCK, triton.next_power_of_2(V))
         arguments = {"V": V, "BV": BV, "NEEDS_GRADIENT": needs_gradient}
-        launch(cross_entropy_kernel, (R, 1, 1), logits, labels, losses, **arguments, num_warps=16, num_stages=1)
+        launch(cross_entropy_kernel, (R, 1, 1), logits, labels, losses, **arguments, num_warps=WARPS, num_stages=1)
     return losses
+
+
+def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
+    """Yield the kernel as training compiles it, for a GPU that need not be there.
+
+    A case is (name, kernel, types of its arguments, values of its constants, warps, stages).
+    """
+    signature = {"logits": "*bf16", "labels": "*i64", "losses": "*fp32"}
+    constants = {"V": 32000, "BV": BLOCK, "NEEDS_GRADIENT": True}
+    yield "cross_entropy_bf16", cross_entropy_kernel, signature, constants, WARPS, 1

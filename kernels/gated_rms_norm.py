@@ -157,7 +157,7 @@ def gated_rms_norm_backward_kernel(
             b_s = tl.sigmoid(b_g)
             b_dg = b_dy * b_n * b_w[None, :] * b_s * (1.0 + b_g * (1.0 - b_s))
             if y is not None:
-                tl.store(y + p_out, (b_n * b_w[None, :] * b_g * b_s).to(y.dtype.element_ty), mask=mask)
+                tl.store(y + p_out, (b_n * b_w[None, :] * (b_g * b_s)).to(y.dtype.element_ty), mask=mask)
             p_dg = ((o_r // H) * SDG + (o_r % H) * D)[:, None] + o_d[None, :]
             tl.store(dgate + p_dg, b_dg.to(dgate.dtype.element_ty), mask=mask)
             b_dy *= b_g * b_s

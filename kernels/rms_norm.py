@@ -10,6 +10,9 @@ that passes the norm by, and writes dx and y again. Sums are in float32.
 Symbols of the kernels: R rows of D elements, with BD >= D a power of 2. A program takes BR rows at a time.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -122,3 +125,18 @@ def _launch(kernel, x: Tensor, rows: int, *arguments, **constants) -> None:
     R = x.numel() // x.shape[-1]
     if R:
         launch(kernel, (triton.cdiv(R, rows), 1, 1), *arguments, **constants, num_warps=WARPS, num_stages=1)
+
+
+def compile_cases(D: int = 2048) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
+    """Yield the kernels as training compiles them, for a GPU that need not be there.
+
+    A case is (name, kernel, types of its arguments, values of its constants, warps, stages).
+    """
+    types = {"weight": "*fp32", "dweight_parts": "*fp32", "R": "i32", "eps": "fp32"}
+    constants = {"D": D, "BD": D, "BR": TILE // D}
+    for name, kernel, own in (
+        ("forward", rms_norm_forward_kernel, {}),
+        ("backward", rms_norm_backward_kernel, {"ROWS": ROWS}),
+    ):
+        signature = {n: types.get(n, "*bf16") for n in kernel.arg_names if n not in {**constants, **own}}
+        yield f"rms_norm_{name}_bf16", kernel, signature, {**constants, **own}, WARPS, 1

@@ -7,6 +7,9 @@ Both kernels are bound by memory. The backward pass also returns h, so that only
 Symbols of the kernels: R rows of 2 D elements, a ahead of b. A program takes BD elements of one row of a and of b.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from lrnn.kernels.common.launch import launch
 
+WARPS = 8
 BLOCK = 2048  # elements of a row per program
 
 
@@ -67,4 +71,15 @@ def swiglu_backward(dh: Tensor, ab: Tensor) -> tuple[Tensor, Tensor]:
 def _launch(kernel, R: int, D: int, *arguments: Tensor) -> None:
     if R:
         BD = min(BLOCK, triton.next_power_of_2(D))
-        launch(kernel, (R, triton.cdiv(D, BD), 1), *arguments, D=D, BD=BD, num_warps=8, num_stages=1)
+        launch(kernel, (R, triton.cdiv(D, BD), 1), *arguments, D=D, BD=BD, num_warps=WARPS, num_stages=1)
+
+
+def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
+    """Yield the kernels as training compiles them, for a GPU that need not be there.
+
+    A case is (name, kernel, types of its arguments, values of its constants, warps, stages).
+    """
+    constants = {"D": 5632, "BD": BLOCK}
+    for name, kernel in (("forward", swiglu_forward_kernel), ("backward", swiglu_backward_kernel)):
+        signature = {n: "*bf16" for n in kernel.arg_names if n not in constants}
+        yield f"swiglu_{name}_bf16", kernel, signature, constants, WARPS, 1

@@ -109,7 +109,7 @@ def build_engine(model: LrnnForCausalLM, config: Config, ranks: Ranks, decay_by_
     groups = parameter_groups(model, config.optim.weight_decay, decay_by_shape)
     optimizer = build_optimizer(groups, config.optim, ranks.device)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
-    if stage < 3:
+    if stage < 3 and ranks.device.type == "cuda":
         read_once(engine.optimizer)
     return engine
 

@@ -10,11 +10,12 @@ from torch import Tensor
 def read_once(zero: Any) -> None:
     """Make a ZeRO-1 or 2 optimizer of DeepSpeed compute the norm of a group's gradients in one pass over them.
 
-    DeepSpeed's own method first writes each gradient again in float64, which takes three times as long as everything
-    else about the norm. Here, too, the squares are summed in float64.
+    DeepSpeed's own method first writes each gradient again in float64: 12 ms per step at 1.36B on an H200. Here the
+    squares of a gradient are summed in float32, in a tree as CUDA does, and the sums of all gradients in float64.
     """
 
     def norm(gradients: list[Tensor], params: list[Tensor], norm_type: float = 2) -> Tensor:
+        assert norm_type == 2
         own = [g for g in gradients if not getattr(g, "_zero_padding", False)][: len(params)]
         norms = torch._foreach_norm(own) if own else [torch.zeros((), device=zero.device)]
         total = torch.stack(list(norms)).double().square().sum().float()

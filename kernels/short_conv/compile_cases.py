@@ -4,14 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lrnn.kernels.short_conv.kernels import short_conv_backward_kernel, short_conv_forward_kernel
-from lrnn.kernels.short_conv.launch import (
-    BACKWARD_ROWS,
-    BACKWARD_ROWS_PACKED,
-    FORWARD_ROWS,
-    LONG_BLOCK,
-    WARPS,
-    block_channels,
-)
+from lrnn.kernels.short_conv.launch import BACKWARD, BACKWARD_PACKED, FORWARD, LONG_BLOCK, WARPS, block_channels
 
 
 def compile_cases(D: int = 2048) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], int, int]]:
@@ -29,15 +22,18 @@ def compile_cases(D: int = 2048) -> Iterator[tuple[str, Any, dict[str, Any], dic
                 "W": 4,
                 "BT": LONG_BLOCK,
             }
-            constants |= {"BD": block_channels(size), "HAS_BEFORE": False, "IS_VARLEN": packed}
+            constants |= {"HAS_BEFORE": False, "IS_VARLEN": packed}
             constants |= {} if packed else {"cu_seqlens": None, "N": None}
             types: dict[str, Any] = {name: (f"*{dtype}",) * 3 for name in ("x", "y", "dy", "dx")}
             types |= {"w": ("*fp32",) * 3}
             types |= {"dw_parts": "*fp32", "cu_seqlens": "*i32", "T": "i32", "NT": "i32", "N": "i32"}
-            for name, kernel in (("forward", short_conv_forward_kernel), ("backward", short_conv_backward_kernel)):
-                rows = BACKWARD_ROWS_PACKED if packed else BACKWARD_ROWS
-                own = {"SO": (D,) * 3, "BR": rows} if name == "backward" else {"BR": FORWARD_ROWS}
-                own |= constants
+            backward = BACKWARD_PACKED if packed else BACKWARD
+            for name, kernel, tile in (
+                ("forward", short_conv_forward_kernel, FORWARD),
+                ("backward", short_conv_backward_kernel, backward),
+            ):
+                own = constants | {"BR": tile.rows, "BD": block_channels(tile, size)}
+                own |= {"SO": (D,) * 3} if name == "backward" else {}
                 signature = {n: types[n] for n in kernel.arg_names if n not in own}
                 suffix = f"{dtype}_packed" if packed else dtype
                 yield f"short_conv_{name}_{suffix}", kernel, signature, own, WARPS, 1

@@ -1,5 +1,6 @@
 """Launches of the short convolution's kernels."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +12,20 @@ from lrnn.kernels.short_conv.kernels import starts
 
 WARPS = 2
 LONG_BLOCK, SHORT_BLOCK = 128, 32  # tokens per program; `_documents` has bits for 128
-# Tokens loaded at a time. More of them keep more loads under way, and take registers.
-FORWARD_ROWS, BACKWARD_ROWS, BACKWARD_ROWS_PACKED = 8, 2, 4
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a thread of a program loads at a time: `rows` tokens, and `bytes_per_row` bytes of channels of each.
+
+    More of them keep more loads under way, and take registers.
+    """
+
+    rows: int
+    bytes_per_row: int
+
+
+FORWARD, BACKWARD, BACKWARD_PACKED = Tile(8, 16), Tile(8, 8), Tile(4, 16)
 MANY_TOKENS = 8192  # from this many tokens on, long blocks fill the GPU
 
 
@@ -21,13 +34,14 @@ def block_tokens(tokens: int) -> int:
     return LONG_BLOCK if tokens >= MANY_TOKENS else SHORT_BLOCK
 
 
-def block_channels(element_size: int) -> int:
-    """Return the number of channels per program: 16 bytes of them for each thread."""
-    return 16 // element_size * 32 * WARPS
+def block_channels(tile: Tile, element_size: int) -> int:
+    """Return the number of channels per program."""
+    return tile.bytes_per_row // element_size * 32 * WARPS
 
 
 def launch_on(
     kernel: Any,
+    tile: Tile,
     xs: list[Tensor],
     weights: list[Tensor],
     before: list[Tensor],
@@ -39,11 +53,12 @@ def launch_on(
 
     Args:
         kernel: `short_conv_forward_kernel` or `short_conv_backward_kernel`.
+        tile: what a thread loads at a time.
         xs, weights, before, cu_seqlens: the arguments of `short_conv`, with `before` empty if there is none.
         own, constants: the arguments, and the constants, that this kernel alone has.
     """
     B, T, _ = xs[0].shape
-    BT, BD = block_tokens(B * T), block_channels(xs[0].element_size())
+    BT, BD = block_tokens(B * T), block_channels(tile, xs[0].element_size())
     D = tuple(x.shape[2] for x in xs)
     programs = B * triton.cdiv(T, BT) * starts(D, BD)[-1]
     if programs == 0:
@@ -68,6 +83,7 @@ def launch_on(
             **constants,
             W=weights[0].shape[-1],
             BT=BT,
+            BR=tile.rows,
             BD=BD,
             HAS_BEFORE=bool(before),
             IS_VARLEN=cu_seqlens is not None,

@@ -5,20 +5,13 @@ import triton
 from torch import Tensor
 
 from lrnn.kernels.short_conv.kernels import short_conv_backward_kernel, short_conv_forward_kernel
-from lrnn.kernels.short_conv.launch import (
-    BACKWARD_ROWS,
-    BACKWARD_ROWS_PACKED,
-    FORWARD_ROWS,
-    block_tokens,
-    launch_on,
-    row_steps,
-)
+from lrnn.kernels.short_conv.launch import BACKWARD, BACKWARD_PACKED, FORWARD, block_tokens, launch_on, row_steps
 
 
 def compute(xs: list[Tensor], weights: list[Tensor], before: list[Tensor], cu_seqlens: Tensor | None) -> list[Tensor]:
     """Do what the operator does, without autograd."""
     ys = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs]
-    launch_on(short_conv_forward_kernel, xs, weights, before, cu_seqlens, tuple(ys), BR=FORWARD_ROWS)
+    launch_on(short_conv_forward_kernel, FORWARD, xs, weights, before, cu_seqlens, tuple(ys))
     return ys
 
 
@@ -59,9 +52,8 @@ def write_gradients(
     shape = (B * triton.cdiv(T, block_tokens(B * T)), sum(x.shape[2] for x in xs), weights[0].shape[-1])
     parts = torch.empty(shape, dtype=torch.float32, device=xs[0].device)
     own = (tuple(dy.contiguous() for dy in dys), tuple(dxs), parts)
-    rows = BACKWARD_ROWS if cu_seqlens is None else BACKWARD_ROWS_PACKED
-    steps = row_steps(dxs)
-    launch_on(short_conv_backward_kernel, xs, weights, before, cu_seqlens, *own, SO=steps, BR=rows)
+    tile = BACKWARD if cu_seqlens is None else BACKWARD_PACKED
+    launch_on(short_conv_backward_kernel, tile, xs, weights, before, cu_seqlens, *own, SO=row_steps(dxs))
     return parts.sum(0)
 
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lrnn import LrnnConfig
@@ -14,6 +15,7 @@ from lrnn.model_config import load_model_config
 from lrnn.parsing import parse_yaml
 from lrnn.pretrain.config import Config, load_config, load_model_of
 from lrnn.pretrain.deepspeed_config import deepspeed_config
+from lrnn.pretrain.engine import uses_fused_layers
 from lrnn.pretrain.zero import zero_settings
 from lrnn.settings import dump
 
@@ -61,7 +63,7 @@ def test_valid(load):
     assert config.schedule.name == "cosine" and config.log.every == 10
 
 
-@pytest.mark.parametrize(("name", "most"), [("tiny", 2), ("340m", 32), ("1.3b", 64)])
+@pytest.mark.parametrize(("name", "most"), [("tiny", 2), ("340m", 16), ("1.3b", 128)])
 def test_shipped_configurations(name, most):
     config = load_config(ROOT / "configs" / f"{name}.yaml")
     model = load_model_of(config.model_copy(update={"model": str(ROOT / config.model)}))
@@ -383,3 +385,16 @@ def test_disabled_modes_are_fine(deepspeed):
 def test_batches_that_processes_cannot_share(deepspeed):
     assert "global_batch_size=8 has too few samples for 5 processes" in error_of(deepspeed, {}, 5)
     assert "global_batch_size=8 is not a multiple of micro_batch_size=2 times 3 processes" in error_of(deepspeed, {}, 3)
+
+
+def test_what_trains_with_fused_layers(load):
+    def fused(*overrides: str, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> bool:
+        return uses_fused_layers(load(*overrides), torch.device(device), dtype)
+
+    assert fused() and not fused(device="cpu") and not fused(dtype=torch.float32)
+    assert fused("fused_layers=true", dtype=torch.float32) and not fused("fused_layers=false")
+    assert fused("activation_checkpointing=mlp")
+    on_cpu = error_of(lambda: fused("fused_layers=true", device="cpu"))
+    assert on_cpu.startswith("fused_layers is true, but they run on GPUs alone")
+    mlp = error_of(lambda: fused("activation_checkpointing=mlp", device="cpu"))
+    assert mlp.startswith("activation_checkpointing is 'mlp', which only fused layers can do")

@@ -182,3 +182,9 @@ def test_one_process_of_a_run_gives_notice(monkeypatch, capsys, environment, in_
         monkeypatch.setenv(name, value)
     notice("x", in_workers=in_workers)
     assert said(capsys) == (["lrnn: notice: x"] if printed else [])
+
+
+@pytest.mark.parametrize(("old", "new"), [(True, "full"), (False, "none"), ("mlp", "mlp")])
+def test_activation_checkpointing_may_be_a_truth_value(parse, capsys, old, new):
+    assert parse(activation_checkpointing=old).activation_checkpointing == new
+    assert said(capsys) == []

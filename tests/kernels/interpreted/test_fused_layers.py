@@ -1,0 +1,135 @@
+"""Test the fused layers in float32 against the plain layers of the model."""
+
+import copy
+
+import pytest
+import torch
+
+from lrnn import LrnnConfig, LrnnForCausalLM
+from lrnn.kernels import gated_rms_norm
+from lrnn.kernels.delta_rule.api import saving_states
+from lrnn.kernels.short_conv import operator as short_conv
+from lrnn.pretrain.fused import loss as fused_loss
+from lrnn.pretrain.fused.layers import FusedBlock, fuse, refresh
+from lrnn.pretrain.metrics.eigenvalues import EigenvalueProbe
+
+SIZES = {"vocab_size": 50, "hidden_size": 48, "num_hidden_layers": 1, "intermediate_size": 40, "num_heads": 1}
+IDS, LABELS = torch.randint(0, 50, (2, 2, 20), generator=torch.Generator().manual_seed(0)).unbind()
+LABELS[0, 5:9] = -100
+
+
+def pair(mixer="gated_deltanet", **options):
+    """Return the same model with plain and with fused layers."""
+    torch.manual_seed(0)
+    plain = LrnnForCausalLM(LrnnConfig(**SIZES, mixer=mixer, head_dim=64)).train()
+    fused = copy.deepcopy(plain)
+    fuse(fused, torch.float32, **options)
+    refresh(fused)
+    return plain, fused
+
+
+def run(model, micro_batches=1, cu_seqlens=None):
+    """Return the loss, and add gradients."""
+    for _ in range(micro_batches):
+        loss = model(IDS, shift_labels=LABELS, cu_seqlens=cu_seqlens, num_items_in_batch=100.0).loss
+        loss.backward()
+    return loss.item()
+
+
+def compare(plain, fused, micro_batches=1, bar=2e-5):
+    """Compare gradients of so many passes of the fused layers with those of one pass of the plain ones."""
+    found = dict(fused.named_parameters())
+    truth = {name: micro_batches * p.grad for name, p in plain.named_parameters()}
+    errors = {name: ((found[name].grad - d).norm() / d.norm()).item() for name, d in truth.items()}
+    assert all(error < bar for error in errors.values()), errors
+
+
+@pytest.mark.parametrize(
+    ("mixer", "packed", "options"),
+    [
+        ("gated_deltanet", False, {"recompute_mlp": True}),
+        ("gated_deltanet", True, {"partitioned": True}),
+        ("deltanet", True, {}),
+        ("transformer", False, {}),
+    ],
+)
+def test_loss_and_gradients(mixer, packed, options, monkeypatch):
+    """Two micro-batches, the second of which adds to the gradients of the first, and a loss in several pieces."""
+    monkeypatch.setattr(fused_loss, "CHUNK", 24)
+    plain, fused = pair(mixer, **options)
+    assert (fused.model.layers[0].fused.fused_mixer is None) == (mixer == "transformer")
+    cu_seqlens = torch.tensor([0, 3, 20, 40], dtype=torch.int32) if packed else None
+    assert run(fused, 2, cu_seqlens) == pytest.approx(run(plain, 1, cu_seqlens), rel=1e-6)
+    compare(plain, fused, 2)
+
+
+def test_gradients_of_merged_weights_are_summed_in_place():
+    """Those of later micro-batches go into the same memory, unless someone has put other gradients there."""
+    plain, fused = pair()
+    weights = fused.model.layers[0].fused.fused_mixer.inner.weights
+    run(fused)
+    first = [w.grad.data_ptr() for w in weights]
+    run(fused)
+    assert [w.grad.data_ptr() for w in weights] == first
+    weights[1].grad = weights[1].grad.clone()
+    run(fused)
+    run(plain)
+    compare(plain, fused, 3)
+
+
+def test_copies_of_weights_are_renewed():
+    plain, fused = pair()
+    for model in (plain, fused):
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.mul_(-2)
+    old = run(fused)
+    refresh(fused)
+    new = run(fused)
+    assert new == pytest.approx(run(plain), rel=1e-6) and new != pytest.approx(old, rel=1e-6)
+
+
+def test_without_gradients_eigenvalues_and_states():
+    plain, fused = pair()
+    probes = [EigenvalueProbe(model) for model in (plain, fused)]
+    found = []
+    for model, probe in zip((plain, fused), probes, strict=True):
+        probe.arm()
+        with torch.no_grad():
+            found.append(model(IDS, shift_labels=LABELS, use_cache=False).loss.item())
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert torch.equal(probes[0].counts(), probes[1].counts())
+    with saving_states():
+        run(fused)
+    run(plain)
+    compare(plain, fused)
+
+
+def test_a_cache_and_padding_take_the_plain_layers(monkeypatch):
+    _, fused = pair()
+    fused.eval()
+    monkeypatch.setattr(FusedBlock, "__call__", lambda *_: pytest.fail("a fused layer was called"))
+    with torch.no_grad():
+        assert fused(IDS, use_cache=True).past_key_values is not None
+        fused(IDS, attention_mask=torch.arange(20).expand(2, 20) < 15, use_cache=False)
+    with pytest.raises(pytest.fail.Exception):
+        fused(IDS, use_cache=False)
+
+
+def test_gradients_are_written_into_slices():
+    """The gradients of q, k, v and the gate lie beside each other in rows that hold more."""
+    wide = torch.full((2, 9, 4 * 64 + 6), float("nan"))
+    x, dz = torch.randn(2, 9, 4 * 64 + 6), wide.clone()
+    parts, found = x.split([64, 64, 64, 64, 6], -1), dz.split([64, 64, 64, 64, 6], -1)
+    weights, dys = [torch.randn(64, 1, 4) for _ in range(3)], [torch.randn(2, 9, 64) for _ in range(3)]
+    dw = short_conv.write_gradients(list(found[:3]), dys, list(parts[:3]), weights, [], None)
+    *dxs, expected = torch.ops.lrnn.short_conv_backward(dys, [p.contiguous() for p in parts[:3]], weights, [], None)
+    assert torch.equal(dw, expected) and all(torch.equal(a, b) for a, b in zip(found[:3], dxs, strict=True))
+    o, dn, weight = torch.randn(2, 9, 2, 32), torch.randn(2, 9, 2, 32), torch.randn(32)
+    gate, dgate, n = parts[3].unflatten(-1, (2, 32)), found[3].unflatten(-1, (2, 32)), torch.empty(2, 9, 2, 32)
+    do, dweight = gated_rms_norm.write_gradients(dgate, n, dn, o, gate, weight, 1e-6)
+    results = torch.ops.lrnn.gated_rms_norm_backward(dn, o, gate, weight, 1e-6)
+    assert all(torch.equal(a, b) for a, b in zip((do, dgate, dweight), results, strict=True))
+    assert torch.equal(n, gated_rms_norm.gated_rms_norm(o, gate, weight, 1e-6))
+    assert dz[..., 256:].isnan().all()
+    with pytest.raises(ValueError, match="evenly spaced"):
+        short_conv.write_gradients([wide[..., ::4]], [dys[0]], [parts[0]], weights[:1], [], None)
