@@ -59,7 +59,7 @@ def _line(self: Any, msg: str | None = None, pos: int | None = None) -> None:
 
 def _last_line(self: Any) -> None:
     """Close a tqdm bar. Its end is written if it lasted long enough for lines."""
-    if getattr(self, "disable", True):  # also if __init__ failed
+    if getattr(self, "disable", True) or not hasattr(self, "start_t"):  # the last if __init__ failed
         return
     self.disable = True
     self._decr_instances(self)

@@ -42,13 +42,14 @@ def few_documents(less_eval_data, monkeypatch):
     monkeypatch.setenv("LRNN_EVAL_DATA", str(less_eval_data))
 
 
-BAR = tqdm.tqdm.__init__
+BAR = {name: getattr(tqdm.tqdm, name) for name in ("__init__", "display", "close", "clear")}
 
 
 @pytest.fixture(autouse=True)
 def bars(monkeypatch):
     """Draw bars as usual in every test. An evaluation changes them for its process."""
-    monkeypatch.setattr(tqdm.tqdm, "__init__", BAR)
+    for name, method in BAR.items():
+        monkeypatch.setattr(tqdm.tqdm, name, method)
 
 
 @pytest.fixture(scope="session")
