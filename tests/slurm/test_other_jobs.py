@@ -34,15 +34,26 @@ def wait_until(condition, seconds: float = 600) -> None:
         time.sleep(0.1)
 
 
+SLOW_LRNN = f"""\
+#!/usr/bin/env bash
+# Does nothing when it is started first, so that the signal finds it at work, and is lrnn after that.
+if mkdir started; then sleep 600; fi
+exec {sys.executable} -m lrnn.cli "$@"
+"""
+
+
 def test_corpus_job_resumes_after_its_time_limit(slurm, sbatch, tmp_path):
     """The signal of the time limit puts the job back into the queue, and the second start completes the corpus."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/lrnn").write_text(SLOW_LRNN)
+    (tmp_path / "bin/lrnn").chmod(0o755)
     (tmp_path / "text").mkdir()
     for i in range(20):
         (tmp_path / f"text/{i}.txt").write_text(f"document {i} of a small corpus\n" * 20)
     options = ["--include", "*.txt", "--train-tokenizer", "300", "--out", "corpus"]
     size = ["--cpus-per-task=1", "--time=5", "--output=corpus.log"]
-    job = sbatch(*size, str(ROOT / "slurm/corpus.sbatch"), "text", *options)
-    wait_until(lambda: slurm.run("squeue", "-h", "--steps", "-o", "%i", "-j", job) != "")
+    job = sbatch(*size, str(ROOT / "slurm/corpus.sbatch"), "text", *options, path=tmp_path / "bin")
+    wait_until((tmp_path / "started").exists)
     slurm.run("scancel", "--batch", "--signal=USR1", job)  # as --signal=B:USR1 does
     wait_until(lambda: "JobState=COMPLETED" in slurm.run("scontrol", "show", "job", job))
     assert "Restarts=1 " in slurm.run("scontrol", "show", "job", job)
