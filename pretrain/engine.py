@@ -101,7 +101,8 @@ def build_engine(model: LrnnForCausalLM, config: Config, ranks: Ranks, decay_by_
 
     settings = deepspeed_config(config, ranks.world_size)
     stage = settings["zero_optimization"]["stage"]
-    dtype = torch.bfloat16 if settings.get("torch_autocast", {}).get("enabled") else torch.float32
+    autocast = settings.get("torch_autocast", {})
+    dtype = getattr(torch, autocast.get("dtype", "bfloat16")) if autocast.get("enabled") else torch.float32
     if uses_fused_layers(config, ranks.device, dtype):
         fuse(model, dtype, recompute_mlp=config.activation_checkpointing == "mlp", partitioned=stage == 3)
         if stage == 3:  # A block reads the weights of the modules inside of it, so they are gathered together.

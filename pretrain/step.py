@@ -61,10 +61,11 @@ def train_step(engine: Engine, batches: list[MicroBatch], *, lr: float, limit: f
                 loss = torch.stack(parts).sum() / world_size
                 dist.all_reduce(loss)
                 # The loss is compared on the device before the last backward pass, so that nothing waits. A factor of
-                # NaN makes every gradient NaN, and DeepSpeed skips an update with a gradient that is not finite.
+                # NaN makes every gradient NaN, and DeepSpeed skips an update with a gradient that is not finite on all
+                # ranks.
                 part = part * torch.where(loss.isfinite() & (loss <= limit), 1.0, torch.nan)
             engine.backward(part, scale_wrt_gas=False)
-    engine.set_gradient_accumulation_boundary(True)
+    engine.set_gradient_accumulation_boundary(True)  # which the end of the context set back
     engine.step()
     micro_batch_losses = torch.stack(parts) * share / labels.clamp(min=1)
     return Step(float(loss), micro_batch_losses, int(n_tokens), lr)  # On a GPU, float() waits for the end of the step.

@@ -1,6 +1,6 @@
 """Layers that compute their own backward pass, which training on GPUs uses in place of the model's plain ones.
 
-The plain form stands in `lrnn.model`. Both compute the same up to rounding.
+The plain form is in `lrnn.model`. Both compute the same up to rounding.
 
 layers          put them into a model
 deltanet        x + mixer(norm(x)) for (gated) DeltaNet

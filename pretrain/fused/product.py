@@ -86,7 +86,7 @@ class Product:
 
 
 def product_float32(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b in float32, which no sum is rounded ahead of."""
+    """Return a @ b in float32. With operands in 16 bits, nothing is rounded to 16 bits."""
     if a.dtype == torch.float32 or not a.is_cuda:
         return a.float() @ b.float()
     return torch.mm(a, b, out_dtype=torch.float32)

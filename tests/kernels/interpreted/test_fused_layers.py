@@ -133,3 +133,13 @@ def test_gradients_are_written_into_slices():
     assert dz[..., 256:].isnan().all()
     with pytest.raises(ValueError, match="evenly spaced"):
         short_conv.write_gradients([wide[..., ::4]], [dys[0]], [parts[0]], weights[:1], [], None)
+
+
+def test_gradients_in_16_bits_are_scaled_exactly():
+    """0.1 is off by 2.4e-4 in float16, which would scale every gradient but the head's."""
+    head = torch.nn.Linear(48, 50, bias=False)
+    h = torch.randn(40, 48, generator=torch.Generator().manual_seed(0)).half().requires_grad_()
+    loss = fused_loss.FusedLoss(head, torch.float16)
+    for x in (h, head.weight):
+        whole, tenth = (torch.autograd.grad(c * loss(h, LABELS.flatten()), x)[0].double() for c in (1.0, 0.1))
+        assert ((whole * tenth).sum() / whole.square().sum()).item() == pytest.approx(0.1, rel=5e-5)
