@@ -101,8 +101,7 @@ def build_engine(model: LrnnForCausalLM, config: Config, ranks: Ranks, decay_by_
 
     settings = deepspeed_config(config, ranks.world_size)
     stage = settings["zero_optimization"]["stage"]
-    autocast = settings.get("torch_autocast", {})
-    dtype = getattr(torch, autocast.get("dtype", "bfloat16")) if autocast.get("enabled") else torch.float32
+    dtype = compute_dtype(settings)
     if uses_fused_layers(config, ranks.device, dtype):
         fuse(model, dtype, recompute_mlp=config.activation_checkpointing == "mlp", partitioned=stage == 3)
         if stage == 3:  # A block reads the weights of the modules inside of it, so they are gathered together.
@@ -113,6 +112,15 @@ def build_engine(model: LrnnForCausalLM, config: Config, ranks: Ranks, decay_by_
     if stage < 3 and ranks.device.type == "cuda":
         read_once(engine.optimizer)
     return engine
+
+
+def compute_dtype(settings: dict[str, Any]) -> torch.dtype:
+    """Return what modules compute in under a DeepSpeed configuration, as DeepSpeed reads it."""
+    from deepspeed.runtime.config import get_torch_autocast_dtype
+
+    if not settings.get("torch_autocast", {}).get("enabled"):
+        return torch.float32
+    return get_torch_autocast_dtype(settings) or torch.bfloat16
 
 
 def uses_fused_layers(config: Config, device: torch.device, dtype: torch.dtype) -> bool:

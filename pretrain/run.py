@@ -25,7 +25,7 @@ from lrnn.pretrain.data.micro_batch import MicroBatch
 from lrnn.pretrain.data.training_data import TrainingData, open_data
 from lrnn.pretrain.deepspeed_config import COPY, deepspeed_config
 from lrnn.pretrain.distributed import Ranks
-from lrnn.pretrain.engine import Engine, build_engine, build_model
+from lrnn.pretrain.engine import Engine, build_engine, build_model, compute_dtype, uses_fused_layers
 from lrnn.pretrain.guard import Guard, Verdict
 from lrnn.pretrain.launch import STOPPED, StopRequest
 from lrnn.pretrain.metrics.eigenvalues import EigenvalueProbe
@@ -271,7 +271,8 @@ class Run:
     def _check_parts(self) -> tuple[LrnnConfig, TrainingData, HeldOut]:
         """Open and check the model's configuration, the training data and the held-out data."""
         model_config = load_model_of(self.config)
-        deepspeed_config(self.config, self.ranks.world_size)
+        settings = deepspeed_config(self.config, self.ranks.world_size)
+        uses_fused_layers(self.config, self.ranks.device, compute_dtype(settings))  # which may be impossible
         data = open_data(self.config, model_config, self.ranks)
         return model_config, data, HeldOut(self.config, self.ranks)
 

@@ -15,7 +15,7 @@ from lrnn.model_config import load_model_config
 from lrnn.parsing import parse_yaml
 from lrnn.pretrain.config import Config, load_config, load_model_of
 from lrnn.pretrain.deepspeed_config import deepspeed_config
-from lrnn.pretrain.engine import uses_fused_layers
+from lrnn.pretrain.engine import compute_dtype, uses_fused_layers
 from lrnn.pretrain.zero import zero_settings
 from lrnn.settings import dump
 
@@ -396,5 +396,10 @@ def test_what_trains_with_fused_layers(load):
     assert fused("activation_checkpointing=mlp")
     on_cpu = error_of(lambda: fused("fused_layers=true", device="cpu"))
     assert on_cpu.startswith("fused_layers is true, but they run on GPUs alone")
+    for name in ("bfloat16", "bf16", "float16"):
+        dtype = torch.float16 if name == "float16" else torch.bfloat16
+        assert compute_dtype({"torch_autocast": {"enabled": True, "dtype": name}}) == dtype
+    assert compute_dtype({"torch_autocast": {"enabled": True}}) == torch.bfloat16
+    assert compute_dtype({"torch_autocast": {"enabled": False, "dtype": "float16"}}) == torch.float32
     mlp = error_of(lambda: fused("activation_checkpointing=mlp", device="cpu"))
     assert mlp.startswith("activation_checkpointing is 'mlp', which only fused layers can do")
