@@ -155,6 +155,14 @@ class LogConfig(Section):
     """Project of Weights & Biases to log to."""
 
 
+class ProfileConfig(Section):
+    """Which steps are profiled, into `run_dir/profile`. Profiling changes no result; profiled steps take longer."""
+
+    steps: Annotated[list[Annotated[int, Field(ge=1)]] | None, Unit("steps")] = Field(None, min_length=2, max_length=2)
+    """First and last step of which each process writes a trace of `torch.profiler` and, on a GPU, a memory snapshot;
+    `null` for none."""
+
+
 class WatchdogConfig(Section):
     """Limits after which a run counts as hung and ends. They are at most a day, after which collectives fail anyway."""
 
@@ -205,6 +213,8 @@ class Config(Section):
     """What happens when the loss jumps."""
     log: LogConfig = LogConfig()
     """Records of the run."""
+    profile: ProfileConfig = ProfileConfig()
+    """Which steps are profiled."""
     watchdog: WatchdogConfig = WatchdogConfig()
     """When a run counts as hung."""
     seed: int = Field(0, ge=0)
@@ -237,6 +247,14 @@ class Config(Section):
     def batching(self, rank: int, world_size: int) -> Batching:
         """Return the batch sizes with this process's place among `world_size`. Raises UserError; see `Batching`."""
         return Batching(self.global_batch_size, self.micro_batch_size, rank, world_size)
+
+    @model_validator(mode="after")
+    def profile_fits(self) -> Self:
+        steps = self.profile.steps
+        if steps is not None and not steps[0] <= steps[1] <= self.steps:
+            wrong = "its first step comes after its last" if steps[0] > steps[1] else f"the run has {self.steps} steps"
+            raise ValueError(f"profile.steps is {steps}, but {wrong}; give the first and the last step to profile")
+        return self
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

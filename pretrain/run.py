@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch.profiler import record_function
 
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
@@ -30,6 +31,7 @@ from lrnn.pretrain.guard import Guard, Verdict
 from lrnn.pretrain.launch import STOPPED, StopRequest
 from lrnn.pretrain.metrics.eigenvalues import EigenvalueProbe
 from lrnn.pretrain.metrics.log import MetricsLog
+from lrnn.pretrain.metrics.profiler import StepProfiler
 from lrnn.pretrain.metrics.speed import Speed
 from lrnn.pretrain.optim import has_other_groups_by_shape
 from lrnn.pretrain.progress import Progress, check_same_run
@@ -94,6 +96,7 @@ class Run:
         self._report_changes(changes)
         self._speed = Speed(config, self._model_config, ranks)
         self.guard = Guard(config, ranks, self.progress.losses, self.log)
+        self._profiler = exits.enter_context(StepProfiler(config, ranks))
         run_dir, save_tokenizer = Path(config.run_dir), self._data.save_tokenizer
         self._writer = exits.enter_context(
             CheckpointWriter(run_dir, ranks, config.checkpoint, save_tokenizer, self._report_checkpoint)
@@ -132,6 +135,7 @@ class Run:
         Returns:
             None, on all ranks, if the run ends early: a rank was asked to stop, or has no data.
         """
+        self._turn_profiler(self.progress.step + 1)
         batches: list[MicroBatch] = []
         try:
             batches = next(self._loader)
@@ -155,7 +159,7 @@ class Run:
         """Time the `with` block as the computation of the next step, and note its eigenvalues if it is recorded."""
         if self._is_recorded(self.progress.step + 1):
             self._probe.arm()
-        with self._speed.step():
+        with record_function(f"step {self.progress.step + 1}"), self._speed.step():  # the name in a profile
             yield
 
     def judge(self, step: Step, batches: list[MicroBatch]) -> Verdict:
@@ -185,6 +189,22 @@ class Run:
             self._left_out_said = set(left_out)
             self.log.write({"event": "left_out", "step": self.progress.step, "left_out": left_out})
             self._say(f"left out of the stream so far: {_listed(left_out)}")
+
+    def _turn_profiler(self, step: int | None) -> None:
+        """Begin to profile the step, and write the profile if the steps before it were the last ones."""
+        if self._profiler.is_recording and (step is None or not self._profiler.covers(step)):
+            with self.phase("writing the profile", self.progress.step):
+                folder, error = None, None
+                try:
+                    folder = self._profiler.write(self.progress.step)
+                except OSError as raised:
+                    error = f"rank {self.ranks.rank}: {raised}"
+                errors = [e for e in self.ranks.gather(error) if e is not None]
+                if errors or folder is not None:
+                    self._say(f"profile not written: {errors[0]}" if errors else f"profile written to {folder}")
+            self._speed.skip()
+        if step is not None:
+            self._profiler.begin(step)
 
     def roll_back(self) -> bool:
         """Return to the newest intact checkpoint; only the position in the data is kept.
@@ -248,6 +268,7 @@ class Run:
         Raises:
             UserError: on all ranks, if that checkpoint cannot be written or data failed.
         """
+        self._turn_profiler(None)
         step = self.progress.step
         with self.phase("saving a checkpoint", step):
             self._writer.wait()
