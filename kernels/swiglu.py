@@ -2,9 +2,11 @@
 
     h = silu(a) b       da = dh b silu'(a)       db = dh silu(a)       silu'(a) = s (1 + a (1 - s)), s = sigmoid(a)
 
-Both kernels are bound by memory. The backward pass also returns h, so that only the product has to be kept.
+Both kernels are bound by memory. The backward pass also returns h, so that only the product has to be kept. Where the
+next product is in float8, they write its operand: h in the forward pass, and the gradient of ab in the backward pass.
 
-Symbols of the kernels: R rows of 2 D elements, a ahead of b. A program takes BD elements of one row of a and of b.
+Symbols of the kernels: R rows of 2 D elements, a ahead of b. A program takes BD elements of one row of a and of b, and
+the whole row where it finds the scale of one in float8.
 """
 
 from collections.abc import Iterator
@@ -16,9 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lrnn.kernels.common.launch import launch
+from lrnn.kernels.float8 import Float8Rows, row_scale
 
-WARPS = 8
 BLOCK = 2048  # elements of a row per program
+MAX_FLOAT8_SIZE = 16384  # of D
 
 
 @triton.jit
@@ -33,20 +36,32 @@ def _halves(ab, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def swiglu_forward_kernel(ab, h, D: tl.constexpr, BD: tl.constexpr):
+def swiglu_forward_kernel(ab, h, scales, D: tl.constexpr, BD: tl.constexpr):
     i_r, o_d, mask, b_a, b_b = _halves(ab, D, BD)
-    tl.store(h + i_r * D + o_d, (b_a * tl.sigmoid(b_a) * b_b).to(h.dtype.element_ty), mask=mask)
+    b_h = b_a * tl.sigmoid(b_a) * b_b
+    if scales is not None:
+        b_scale = row_scale(tl.max(tl.abs(b_h), 0))
+        tl.store(scales + i_r, b_scale)
+        b_h /= b_scale
+    tl.store(h + i_r * D + o_d, b_h.to(h.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def swiglu_backward_kernel(ab, dh, dab, h, D: tl.constexpr, BD: tl.constexpr):
+def swiglu_backward_kernel(ab, dh, dab, h, dab8, scales, D: tl.constexpr, BD: tl.constexpr):
     i_r, o_d, mask, b_a, b_b = _halves(ab, D, BD)
     b_dh = tl.load(dh + i_r * D + o_d, mask=mask, other=0.0).to(tl.float32)
     b_s = tl.sigmoid(b_a)
     tl.store(h + i_r * D + o_d, (b_a * b_s * b_b).to(h.dtype.element_ty), mask=mask)
     b_da = b_dh * b_b * b_s * (1.0 + b_a * (1.0 - b_s))
-    tl.store(dab + i_r * (2 * D) + o_d, b_da.to(dab.dtype.element_ty), mask=mask)
-    tl.store(dab + i_r * (2 * D) + D + o_d, (b_dh * b_a * b_s).to(dab.dtype.element_ty), mask=mask)
+    b_db = b_dh * b_a * b_s
+    p = i_r * (2 * D) + o_d
+    tl.store(dab + p, b_da.to(dab.dtype.element_ty), mask=mask)
+    tl.store(dab + p + D, b_db.to(dab.dtype.element_ty), mask=mask)
+    if scales is not None:
+        b_scale = row_scale(tl.max(tl.maximum(tl.abs(b_da), tl.abs(b_db)), 0))
+        tl.store(scales + i_r, b_scale)
+        tl.store(dab8 + p, (b_da / b_scale).to(tl.float8e4nv), mask=mask)
+        tl.store(dab8 + p + D, (b_db / b_scale).to(tl.float8e4nv), mask=mask)
 
 
 def swiglu_forward(ab: Tensor) -> Tensor:
@@ -56,7 +71,15 @@ def swiglu_forward(ab: Tensor) -> Tensor:
     """
     R, D = ab.shape[0], ab.shape[1] // 2
     h = ab.new_empty(R, D)
-    _launch(swiglu_forward_kernel, R, D, ab, h)
+    _launch(swiglu_forward_kernel, R, D, ab, h, None)
+    return h
+
+
+def swiglu_forward_float8(ab: Tensor) -> Float8Rows:
+    """Return what `swiglu_forward` does, [R, D] in float8, for D up to 16384."""
+    R, D = ab.shape[0], ab.shape[1] // 2
+    h = Float8Rows.empty(R, D, ab.device)
+    _launch(swiglu_forward_kernel, R, D, ab, *h)
     return h
 
 
@@ -64,14 +87,31 @@ def swiglu_backward(dh: Tensor, ab: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradient of ab [R, 2 D], and silu(a) * b [R, D] again, for dh [R, D] and ab [R, 2 D] contiguous."""
     R, D = dh.shape
     dab, h = torch.empty_like(ab), torch.empty_like(dh)
-    _launch(swiglu_backward_kernel, R, D, ab, dh, dab, h)
+    _launch(swiglu_backward_kernel, R, D, ab, dh, dab, h, None, None)
     return dab, h
 
 
-def _launch(kernel, R: int, D: int, *arguments: Tensor) -> None:
+def swiglu_backward_float8(dh: Tensor, ab: Tensor) -> tuple[Tensor, Tensor, Float8Rows]:
+    """Return what `swiglu_backward` does, and the gradient of ab in float8 too, for D up to 16384."""
+    R, D = dh.shape
+    dab, h, dab8 = torch.empty_like(ab), torch.empty_like(dh), Float8Rows.empty(R, 2 * D, ab.device)
+    _launch(swiglu_backward_kernel, R, D, ab, dh, dab, h, *dab8)
+    return dab, h, dab8
+
+
+def _launch(kernel, R: int, D: int, *arguments: Tensor | None) -> None:
+    """Launch one of the kernels, whose last argument is given where it writes float8."""
+    whole = arguments[-1] is not None
+    if whole and D > MAX_FLOAT8_SIZE:
+        raise ValueError(f"SwiGLU in float8 takes up to {MAX_FLOAT8_SIZE} elements per row; got {D}")
     if R:
-        BD = min(BLOCK, triton.next_power_of_2(D))
-        launch(kernel, (R, triton.cdiv(D, BD), 1), *arguments, D=D, BD=BD, num_warps=WARPS, num_stages=1)
+        BD = triton.next_power_of_2(D)
+        BD, warps = (BD, _float8_warps(BD)) if whole else (min(BLOCK, BD), 8)
+        launch(kernel, (R, triton.cdiv(D, BD), 1), *arguments, D=D, BD=BD, num_warps=warps, num_stages=1)
+
+
+def _float8_warps(BD: int) -> int:
+    return 16 if BD > 4096 else 8
 
 
 def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
@@ -79,7 +119,13 @@ def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
 
     A case is (name, kernel, types of its arguments, values of its constants, warps, stages).
     """
-    constants = {"D": 5632, "BD": BLOCK}
-    for name, kernel in (("forward", swiglu_forward_kernel), ("backward", swiglu_backward_kernel)):
-        signature = {n: "*bf16" for n in kernel.arg_names if n not in constants}
-        yield f"swiglu_{name}_bf16", kernel, signature, constants, WARPS, 1
+    for dtype, BD, warps in (("bf16", BLOCK, 8), ("fp8", 8192, _float8_warps(8192))):
+        for name, kernel in (("forward", swiglu_forward_kernel), ("backward", swiglu_backward_kernel)):
+            constants: dict[str, Any] = {"D": 5632, "BD": BD}
+            types = {"scales": "*fp32", "dab8": "*fp8e4nv"}
+            if dtype == "bf16":
+                constants |= {n: None for n in types if n in kernel.arg_names}
+            elif name == "forward":
+                types["h"] = "*fp8e4nv"
+            signature = {n: types.get(n, "*bf16") for n in kernel.arg_names if n not in constants}
+            yield f"swiglu_{name}_{dtype}", kernel, signature, constants, warps, 1

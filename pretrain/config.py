@@ -190,9 +190,11 @@ class Config(Section):
     zero: Literal[1, 2, 3] | None = None
     """ZeRO stage of DeepSpeed: 1 shards the optimizer's state over the processes, 2 the gradients too, 3 the parameters
     too. 2 unless `deepspeed` is given."""
-    precision: Literal["bfloat16", "float32"] | None = None
-    """Precision of the modules; parameters, gradients and their reduction are float32 with either. `bfloat16` unless
-    `deepspeed` is given. On CPUs without AVX-512, `float32` is several times as fast."""
+    precision: Literal["fp8", "bfloat16", "float32"] | None = None
+    """Precision of the modules; parameters, gradients and their reduction are float32 with each. `bfloat16` unless
+    `deepspeed` is given. `fp8` is `bfloat16` but for the projections of (gated) DeltaNet and the MLPs, whose outputs and
+    gradients of inputs are products of float8 numbers, with a scale per token; it takes `fused_layers` and a GPU of
+    compute capability 8.9 or above. On CPUs without AVX-512, `float32` is several times as fast."""
     deepspeed: Annotated[str | None, IsPath()] = None
     """DeepSpeed JSON, for settings that `zero` and `precision` do not cover. Batch sizes and clipping are filled in."""
     steps: Steps = Field(gt=0)

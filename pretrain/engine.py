@@ -20,6 +20,9 @@ from lrnn.pretrain.gradient_norm import read_once
 from lrnn.pretrain.optim import build_optimizer, parameter_groups
 
 
+FLOAT8_CAPABILITY = (8, 9)  # that of the first GPUs with products in float8
+
+
 class ZeroOptimizer(Protocol):
     """The members of DeepSpeed's ZeRO optimizers that a run uses. `checkpoint.zero_state` also knows their insides."""
 
@@ -103,7 +106,8 @@ def build_engine(model: LrnnForCausalLM, config: Config, ranks: Ranks, decay_by_
     stage = settings["zero_optimization"]["stage"]
     dtype = compute_dtype(settings)
     if uses_fused_layers(config, ranks.device, dtype):
-        fuse(model, dtype, recompute_mlp=config.activation_checkpointing == "mlp", partitioned=stage == 3)
+        options = {"recompute_mlp": config.activation_checkpointing == "mlp", "float8": config.precision == "fp8"}
+        fuse(model, dtype, partitioned=stage == 3, **options)
         if stage == 3:  # A block reads the weights of the modules inside of it, so they are gathered together.
             deepspeed.utils.set_z3_leaf_modules(model, [LrnnBlock])
     groups = parameter_groups(model, config.optim.weight_decay, decay_by_shape)
@@ -138,4 +142,22 @@ def uses_fused_layers(config: Config, device: torch.device, dtype: torch.dtype) 
         raise UserError(
             "activation_checkpointing is 'mlp', which only fused layers can do, on a GPU; set it to 'full' or 'none'"
         )
+    if config.precision == "fp8":
+        _check_float8(fused, device, dtype)
     return fused
+
+
+def _check_float8(fused: bool, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UserError if the GPU has no products in float8, or the layers do not compute so."""
+    if not fused or dtype != torch.bfloat16:
+        raise UserError(
+            "precision is 'fp8', which takes a GPU and fused layers on bfloat16 autocast; here the device is "
+            f"{device.type}, layers are {'fused' if fused else 'plain'}, and modules compute in {str(dtype)[6:]}. "
+            "Set precision to bfloat16, or fused_layers to null"
+        )
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else FLOAT8_CAPABILITY
+    if capability < FLOAT8_CAPABILITY:
+        raise UserError(
+            f"precision is 'fp8', which takes compute capability 8.9 or above; {torch.cuda.get_device_name(device)} "
+            f"has {capability[0]}.{capability[1]}. Set precision to bfloat16"
+        )

@@ -14,7 +14,7 @@ def zero_settings(stage: int, precision: str = "bfloat16") -> dict[str, Any]:
 
     Args:
         stage: 1 shards the optimizer's state over the ranks, 2 the gradients too, 3 the parameters too.
-        precision: "bfloat16", or "float32" for no autocast.
+        precision: "bfloat16" or "fp8", or "float32" for no autocast.
     """
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": True, "reduce_bucket_size": BUCKET_NUMEL}
     if stage == 3:
@@ -24,4 +24,4 @@ def zero_settings(stage: int, precision: str = "bfloat16") -> dict[str, Any]:
         }
     else:
         zero |= {"contiguous_gradients": True, "reduce_scatter": True, "allgather_bucket_size": BUCKET_NUMEL}
-    return {"zero_optimization": zero} | ({"torch_autocast": dict(AUTOCAST)} if precision == "bfloat16" else {})
+    return {"zero_optimization": zero} | ({"torch_autocast": dict(AUTOCAST)} if precision != "float32" else {})

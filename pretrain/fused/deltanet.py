@@ -15,6 +15,7 @@ from lrnn.kernels.short_conv import operator as short_conv
 from lrnn.kernels.short_conv.api import TAPS
 from lrnn.model.layers import Mixer, RMSNorm
 from lrnn.model.mixer_deltanet import DeltaNet
+from lrnn.pretrain.fused.float8 import Float8Product
 from lrnn.pretrain.fused.product import Product
 
 
@@ -22,16 +23,21 @@ class FusedDeltaNet:
     """Compute x + mixer(norm(x)).
 
     All projections of norm(x) are one product [q | k | v | gate | b | a], whose columns the other kernels read and
-    whose gradient they write in place. The norms are computed again in the backward pass.
+    whose gradient they write in place. The norms are computed again in the backward pass. With `float8`, the products are
+    those of `Float8Product`, but [b | a], which eigenvalues and decays come from, is a product of its own in `dtype`.
     """
 
-    def __init__(self, norm: RMSNorm, mixer: DeltaNet, dtype: torch.dtype):
+    def __init__(self, norm: RMSNorm, mixer: DeltaNet, dtype: torch.dtype, float8: bool):
         self.norm, self.mixer = norm, mixer
-        projections = [mixer.q_proj, mixer.k_proj, mixer.v_proj]
-        projections += [mixer.g_proj, mixer.b_proj, mixer.a_proj] if mixer.gated else [mixer.b_proj]
-        self.inner = Product([p.weight for p in projections], dtype)
-        self.out = Product([mixer.o_proj.weight], dtype)
-        self.products = [self.inner, self.out]
+        wide = [mixer.q_proj, mixer.k_proj, mixer.v_proj, *([mixer.g_proj] if mixer.gated else [])]
+        narrow = [mixer.b_proj, *([mixer.a_proj] if mixer.gated else [])]
+        wide, narrow = ([p.weight for p in projections] for projections in (wide, narrow))
+        if float8:
+            self.inner = [Float8Product(wide, dtype), Product(narrow, dtype)]
+        else:
+            self.inner = [Product([*wide, *narrow], dtype)]
+        self.out = (Float8Product if float8 else Product)([mixer.o_proj.weight], dtype)
+        self.products = [*self.inner, self.out]
         self.convolutions = [mixer.q_conv1d, mixer.k_conv1d, mixer.v_conv1d]
         self.scale = mixer.heads[1] ** -0.5
 
@@ -59,16 +65,16 @@ class FusedDeltaNet:
         mixer = self.mixer
         gates = [mixer.A_log, mixer.dt_bias] if mixer.gated else []
         convolutions = [c.weight for c in self.convolutions]
-        matrices = [*self.inner.weights, *self.out.weights]
+        matrices = [weight for product in self.products for weight in product.weights]
         return [self.norm.weight, mixer.o_norm.weight, *gates, *convolutions, *matrices]
 
     def gates(self) -> tuple[Tensor | None, Tensor | None]:
         """Return A_log and dt_bias."""
         return (self.mixer.A_log, self.mixer.dt_bias) if self.mixer.gated else (None, None)
 
-    def columns(self, z: Tensor) -> tuple[list[Tensor], Tensor | None, Tensor | None, Tensor]:
-        """Return the parts of z [B, T, columns]: [q, k, v], the gate of the output [B, T, H, D], a, and b."""
-        q, k, v, *rest = z.split(self.inner.rows, -1)
+    def columns(self, zs: list[Tensor]) -> tuple[list[Tensor], Tensor | None, Tensor | None, Tensor]:
+        """Return the parts of the inner products [B, T, columns]: [q, k, v], the output's gate [B, T, H, D], a, and b."""
+        q, k, v, *rest = (part for p, z in zip(self.inner, zs, strict=True) for part in z.split(p.rows, -1))
         if not self.mixer.gated:
             return [q, k, v], None, None, rest[0]
         gate, b, a = rest
@@ -87,8 +93,8 @@ class _FusedDeltaNet(torch.autograd.Function):
         mixer, norm = layer.mixer, layer.norm
         rows = x.flatten(0, 1)
         y = rms_norm_forward(rows, norm.weight, norm.eps)
-        z = layer.inner.forward(y).unflatten(0, x.shape[:2])
-        qkv, gate, a, b = layer.columns(z)
+        zs = [product.forward(y).unflatten(0, x.shape[:2]) for product in layer.inner]
+        qkv, gate, a, b = layer.columns(zs)
         a, b = None if a is None else a.contiguous(), b.contiguous()
         mixer.note_eigenvalues(partial(mixer._eigenvalues, b))
         weights: list[Tensor] = [c.weight for c in layer.convolutions]
@@ -98,18 +104,19 @@ class _FusedDeltaNet(torch.autograd.Function):
             q, k, v, a, b, *layer.gates(), *options, None, False, cu_seqlens, mixer.precision, is_saving()
         )
         ctx.layer, ctx.options = layer, options
-        ctx.save_for_backward(x, cu_seqlens, z, q, k, v, a, b, o, *kept)
+        ctx.save_for_backward(x, cu_seqlens, q, k, v, a, b, o, *zs, *kept)
         return layer.out.forward(layer.gated_norm(o, gate)).add_(rows).view_as(x)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
-        x, cu_seqlens, z, q, k, v, a, b, o, *kept = ctx.saved_tensors
+        x, cu_seqlens, q, k, v, a, b, o, *rest = ctx.saved_tensors
         layer: FusedDeltaNet = ctx.layer
+        zs, kept = rest[: len(layer.inner)], rest[len(layer.inner) :]
         mixer, norm, o_norm = layer.mixer, layer.norm, layer.mixer.o_norm
         A_log, dt_bias = layer.gates()
-        qkv, gate, _, _ = layer.columns(z)
-        dz = torch.empty_like(z)
-        dqkv, dgate, da_column, db_column = layer.columns(dz)
+        qkv, gate, _, _ = layer.columns(zs)
+        dzs = [torch.empty_like(z) for z in zs]
+        dqkv, dgate, da_column, db_column = layer.columns(dzs)
         rows, dx_rows = x.flatten(0, 1), dx.contiguous().flatten(0, 1)
 
         dn, n = layer.out.input_gradient(dx_rows).view_as(o), torch.empty_like(o)
@@ -128,9 +135,11 @@ class _FusedDeltaNet(torch.autograd.Function):
         taps = d_taps.split([w.shape[0] for w in weights])
         convolutions = [d[:, None].to(w.dtype) for d, w in zip(taps, weights, strict=True)]
 
-        dz_rows = dz.flatten(0, 1)
-        dy = layer.inner.input_gradient(dz_rows)
+        dz_rows = [dz.flatten(0, 1) for dz in dzs]
+        dy = layer.inner[0].input_gradient(dz_rows[0])
+        for product, dz in zip(layer.inner[1:], dz_rows[1:], strict=True):
+            product.add_input_gradient(dy, dz)
         dx, d_norm, y = rms_norm_backward(dy, rows, norm.weight, norm.eps, dx_rows)
-        d_inner = layer.inner.weight_gradients(dz_rows, y)
+        d_inner = [d for product, dz in zip(layer.inner, dz_rows, strict=True) for d in product.weight_gradients(dz, y)]
         small = [d_norm.to(norm.weight.dtype), d_o_norm.to(o_norm.weight.dtype), *gates, *convolutions]
         return dx.view_as(x), None, None, *small, *d_inner, *d_out

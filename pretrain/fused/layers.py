@@ -13,10 +13,11 @@ from lrnn.pretrain.fused.product import Product
 class FusedBlock:
     """Compute what a block does, in its place. A mixer that has no fused form is called as it is."""
 
-    def __init__(self, block: LrnnBlock, dtype: torch.dtype, recompute_mlp: bool):
+    def __init__(self, block: LrnnBlock, dtype: torch.dtype, recompute_mlp: bool, float8: bool):
         self.norm, self.mixer, self.dtype = block.attn_norm, block.attn, dtype
-        self.fused_mixer = FusedDeltaNet(block.attn_norm, block.attn, dtype) if FusedDeltaNet.fits(block.attn) else None
-        self.mlp = FusedMlp(block.mlp_norm, block.mlp, dtype, recompute_mlp)
+        fits = FusedDeltaNet.fits(block.attn)
+        self.fused_mixer = FusedDeltaNet(block.attn_norm, block.attn, dtype, float8) if fits else None
+        self.mlp = FusedMlp(block.mlp_norm, block.mlp, dtype, recompute_mlp, float8)
         self.products: list[Product] = [*(self.fused_mixer.products if self.fused_mixer else []), *self.mlp.products]
 
     def __call__(self, x: Tensor, cu_seqlens: Tensor | None, document: Tensor | None) -> Tensor:
@@ -28,7 +29,14 @@ class FusedBlock:
         return self.mlp(x)
 
 
-def fuse(model: LrnnForCausalLM, dtype: torch.dtype, recompute_mlp: bool = False, partitioned: bool = False) -> None:
+def fuse(
+    model: LrnnForCausalLM,
+    dtype: torch.dtype,
+    *,
+    recompute_mlp: bool = False,
+    partitioned: bool = False,
+    float8: bool = False,
+) -> None:
     """Make a model compute with fused layers when it neither pads nor has a cache.
 
     Names and values of parameters stay as they are. Hooks on modules inside of blocks are not called.
@@ -39,11 +47,15 @@ def fuse(model: LrnnForCausalLM, dtype: torch.dtype, recompute_mlp: bool = False
         recompute_mlp: whether MLPs keep their input alone for the backward pass.
         partitioned: whether ZeRO-3 will partition the weights. Then there are no copies of them in `dtype`, and the
             loss is not fused, because the head is gathered only while it is called.
+        float8: whether the products of fused mixers and MLPs are in float8.
+
+    Raises:
+        UserError: the model has a size that products in float8 do not take.
     """
     products: list[Product] = []
     for block in model.model.layers:
         assert isinstance(block, LrnnBlock)
-        fused = FusedBlock(block, dtype, recompute_mlp)
+        fused = FusedBlock(block, dtype, recompute_mlp, float8)
         block.fused = fused
         products += fused.products
     if partitioned:

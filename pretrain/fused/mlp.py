@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from lrnn.kernels.rms_norm import rms_norm_backward, rms_norm_forward
-from lrnn.kernels.swiglu import swiglu_backward, swiglu_forward
+from lrnn.kernels.swiglu import swiglu_backward, swiglu_backward_float8, swiglu_forward, swiglu_forward_float8
 from lrnn.model.layers import RMSNorm
 from lrnn.model.modeling_lrnn import SwiGLU
+from lrnn.pretrain.fused.float8 import Float8Product
 from lrnn.pretrain.fused.product import Product
 
 
@@ -16,13 +17,15 @@ class FusedMlp:
     """Compute x + mlp(norm(x)).
 
     The input and the gate and up projections are kept for the backward pass; the norm and the activations are computed
-    again. With `recompute`, the projections are too: that takes one product more, and the input alone is kept.
+    again. With `recompute`, the projections are too: that takes one product more, and the input alone is kept. With
+    `float8`, the products are those of `Float8Product`.
     """
 
-    def __init__(self, norm: RMSNorm, mlp: SwiGLU, dtype: torch.dtype, recompute: bool):
-        self.norm, self.recompute = norm, recompute
-        self.inner = Product([mlp.gate_proj.weight, mlp.up_proj.weight], dtype)
-        self.down = Product([mlp.down_proj.weight], dtype)
+    def __init__(self, norm: RMSNorm, mlp: SwiGLU, dtype: torch.dtype, recompute: bool, float8: bool):
+        self.norm, self.recompute, self.float8 = norm, recompute, float8
+        make = Float8Product if float8 else Product
+        self.inner = make([mlp.gate_proj.weight, mlp.up_proj.weight], dtype)
+        self.down = make([mlp.down_proj.weight], dtype)
         self.products = [self.inner, self.down]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -41,16 +44,22 @@ class _FusedMlp(torch.autograd.Function):
         ab = mlp.project(rows)
         ctx.mlp = mlp
         ctx.save_for_backward(x, *([] if mlp.recompute else [ab]))
-        return mlp.down.forward(swiglu_forward(ab)).add_(rows).view_as(x)
+        h = swiglu_forward_float8(ab) if mlp.float8 else swiglu_forward(ab)
+        return mlp.down.forward(h).add_(rows).view_as(x)
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         (x, *kept), mlp = ctx.saved_tensors, ctx.mlp
         rows, dz_rows = x.flatten(0, 1), dz.contiguous().flatten(0, 1)
         ab = mlp.project(rows) if mlp.recompute else kept[0]
-        dab, h = swiglu_backward(mlp.down.input_gradient(dz_rows), ab)
+        dh = mlp.down.input_gradient(dz_rows)
+        if mlp.float8:
+            dab, h, dab8 = swiglu_backward_float8(dh, ab)
+            dy = mlp.inner.input_gradient(dab8)
+        else:
+            dab, h = swiglu_backward(dh, ab)
+            dy = mlp.inner.input_gradient(dab)
         d_down = mlp.down.weight_gradients(dz_rows, h)
-        dy = mlp.inner.input_gradient(dab)
         dx, d_norm, y = rms_norm_backward(dy, rows, mlp.norm.weight, mlp.norm.eps, dz_rows)
         d_inner = mlp.inner.weight_gradients(dab, y)
         return dx.view_as(x), None, d_norm.to(mlp.norm.weight.dtype), *d_inner, *d_down

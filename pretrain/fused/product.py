@@ -50,6 +50,10 @@ class Product:
         """Return dy W, [n, columns] in `dtype`, for dy [n, sum of rows_i]."""
         return dy @ self.matrix()
 
+    def add_input_gradient(self, dx: Tensor, dy: Tensor) -> None:
+        """Add dy W to dx [n, columns], for dy [n, sum of rows_i]."""
+        dx.addmm_(dy, self.matrix())
+
     def weight_gradients(self, dy: Tensor, x: Tensor) -> list[Tensor]:
         """Return the gradient of each weight in float32, for autograd to set: the rows of dy^T x.
 

@@ -59,6 +59,31 @@ def test_gradients_are_the_same_every_time():
         assert again[0] == first[0] and all(torch.equal(again[1][n], g) for n, g in first[1].items())
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="needs products in float8"
+)
+@pytest.mark.parametrize("mixer", ["gated_deltanet", "deltanet"])
+def test_float8(mixer):
+    """Gradients differ from those of bfloat16 by what float8 rounds, the same every time; NaN is seen."""
+    torch.manual_seed(0)
+    model = LrnnForCausalLM(LrnnConfig(**SIZES, mixer=mixer, head_dim=128)).train().cuda()
+    ids, labels = torch.randint(0, 700, (2, 8, 2048), device="cuda").unbind()
+    models = [copy.deepcopy(model) for _ in range(2)]
+    for m, float8 in zip(models, (False, True), strict=True):
+        fuse(m, torch.bfloat16, float8=float8)
+        refresh(m)
+    (loss, truth), found, again = (gradients(m, ids, labels, None, autocast=True) for m in (*models, models[1]))
+    assert abs(found[0] - loss) < 2e-3 * loss
+    errors = {name: ((found[1][name] - d).norm() / d.norm()).item() for name, d in truth.items()}
+    print(errors)
+    assert all(error < 0.15 for name, error in errors.items() if truth[name].numel() > 100), errors
+    assert again[0] == found[0] and all(torch.equal(again[1][name], d) for name, d in found[1].items())
+    with torch.no_grad():
+        models[1].model.layers[0].mlp.up_proj.weight[3, 5] = float("nan")
+    refresh(models[1])
+    assert torch.tensor(gradients(models[1], ids, labels, None, autocast=True)[0]).isnan()
+
+
 def test_memory_and_recomputation():
     """`recompute_mlp` changes no number, and takes less memory."""
     torch.manual_seed(0)

@@ -14,6 +14,9 @@ import pytest
 from nan_buffers import fill_new_buffers_with_nan
 
 if os.environ.get("TRITON_INTERPRET") == "1":
+    import numpy as np
+    import torch
+    import triton.language as tl
     from quick_interpreter import quicken
     from triton.runtime import interpreter
 
@@ -25,6 +28,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         # which NumPy refuses from 2.4 on.
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
 
+    _convert_float = interpreter._convert_float
+
+    def _convert_float_rounding(x, source, target, rounding_mode):
+        # The interpreter's float8 is half of what it should be where rounding carries into the exponent.
+        if source != tl.float32 or target != tl.float8e4nv:
+            return _convert_float(x, source, target, rounding_mode)
+        return torch.from_numpy(np.ascontiguousarray(x)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+    interpreter._convert_float = _convert_float_rounding
     interpreter._patch_lang_tensor = _patch_tensor_and_index
     quicken()
 else:

@@ -5,8 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from lrnn.kernels.cross_entropy import cross_entropy_
+from lrnn.kernels.float8 import cast_rows
 from lrnn.kernels.rms_norm import rms_norm_backward, rms_norm_forward
-from lrnn.kernels.swiglu import swiglu_backward, swiglu_forward
+from lrnn.kernels.swiglu import (
+    swiglu_backward,
+    swiglu_backward_float8,
+    swiglu_forward,
+    swiglu_forward_float8,
+)
 
 BARS = {torch.float16: 5e-4, torch.float32: 1e-6}
 
@@ -55,6 +61,43 @@ def test_swiglu(rows, size, dtype):
     found = swiglu_backward(dh, ab)
     near(found[0], dab, dtype)
     assert torch.equal(found[1], swiglu_forward(ab))
+
+
+def check_float8(found, x):
+    """Compare a matrix in float8 with torch's cast of x, up to the last bit of what was cast."""
+    scales = x.abs().amax(1, keepdim=True) / 448
+    assert found.scales.double().equal(scales) or (found.scales.double() - scales).norm() < 1e-6 * scales.norm()
+    values, truth = found.values.float(), (x / scales).to(torch.float8_e4m3fn).float()
+    assert (values != truth).float().mean() < 0.01 and (values - truth).norm() < 0.01 * truth.norm()
+
+
+@pytest.mark.parametrize(("rows", "size", "dtype"), [(3, 5000, torch.float32), (70, 40, torch.float16)])
+def test_rows_in_float8(rows, size, dtype):
+    """A row of 5000 is one program's; the last program of 70 rows is not full. Rows may lie apart."""
+    x = normal(rows, size + 8, dtype=dtype)[:, :size] * torch.logspace(-3, 2, rows)[:, None].to(dtype)
+    check_float8(cast_rows(x), x.double())
+
+
+def test_float8_of_zeros_and_of_what_is_not_finite():
+    x = normal(4, 20)
+    x[1], x[2, 3], x[3, 5] = 0, float("nan"), float("inf")
+    values, scales = (t.float() for t in cast_rows(x))
+    assert scales[1] == 1 and not values[1].any()
+    assert values.isnan().nonzero().tolist() == [[2, 3], [3, 5]]
+    with pytest.raises(ValueError, match="contiguous elements"):
+        cast_rows(x.T)
+
+
+@pytest.mark.parametrize("size", [40, 5000])
+def test_swiglu_in_float8(size):
+    ab, dh = normal(3, 2 * size), normal(3, size, seed=1)
+    dab, h = swiglu_backward(dh, ab)
+    check_float8(swiglu_forward_float8(ab), h.double())
+    found = swiglu_backward_float8(dh, ab)
+    assert torch.equal(found[0], dab) and torch.equal(found[1], h)
+    check_float8(found[2], dab.double())
+    with pytest.raises(ValueError, match="up to 16384 elements"):
+        swiglu_forward_float8(torch.zeros(1, 2 * 16385))
 
 
 @pytest.mark.parametrize(("vocabulary", "dtype"), [(50, torch.float32), (9000, torch.float16)])

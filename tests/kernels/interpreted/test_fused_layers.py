@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from lrnn import LrnnConfig, LrnnForCausalLM
+from lrnn.errors import UserError
 from lrnn.kernels import gated_rms_norm
 from lrnn.kernels.delta_rule.api import saving_states
 from lrnn.kernels.short_conv import operator as short_conv
 from lrnn.pretrain.fused import loss as fused_loss
+from lrnn.pretrain.fused.float8 import Float8Product
 from lrnn.pretrain.fused.layers import FusedBlock, fuse, refresh
 from lrnn.pretrain.metrics.eigenvalues import EigenvalueProbe
 
@@ -66,7 +68,7 @@ def test_loss_and_gradients(mixer, packed, options, monkeypatch):
 def test_gradients_of_merged_weights_are_summed_in_place():
     """Those of later micro-batches go into the same memory, unless someone has put other gradients there."""
     plain, fused = pair()
-    weights = fused.model.layers[0].fused.fused_mixer.inner.weights
+    weights = fused.model.layers[0].fused.fused_mixer.inner[0].weights
     run(fused)
     first = [w.grad.data_ptr() for w in weights]
     run(fused)
@@ -133,6 +135,45 @@ def test_gradients_are_written_into_slices():
     assert dz[..., 256:].isnan().all()
     with pytest.raises(ValueError, match="evenly spaced"):
         short_conv.write_gradients([wide[..., ::4]], [dys[0]], [parts[0]], weights[:1], [], None)
+
+
+def float8(x):
+    """Return x as float8 with a scale per row holds it, in float64."""
+    scales = x.abs().amax(1, keepdim=True) / 448
+    return (x / scales).to(torch.float8_e4m3fn).double() * scales.double()
+
+
+def test_products_in_float8():
+    """Both operands of y and dx are rounded along the sum, those of dW are not."""
+    weights = [torch.nn.Parameter(torch.randn(n, 32)) for n in (16, 48)]
+    x, dy, w = torch.randn(5, 32), torch.randn(5, 64), torch.cat([u.detach() for u in weights])
+    for refreshed in (False, True):
+        product = Float8Product(weights, torch.float32)
+        if refreshed:
+            product.refresh()
+        near = {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(product.forward(x).double(), float8(x) @ float8(w).T, **near)
+        torch.testing.assert_close(product.input_gradient(dy).double(), float8(dy) @ float8(w.T).T, **near)
+    torch.testing.assert_close(torch.cat(product.weight_gradients(dy, x)), dy.T @ x)
+    with pytest.raises(UserError, match="multiples of 16; the model has one of 32 to 40"):
+        Float8Product([torch.zeros(40, 32)], torch.float32)
+
+
+@pytest.mark.parametrize("mixer", ["gated_deltanet", "deltanet"])
+def test_layers_in_float8(mixer):
+    """Loss and gradients differ by what float8 rounds; gates, head and embeddings are not among what is rounded."""
+    sizes = SIZES | {"intermediate_size": 48}
+    torch.manual_seed(0)
+    plain = LrnnForCausalLM(LrnnConfig(**sizes, mixer=mixer, head_dim=64)).train()
+    fused = copy.deepcopy(plain)
+    fuse(fused, torch.float32, float8=True)
+    refresh(fused)
+    rounded = {id(w) for p in fused.fused_products if isinstance(p, Float8Product) for w in p.weights}
+    names = {name.split(".")[-2] for name, p in fused.named_parameters() if id(p) in rounded}
+    gate = ["g_proj"] if mixer == "gated_deltanet" else []
+    assert names == {"q_proj", "k_proj", "v_proj", *gate, "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert run(fused, 2) == pytest.approx(run(plain), rel=2e-3)
+    compare(plain, fused, 2, bar=0.2)
 
 
 def test_gradients_in_16_bits_are_scaled_exactly():
