@@ -2,13 +2,14 @@
 
     scale = max |row| / 448       y = x / scale
 
-With rows x_i = scale_i y_i and w_j = scale_j v_j, the product is x_i w_j = scale_i scale_j (y_i v_j): the scales leave the
-sum, and `torch.nn.functional.scaled_mm` applies them to its result. The scales follow from the values of the moment, so
-that there is no history to save in checkpoints.
+With rows x_i = scale_i y_i and w_j = scale_j v_j, the product is x_i w_j = scale_i scale_j (y_i v_j): the scales leave
+the sum, and `torch.nn.functional.scaled_mm` applies them to its result. The scales follow from the values of the
+moment, so that there is no history to save in checkpoints.
 
 A number that is not finite makes the numbers of its row NaN where it stands, so that it is seen in the product.
 
-Symbols of the kernel: R rows of D elements, which start SX apart in x. A program takes BR rows, with BD >= D a power of 2.
+Symbols of the kernel: R rows of D elements, which start SX apart in x. A program takes BR rows, and BD >= D, a power
+of 2.
 """
 
 from collections.abc import Iterator

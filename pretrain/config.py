@@ -192,9 +192,9 @@ class Config(Section):
     too. 2 unless `deepspeed` is given."""
     precision: Literal["fp8", "bfloat16", "float32"] | None = None
     """Precision of the modules; parameters, gradients and their reduction are float32 with each. `bfloat16` unless
-    `deepspeed` is given. `fp8` is `bfloat16` but for the projections of (gated) DeltaNet and the MLPs, whose outputs and
-    gradients of inputs are products of float8 numbers, with a scale per token; it takes `fused_layers` and a GPU of
-    compute capability 8.9 or above. On CPUs without AVX-512, `float32` is several times as fast."""
+    `deepspeed` is given. `fp8` is `bfloat16` but for the projections of (gated) DeltaNet and the MLPs: their outputs
+    and the gradients of their inputs are products of float8 numbers, with a scale per token. It takes `fused_layers`
+    and a GPU of compute capability 8.9 or above. On CPUs without AVX-512, `float32` is several times as fast."""
     deepspeed: Annotated[str | None, IsPath()] = None
     """DeepSpeed JSON, for settings that `zero` and `precision` do not cover. Batch sizes and clipping are filled in."""
     steps: Steps = Field(gt=0)

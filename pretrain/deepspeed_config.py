@@ -82,7 +82,8 @@ def _check_agreement(raw: dict[str, Any], path: str, config: Config) -> None:
             "keep one (the override zero= removes the latter)"
         )
     precision = "bfloat16" if raw.get("torch_autocast", {}).get("enabled") else "float32"
-    if {"fp8": "bfloat16"}.get(config.precision, config.precision) not in (None, precision):
+    autocast = "bfloat16" if config.precision == "fp8" else config.precision
+    if autocast not in (None, precision):
         raise UserError(
             f"{path}: its torch_autocast means {precision}, and precision of the run's configuration is "
             f"{config.precision}; keep one (the override precision= removes the latter)"

