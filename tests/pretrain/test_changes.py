@@ -18,7 +18,7 @@ RUN = {
 OTHERS = {  # another value of every key, by what it is
     "free": {
         "run_dir": "y", "zero": 3, "micro_batch_size": 4, "activation_checkpointing": "full", "max_skipped_steps": 9,
-        "fused_layers": False,
+        "fused_layers": False, "profile.steps": [1, 2],
         "checkpoint.every": 7, "checkpoint.keep_last": 7, "checkpoint.keep_every": 7, "checkpoint.background": False,
         "log.every": 7, "log.heldout_every": 7, "log.heldout_batches": 7, "log.tensorboard": False,
         "log.wandb_project": "p", "watchdog.lost_seconds": 7.0, "watchdog.stall_seconds": 7.0,
