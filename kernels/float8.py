@@ -6,7 +6,7 @@ With rows x_i = scale_i y_i and w_j = scale_j v_j, the product is x_i w_j = scal
 the sum, and `torch.nn.functional.scaled_mm` applies them to its result. The scales follow from the values of the
 moment, so that there is no history to save in checkpoints.
 
-A number that is not finite makes the numbers of its row NaN where it stands, so that it is seen in the product.
+A number that is not finite becomes NaN, which reaches the product.
 
 Symbols of the kernel: R rows of D elements, which start SX apart in x. A program takes BR rows, and BD >= D, a power
 of 2.
@@ -27,7 +27,7 @@ WARPS, TILE = 8, 4096  # elements at a time of short rows
 
 
 class Float8Rows(NamedTuple):
-    """A matrix in float8: values [R, D] float8_e4m3fn, and scales [R, 1] float32 that they are to be multiplied by."""
+    """A matrix in float8: values [R, D] float8_e4m3fn, and scales [R, 1] float32, with x = values * scales."""
 
     values: Tensor
     scales: Tensor

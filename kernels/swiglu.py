@@ -5,8 +5,8 @@
 Both kernels are bound by memory. The backward pass also returns h, so that only the product has to be kept. Where the
 next product is in float8, they write its operand: h in the forward pass, and the gradient of ab in the backward pass.
 
-Symbols of the kernels: R rows of 2 D elements, a ahead of b. A program takes BD elements of one row of a and of b, and
-the whole row where it finds the scale of one in float8.
+Symbols of the kernels: R rows of 2 D elements, a ahead of b. A program takes BD elements of one row of a and of b, or
+the whole row where it computes the row's scale in float8.
 """
 
 from collections.abc import Iterator

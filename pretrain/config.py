@@ -191,7 +191,7 @@ class Config(Section):
     """ZeRO stage of DeepSpeed: 1 shards the optimizer's state over the processes, 2 the gradients too, 3 the parameters
     too. 2 unless `deepspeed` is given."""
     precision: Literal["fp8", "bfloat16", "float32"] | None = None
-    """Precision of the modules; parameters, gradients and their reduction are float32 with each. `bfloat16` unless
+    """Precision of the modules; parameters, gradients and their reduction are float32 in each case. `bfloat16` unless
     `deepspeed` is given. `fp8` is `bfloat16` but for the projections of (gated) DeltaNet and the MLPs: their outputs
     and the gradients of their inputs are products of float8 numbers, with a scale per token. It takes `fused_layers`
     and a GPU of compute capability 8.9 or above. On CPUs without AVX-512, `float32` is several times as fast."""

@@ -7,4 +7,5 @@ deltanet        x + mixer(norm(x)) for (gated) DeltaNet
 mlp             x + mlp(norm(x))
 loss            the head and the cross-entropy
 product         products with the weights of several linear layers
+float8          the same in float8, for `precision: fp8`
 """

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import ScalingType, scaled_mm
 
 from lrnn.errors import UserError
-from lrnn.kernels.float8 import Float8Rows, cast_rows
+from lrnn.kernels.float8 import MAX_SIZE, Float8Rows, cast_rows
 from lrnn.pretrain.fused.product import Product
 
 
@@ -20,15 +20,19 @@ class Float8Product(Product):
     """y = x W^T as `Product` computes it, with x W^T and dy W in float8.
 
     The weights are cast from float32 once per step, by rows and by columns; these copies take as much memory as one in
-    16 bits. All sizes must be multiples of 16.
+    16 bits.
+
+    Raises:
+        UserError: a size is not a multiple of 16, or too long for a row.
     """
 
     def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype):
         super().__init__(weights, dtype)
-        if sum(self.rows) % 16 or self.columns % 16:
+        sizes = self.columns, sum(self.rows)
+        if any(size % 16 or size > MAX_SIZE for size in sizes):
             raise UserError(
-                f"precision is 'fp8', whose products take sizes that are multiples of 16; the model has one of "
-                f"{self.columns} to {sum(self.rows)} features"
+                f"precision is 'fp8', whose products take sizes that are multiples of 16, up to {MAX_SIZE}; the model "
+                f"has one from {sizes[0]} to {sizes[1]} features. Set precision to bfloat16"
             )
         self._copies: tuple[Float8Rows, Float8Rows] | None = None
 
@@ -53,6 +57,6 @@ class Float8Product(Product):
     def _multiply(self, x: Tensor | Float8Rows, w: Float8Rows) -> Tensor:
         x = x if isinstance(x, Float8Rows) else cast_rows(x)
         scales = (x.scales, ScalingType.RowWise, w.scales.T, ScalingType.RowWise)
-        # Fast: partial sums are not moved to float32 registers on the way. On an H200, the error of a product over
-        # 2,048 or 5,632 numbers is 3.75% with and without that.
+        # With fast accumulation, partial sums stay in the tensor cores instead of being added up in float32 registers.
+        # On an H200, the error of a product over 2,048 or 5,632 numbers is 3.75% with and without it.
         return scaled_mm(x.values, w.values.T, *scales, output_dtype=self.dtype, use_fast_accum=True)

@@ -403,3 +403,35 @@ def test_what_trains_with_fused_layers(load):
     assert compute_dtype({"torch_autocast": {"enabled": False, "dtype": "float16"}}) == torch.float32
     mlp = error_of(lambda: fused("activation_checkpointing=mlp", device="cpu"))
     assert mlp.startswith("activation_checkpointing is 'mlp', which only fused layers can do")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device", "dtype", "reason"),
+    [
+        ((), "cpu", torch.bfloat16, "here the device is cpu, layers are plain"),
+        (("fused_layers=false",), "cuda", torch.bfloat16, "here the device is cuda, layers are plain"),
+        (("fused_layers=true",), "cuda", torch.float16, "layers are fused, and modules compute in float16"),
+        ((), "cuda", torch.bfloat16, "takes compute capability 8.9 or above; A100 has 8.0"),
+    ],
+)
+def test_float8_that_cannot_be_had(load, monkeypatch, overrides, device, dtype, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
+    config = load("precision=fp8", *overrides)
+    message = error_of(uses_fused_layers, config, torch.device(device), dtype)
+    assert message.startswith("precision is 'fp8', which takes ") and reason in message
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    assert uses_fused_layers(load("precision=fp8"), torch.device("cuda"), torch.bfloat16)
+
+
+def test_float8_computes_the_rest_in_bfloat16(load, tmp_path):
+    assert compute_dtype(deepspeed_config(load("precision=fp8"), 1)) == torch.bfloat16
+    for autocast in (True, False):
+        path = tmp_path / f"{autocast}.json"
+        path.write_text(json.dumps(zero_settings(2, "bfloat16" if autocast else "float32")))
+        config = load("zero=", f"deepspeed={path}", "precision=fp8")
+        if autocast:
+            assert compute_dtype(deepspeed_config(config, 1)) == torch.bfloat16
+        else:
+            message = error_of(deepspeed_config, config, 1)
+            assert "torch_autocast means float32, and precision of the run's configuration is fp8" in message
