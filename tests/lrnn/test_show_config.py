@@ -28,7 +28,8 @@ def show(capsys):
 
 
 def comment(text: str, key: str) -> str:
-    (line,) = [line for line in text.splitlines() if line.strip().removeprefix("- ").startswith(f"{key}:")]
+    lines = [line for line in text.splitlines() if line.strip().removeprefix("- ").startswith(f"{key}:")]
+    (line,) = [line for line in lines if not line.startswith(" ")] or lines  # `profile` has `steps` too
     return line.split("  # ")[1]
 
 
