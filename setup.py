@@ -12,10 +12,11 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 PAGES = ("docs/*.md", "docs/results/*.md")
+PICTURE = re.compile(r"!\[[^\]]*\]\((?!https?://)([^)\s]+)\)")
 
 
 class BuildWithPages(build_py):
-    """Copy the pages of the documentation into `lrnn/docs`, whose links to each other then work."""
+    """Copy the documentation into `lrnn/docs`: the pages, whose links to each other then work, and what they show."""
 
     def run(self) -> None:
         if self.editable_mode:  # the package is then used where it is, beside `docs`
@@ -32,7 +33,9 @@ class BuildWithPages(build_py):
         return [*super().get_outputs(include_bytecode), *(str(Path(self.build_lib, "lrnn", p)) for p in self._pages())]
 
     def _pages(self) -> list[Path]:
-        return [page.relative_to(ROOT) for pattern in PAGES for page in sorted(ROOT.glob(pattern))]
+        pages = [page for pattern in PAGES for page in sorted(ROOT.glob(pattern))]
+        pictures = {page.parent / link for page in pages for link in PICTURE.findall(page.read_text(encoding="utf-8"))}
+        return [path.relative_to(ROOT) for path in [*pages, *sorted(pictures)]]
 
 
 def description() -> str:
