@@ -13,12 +13,11 @@ setup: .venv/installed
 quickstart: setup
 	$(BIN)/lrnn quickstart
 
-# Two processes for what bears a busy machine, in the order of tests/conftest.py: the longest files first. pytest-xdist
-# would begin with the files of most tests. What takes times comes after that, one test at a time.
+# Two processes, in the order of tests/conftest.py: the longest files first, and last what measures time, while the other
+# process waits. pytest-xdist would begin with the files of most tests.
 test: setup
 	$(MAKE) --no-print-directory --output-sync=target -j 2 lint docs
-	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not alone'
-	$(BIN)/pytest -q -m alone
+	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Runs 300 kills instead of 12, twenty endings of a job instead of three, and other numbers of processes, in some 50
 # minutes. The jobs need root and Debian, because they start their own SLURM. Exports of every mixer are used in five

@@ -1,8 +1,11 @@
-"""The order of the tests."""
+"""The order of the tests, and which of them run beside others."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from turns import turn
 
 # With one file per process at a time, a long file that starts late leaves the other processes idle at the end.
 LONGEST = (
@@ -24,6 +27,18 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Move the longest files to the front."""
+    """Move the longest files to the front, and tests that run alone to the end, where they keep no long one waiting."""
     place = {Path(__file__).parent / file: number for number, file in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
+    items.sort(key=lambda item: (_is_alone(item), place.get(item.path, len(LONGEST))))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    with turn(Path(item.config.getoption("basetemp")).parent, _is_alone(item)):
+        return (yield)
+
+
+def _is_alone(item: pytest.Item) -> bool:
+    return item.get_closest_marker("alone") is not None

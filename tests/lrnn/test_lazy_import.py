@@ -1,66 +1,16 @@
-"""Test that `import lrnn` and the help of the command line take no time, yet transformers knows the model."""
+"""Test that transformers knows the model, although `import lrnn` imports neither."""
 
 import json
-import os
-import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from own_process import run
 
 from lrnn import LrnnConfig, LrnnForCausalLM
 
 REPOSITORY = Path(__file__).parents[2]
-HEAVY = ("torch", "transformers")
-CPU_SECONDS = 0.5
-
-
-def run(code: str, tmp_path: Path, *arguments: str) -> str:
-    """Run Python code in a separate process, outside the repository, and return what it prints."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    env["PYTHONPATH"] = os.pathsep.join(str(Path(path).absolute()) for path in sys.path if path)
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def help_of(*arguments: str) -> str:
-    """Return code that prints the help of a command, and then which of the heavy packages have been imported."""
-    return (
-        "import sys\n"
-        "from lrnn import cli\n"
-        f"try: cli.main([{', '.join(map(repr, arguments))}])\n"
-        "except SystemExit as ended: assert ended.code == 0\n"
-        f"print('IMPORTED', [name for name in {HEAVY} if name in sys.modules])"
-    )
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["submit", "--help"]], ids=" ".join)
-def test_help_imports_neither_torch_nor_transformers(arguments, tmp_path):
-    out = run(help_of(*arguments), tmp_path)
-    assert out.startswith("usage: lrnn") and out.endswith("IMPORTED []\n")
-
-
-@pytest.mark.alone
-@pytest.mark.parametrize("arguments", [["--help"], ["submit", "--help"]], ids=" ".join)
-def test_help_takes_no_time(arguments, tmp_path):
-    def used() -> float:
-        times = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return times.ru_utime + times.ru_stime
-
-    taken = []
-    for _ in range(3):  # the first run may compile files
-        before = used()
-        run(help_of(*arguments), tmp_path)
-        taken.append(used() - before)
-    assert min(taken) < CPU_SECONDS
-
-
 SELECT = "from transformers import AutoConfig, AutoModel, AutoModelForCausalLM"
 ORDERS = {
     "lrnn": f"import lrnn; {SELECT}",

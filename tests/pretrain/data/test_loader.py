@@ -1,7 +1,5 @@
 """Compare batches with a slow and simple reference, made from the documents as `datasets` reads them."""
 
-import threading
-import time
 from itertools import chain, islice
 
 import datasets
@@ -17,7 +15,6 @@ from lrnn.pretrain.data import loader as loader_module
 from lrnn.pretrain.data.heldout import heldout_batches
 from lrnn.pretrain.data.loader import Loader
 from lrnn.pretrain.data.order import MixedOrder
-from lrnn.pretrain.data.prefetch import Prefetcher
 from lrnn.pretrain.data.samples import CorpusData
 
 SEQ_LEN = 64
@@ -222,63 +219,3 @@ def test_heldout_batches(corpora):
 
 
 # --- the thread -------------------------------------------------------------------------------------------------------
-
-
-def prefetch_threads() -> int:
-    return sum(thread.name == "prefetch" for thread in threading.enumerate())
-
-
-def test_prefetcher_runs_ahead_and_stops():
-    made = []
-
-    def items():
-        for i in range(1000):
-            made.append(i)
-            yield i
-
-    before = prefetch_threads()
-    with Prefetcher(items(), depth=3) as ahead:
-        assert next(ahead) == 0
-        deadline = time.monotonic() + 5
-        while len(made) < 5 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.05)
-        assert len(made) == 5  # one is taken, three are in the queue, one waits to enter it
-        start = time.monotonic()
-    assert time.monotonic() - start < 2 and prefetch_threads() == before
-    assert list(ahead) == []
-    ahead.close()
-
-
-def test_prefetcher_hands_over_errors_and_the_end():
-    def items():
-        yield 1
-        yield 2
-        raise KeyError("broken shard")
-
-    ahead = Prefetcher(items(), depth=5)
-    assert [next(ahead), next(ahead)] == [1, 2]
-    with pytest.raises(KeyError, match="broken shard"):
-        next(ahead)
-    with pytest.raises(StopIteration):
-        next(ahead)
-    assert list(Prefetcher(iter("abc"), depth=1)) == ["a", "b", "c"]
-
-
-@pytest.mark.alone
-def test_prefetcher_counts_the_wait():
-    def items():
-        yield 0
-        time.sleep(0.3)
-        yield 1
-        yield 2
-
-    with Prefetcher(items(), depth=1) as ahead:
-        next(ahead)
-        ahead.take_wait_s()
-        next(ahead)
-        assert 0.2 < ahead.take_wait_s() < 5
-        assert ahead.take_wait_s() == 0.0
-        time.sleep(0.1)
-        next(ahead)
-        assert ahead.take_wait_s() < 0.1
