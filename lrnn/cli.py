@@ -6,6 +6,7 @@ when their command is named.
 
 import argparse
 import importlib
+import os
 import re
 import sys
 from collections.abc import Container
@@ -36,7 +37,8 @@ COMMANDS = {
     "quickstart": ("lrnn.quickstart", "the whole job on a laptop CPU: corpus, pretraining, resume, export, evaluation"),
 }
 
-
+# Triton's cache of compiled kernels, by the name of its class, so that only Triton imports it.
+COMPILE_ONCE = "lrnn.kernels.common.compile_once:CompileOnce"
 PATHS_OR_NAMES = {"source", "out", "tokenizer", "data_files"}  # arguments that are texts, because some are no paths
 SHELLS = ("bash", "zsh", "fish", "tcsh", "powershell")
 
@@ -110,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     wait_without_spinning()  # before a command loads torch
+    os.environ.setdefault("TRITON_CACHE_MANAGER", COMPILE_ONCE)
     try:
         args, module = parse(sys.argv[1:] if argv is None else argv)
         return importlib.import_module(module).main(args) or 0

@@ -132,3 +132,13 @@ def test_overrides_may_surround_options():
     assert (args.config, args.nproc, args.overrides) == ("run.yaml", 2, ["a=1", "b=2", "c=x y"])
     args, _ = cli.parse(["pretrain", "--nproc", "2", "run.yaml", "a=1"])
     assert (args.config, args.nproc, args.overrides) == ("run.yaml", 2, ["a=1"])
+
+
+def test_processes_compile_no_kernel_twice(monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("TRITON_CACHE_MANAGER", raising=False)
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    from triton.runtime.cache import get_cache_manager
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert type(get_cache_manager("ab")).__name__ == "CompileOnce"

@@ -43,6 +43,19 @@ def test_syntax(name):
     subprocess.run(["bash", "-n", str(SLURM / f"{name}.sbatch")], check=True)
 
 
+@pytest.mark.parametrize("folder", [None, "/scratch/kernels"])
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_kernels_stay_where_the_user_has_them(sbatch, tmp_path, name, folder):
+    # A folder for each job would make every job compile all kernels.
+    (tmp_path / "jobs.tsv").write_text("model\tquick\n")
+    (tmp_path / "bin" / "srun").write_text(f'#!/bin/bash\necho "${{TRITON_CACHE_DIR-unset}}" > {tmp_path}/seen')
+    environment = {"SLURM_CPUS_PER_TASK": "2", "SLURM_ARRAY_TASK_ID": "0"}
+    environment |= {} if folder is None else {"TRITON_CACHE_DIR": folder}
+    arguments = {"train": "run.yaml", "eval": "jobs.tsv", "corpus": "text"}
+    status, _, output = sbatch(name, arguments[name], **environment)
+    assert (status, (tmp_path / "seen").read_text()) == (0, f"{folder or 'unset'}\n"), output
+
+
 def directives(name: str) -> dict[str, str]:
     """Return the #SBATCH lines that SLURM would read: those before the first command."""
     found = {}
