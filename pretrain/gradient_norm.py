@@ -2,8 +2,8 @@
 
 from typing import Any
 
-import deepspeed.comm as dist
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 

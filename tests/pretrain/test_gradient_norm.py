@@ -13,7 +13,8 @@ from lrnn.pretrain.gradient_norm import read_once
 @pytest.fixture
 def zero(monkeypatch):
     """Return what the norm needs of an optimizer on two ranks whose gradients are the same."""
-    monkeypatch.setattr(deepspeed.comm, "all_reduce", lambda tensor, op=None, group=None: tensor.mul_(2))
+    for module in (deepspeed.comm, torch.distributed):
+        monkeypatch.setattr(module, "all_reduce", lambda tensor, op=None, group=None: tensor.mul_(2))
     return SimpleNamespace(
         device="cpu", dp_process_group=None, model_parallel_rank=0, _model_parallel_all_reduce=lambda **_: None
     )
