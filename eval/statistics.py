@@ -1,9 +1,10 @@
-"""Statistics shared by the suites and by perplexity by position: bits per byte, and a bootstrap over documents.
+"""Statistics shared by the suites and by perplexity by position: metrics that are no means, bootstrap over documents.
 
 D documents, K groups of tokens (bins of position), M models, R resamples.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -22,13 +23,43 @@ def bits_per_byte(pairs: np.ndarray) -> np.ndarray:
     return -nats / n_bytes / math.log(2)
 
 
-def bits_per_byte_stderr(pairs: np.ndarray) -> float | None:
-    """Return the standard error of `bits_per_byte` by bootstrap over documents `[n, 2]`, or None for one document."""
-    if len(pairs) < 2:
+def pairs_perplexity(pairs: np.ndarray) -> np.ndarray:
+    """Return the perplexity over the axis n of (log-likelihood in nats, words or bytes) pairs `[..., n, 2]` float64."""
+    return np.exp(-pairs[..., 0].sum(-1) / pairs[..., 1].sum(-1))
+
+
+def perplexity(loglikelihoods: np.ndarray) -> np.ndarray:
+    """Return exp of minus the mean over the axis n of log-likelihoods in nats `[..., n]` float64."""
+    return np.exp(-loglikelihoods.mean(-1))
+
+
+# How the values of documents become the value of a metric. All others are means.
+AGGREGATES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "bits_per_byte": bits_per_byte,
+    "byte_perplexity": pairs_perplexity,
+    "word_perplexity": pairs_perplexity,
+    "perplexity": perplexity,
+}
+
+
+def aggregate(metric: str, values: np.ndarray) -> np.ndarray:
+    """Return the value of a metric over documents: `values` is `[..., n]` or, for pairs, `[..., n, 2]` float64."""
+    return AGGREGATES[metric](values) if metric in AGGREGATES else values.mean(-1)
+
+
+def resampled(metric: str, values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return a metric over documents drawn with replacement, [M, R], from values `[M, n]` or `[M, n, 2]` float64."""
+    n = values.shape[1]
+    block = max(1, BLOCK // (4 * n))
+    sizes = [min(block, RESAMPLES - start) for start in range(0, RESAMPLES, block)]
+    return np.concatenate([aggregate(metric, values[:, rng.integers(n, size=(size, n))]) for size in sizes], axis=1)
+
+
+def bootstrap_stderr(metric: str, values: np.ndarray) -> float | None:
+    """Return the standard error of a metric by bootstrap over documents `[n]` or `[n, 2]`, None for one document."""
+    if len(values) < 2:
         return None
-    rng = np.random.default_rng(SEED)
-    means = [float(bits_per_byte(pairs[rng.integers(len(pairs), size=len(pairs))])) for _ in range(RESAMPLES)]
-    return float(np.std(means, ddof=1))
+    return float(np.std(resampled(metric, values[None], np.random.default_rng(SEED)), ddof=1))
 
 
 def resampled_means(sums: np.ndarray, counts: np.ndarray, resamples: int, seed: int) -> np.ndarray:

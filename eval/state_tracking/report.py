@@ -12,6 +12,7 @@ from lrnn.track.metrics import scaled_accuracy
 
 Raw = dict[str, Any]
 
+NAME = "state_tracking"
 METRICS = {"mc": "acc", "gen": "exact_match"}
 TASK_NAMES = {kind: tuple(f"lrnn_{name}_{kind}" for name in TEXT_TASKS) for kind in METRICS}
 COLUMNS = ("task", "kind", "unit", "length", "n", "accuracy", "stderr", "floor", "scaled_accuracy", "scaled_stderr")
@@ -20,6 +21,11 @@ COLUMNS = ("task", "kind", "unit", "length", "n", "accuracy", "stderr", "floor",
 def is_by_length(metric: str) -> bool:
     """Return whether a metric of lm-eval belongs to a single length, which `length_rows` reports."""
     return re.fullmatch(r"(acc|exact_match)_len\d+", metric) is not None
+
+
+def owns(row: Raw) -> bool:
+    """Return whether a row by length belongs to a text task."""
+    return row["task"] in TEXT_TASKS
 
 
 def score_rows(rows: list[Raw]) -> list[Raw]:
@@ -113,13 +119,13 @@ def _cell(row: Raw | None) -> str:
     return f"{row['accuracy']:.3f}{error} [{row['scaled_accuracy']:.3f}]"
 
 
-def write(folder: Path, rows: list[Raw]) -> None:
-    """Write `by_length.csv` and the plot `by_length.png` into the folder."""
-    with (folder / "by_length.csv").open("w", encoding="utf-8", newline="") as file:
+def write(folder: Path, rows: list[Raw], stem: str) -> None:
+    """Write `stem.csv` and the plot `stem.png` into the folder."""
+    with (folder / f"{stem}.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    plot(folder / "by_length.png", rows)
+    plot(folder / f"{stem}.png", rows)
 
 
 def plot(path: Path, rows: list[Raw]) -> None:

@@ -1,4 +1,4 @@
-"""Compare two result folders of the same suite by paired bootstrap over documents."""
+"""Compare two result folders of the same suite by paired bootstrap over the documents of each task."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lrnn.errors import UserError
-from lrnn.eval.statistics import INTERVAL, RESAMPLES, SEED, bits_per_byte
+from lrnn.eval.statistics import INTERVAL, SEED, aggregate, resampled
 
 
 def compare(first: Path, second: Path) -> str:
@@ -20,27 +20,20 @@ def compare(first: Path, second: Path) -> str:
     metrics = [_results(first), _results(second)]
     for key in (key for key in metrics[0] if key in metrics[1]):
         task, metric, filter_name = key
-        values = [row["value"] for row in (metrics[0][key], metrics[1][key])]
-        # All tasks have the same number of documents, so a mean over tasks is the mean over all their documents.
-        a, b = (
-            _values(folder, found[key].get("tasks", [task]), metric, filter_name)
-            for folder, found in zip((first, second), metrics, strict=True)
-        )
-        if a.keys() != b.keys():
+        found = [folder[key] for folder in metrics]
+        a, b = (_values(*of_folder) for of_folder in zip((first, second), found, strict=True))
+        if [part.keys() for part in a] != [part.keys() for part in b]:
             raise UserError(f"{task} was run on different documents in {first} and {second}, so they cannot be paired")
-        pair = np.array([[a[doc] for doc in a], [b[doc] for doc in a]], dtype=np.float64)
-        ratio = metric == "bits_per_byte"
-
-        def difference(pair: np.ndarray, ratio: bool = ratio) -> Any:
-            means = bits_per_byte(pair) if ratio else pair.mean(-1)
-            return means[1] - means[0]
-
-        rng, n = np.random.default_rng(SEED), pair.shape[1]
-        draws = [difference(pair[:, rng.integers(n, size=n)]) for _ in range(RESAMPLES)]
-        low, high = np.quantile(draws, INTERVAL)
+        pairs = [np.array([[x[d] for d in x], [y[d] for d in x]], dtype=np.float64) for x, y in zip(a, b, strict=True)]
+        rng = np.random.default_rng(SEED)
+        draws = np.mean([resampled(metric, pair, rng) for pair in pairs], axis=0)
+        low, high = np.quantile(draws[1] - draws[0], INTERVAL)
+        before, after = np.mean([aggregate(metric, pair) for pair in pairs], axis=0)
+        n = sum(pair.shape[1] for pair in pairs)
         name = metric if filter_name == "none" else f"{metric} ({filter_name})"
+        first_value, second_value = (f"{row['value']:.4f}" for row in found)
         rows.append(
-            f"| {task} | {name} | {values[0]:.4f} | {values[1]:.4f} | {difference(pair):+.4f} "
+            f"| {task} | {name} | {first_value} | {second_value} | {after - before:+.4f} "
             f"| [{low:+.4f}, {high:+.4f}] | {n} |"
         )
     if len(rows) == 2:
@@ -60,11 +53,16 @@ def _results(folder: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
     return {(row["task"], row["metric"], row["filter"]): row for row in metrics}
 
 
-def _values(folder: Path, tasks: list[str], metric: str, filter_name: str) -> dict[tuple[str, int, str], Any]:
-    """Return the value of every document by (its task, its number, the hash of its text)."""
-    found: dict[tuple[str, int, str], Any] = {}
-    for task in tasks:
+def _values(folder: Path, row: dict[str, Any]) -> list[dict[tuple[str, int, str], Any]]:
+    """Return, for each task that a row is the mean of, the value of every document by (task, number, hash of its text).
+
+    A row names them in `parts` [[task, metric, filter]], or in `tasks` if they all have its metric and filter.
+    """
+    same = [(task, row["metric"], row["filter"]) for task in row.get("tasks", [row["task"]])]
+    found = []
+    for task, metric, filter_name in row.get("parts", same):
         with (folder / f"samples_{task}.jsonl").open("rb") as file:
             samples = [json.loads(line) for line in file]
-        found |= {(task, s["doc_id"], s["doc_hash"]): s[metric] for s in samples if s["filter"] == filter_name}
+        own = [sample for sample in samples if sample["filter"] == filter_name]
+        found.append({(task, s["doc_id"], s["doc_hash"]): s[metric] for s in own})
     return found

@@ -9,8 +9,7 @@ from lrnn.errors import UserError
 from lrnn.eval import result_folder
 from lrnn.eval.model_folder import check_export, describe_model, says_add_bos
 from lrnn.eval.offline import go_offline
-from lrnn.eval.state_tracking import report as state_tracking_report
-from lrnn.eval.suites import fetch_data, harness, report, sandbox
+from lrnn.eval.suites import fetch_data, harness, report, sandbox, sections
 from lrnn.eval.suites.card_results import update_card
 from lrnn.eval.suites.suites import CODE_TASKS, GENERATION_TOKENS, HELDOUT_TASK, STATE_TRACKING, find_suite
 from lrnn.files import sha256
@@ -67,8 +66,8 @@ def evaluate(
         "out": str(out),
         "left_out": left_out,
         "limit": limit,
-        "metrics": [*state_tracking_report.score_rows(rows), *rows],
-        "by_length": state_tracking_report.length_rows(raw),
+        "metrics": [*sections.score_rows(rows), *rows],
+        "by_length": sections.length_rows(raw),
         "seconds": round(time.time() - start, 1),
         "model": describe_model(model),
         "settings": settings,

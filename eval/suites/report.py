@@ -1,6 +1,6 @@
 """Results of a suite on disk: results.json (ours), table.md, and lm-eval's own results and samples, all or nothing.
 
-State-tracking tasks add by_length.csv and by_length.png.
+Tasks with documents of several lengths add by_length.csv and by_length.png.
 """
 
 import json
@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lrnn.eval.state_tracking import report as state_tracking_report
-from lrnn.eval.statistics import bits_per_byte_stderr
+from lrnn.eval.statistics import AGGREGATES, bootstrap_stderr
+from lrnn.eval.suites import sections
 from lrnn.files import replace_folder
 
 Raw = dict[str, Any]
@@ -20,7 +20,7 @@ Raw = dict[str, Any]
 def metric_rows(raw: Raw) -> list[Raw]:
     """Return a row per task, metric and filter, with a standard error, from the result of lm-eval's `simple_evaluate`.
 
-    Metrics of a single length of a state-tracking task are left to `state_tracking_report.length_rows`.
+    Metrics of a single length are left to `sections.length_rows`.
     """
     rows = []
     for task, values in raw["results"].items():
@@ -28,12 +28,12 @@ def metric_rows(raw: Raw) -> list[Raw]:
         shots = (config.get("metadata") or {}).get("shots", raw["n-shot"][task])
         for key, value in values.items():
             metric, _, filter_name = key.partition(",")
-            if not filter_name or metric.endswith("_stderr") or state_tracking_report.is_by_length(metric):
+            if not filter_name or metric.endswith("_stderr") or sections.is_by_length(metric):
                 continue
             stderr: Any = values.get(f"{metric}_stderr,{filter_name}")
-            if metric == "bits_per_byte":
-                pairs = [s["bits_per_byte"] for s in raw["samples"][task] if s["filter"] == filter_name]
-                stderr = bits_per_byte_stderr(np.array(pairs, dtype=np.float64))
+            if metric in AGGREGATES:
+                of_documents = [s[metric] for s in raw["samples"][task] if s["filter"] == filter_name]
+                stderr = bootstrap_stderr(metric, np.array(of_documents, dtype=np.float64))
             rows.append(
                 {
                     "task": task,
@@ -53,7 +53,7 @@ def markdown_table(results: Raw) -> str:
     """Return the results as Markdown; `+-` is one standard error over documents."""
     lines = [f"# {results['suite']}: {results['model']['path']}", "", *metrics_table(results)]
     if results["by_length"]:
-        lines += ["", state_tracking_report.markdown_table(results["by_length"]).rstrip()]
+        lines += ["", sections.markdown_tables(results["by_length"]).rstrip()]
     return "\n".join(lines) + "\n"
 
 
@@ -88,7 +88,7 @@ def _fill(new: Path, results: Raw, raw: Raw) -> None:
         _dump({k: v for k, v in raw.items() if k != "samples"}, indent=2), encoding="utf-8"
     )
     if results["by_length"]:
-        state_tracking_report.write(new, results["by_length"])
+        sections.write(new, results["by_length"])
     (new / "table.md").write_text(markdown_table(results), encoding="utf-8")
     (new / "results.json").write_text(_dump(results, indent=2), encoding="utf-8")
 

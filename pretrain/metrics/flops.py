@@ -2,9 +2,7 @@
 
 from lrnn.model.configuration_lrnn import LrnnConfig
 from lrnn.model.mixers import MIXERS
-
-# These are dense bf16 matrix FLOP/s from the vendors' datasheets. The first name in the device's name counts.
-PEAK_BF16 = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+from lrnn.pretrain.gpus import find_device
 
 
 def train_flops_per_token(config: LrnnConfig) -> float:
@@ -23,5 +21,6 @@ def train_flops_per_token(config: LrnnConfig) -> float:
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return the dense bf16 FLOP/s of a device, or None if it is not in the table."""
-    return next((peak for name, peak in PEAK_BF16.items() if name in device_name), None)
+    """Return the dense bf16 FLOP/s of a device, or None if it is not in the table of GPUs."""
+    gpu = find_device(device_name)
+    return None if gpu is None else 1e12 * gpu.bfloat16

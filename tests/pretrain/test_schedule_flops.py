@@ -149,4 +149,6 @@ def test_peak_flops():
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_flops("NVIDIA L40S") == 362e12
     assert peak_flops("NVIDIA B200") == 2250e12
-    assert peak_flops("NVIDIA GeForce RTX 4090") is None
+    assert peak_flops("NVIDIA GeForce RTX 4090") == 165.2e12
+    assert peak_flops("NVIDIA GeForce GTX 1080") is None
+    assert peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None  # a slice of the GPU

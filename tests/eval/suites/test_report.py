@@ -26,10 +26,12 @@ def test_bits_per_byte_is_a_ratio_of_sums():
 
 def test_bootstrap_error_is_the_scatter_over_fresh_samples():
     estimates = [statistics.bits_per_byte(documents(200, seed)) for seed in range(1000, 1400)]
-    errors = [statistics.bits_per_byte_stderr(documents(200, seed)) for seed in range(10)]
+    errors = [statistics.bootstrap_stderr("bits_per_byte", documents(200, seed)) for seed in range(10)]
     assert np.mean(errors) == pytest.approx(np.std(estimates, ddof=1), rel=0.1)
-    assert statistics.bits_per_byte_stderr(documents(200, 0)) == errors[0], "the same for the same documents"
-    assert statistics.bits_per_byte_stderr(documents(1, 0)) is None
+    assert statistics.bootstrap_stderr("bits_per_byte", documents(200, 0)) == errors[0], (
+        "the same for the same documents"
+    )
+    assert statistics.bootstrap_stderr("bits_per_byte", documents(1, 0)) is None
 
 
 def write_results(folder, pairs, doc_hash="h"):
@@ -51,7 +53,7 @@ def test_paired_comparison_sees_a_difference_smaller_than_either_error(tmp_path)
     second[:, 0] -= first[:, 1] * (0.005 + noise) * math.log(2)  # 0.005 bits per byte worse on every document
     write_results(tmp_path / "a", first)
     write_results(tmp_path / "b", second)
-    assert statistics.bits_per_byte_stderr(first) > 0.01
+    assert statistics.bootstrap_stderr("bits_per_byte", first) > 0.01
     cells = compare(tmp_path / "a", tmp_path / "b").splitlines()[-1].split("|")
     low, high = json.loads(cells[6].replace("+", ""))
     assert float(cells[5]) == pytest.approx(0.005, abs=2e-4) and 0.004 < low < 0.005 < high < 0.006
