@@ -1,9 +1,10 @@
 """Run an evaluation suite of lm-eval on an exported model, offline.
 
-The suites are `quick`, `fast`, `code_math` and `state_tracking`; `--heldout FILE` adds the bits per byte of held-out
-documents. `lrnn eval --fetch` downloads the benchmark data once; `state_tracking` generates its own. Results are
-written to DIR/eval/SUITE: results.json, table.md, lm-eval's own results and its samples. Suites with pass@1 run code
-written by the model, in a sandbox, and only with --allow-code-execution.
+The suites are `quick`, `fast`, `code_math`, `commonsense` and `state_tracking`; `--heldout FILE` adds the bits per byte
+of held-out documents. `lrnn eval --fetch` downloads the benchmark data once; `state_tracking` generates its own. With
+`--suite commonsense` it also puts two data sets of the Hugging Face hub into the cache of `datasets`; `--data-folder`
+reads local copies instead. Results are written to DIR/eval/SUITE: results.json, table.md, lm-eval's own results and its
+samples. Suites with pass@1 run code written by the model, in a sandbox, and only with --allow-code-execution.
 
 The tasks are ordinary lm-eval tasks, so lm-eval's own command line runs them on the same folder:
 
@@ -24,15 +25,17 @@ import argparse
 from pathlib import Path
 
 from lrnn.errors import UserError
-from lrnn.eval.suites import fetch_data, report
+from lrnn.eval.suites import fetch_data, hub_data, report
 from lrnn.eval.suites.evaluate import evaluate
-from lrnn.eval.suites.suites import SUITES
+from lrnn.eval.suites.suites import SUITES, find_suite
 
 EXAMPLES = """examples:
   lrnn eval --fetch
   lrnn eval runs/tiny/hf --suite quick --heldout corpora/tiny/heldout.jsonl --limit 50
   lrnn eval runs/1.3b/hf --suite code_math --allow-code-execution --batch-size 32
   lrnn eval runs/1.3b/hf --suite state_tracking --max-length 8192
+  lrnn eval --fetch --suite commonsense
+  lrnn eval runs/1.3b/hf --suite commonsense --batch-size 32
   lrnn eval --compare runs/a/hf/eval/fast runs/b/hf/eval/fast
   lrnn eval --collect runs/1.3b/eval
 """
@@ -45,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", help=suites)
     parser.add_argument("--out", type=Path, help="result folder (default: DIR/eval/SUITE)")
     parser.add_argument("--heldout", type=Path, metavar="FILE", help='held-out documents, jsonl rows {"text": ...}')
+    parser.add_argument(
+        "--data-folder", type=Path, metavar="FOLDER", help="copies of data sets of the hub, e.g. FOLDER/allenai/sciq"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of every task")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     parser.add_argument("--dtype", help="dtype of the weights (default: bfloat16 on cuda, float32 on cpu)")
@@ -60,7 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     code = parser.add_mutually_exclusive_group()
     code.add_argument("--allow-code-execution", action="store_true", help="run code written by the model in a sandbox")
     code.add_argument("--skip-code-execution", action="store_true", help="leave out the tasks that run code")
-    parser.add_argument("--fetch", action="store_true", help="download the benchmark data (86 MB, once)")
+    parser.add_argument("--skip-missing-data", action="store_true", help="leave out tasks whose data set is missing")
+    parser.add_argument(
+        "--fetch",
+        action="store_true",
+        help="download the benchmark data (86 MB, once); with --suite also its data sets of the Hugging Face hub",
+    )
     parser.add_argument(
         "--collect", nargs="+", type=Path, metavar="FOLDER", help="print one table of all results below the folders"
     )
@@ -82,6 +93,8 @@ def main(args: argparse.Namespace) -> int:
         return 0
     if args.fetch:
         fetch_data.fetch()
+        if args.suite is not None:
+            hub_data.fetch(hub_data.TASKS[task] for task in find_suite(args.suite).tasks if task in hub_data.TASKS)
         if args.model is None:
             return 0
     if args.model is None or args.suite is None:
@@ -91,6 +104,7 @@ def main(args: argparse.Namespace) -> int:
         args.suite,
         out=args.out,
         heldout=args.heldout,
+        data_folder=args.data_folder,
         limit=args.limit,
         device=args.device,
         dtype=args.dtype,
@@ -99,6 +113,7 @@ def main(args: argparse.Namespace) -> int:
         add_bos_token=args.add_bos_token,
         allow_code_execution=args.allow_code_execution,
         skip_code_execution=args.skip_code_execution,
+        skip_missing_data=args.skip_missing_data,
     )
     print("\n" + report.markdown_table(results))
     print(f"results in {results['out']}")

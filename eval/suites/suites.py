@@ -24,6 +24,8 @@ class Suite:
     tasks: tuple[str, ...]
 
 
+CHOICES = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "social_iqa", "boolq", "openbookqa", "sciq")
+COMMONSENSE = ("wikitext", "lambada_openai", *CHOICES)
 GOLD = ("lrnn_humaneval_bpb", "lrnn_mbpp_bpb", "lrnn_gsm8k_bpb", "lrnn_math500_bpb")
 SUITES = {
     suite.name: suite
@@ -42,6 +44,11 @@ SUITES = {
             "code_math",
             "the final model: fast, pass@1 of HumanEval and MBPP, exact match of GSM8K and MATH",
             (*GOLD, "lrnn_humaneval", "lrnn_mbpp", "lrnn_gsm8k_cot", "lrnn_minerva_math"),
+        ),
+        Suite(
+            "commonsense",
+            "the field's tables: perplexity of wikitext and LAMBADA, ten tasks of common sense, averages of 6, 8 and 9",
+            tuple(f"lrnn_{name}" for name in COMMONSENSE),
         ),
         Suite(
             "state_tracking",

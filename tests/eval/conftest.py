@@ -10,6 +10,7 @@ import pytest
 import tqdm
 from tiny_models import write_tiny_model
 
+from lrnn.eval.commonsense import wheel
 from lrnn.eval.suites import fetch_data
 from lrnn.tokenizer import train_sentencepiece
 
@@ -20,20 +21,31 @@ def eval_data():
     return fetch_data.fetch()
 
 
+def first_rows(eval_data, folder, names, rows):
+    """Copy the data into a folder, but only the first rows of some files."""
+    folder = shutil.copytree(eval_data, folder)
+    manifest = json.loads((folder / fetch_data.MANIFEST).read_text())
+    for name in (f"{name}.jsonl" for name in names):
+        kept = (folder / name).read_bytes().splitlines(keepends=True)[:rows]
+        (folder / name).write_bytes(b"".join(kept))
+        manifest["files"][name] |= {"rows": len(kept), "sha256": sha256(b"".join(kept)).hexdigest()}
+    (folder / fetch_data.MANIFEST).write_text(json.dumps(manifest))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def less_eval_data(eval_data, tmp_path_factory):
     """Return a folder with the data, but only the first documents of the two largest sets, GSM8K and MATH.
 
     lm-eval prepares all documents of a task, which takes seconds, even if few are evaluated.
     """
-    folder = shutil.copytree(eval_data, tmp_path_factory.mktemp("data") / "eval_data")
-    manifest = json.loads((folder / fetch_data.MANIFEST).read_text())
-    for name in ("gsm8k.jsonl", "math.jsonl"):
-        rows = (folder / name).read_bytes().splitlines(keepends=True)[:70]
-        (folder / name).write_bytes(b"".join(rows))
-        manifest["files"][name] |= {"rows": len(rows), "sha256": sha256(b"".join(rows)).hexdigest()}
-    (folder / fetch_data.MANIFEST).write_text(json.dumps(manifest))
-    return folder
+    return first_rows(eval_data, tmp_path_factory.mktemp("data") / "eval_data", ("gsm8k", "math"), 70)
+
+
+@pytest.fixture(scope="session")
+def few_commonsense_rows(eval_data, tmp_path_factory):
+    """Return a folder with the data, but only the first 40 documents of every task of common sense."""
+    return first_rows(eval_data, tmp_path_factory.mktemp("data") / "eval_data", wheel.ROWS, 40)
 
 
 @pytest.fixture
