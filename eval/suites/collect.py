@@ -1,47 +1,96 @@
 """Collect many results in one table, with a row for each model and a column for each metric."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lrnn.errors import UserError
+
+ModelKey = tuple[str, int, str]  # the folder's name, the training step (-1 if unknown), checksums of the weights
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Results by model and metric.
+
+    Attributes:
+        columns: by name of a metric, its row in the first result that has it.
+        rows: by model, the values of its metrics by name, as text with the standard error; ordered by training step.
+        labels: names of the models for people: the folder's, after its parent's if several models have folders of one
+            name, such as runs/a/hf and runs/b/hf.
+        found: every results.json of `lrnn eval`, with its path.
+    """
+
+    columns: dict[str, dict[str, Any]]
+    rows: dict[ModelKey, dict[str, str]]
+    labels: dict[ModelKey, str]
+    found: list[tuple[Path, dict[str, Any]]]
 
 
 def collect(folders: list[Path]) -> str:
     """Return a Markdown table of every results.json of `lrnn eval` below `folders`, ordered by training step if known.
 
     Raises:
-        UserError: a folder holds no results, or two results of a model give different values for one metric.
+        UserError: as for `read_collection`.
     """
-    rows: dict[tuple[str, int, str], dict[str, str]] = {}
-    columns: list[str] = []
-    for path, results in [found for folder in folders for found in _results_below(folder)]:
-        row = rows.setdefault(_model(results["model"]), {})
-        for metric in results["metrics"]:
-            name, cell = _column(metric, results["limit"]), _cell(metric)
-            if row.setdefault(name, cell) != cell:
-                raise UserError(f"{path} says {name} = {cell}, other results of the same model say {row[name]}")
-            if name not in columns:
-                columns.append(name)
+    collection = read_collection(folders)
+    columns = collection.columns
     lines = [f"| model | step | {' | '.join(columns)} |", f"|---|---:|{'---:|' * len(columns)}"]
-    for (path_, step, _), row in sorted(rows.items(), key=lambda item: (item[0][1], item[0])):
-        cells = [path_, str(step) if step >= 0 else "", *(row.get(name, "") for name in columns)]
+    for key, row in collection.rows.items():
+        step = key[1]
+        cells = [collection.labels[key], str(step) if step >= 0 else "", *(row.get(column, "") for column in columns)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _results_below(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    # A name that begins with a dot belongs to a result that is being written or replaced.
-    paths = [p for p in folder.rglob("results.json") if not any(part.startswith(".") for part in p.parts[-2:])]
-    found = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(paths)]
-    suites = [(path, results) for path, results in found if "metrics" in results]  # `lrnn position` writes curves
+def read_collection(folders: list[Path]) -> Collection:
+    """Return the results of `lrnn eval` below `folders`, by model and metric.
+
+    Raises:
+        UserError: a folder holds no results, or two results of a model give different values for one metric.
+    """
+    rows: dict[ModelKey, dict[str, str]] = {}
+    columns: dict[str, dict[str, Any]] = {}
+    everything = [found for folder in folders for found in results_below(folder)]
+    for path, results in everything:
+        row = rows.setdefault(model_key(results["model"]), {})
+        for metric in results["metrics"]:
+            name, cell = _column(metric, results["limit"]), _cell(metric)
+            if row.setdefault(name, cell) != cell:
+                raise UserError(f"{path} says {name} = {cell}, other results of the same model say {row[name]}")
+            columns.setdefault(name, metric)
+    ordered = dict(sorted(rows.items(), key=lambda item: (item[0][1], item[0])))
+    return Collection(columns, ordered, _labels(everything), everything)
+
+
+def _labels(found: list[tuple[Path, dict[str, Any]]]) -> dict[ModelKey, str]:
+    paths = {model_key(results["model"]): Path(results["model"]["path"]) for _, results in found}
+    known = [(key[0], key[1]) for key in paths]
+    return {key: key[0] if known.count(key[:2]) == 1 else f"{path.parent.name}/{key[0]}" for key, path in paths.items()}
+
+
+def results_below(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Return every results.json of `lrnn eval` below a folder, with its path.
+
+    Raises:
+        UserError: there is none.
+    """
+    suites = [(path, results) for path, results in all_results_below(folder) if "metrics" in results]
     if not suites:
         raise UserError(f"{folder} holds no results.json at any depth; give folders written by `lrnn eval`")
     return suites
 
 
-def _model(model: dict[str, Any]) -> tuple[str, int, str]:
-    """Return what identifies a row: the folder's name, the step (-1 if unknown), and checksums of the weights."""
+def all_results_below(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Return every results.json below a folder, those of `lrnn position` too, with its path."""
+    # A name that begins with a dot belongs to a result that is being written or replaced.
+    paths = [p for p in folder.rglob("results.json") if not any(part.startswith(".") for part in p.parts[-2:])]
+    return [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(paths)]
+
+
+def model_key(model: dict[str, Any]) -> ModelKey:
+    """Return what identifies a model among results."""
     step = (model.get("training") or {}).get("step", -1)
     return Path(model["path"]).name, step, json.dumps(model["weights_sha256"], sort_keys=True)
 

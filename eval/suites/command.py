@@ -25,6 +25,7 @@ import argparse
 from pathlib import Path
 
 from lrnn.errors import UserError
+from lrnn.eval.published.beside import published_table
 from lrnn.eval.suites import fetch_data, hub_data, report
 from lrnn.eval.suites.evaluate import evaluate
 from lrnn.eval.suites.suites import SUITES, find_suite
@@ -37,7 +38,8 @@ EXAMPLES = """examples:
   lrnn eval --fetch --suite commonsense
   lrnn eval runs/1.3b/hf --suite commonsense --batch-size 32
   lrnn eval --compare runs/a/hf/eval/fast runs/b/hf/eval/fast
-  lrnn eval --collect runs/1.3b/eval
+  lrnn eval --collect runs/1.3b/eval --published 2412.06464
+  lrnn eval --collect runs/a runs/b --html results.html
 """
 
 
@@ -76,21 +78,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--collect", nargs="+", type=Path, metavar="FOLDER", help="print one table of all results below the folders"
     )
     parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="with --collect: write a self-contained HTML page instead"
+    )
+    parser.add_argument(
+        "--published",
+        nargs="*",
+        metavar="WORD",
+        help="with --collect or --compare: add published results of the same metrics, of models and papers with a WORD "
+        "in their name (default: all)",
+    )
+    parser.add_argument(
         "--compare", nargs=2, type=Path, metavar="RESULTS", help="compare two result folders, paired by document"
     )
 
 
+def _collect(args: argparse.Namespace) -> int:
+    if args.html is not None:
+        from lrnn.eval.report_page.page import write_page
+
+        write_page(args.collect, args.html, args.published)
+        print(f"page in {args.html}")
+        return 0
+    from lrnn.eval.suites.collect import collect, results_below
+
+    print(collect(args.collect))
+    if args.published is not None:
+        found = [results for folder in args.collect for _, results in results_below(folder)]
+        print(published_table(args.published, found))
+    return 0
+
+
 def main(args: argparse.Namespace) -> int:
     if args.collect:
-        from lrnn.eval.suites.collect import collect
-
-        print(collect(args.collect))
-        return 0
+        return _collect(args)
     if args.compare:
+        from lrnn.eval.suites.collect import results_below
         from lrnn.eval.suites.compare import compare
 
         print(compare(*args.compare))
+        if args.published is not None:
+            print(published_table(args.published, [results for _, results in results_below(args.compare[1])]))
         return 0
+    for name in ("html", "published"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} shows results that are there: add --collect FOLDER")
     if args.fetch:
         fetch_data.fetch()
         if args.suite is not None:

@@ -1,6 +1,7 @@
 """Compare two result folders of the same suite by paired bootstrap over the documents of each task."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +15,63 @@ def compare(first: Path, second: Path) -> str:
     """Return a Markdown table of `second - first` for every metric that both folders hold, with a 95% interval.
 
     Raises:
-        UserError: a folder holds no results, or a task was not run on the same documents in both.
+        UserError: as for `differences`.
     """
     rows = ["| task | metric | first | second | difference | 95% interval | n |", "|---|---|---:|---:|---:|---:|---:|"]
+    for row in differences(first, second):
+        name = row.metric if row.filter == "none" else f"{row.metric} ({row.filter})"
+        rows.append(
+            f"| {row.task} | {name} | {row.first:.4f} | {row.second:.4f} | {row.difference:+.4f} "
+            f"| [{row.low:+.4f}, {row.high:+.4f}] | {row.n} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A metric in two result folders, and the difference of the second from the first, paired by document.
+
+    `low` and `high` are its 95% interval by bootstrap; `n` is the number of documents.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    first: float
+    second: float
+    difference: float
+    low: float
+    high: float
+    n: int
+
+
+def differences(first: Path, second: Path) -> list[Difference]:
+    """Return the difference of every metric that both folders hold.
+
+    Raises:
+        UserError: a folder holds no results, a task was not run on the same documents in both, or they have no metric
+            in common.
+    """
+    rows = []
     metrics = [_results(first), _results(second)]
     for key in (key for key in metrics[0] if key in metrics[1]):
-        task, metric, filter_name = key
         found = [folder[key] for folder in metrics]
         a, b = (_values(*of_folder) for of_folder in zip((first, second), found, strict=True))
         if [part.keys() for part in a] != [part.keys() for part in b]:
-            raise UserError(f"{task} was run on different documents in {first} and {second}, so they cannot be paired")
+            raise UserError(
+                f"{key[0]} was run on different documents in {first} and {second}, so they cannot be paired"
+            )
         pairs = [np.array([[x[d] for d in x], [y[d] for d in x]], dtype=np.float64) for x, y in zip(a, b, strict=True)]
         rng = np.random.default_rng(SEED)
-        draws = np.mean([resampled(metric, pair, rng) for pair in pairs], axis=0)
+        draws = np.mean([resampled(key[1], pair, rng) for pair in pairs], axis=0)
         low, high = np.quantile(draws[1] - draws[0], INTERVAL)
-        before, after = np.mean([aggregate(metric, pair) for pair in pairs], axis=0)
+        before, after = np.mean([aggregate(key[1], pair) for pair in pairs], axis=0)
+        first_value, second_value = (row["value"] for row in found)
         n = sum(pair.shape[1] for pair in pairs)
-        name = metric if filter_name == "none" else f"{metric} ({filter_name})"
-        first_value, second_value = (f"{row['value']:.4f}" for row in found)
-        rows.append(
-            f"| {task} | {name} | {first_value} | {second_value} | {after - before:+.4f} "
-            f"| [{low:+.4f}, {high:+.4f}] | {n} |"
-        )
-    if len(rows) == 2:
+        rows.append(Difference(*key, first_value, second_value, after - before, low, high, n))
+    if not rows:
         raise UserError(f"{first} and {second} have no metric in common")
-    return "\n".join(rows) + "\n"
+    return rows
 
 
 def _results(folder: Path) -> dict[tuple[str, str, str], dict[str, Any]]:

@@ -1,0 +1,9 @@
+"""One self-contained HTML page of a collection of results: `lrnn eval --collect FOLDER ... --html FILE`.
+
+    page.py        gathers what the page shows, and writes it
+    page.html.j2   its template
+    curves.py      pictures: by checkpoint, by length, by position
+    samples.py     prompts and answers to leaf through
+
+The page needs neither scripts nor a network. The same results give the same bytes.
+"""
