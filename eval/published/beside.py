@@ -20,7 +20,7 @@ def choose(words: list[str], columns: Iterable[Column]) -> list[PublishedRow]:
     Raises:
         UserError: no row contains one of the words, or none has a column.
     """
-    wanted = set(columns)
+    wanted = {published_column(column) for column in columns}
     rows = list(published_rows())
     for word in words:
         if not any(_contains(row, word) for row in rows):
@@ -32,6 +32,11 @@ def choose(words: list[str], columns: Iterable[Column]) -> list[PublishedRow]:
         known = ", ".join(sorted({task for row in rows for task, _ in row.values}))
         raise UserError(f"no published result is of a task and metric of these results; there are results of {known}")
     return found
+
+
+def published_column(column: Column) -> Column:
+    """Return the name of a column in the published tables: lm-eval's, whose prompts the tasks called lrnn_ have."""
+    return column[0].removeprefix("lrnn_"), column[1]
 
 
 def _contains(row: PublishedRow, word: str) -> bool:
@@ -59,7 +64,7 @@ def published_table(words: list[str], results: list[dict[str, Any]]) -> str:
     for result in results:
         columns |= dict.fromkeys((row["task"], row["metric"]) for row in result["metrics"])
     rows = choose(words, columns)
-    kept = [column for column in columns if any(column in row.values for row in rows)]
+    kept = [c for c in dict.fromkeys(map(published_column, columns)) if any(c in row.values for row in rows)]
     lines = [f"| published model | source | {' | '.join(' '.join(column) for column in kept)} |"]
     lines.append(f"|---|---|{'---:|' * len(kept)}")
     for row in rows:

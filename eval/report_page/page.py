@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lrnn.errors import UserError
-from lrnn.eval.published.beside import choose, describe_protocol, own_protocol
+from lrnn.eval.published.beside import choose, describe_protocol, own_protocol, published_column
 from lrnn.eval.report_page import curves
 from lrnn.eval.report_page.samples import read_samples
 from lrnn.eval.suites.collect import Collection, ModelKey, all_results_below, model_key, read_collection
@@ -111,11 +111,12 @@ def _rows(collection: Collection) -> list[dict[str, Any]]:
 
 def _published(collection: Collection, words: list[str]) -> list[dict[str, Any]]:
     columns = [(metric["task"], metric["metric"]) for metric in collection.columns.values()]
+    names = [published_column(column) for column in columns]
     return [
         {
             "model": row.model,
             "step": "",
-            "cells": [f"{row.values[key]:.4f}" if key in row.values else "" for key in columns],
+            "cells": [f"{row.values[name]:.4f}" if name in row.values else "" for name in names],
             "protocols": [f"{row.source}: {describe_protocol(row)}" + (f"; {row.note}" if row.note else "")],
             "published": True,
         }

@@ -21,7 +21,7 @@ def write_results(folder: Path, run: str, step: int, right: list[int]) -> None:
     """Write what `lrnn eval` writes: a task in which `right` are the scores, and a curve by length."""
     folder.mkdir(parents=True)
     value = sum(right) / len(right)
-    metric = {"task": "piqa", "metric": "acc", "filter": "none", "value": value, "stderr": 0.1, "n": len(right)}
+    metric = {"task": "lrnn_piqa", "metric": "acc", "filter": "none", "value": value, "stderr": 0.1, "n": len(right)}
     curve = [
         {"task": "s5", "kind": "mc", "unit": "swaps", "length": n, "accuracy": 1 / n, "floor": 0.2} for n in (4, 8)
     ]
@@ -52,7 +52,7 @@ def write_results(folder: Path, run: str, step: int, right: list[int]) -> None:
         }
         for i, score in enumerate(right)
     ]
-    (folder / "samples_piqa.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    (folder / "samples_lrnn_piqa.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
 
 
 @pytest.fixture(scope="module")
