@@ -1,11 +1,10 @@
-"""Convert models to and from the format of flash-linear-attention (`fla`).
+"""Read model folders of flash-linear-attention (`fla`), and check those that are written for it.
 
-Names and shapes of the parameters are the same. Only the configurations differ.
+Names and shapes of the parameters are the same as in lrnn. Only the configurations differ, see `lrnn.fla_config`.
 """
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -14,53 +13,7 @@ from torch import Tensor
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.errors import UserError
 from lrnn.eval.export.check import check_loading_info
-from lrnn.model.mixers import MIXERS
-
-ARCHITECTURES = {"gated_deltanet": "GatedDeltaNetForCausalLM", "delta_net": "DeltaNetForCausalLM"}
-MIXER_OF = {mixer.fla_model_type: name for name, mixer in MIXERS.items() if mixer.fla_model_type is not None}
-
-SHARED = (  # fields with the same meaning in both
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_heads",
-    "allow_neg_eigval",
-    "conv_size",
-    "intermediate_size",
-    "norm_eps",
-    "max_position_embeddings",
-    "initializer_range",
-    "use_cache",
-    "bos_token_id",
-    "eos_token_id",
-    "tie_word_embeddings",
-)
-
-# These settings of fla change the computed function; each has the only value that lrnn supports.
-_COMMON = {"use_short_conv": True, "attn": None, "attnres_block_size": None, "hidden_act": "swish"}
-FIXED: dict[str, dict[str, Any]] = {
-    "gated_deltanet": {**_COMMON, "expand_v": 1.0, "use_gate": True},
-    "delta_net": {**_COMMON, "use_gate": False, "use_beta": True, "qk_norm": "l2", "qk_activation": "silu"},
-}
-
-
-def to_fla_config(config: LrnnConfig) -> dict[str, Any]:
-    """Return the `config.json` of fla's model that computes the same function with the same parameters.
-
-    Raises:
-        UserError: this conversion does not know the mixer.
-    """
-    if config.mixer not in MIXER_OF.values():
-        known = " and ".join(MIXER_OF.values())
-        raise UserError(f"the fla format is for the mixers {known}; this model's is {config.mixer}: use --format hf")
-    kind = MIXERS[config.mixer].fla_model_type
-    fla = {"model_type": kind, "architectures": [ARCHITECTURES[kind]], **FIXED[kind]}
-    fla |= {name: getattr(config, name) for name in SHARED}
-    if kind == "gated_deltanet":
-        fla["head_dim"] = config.head_dim
-    else:
-        fla["expand_k"] = fla["expand_v"] = config.num_heads * config.head_dim / config.hidden_size
-    return fla
+from lrnn.fla_config import ARCHITECTURES, FIXED, MIXER_OF, SHARED
 
 
 def from_fla(folder: Path) -> tuple[LrnnConfig, dict[str, Tensor]]:

@@ -10,11 +10,12 @@ from huggingface_hub import save_torch_state_dict
 from lrnn import LrnnForCausalLM
 from lrnn.errors import UserError
 from lrnn.eval.export.check import check_hf_folder, logits, sample_batch
-from lrnn.eval.export.fla_format import check_fla_folder, to_fla_config
+from lrnn.eval.export.fla_format import check_fla_folder
 from lrnn.eval.export.model_card import model_card
 from lrnn.eval.export.read import Trained
 from lrnn.eval.export.tokenizer import export_tokenizer
 from lrnn.files import new_folder, use_default_mode
+from lrnn.fla_config import to_fla_config
 from lrnn.model.code_files import AUTO_MAP, write_code
 
 

@@ -20,7 +20,8 @@ from lrnn import LrnnForCausalLM, cli
 from lrnn.errors import UserError
 from lrnn.eval.export import check as export_check
 from lrnn.eval.export import write
-from lrnn.eval.export.fla_format import from_fla, to_fla_config
+from lrnn.eval.export.fla_format import from_fla
+from lrnn.fla_config import to_fla_config
 from lrnn.model.code_files import AUTO_MAP
 from lrnn.tokenizer import load_tokenizer
 
