@@ -33,7 +33,7 @@ COMMANDS = {
         "measure perplexity by position, far past the training length",
     ),
     "plot": ("lrnn.pretrain.metrics.plot", "plot the metrics of one or several runs"),
-    "bench": ("lrnn.bench.bench", "measure the data loader, the training loop and the kernels"),
+    "bench": ("lrnn.bench.bench", "measure the data loader, the training loop, the training step and the kernels"),
     "quickstart": ("lrnn.quickstart", "the whole job on a laptop CPU: corpus, pretraining, resume, export, evaluation"),
 }
 

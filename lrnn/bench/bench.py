@@ -2,8 +2,8 @@
 
 `lrnn bench data` measures how fast one process makes training batches of a corpus, in the random order of training.
 `lrnn bench loop` measures how much of a training step is spent outside of forward, backward and update. `lrnn bench
-kernels` measures the delta-rule kernels and, with --model, a step of whole models, beside those of
-flash-linear-attention and FlashQLA.
+step` shows where the time within them goes on a GPU, beside flash-linear-attention's model of the same shape. `lrnn
+bench kernels` measures the delta-rule kernels beside those of flash-linear-attention and FlashQLA.
 """
 
 import argparse
@@ -15,7 +15,9 @@ examples:
   lrnn bench data --corpus corpora/linux --seq-len 8192 --micro-batch-size 4
   lrnn bench loop configs/340m.yaml global_batch_size=16
   lrnn bench kernels --shapes 8x4096 2x4096 --breakdown
-  lrnn bench kernels --model --json kernels.json
+  lrnn bench kernels --json kernels.json
+  lrnn bench step configs/340m.yaml
+  lrnn bench step configs/1.3b.yaml precision=fp8 --only-ours --verbose
 """
 
 
@@ -37,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loop.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the configuration")
     loop.add_argument("--steps", type=int, default=30, help="steps per measurement (default 30)")
 
+    step = parts.add_parser("step", help="a training step by kinds of computation on GPUs, beside fla's model")
+    step.add_argument("run", metavar="CONFIG", help="YAML file of a run; its corpora are not read")
+    step.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the configuration")
+    step.add_argument("--only-ours", action="store_true", help="leave out fla, whose first step takes minutes")
+    step.add_argument("--verbose", action="store_true", help="also print the time of each kernel, and its kind")
+    step.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+
     kernels = parts.add_parser("kernels", help="the delta-rule kernels on a GPU, beside fla's and FlashQLA's")
     shapes = ["8x4096", "4x4096", "1x32768", "2x4096"]
     kernels.add_argument(
@@ -50,7 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernels.add_argument("--head-size", type=int, default=128, help="size of keys and values per head (default 128)")
     kernels.add_argument("--only-ours", action="store_true", help="leave out the peers, whose first calls take minutes")
     kernels.add_argument("--breakdown", action="store_true", help="also print the time of each of our kernels")
-    kernels.add_argument("--model", action="store_true", help="also measure a step of whole models, ours and fla's")
     kernels.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
 
 
@@ -64,6 +72,10 @@ def main(args: argparse.Namespace) -> int:
         from lrnn.bench.kernels import bench_kernels
 
         bench_kernels(args)
+    elif args.part == "step":
+        from lrnn.bench.step import bench_step
+
+        bench_step(args)
     else:
         from lrnn.bench.loop import bench_loop
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrnn.bench.model import bench_models
 from lrnn.bench.peers import Contender, Inputs, find_peers, fla_guard_lifted
 from lrnn.errors import UserError
 
@@ -229,11 +228,8 @@ def bench_kernels(args: argparse.Namespace) -> None:
     peers, lines = ([], ["fla, FlashQLA: left out (--only-ours)"]) if args.only_ours else find_peers()
     print("\n".join(lines))
     results = _bench_shapes(shapes, [*(Contender(name, run) for name, run in OURS.items()), *peers], args)
-    models = bench_models(args.only_ours) if args.model else []
     if args.json:
-        args.json.write_text(
-            json.dumps({"environment": env, "notes": lines, "kernels": results, "models": models}, indent=1) + "\n"
-        )
+        args.json.write_text(json.dumps({"environment": env, "notes": lines, "kernels": results}, indent=1) + "\n")
 
 
 def _bench_shapes(

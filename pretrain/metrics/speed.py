@@ -49,13 +49,13 @@ class Speed:
             "data_wait_seconds": round(wait_s / self._steps, 5),
             "tokens_per_second_per_gpu": round(self._tokens / step_s, 1),
             "mfu": round(self._tokens / step_s * self._flops / self._peak, 4) if self._peak else None,
-            "memory_gb": round(_peak_memory(self._device) / 1e9, 3),
+            "memory_gb": round(peak_memory(self._device) / 1e9, 3),
         }
         self._steps, self._inside_s, self._whole_s = 0, 0.0, 0.0
         return record
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Return the peak of bytes allocated on the GPU, or resident in this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Measure and test on a GPU what pretrain_340m.sh does not cover: the loop's own time, the loader, the tests in
-# tests/gpu, and a small model that is trained, exported and evaluated. Takes about 6 minutes.
+# Measure and test on a GPU what pretrain_340m.sh does not cover: the loop's own time, where the time of a step goes, the
+# loader, the tests in tests/gpu, and a small model that is trained, exported and evaluated. Takes about 6 minutes, and
+# those that fla's kernels take to choose their settings in `lrnn bench step`.
 #   bash tests/benchmarks/gpu_checks.sh TEXT_FOLDER WORK_FOLDER RESULT_FOLDER
 # Reads the .py files of TEXT_FOLDER. Without a network, run `lrnn eval --fetch` beforehand. Every part runs even if
 # another fails, except that nothing runs without the corpora. The exit status is 1 if any part failed.
@@ -25,6 +26,7 @@ corpora() {
 bench_loop() {
     lrnn bench loop configs/340m.yaml "data.corpora=[{path: $work/corpus-32000}]" global_batch_size=16 log.every=5 --steps 25
 }
+bench_step() { lrnn bench step configs/340m.yaml --verbose --json "$results/bench_step.json"; }
 bench_data() { lrnn bench data --corpus "$work/corpus-32000" --seconds 3; }
 gpu_tests() { timeout "$limit" python3 -m pytest -v -s -p no:cacheprovider tests/gpu; }
 small_model() {
@@ -40,7 +42,8 @@ small_model() {
 
 mkdir -p "$work" "$results"
 part corpora 120 || exit 1
-part bench_loop 240 || failed=1 # runs alone on the machine, like the next part
+part bench_loop 240 || failed=1 # runs alone on the machine, like the next two parts
+part bench_step 420 || failed=1
 part bench_data 60 || failed=1
 part gpu_tests 300 & # nothing is timed from here on, so parts may run side by side
 tests=$!

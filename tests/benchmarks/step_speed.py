@@ -1,4 +1,6 @@
-"""Measure whole training steps: run `lrnn pretrain` with several settings in turn, and print a table.
+"""Measure `lrnn pretrain` as it runs, from its start, on a real corpus and with several settings in turn.
+
+`lrnn bench step` shows where the time of such a step goes.
 
     python tests/benchmarks/step_speed.py WORK_FOLDER CORPUS STEPS "340m: configs/340m.yaml zero=1" ...
 
