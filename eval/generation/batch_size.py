@@ -1,0 +1,36 @@
+"""How many sequences can be generated at once, from the memory that is free on the GPU."""
+
+from typing import Any
+
+import torch
+
+from lrnn.eval.generation.prefill import CHUNK, PIECE_TOKENS
+from lrnn.model.registry import MIXERS
+
+LARGEST = 1024  # beyond it the state's bytes exceed the weights' many times, and the speed per sequence is constant
+COPIES = 3  # of the state: the fixed one, the one after the prompt, and the one that a step writes
+KEPT = 0.8  # share of the free memory that is planned for; the rest is for fragments and for libraries
+
+
+def largest_batch(model: Any, free_bytes: int) -> int:
+    """Return how many sequences a model of lrnn can generate at once, between 1 and 1,024.
+
+    Args:
+        model: a model whose state has a fixed size, on its device.
+        free_bytes: memory that is free beside the model, in bytes.
+    """
+    config = model.config
+    itemsize = model.dtype.itemsize
+    state = MIXERS[config.mixer].cost(config).state * config.num_hidden_layers * torch.float32.itemsize
+    # Windows of convolutions, a chunk of activations in the widest layer, and logits, also in float32.
+    activations = CHUNK * (8 * config.hidden_size + 3 * config.intermediate_size) * itemsize
+    logits = config.vocab_size * (itemsize + torch.float32.itemsize)
+    per_sequence = COPIES * state + activations + logits
+    piece = PIECE_TOKENS * (8 * config.hidden_size + 3 * config.intermediate_size) * itemsize
+    return int(min(max((KEPT * free_bytes - piece) // per_sequence, 1), LARGEST))
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of a GPU that PyTorch can still give out: those free, and those it holds unused."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
