@@ -17,13 +17,18 @@ def go_offline() -> None:
 
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     huggingface_hub.constants.HF_HUB_OFFLINE = True
-    if not sys.stderr.isatty():
-        _plain_progress()
+    plain_progress()
 
 
-def _plain_progress() -> None:
-    """Let every tqdm bar, lm-eval's too, write a plain line every half minute and at its end, if it takes that long."""
+def plain_progress() -> None:
+    """Let every tqdm bar, lm-eval's too, write a plain line every half minute and at its end, if it takes that long.
+
+    On a terminal, bars are drawn as usual.
+    """
     import tqdm
+
+    if sys.stderr.isatty():
+        return
 
     bar = tqdm.tqdm
     if bar.display is _line:

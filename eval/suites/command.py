@@ -1,24 +1,27 @@
-"""Run an evaluation suite of lm-eval on an exported model, offline.
+"""Evaluate a model on a suite, or on any tasks of lm-eval.
 
-The suites are `quick`, `fast`, `code_math`, `commonsense` and `state_tracking`; `--heldout FILE` adds the bits per byte
-of held-out documents. `lrnn eval --fetch` downloads the benchmark data once; `state_tracking` generates its own. With
-`--suite commonsense` it also puts two data sets of the Hugging Face hub into the cache of `datasets`; `--data-folder`
-reads local copies instead. Results are written to DIR/eval/SUITE: results.json, table.md, lm-eval's own results and its
-samples. Suites with pass@1 run code written by the model, in a sandbox, and only with --allow-code-execution.
+`--suite` runs one of lrnn's suites, offline; `--heldout FILE` adds the bits per byte of held-out documents. `lrnn eval
+--fetch` downloads the benchmark data once; with `--suite commonsense` it also puts two data sets of the Hugging Face
+hub into the cache of `datasets`, and `--data-folder` reads local copies instead. `--tasks` runs tasks, groups and tags
+by lm-eval's own names; their data comes from the hub, or from the cache that `lrnn eval --fetch TASK` fills. DIR is an
+export, or any causal language model that transformers knows, with safetensors and a tokenizer.
 
-The tasks are ordinary lm-eval tasks, so lm-eval's own command line runs them on the same folder:
+Results are written to DIR/eval/NAME: results.json, table.md, lm-eval's own results and its samples. NAME is the suite
+or the tasks. Suites with pass@1 run code written by the model, in a sandbox, and only with --allow-code-execution;
+lm-eval's own tasks run it without a sandbox.
 
-  HF_HUB_OFFLINE=1 python -m lm_eval run --model hf \\
-    --model_args pretrained=DIR,trust_remote_code=True,dtype=float32,softmax_dtype=float32,max_length=2048 \\
-    --include_path "$(python -c 'from lrnn.eval.suites.suites import TASK_FOLDER; print(TASK_FOLDER)')" \\
-    --tasks lrnn_humaneval_bpb,lrnn_gsm8k_bpb --output_path out --log_samples
+lm-eval's own command line runs the same tasks with the same model, rule for bos included:
 
-`lrnn_heldout_bpb` reads the file named by LRNN_EVAL_HELDOUT, and code tasks need --confirm_run_unsafe_code. The groups
-`state_tracking`, `state_tracking_mc` and `state_tracking_gen` name all tasks of that suite; lm-eval silently truncates
-a prompt longer than max_length, whereas `lrnn eval` refuses it. With --no-add-bos-token, `lrnn eval` gives the numbers
-of that line. To begin prompts with bos there, add add_bos_token=True; this needs a tokenizer.json, and is not for
-lrnn_heldout_bpb, which lm-eval would then begin with two. The line above runs the code in the model folder;
-`lrnn eval` uses the code of the installed lrnn instead.
+  python -m lrnn.eval.lm_eval run --model lrnn --model_args pretrained=DIR --tasks hellaswag,arc_easy --batch_size 32
+
+lrnn's tasks need `--include_path "$(python -c 'from lrnn.eval.suites.suites import TASK_FOLDER; print(TASK_FOLDER)')"`.
+`lrnn_heldout_bpb` reads the file named by LRNN_EVAL_HELDOUT, and code tasks need --confirm_run_unsafe_code. lm-eval
+silently truncates a prompt longer than max_length, whereas `lrnn eval` refuses it.
+
+Plain lm-eval gives the numbers of `--bos never` for an export, and runs the code in its folder:
+
+  lm_eval run --model hf --model_args pretrained=DIR,trust_remote_code=True,dtype=float32,softmax_dtype=float32 \\
+    --tasks hellaswag
 """
 
 import argparse
@@ -26,8 +29,8 @@ from pathlib import Path
 
 from lrnn.errors import UserError
 from lrnn.eval.published.beside import published_table
-from lrnn.eval.suites import fetch_data, hub_data, report
-from lrnn.eval.suites.evaluate import evaluate
+from lrnn.eval.suites import bos, fetch_data, hub_data, report
+from lrnn.eval.suites.options import add_task_arguments, batch_size, limit, make_request, words
 from lrnn.eval.suites.suites import SUITES, find_suite
 
 EXAMPLES = """examples:
@@ -37,6 +40,10 @@ EXAMPLES = """examples:
   lrnn eval runs/1.3b/hf --suite state_tracking --max-length 8192
   lrnn eval --fetch --suite commonsense
   lrnn eval runs/1.3b/hf --suite commonsense --batch-size 32
+  lrnn eval --fetch hellaswag mmlu
+  lrnn eval runs/1.3b/hf --tasks hellaswag,arc_easy --batch-size auto
+  lrnn eval downloads/llama-1b --tasks mmlu --num-fewshot 5
+  lrnn eval runs/1.3b/hf --tasks my_task --include-path tasks/
   lrnn eval --compare runs/a/hf/eval/fast runs/b/hf/eval/fast
   lrnn eval --collect runs/1.3b/eval --published 2412.06464
   lrnn eval --collect runs/a runs/b --html results.html
@@ -46,33 +53,43 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     suites = "; ".join(f"{suite.name}: {suite.purpose}" for suite in SUITES.values())
     parser.epilog = EXAMPLES
-    parser.add_argument("model", nargs="?", type=Path, metavar="DIR", help="exported Hugging Face model folder")
+    parser.add_argument("model", nargs="?", type=Path, metavar="DIR", help="model folder, exported or of transformers")
     parser.add_argument("--suite", help=suites)
-    parser.add_argument("--out", type=Path, help="result folder (default: DIR/eval/SUITE)")
+    parser.add_argument("--out", type=Path, help="result folder (default: DIR/eval/NAME)")
     parser.add_argument("--heldout", type=Path, metavar="FILE", help='held-out documents, jsonl rows {"text": ...}')
     parser.add_argument(
         "--data-folder", type=Path, metavar="FOLDER", help="copies of data sets of the hub, e.g. FOLDER/allenai/sciq"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of every task")
+    parser.add_argument(
+        "--limit", type=limit, metavar="N", help="only the first N documents of every task, or a fraction of them"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     parser.add_argument("--dtype", help="dtype of the weights (default: bfloat16 on cuda, float32 on cpu)")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences per batch (default: 8)")
+    parser.add_argument(
+        "--batch-size",
+        type=batch_size,
+        default=8,
+        metavar="N",
+        help="sequences per batch; auto: as many as fit, auto:4: found again 4 times as prompts become shorter "
+        "(default: 8)",
+    )
     parser.add_argument(
         "--max-length", type=int, help="maximum tokens of context (default: the model's max_position_embeddings)"
     )
-    parser.add_argument(
-        "--add-bos-token",
-        action=argparse.BooleanOptionalAction,
-        help="begin every prompt with bos (default: add_bos_token of DIR/tokenizer_config.json; true in exports)",
-    )
+    rules = "; ".join(f"{rule}: {meaning}" for rule, meaning in bos.RULES.items())
+    parser.add_argument("--bos", choices=bos.RULES, help=f"what a prompt begins with (default: auto). {rules}")
+    parser.add_argument("--add-bos-token", action=argparse.BooleanOptionalAction, help=argparse.SUPPRESS)
+    add_task_arguments(parser.add_argument_group("any task of lm-eval"))
     code = parser.add_mutually_exclusive_group()
-    code.add_argument("--allow-code-execution", action="store_true", help="run code written by the model in a sandbox")
+    code.add_argument("--allow-code-execution", action="store_true", help="run code written by the model")
     code.add_argument("--skip-code-execution", action="store_true", help="leave out the tasks that run code")
     parser.add_argument("--skip-missing-data", action="store_true", help="leave out tasks whose data set is missing")
     parser.add_argument(
         "--fetch",
-        action="store_true",
-        help="download the benchmark data (86 MB, once); with --suite also its data sets of the Hugging Face hub",
+        nargs="*",
+        metavar="TASK",
+        help="download the benchmark data (86 MB, once), with --suite also its data sets of the Hugging Face hub; or "
+        "the data of tasks of lm-eval",
     )
     parser.add_argument(
         "--collect", nargs="+", type=Path, metavar="FOLDER", help="print one table of all results below the folders"
@@ -122,30 +139,26 @@ def main(args: argparse.Namespace) -> int:
     for name in ("html", "published"):
         if getattr(args, name) is not None:
             raise UserError(f"--{name} shows results that are there: add --collect FOLDER")
-    if args.fetch:
-        fetch_data.fetch()
+    _find_folder(args)
+    if args.fetch is not None:
+        if args.fetch:
+            fetch_data.fetch_tasks(words(args.fetch), args.include_path, args.metadata)
+        else:
+            fetch_data.fetch()
         if args.suite is not None:
             hub_data.fetch(hub_data.TASKS[task] for task in find_suite(args.suite).tasks if task in hub_data.TASKS)
         if args.model is None:
             return 0
-    if args.model is None or args.suite is None:
-        raise UserError(f"name a model folder and a suite: lrnn eval DIR --suite {{{','.join(SUITES)}}}")
-    results = evaluate(
-        args.model,
-        args.suite,
-        out=args.out,
-        heldout=args.heldout,
-        data_folder=args.data_folder,
-        limit=args.limit,
-        device=args.device,
-        dtype=args.dtype,
-        batch_size=args.batch_size,
-        max_length=args.max_length,
-        add_bos_token=args.add_bos_token,
-        allow_code_execution=args.allow_code_execution,
-        skip_code_execution=args.skip_code_execution,
-        skip_missing_data=args.skip_missing_data,
-    )
+    from lrnn.eval.suites.evaluate import evaluate
+
+    results = evaluate(make_request(args))
     print("\n" + report.markdown_table(results))
     print(f"results in {results['out']}")
     return 0
+
+
+def _find_folder(args: argparse.Namespace) -> None:
+    """Take DIR from the end of `--tasks` or `--fetch`, which take all words that follow."""
+    for taken in (args.tasks, args.fetch if args.suite or args.tasks else None):
+        if args.model is None and taken and Path(taken[-1]).is_dir():
+            args.model = Path(taken.pop())

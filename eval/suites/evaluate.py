@@ -1,83 +1,89 @@
-"""Evaluate one exported model on one suite: check the request, run the tasks, write the result folder."""
+"""Evaluate one model on a suite or on tasks: check the request, run the tasks, write the result folder."""
 
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 from lrnn.errors import UserError
-from lrnn.eval import result_folder
+from lrnn.eval import offline, result_folder
 from lrnn.eval.model_folder import check_export, describe_model, says_add_bos
-from lrnn.eval.offline import go_offline
-from lrnn.eval.suites import fetch_data, harness, hub_data, report, sandbox, sections
+from lrnn.eval.statistics import RESAMPLES
+from lrnn.eval.suites import build, fetch_data, harness, hub_data, prompts, report, sandbox, sections, task_objects
+from lrnn.eval.suites.bos import decide
 from lrnn.eval.suites.card_results import update_card
-from lrnn.eval.suites.suites import CODE_TASKS, GENERATION_TOKENS, HELDOUT_TASK, STATE_TRACKING, find_suite
+from lrnn.eval.suites.request import Request
+from lrnn.eval.suites.suites import CODE_TASKS, HELDOUT_TASK, find_suite
 from lrnn.files import sha256
 
 
-def evaluate(
-    model: Path,
-    suite: str,
-    *,
-    out: Path | None = None,
-    heldout: Path | None = None,
-    data_folder: Path | None = None,
-    limit: int | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    batch_size: int = 8,
-    max_length: int | None = None,
-    add_bos_token: bool | None = None,
-    allow_code_execution: bool = False,
-    skip_code_execution: bool = False,
-    skip_missing_data: bool = False,
-) -> dict[str, Any]:
-    """Run `suite` on the exported folder `model`, write the result folder, and return the content of results.json.
-
-    A text begins with bos if `add_bos_token` is true. None follows the folder's tokenizer_config.json, or the tokenizer
-    itself if that does not say.
+def evaluate(request: Request) -> dict[str, Any]:
+    """Run a suite or tasks on a model folder, write the result folder, and return the content of results.json.
 
     Raises:
         UserError: something is wrong with the request; this is found before the model is loaded.
     """
-    tasks, left_out = choose_tasks(suite, heldout is not None, allow_code_execution, skip_code_execution)
-    if heldout is not None:
-        os.environ["LRNN_EVAL_HELDOUT"] = str(heldout.resolve())
-    if data_folder is not None:
-        os.environ[hub_data.FOLDER] = str(data_folder.resolve())
-    config = check_export(model)
-    for name, value in (("--limit", limit), ("--batch-size", batch_size), ("--max-length", max_length)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}")
-    out = model / "eval" / suite if out is None else out
-    result_folder.check_output(out)
-    max_length = max_length or config.get("max_position_embeddings") or 2048
-    if add_bos_token is None:
-        add_bos_token = says_add_bos(model)
-    go_offline()
+    request.check()
+    names, left_out = choose_suite(request) if request.suite else ([], [])
+    for variable, path in (("LRNN_EVAL_HELDOUT", request.heldout), (hub_data.FOLDER, request.data_folder)):
+        if path is not None:
+            os.environ[variable] = str(path.resolve())
+    check_export(request.model)
+    result_folder.check_output(request.folder)
+    if request.suite:
+        offline.go_offline()
+        names, left_out = leave_out_missing(request, names, left_out)
+    else:
+        offline.plain_progress()
+        names, left_out = choose_named(request)
     harness.silence_expected_warnings()
-    missing = hub_data.missing_tasks(tasks)
-    if missing and not skip_missing_data:
-        raise UserError(hub_data.describe_missing(missing, suite))
-    tasks, left_out = [task for task in tasks if task not in missing], left_out + missing
-    loaded = harness.load_tasks(tasks)
-    check_lengths(model, loaded, max_length, limit)
-    if CODE_TASKS.intersection(tasks):
+    tokenizer = prompts.load_tokenizer(request.model)
+    bos = decide(request.bos, tokenizer, says_add_bos(request.model))
+    max_length = request.max_length or prompts.context_length(request.model, tokenizer)
+    render = prompts.chat_renderer(tokenizer, request.apply_chat_template)
+    loaded = load(request, names)
+    build.build(loaded, request, render)
+    build.check_lengths(loaded, tokenizer, len(bos.ids), max_length, request)
+    if CODE_TASKS.intersection(loaded.tasks):
         sandbox.run("")  # fails now, not after hours of generation, if this system cannot isolate programs
-    lm, settings = harness.load_model(model, device, dtype, batch_size, max_length, add_bos_token)
+    lm, settings = harness.load_model(
+        request.model, request.device, request.dtype, request.batch_size, max_length, request.bos
+    )
     start = time.time()
-    raw = harness.run_tasks(lm, loaded, limit)
+    raw = harness.run_tasks(lm, loaded, request.limit, request.seeds, RESAMPLES if request.tasks else 100)
+    results = collect_results(request, raw, settings, left_out, round(time.time() - start, 1))
+    report.write(request.folder, results, raw)
+    update_card(request.model)
+    return results
+
+
+def load(request: Request, names: list[str]) -> task_objects.Loaded:
+    """Return the task objects of a request, loaded with lm-eval's seeds."""
+    build.seed(request)
+    if request.suite:
+        return harness.load_tasks(names)
+    metadata = {"pretrained": str(request.model), **request.metadata}  # as lm-eval passes its model arguments
+    allowed = request.allow_code_execution
+    return harness.load_tasks(names, request.include_path, metadata, allow_code=allowed)
+
+
+def collect_results(
+    request: Request, raw: dict[str, Any], settings: dict[str, Any], left_out: list[str], seconds: float
+) -> dict[str, Any]:
+    """Return the content of results.json."""
     rows = report.metric_rows(raw)
-    results: dict[str, Any] = {
+    heldout = request.heldout
+    return {
         "schema_version": result_folder.SCHEMA_VERSION,
-        "suite": suite,
-        "out": str(out),
+        "suite": request.suite or request.name,
+        "tasks": list(request.tasks),
+        "protocol": request.protocol(),
+        "out": str(request.folder),
         "left_out": left_out,
-        "limit": limit,
+        "limit": request.limit,
         "metrics": [*sections.score_rows(rows), *rows],
         "by_length": sections.length_rows(raw),
-        "seconds": round(time.time() - start, 1),
-        "model": describe_model(model),
+        "seconds": seconds,
+        "model": describe_model(request.model),
         "settings": settings,
         "data": {
             "manifest_sha256": fetch_data.manifest_sha256(),
@@ -86,9 +92,30 @@ def evaluate(
         },
         "environment": result_folder.describe_environment(settings["device"]),
     }
-    report.write(out, results, raw)
-    update_card(model)
-    return results
+
+
+def choose_suite(request: Request) -> tuple[list[str], list[str]]:
+    """Return the tasks of the request's suite to run and those left out."""
+    permission = request.allow_code_execution, request.skip_code_execution
+    return choose_tasks(request.suite, request.heldout is not None, *permission)
+
+
+def leave_out_missing(request: Request, names: list[str], left_out: list[str]) -> tuple[list[str], list[str]]:
+    """Return the tasks to run and those left out, now also for lack of data. Raise UserError unless that is allowed."""
+    missing = hub_data.missing_tasks(names)
+    if missing and not request.skip_missing_data:
+        raise UserError(hub_data.describe_missing(missing, request.suite))
+    return [name for name in names if name not in missing], left_out + missing
+
+
+def choose_named(request: Request) -> tuple[list[str], list[str]]:
+    """Return the names of tasks to run and those left out because they run code."""
+    names = [*([HELDOUT_TASK] if request.heldout is not None else []), *request.tasks]
+    code = task_objects.code_tasks(names, request.include_path) if request.skip_code_execution else []
+    kept = [name for name in names if name not in code]
+    if not kept:
+        raise UserError(f"nothing is left to run without the tasks that run code: {', '.join(code)}")
+    return kept, code
 
 
 def choose_tasks(suite: str, heldout: bool, allow_code: bool, skip_code: bool) -> tuple[list[str], list[str]]:
@@ -107,43 +134,3 @@ def choose_tasks(suite: str, heldout: bool, allow_code: bool, skip_code: bool) -
             "in a sandbox, or --skip-code-execution to leave these tasks out"
         )
     return [task for task in tasks if task not in code], code
-
-
-def check_lengths(folder: Path, tasks: dict[str, Any], max_length: int, limit: int | None) -> None:
-    """Raise UserError if a gold answer, or what a task may generate, does not fit into `max_length` tokens.
-
-    lm-eval truncates a longer prompt from the left. In a state-tracking question that would change the right answer,
-    so there the prompt has to fit too.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder}: its tokenizer cannot be loaded, or needs code of its own ({reason})") from error
-    needs = {name: _tokens_needed(name, task, tokenizer, limit) for name, task in tasks.items()}
-    name, (needed, what) = max(needs.items(), key=lambda item: item[1][0])
-    if needed > max_length:
-        raise UserError(
-            f"{name} {what} up to {needed} tokens, more than the model's max_position_embeddings or --max-length, "
-            f"{max_length}: give --max-length {max(2048, needed)} (a linear RNN has no hard limit of its own)"
-        )
-
-
-def _tokens_needed(name: str, task: Any, tokenizer: Any, limit: int | None) -> tuple[int, str]:
-    """Return how many tokens must fit into the context for a task, and which ones, as the verb of a message."""
-
-    def longest(texts: list[str]) -> int:
-        return max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
-
-    generated = GENERATION_TOKENS.get(name, 0) + 1  # 1 more for a tokenizer that adds a BOS in front
-    if name in STATE_TRACKING:
-        docs = task.test_docs()[:limit]
-        pairs = zip(docs["context"], docs["choices"], strict=True)
-        answered = [f"{context} {max(choices, key=len)}" for context, choices in pairs]
-        return longest(answered) + generated, "has prompts with answers of"
-    if task.OUTPUT_TYPE == "loglikelihood" and "continuation" in task.test_docs().column_names:
-        # 8 more, because the context can change how an answer's first characters are tokenised.
-        return longest(task.test_docs()[:limit]["continuation"]) + 8, "has gold answers of"
-    return generated, "generates"

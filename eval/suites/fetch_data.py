@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,26 @@ def fetch() -> Path:
     write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
     print(f"evaluation data written to {folder}")
     return folder
+
+
+def fetch_tasks(
+    names: Sequence[str], include_path: Sequence[Path] = (), metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Download the data of tasks of lm-eval into the cache of `datasets`, from which they run offline.
+
+    Raises:
+        UserError: the hub must not or cannot be reached, or a name is unknown.
+    """
+    from datasets import config
+
+    from lrnn.eval.suites.task_objects import load_tasks
+
+    if config.HF_HUB_OFFLINE:
+        raise UserError("--fetch needs the hub, but HF_HUB_OFFLINE or HF_DATASETS_OFFLINE forbids it: unset it")
+    loaded = load_tasks(names, include_path, metadata)
+    for name, task in loaded.tasks.items():
+        print(f"{name}: {len(task.eval_docs)} documents", flush=True)
+    print(f"the data is in {config.HF_DATASETS_CACHE}")
 
 
 def _read_manifest(folder: Path) -> dict | None:

@@ -1,9 +1,10 @@
-"""The calls to lm-eval: load its tasks and its model, and run them."""
+"""The calls to lm-eval: load its model, and run tasks."""
 
 import functools
 import logging
 import os
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from typing import Any
 from lrnn.errors import UserError
 from lrnn.eval.model_folder import default_device
 from lrnn.eval.suites import report, sandbox
-from lrnn.eval.suites.suites import CODE_TASKS, TASK_FOLDER
+from lrnn.eval.suites.request import SEEDS
+from lrnn.eval.suites.suites import CODE_TASKS
+from lrnn.eval.suites.task_objects import Loaded
+from lrnn.eval.suites.task_objects import load_tasks as load_tasks
 
 
 def silence_expected_warnings() -> None:
@@ -43,72 +47,73 @@ def leave_out_complaints_of_git() -> None:
         evaluator.get_git_commit_hash = lambda: None
 
 
-def load_tasks(tasks: list[str]) -> dict[str, Any]:
-    """Return lm-eval's task objects by name, with their data. A task object serves one run only.
-
-    Raises:
-        UserError: a package that a task needs is missing.
-    """
-    from lm_eval.tasks import TaskManager
-
-    try:
-        return TaskManager(include_path=str(TASK_FOLDER), include_defaults=False).load(tasks)["tasks"]
-    except ImportError as error:
-        raise UserError(f"a task needs a package that is missing ({error}): pip install 'lrnn[eval]'") from error
-
-
 def load_model(
-    folder: Path, device: str | None, dtype: str | None, batch_size: int, max_length: int, add_bos_token: bool | None
+    folder: Path, device: str | None, dtype: str | None, batch_size: int | str, max_length: int, bos: str
 ) -> tuple[Any, dict[str, Any]]:
-    """Return lm-eval's own Hugging Face model of the folder, and the settings that it was loaded with.
+    """Return lm-eval's model of the folder, and the settings that it was loaded with.
 
     The folder is untrusted: none of its code is run, and nothing is unpickled.
     """
     from lrnn.eval.suites.model import Model
 
     device, dtype = default_device(device, dtype)
-    settings: dict[str, Any] = {"device": device, "dtype": dtype, "batch_size": batch_size, "max_length": max_length}
-    settings["add_bos_token"] = add_bos_token
-    settings["softmax_dtype"] = "float32"  # in bfloat16 a log-softmax is quantised to 0.005 nats per token
     print(f"loading {folder} on {device} in {dtype}", flush=True)
     try:
-        options = {"backend": "causal", "trust_remote_code": False, "use_safetensors": True}  # no guess at the backend
-        return Model(pretrained=str(folder), **options, **settings), settings
+        lm = Model(folder, bos=bos, device=device, dtype=dtype, batch_size=batch_size, max_length=max_length)
     except OSError as error:
         raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return lm, lm.settings
 
 
-def run_tasks(lm: Any, tasks: dict[str, Any], limit: int | None = None) -> dict[str, Any]:
-    """Run lm-eval's `simple_evaluate` on one task after another, with a line each, and merge results and samples."""
+def run_tasks(
+    lm: Any, loaded: Loaded, limit: float | None = None, seeds: Sequence[int | None] = SEEDS, iterations: int = 100
+) -> dict[str, Any]:
+    """Run lm-eval's `simple_evaluate` on one task after another, with a line each, and merge results and samples.
+
+    Args:
+        seeds: of random, numpy, torch and the few-shot examples.
+        iterations: resamples for the standard error of metrics that lm-eval bootstraps; of a mean it has a formula.
+    """
     from lm_eval import simple_evaluate
+    from lm_eval.evaluator_utils import get_sample_size
     from lm_eval.tasks import TaskManager
 
     describe_machine_once()
     os.environ["DISABLE_MULTIPROC"] = "1"  # otherwise lm-eval forks this process, GPU context and all, for a bootstrap
     leave_out_complaints_of_git()
     no_other_tasks = TaskManager(include_defaults=False)
+    of_random, of_numpy, of_torch, of_examples = seeds
     merged: dict[str, Any] = {}
-    for number, (name, task) in enumerate(tasks.items(), start=1):
+    for number, (name, task) in enumerate(loaded.tasks.items(), start=1):
         start = time.time()
-        print(f"[{number}/{len(tasks)}] {name} ...", flush=True)
-        # Code tasks are in `tasks` only if the user allowed them. bootstrap_iters only switches standard errors on.
-        with (
-            sandbox.counting(min(len(task.eval_docs), limit or len(task.eval_docs)))
-            if name in CODE_TASKS
-            else nullcontext()
-        ):
+        print(f"[{number}/{len(loaded.tasks)}] {name} ...", flush=True)
+        documents = get_sample_size(task, limit) or len(task.eval_docs)
+        with sandbox.counting(min(len(task.eval_docs), documents)) if name in CODE_TASKS else nullcontext():
             raw = simple_evaluate(
                 model=lm,
                 tasks=[task],
                 task_manager=no_other_tasks,
                 limit=limit,
-                bootstrap_iters=100,
+                bootstrap_iters=iterations,
                 log_samples=True,
-                confirm_run_unsafe_code=True,
+                confirm_run_unsafe_code=True,  # code tasks are in `loaded` only if the user allowed them
+                random_seed=of_random,
+                numpy_random_seed=of_numpy,
+                torch_random_seed=of_torch,
+                fewshot_random_seed=of_examples,
             )
         assert raw is not None  # it is None only on ranks other than 0, and this is the only process
         for key, value in raw.items():
             merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
         scores = ", ".join(f"{row['metric']} {row['value']:.4f}" for row in report.metric_rows(raw))
-        print(f"[{number}/{len(tasks)}] {name}: {scores} ({time.time() - start:.0f} s)", flush=True)
+        print(f"[{number}/{len(loaded.tasks)}] {name}: {scores} ({time.time() - start:.0f} s)", flush=True)
+    aggregate_groups(merged, loaded)
     return merged
+
+
+def aggregate_groups(merged: dict[str, Any], loaded: Loaded) -> None:
+    """Add `groups`, those that aggregate over their tasks, and `group_subtasks` to merged results, as lm-eval does."""
+    for name, group in loaded.groups.items():
+        merged.setdefault("group_subtasks", {})[name] = group.child_names
+        if group.has_aggregation:
+            merged.setdefault("groups", {})[name] = group.aggregate(merged["results"])

@@ -1,58 +1,133 @@
-"""lm-eval's Hugging Face model, with one progress bar for the text of all documents, and one bos before each text."""
+"""lm-eval's Hugging Face model as lrnn runs it: no code of a folder, float32 scores, a stated rule for bos, one bar."""
 
+from pathlib import Path
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
+from lrnn.eval.model_folder import check_export, default_device, says_add_bos
+from lrnn.eval.suites.bos import decide
+from lrnn.eval.suites.prompts import load_tokenizer
+
 
 class Model(HFLM):
-    """Compute what `HFLM` does.
+    """Compute what `HFLM` does, with the following differences.
+
+    The folder is untrusted: none of its code is run, and nothing is unpickled. Scores are computed in float32.
+
+    A prompt begins with the ids of the rule for bos, once, also if it is too long and cut from the left. `HFLM` leaves
+    bos to the tokenizer, of which only some classes add it, looks at the first prompt of a batch only, and cuts it off.
+    A whole document is scored behind one bos in any case, as in `HFLM`, which scores a second one if the tokenizer adds
+    bos.
 
     For whole documents, `HFLM` shows a bar per batch of windows. None of them tells how much is left, and in a log,
-    where bars appear after half a minute, none appears at all.
-
-    With `add_bos_token=True` a text begins with one bos, whatever the class of the tokenizer. `HFLM` leaves this to the
-    tokenizer, of which only some classes do it, and scores a whole document with two: its own and the tokenizer's.
+    where bars appear after half a minute, none appears at all. Here one bar counts tokens.
     """
 
-    add_bos_token: bool | None
     _bar: tqdm | None = None
+
+    def __init__(
+        self,
+        pretrained: str | Path,
+        *,
+        bos: str = "auto",
+        device: str | None = None,
+        dtype: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int = 64,
+        max_length: int | None = None,
+    ) -> None:
+        """Load a folder.
+
+        Args:
+            pretrained: the folder.
+            bos: one of `bos.RULES`.
+            device: None for a GPU if there is one.
+            dtype: of the weights; None for bfloat16 on a GPU and float32 on a CPU.
+            batch_size: sequences per batch, "auto" or "auto:N".
+            max_batch_size: the largest batch that "auto" tries.
+            max_length: tokens of context; None for what the model's configuration says.
+
+        Raises:
+            UserError: the folder cannot be evaluated.
+        """
+        folder = Path(pretrained)
+        check_export(folder)
+        self.bos = decide(bos, load_tokenizer(folder), says_add_bos(folder))
+        device, dtype = default_device(device, dtype)
+        super().__init__(
+            pretrained=str(folder),
+            backend="causal",  # no guess
+            trust_remote_code=False,
+            use_safetensors=True,
+            device=device,
+            dtype=dtype,
+            softmax_dtype="float32",  # in bfloat16 a log-softmax is quantised to 0.005 nats per token
+            batch_size=batch_size,
+            max_batch_size=max_batch_size,
+            max_length=max_length,
+        )
+        self.settings: dict[str, Any] = {"device": device, "dtype": dtype, "batch_size": batch_size}
+        self.settings |= {"max_length": self.max_length, "softmax_dtype": "float32"}
+        self.settings |= {"bos": self.bos.rule, "bos_ids": list(self.bos.ids)}
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of every document in nats, with a bar that counts tokens."""
-        with_bos = self.add_bos_token
-        self.add_bos_token = False if with_bos else with_bos  # HFLM itself puts bos in front of a whole document
+        texts = (text for (text,) in (request.args for request in requests))
+        total = sum(len(self.tok_encode(text, add_special_tokens=False)) for text in texts)
         try:
-            total = sum(len(self.tok_encode(text)) for (text,) in (request.args for request in requests))
             with tqdm(total=total, unit="token", unit_scale=True, desc="whole documents, tokens") as self._bar:
                 return super().loglikelihood_rolling(requests, disable_tqdm=True)
         finally:
-            self._bar, self.add_bos_token = None, with_bos
+            self._bar = None
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **options: Any
     ) -> list[int]:
-        """Return the ids of a text, after bos if `add_bos_token` is true and `add_special_tokens` is not given."""
-        if not self.add_bos_token or add_special_tokens is not None:
+        """Return the ids of a text, behind those of the rule unless `add_special_tokens` is given.
+
+        `HFLM` puts bos in front of a whole document itself.
+        """
+        if add_special_tokens is not None:
             return super().tok_encode(string, add_special_tokens, left_truncate_len, **options)
-        ids = [self.prefix_token_id, *self.tokenizer.encode(string, add_special_tokens=False)]
-        return ids[-left_truncate_len:] if left_truncate_len else ids
+        ids = self.tokenizer.encode(string, add_special_tokens=False)
+        if self._bar is not None:
+            return ids
+        return self._begin(ids, left_truncate_len)
 
     def tok_batch_encode(
         self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **options: Any
     ) -> tuple[Any, Any]:
-        """Return ids and attention mask of the texts, int64 [B, T], each after bos if `add_bos_token` is true."""
-        if not self.add_bos_token:
-            return super().tok_batch_encode(strings, padding_side, left_truncate_len, **options)
-        rows = [self.tok_encode(string) for string in strings]
+        """Return ids and attention mask of the texts, int64 [B, T], each behind the ids of the rule."""
+        rows = [self.tok_encode(text, left_truncate_len=left_truncate_len) for text in strings]
+        rows = [row or [self.prefix_token_id] for row in rows]  # there is no generation from nothing
         batch = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
-        start = -(left_truncate_len or 0)
-        return batch["input_ids"][:, start:], batch["attention_mask"][:, start:]
+        return batch["input_ids"], batch["attention_mask"]
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **options: Any) -> list[Any]:
-        if self._bar is None:
-            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, **options)
-        found = super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
-        self._bar.update(sum(len(continuation) for _, _, continuation in requests))
-        return found
+        if self._bar is not None:
+            found = super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
+            self._bar.update(sum(len(continuation) for _, _, continuation in requests))
+            return found
+        cut = [
+            (texts, self._cut(context, len(continuation)), continuation) for texts, context, continuation in requests
+        ]
+        return super()._loglikelihood_tokens(cut, disable_tqdm=disable_tqdm, **options)
+
+    def _cut(self, context: list[int], continuation: int) -> list[int]:
+        """Return the context, cut behind the ids of the rule if it is too long for a continuation of so many tokens.
+
+        `HFLM` reads the last `max_length + 1` ids without the very last one, and would cut off the beginning.
+        """
+        first, length = list(self.bos.ids), self.max_length + 1 - continuation
+        fits = len(context) <= length or context[: len(first)] != first
+        return context if fits else self._begin(context, length)
+
+    def _begin(self, ids: list[int], length: int | None) -> list[int]:
+        """Return ids that begin with those of the rule, once. If they exceed a length, the first others are cut."""
+        first = list(self.bos.ids)
+        rest = ids[len(first) :] if ids[: len(first)] == first else ids
+        if length is not None:
+            rest = rest[len(rest) - min(len(rest), max(length - len(first), 0)) :]
+        return first + rest

@@ -23,30 +23,48 @@ def metric_rows(raw: Raw) -> list[Raw]:
     Metrics of a single length are left to `sections.length_rows`.
     """
     rows = []
-    for task, values in raw["results"].items():
-        config = raw["configs"][task]
-        shots = (config.get("metadata") or {}).get("shots", raw["n-shot"][task])
+    for task, values in {**raw["results"], **raw.get("groups", {})}.items():
         for key, value in values.items():
             metric, _, filter_name = key.partition(",")
             if not filter_name or metric.endswith("_stderr") or sections.is_by_length(metric):
                 continue
+            if not isinstance(value, (int, float)):
+                continue  # lm-eval's own results keep it
+            row = {"task": task, "metric": metric, "filter": filter_name, "value": float(value)}
             stderr: Any = values.get(f"{metric}_stderr,{filter_name}")
-            if metric in AGGREGATES:
+            if metric in AGGREGATES and task in raw["samples"]:
                 of_documents = [s[metric] for s in raw["samples"][task] if s["filter"] == filter_name]
                 stderr = bootstrap_stderr(metric, np.array(of_documents, dtype=np.float64))
-            rows.append(
-                {
-                    "task": task,
-                    "metric": metric,
-                    "filter": filter_name,
-                    "value": float(value),
-                    "stderr": float(stderr) if isinstance(stderr, (int, float)) and math.isfinite(stderr) else None,
-                    "n": raw["n-samples"][task]["effective"],
-                    "shots": shots,
-                    "higher_is_better": raw["higher_is_better"][task].get(metric),
-                }
-            )
+            is_number = isinstance(stderr, (int, float)) and math.isfinite(stderr)
+            row["stderr"] = float(stderr) if is_number else None
+            rows.append(row | (_of_group(raw, row) if task in raw.get("groups", {}) else _of_task(raw, row)))
     return rows
+
+
+def _of_task(raw: Raw, row: Raw) -> Raw:
+    """Return what else the row of a task holds."""
+    task = row["task"]
+    shots = (raw["configs"][task].get("metadata") or {}).get("shots", raw["n-shot"][task])
+    better = (raw["higher_is_better"].get(task) or {}).get(row["metric"])
+    return {"n": raw["n-samples"][task]["effective"], "shots": shots, "higher_is_better": better}
+
+
+def _of_group(raw: Raw, row: Raw) -> Raw:
+    """Return what else the row of a group holds: `tasks`, those that it aggregates, and facts that they share."""
+    key, tasks, names = f"{row['metric']},{row['filter']}", [], list(raw["group_subtasks"][row["task"]])
+    while names:
+        name = names.pop(0)
+        names = [*raw["group_subtasks"].get(name, []), *names]
+        tasks += [name] if key in raw["results"].get(name, {}) and name in raw["samples"] else []
+    parts = [_of_task(raw, {**row, "task": task}) for task in tasks]
+    shots = sorted({part["shots"] for part in parts}, key=str)
+    better = {part["higher_is_better"] for part in parts}
+    return {
+        "n": sum(part["n"] for part in parts),
+        "shots": shots[0] if len(shots) == 1 else f"{shots[0]} to {shots[-1]}",
+        "higher_is_better": better.pop() if len(better) == 1 else None,
+        "tasks": tasks,
+    }
 
 
 def markdown_table(results: Raw) -> str:

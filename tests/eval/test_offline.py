@@ -7,7 +7,7 @@ BARS = """
 import time
 from lrnn.eval import offline
 offline.SECONDS = 0.2
-offline._plain_progress()
+offline.plain_progress()
 from tqdm.auto import tqdm
 
 def wait(seconds, n=1):

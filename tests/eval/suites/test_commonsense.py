@@ -23,6 +23,7 @@ from lrnn.eval.offline import go_offline
 from lrnn.eval.suites import fetch_data, harness, hub_data, report, sections
 from lrnn.eval.suites.compare import compare
 from lrnn.eval.suites.suites import SUITES, TASK_FOLDER
+from lrnn.eval.suites.task_objects import Loaded
 
 TASKS = SUITES["commonsense"].tasks
 LM_EVAL_TASKS = Path(lm_eval.__file__).parent / "tasks"
@@ -56,11 +57,11 @@ def few_rows(few_commonsense_rows, tmp_path_factory):
 def load():
     go_offline()
     harness.silence_expected_warnings()
-    return harness.load_tasks(list(TASKS))
+    return harness.load_tasks(list(TASKS)).tasks
 
 
 def score(model, tasks):
-    rows = report.metric_rows(harness.run_tasks(model, tasks))
+    rows = report.metric_rows(harness.run_tasks(model, Loaded(tasks)))
     return {(row["task"].removeprefix("lrnn_"), row["metric"]): row for row in [*sections.score_rows(rows), *rows]}
 
 

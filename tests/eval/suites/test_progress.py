@@ -24,7 +24,7 @@ def test_one_bar_counts_the_tokens_of_all_documents(tiny_model, monkeypatch, cap
             return super().update(n)
 
     monkeypatch.setattr(module, "tqdm", Bar)
-    options = {"device": "cpu", "batch_size": 2, "max_length": 16, "dtype": "float32", "backend": "causal"}
+    options = {"device": "cpu", "batch_size": 2, "max_length": 16, "dtype": "float32"}
     lm = module.Model(pretrained=str(tiny_model), **options)
     texts = ["def f(x):\n    return x\n" * 9, "[1, 2]", "naïve\n" * 30]
     requests = [SimpleNamespace(args=(text,)) for text in texts]

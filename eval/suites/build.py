@@ -1,0 +1,159 @@
+"""Tasks become requests to the model, once, before it is loaded: settings, few-shot examples, lengths."""
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from lrnn.errors import UserError
+from lrnn.eval.suites.request import Request
+from lrnn.eval.suites.suites import STATE_TRACKING
+from lrnn.eval.suites.task_objects import Loaded
+
+GENERATED = 256  # lm-eval's Hugging Face model generates so many tokens unless a task says otherwise
+AROUND = 8  # the context can change how an answer's first characters are tokenised
+
+
+def seed(request: Request) -> None:
+    """Seed what tasks draw from while they are loaded, as lm-eval does before it loads them."""
+    of_random, of_numpy, of_torch, _ = request.seeds
+    if of_random is not None:
+        random.seed(of_random)
+    if of_numpy is not None:
+        np.random.seed(of_numpy)
+    if of_torch is not None:
+        torch.manual_seed(of_torch)
+
+
+def build(
+    loaded: Loaded, request: Request, render: Callable[..., str] | None, rank: int = 0, world_size: int = 1
+) -> None:
+    """Set what the user asked for, and build the requests of every task as lm-eval does. `lm_eval` then takes these.
+
+    Args:
+        render: function that renders a conversation, or None without a chat template.
+        rank, world_size: the share of the documents.
+
+    Raises:
+        UserError: a task cannot be as it was asked for.
+    """
+    from lm_eval.evaluator_utils import get_sample_size
+
+    for name, task in loaded.tasks.items():
+        _set(name, task, request)
+    for name, task in loaded.tasks.items():
+        options: dict[str, Any] = {"system_instruction": request.system_instruction, "chat_template": render}
+        options |= {"apply_chat_template": render is not None, "fewshot_as_multiturn": request.multiturn}
+        options |= {"rank": rank, "world_size": world_size, "limit": get_sample_size(task, request.limit)}
+        try:
+            task.build_all_requests(**options)
+        except (AssertionError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"the prompts of the task {name!r} cannot be built: {error}") from error
+        task.build_all_requests = partial(_built, name)
+
+
+def _built(name: str, **_: Any) -> None:
+    """Stand in for a task's `build_all_requests`, which would build everything again with other draws."""
+
+
+def _set(name: str, task: Any, request: Request) -> None:
+    if getattr(task, "MULTIMODAL", False):
+        raise UserError(f"the task {name!r} shows images or plays sound; lrnn evaluates language models")
+    if request.gen_kwargs and task.get_config("output_type") == "generate_until":
+        task.set_config(key="generation_kwargs", value=dict(request.gen_kwargs), update=True)
+    fixed = task.get_config("num_fewshot")
+    if request.num_fewshot is not None and fixed == 0 != request.num_fewshot:
+        print(f"{name}: its file says num_fewshot: 0, so it has no examples", flush=True)
+    elif request.num_fewshot is not None or fixed is None:
+        task.set_config(key="num_fewshot", value=request.num_fewshot or 0)
+    _check_examples(name, task)
+    task.set_fewshot_seed(seed=request.seeds[3])
+
+
+def _check_examples(name: str, task: Any) -> None:
+    """Raise UserError if there are fewer few-shot examples than wanted, before lm-eval draws them."""
+    wanted, sampler = task.get_config("num_fewshot") or 0, getattr(task, "sampler", None)
+    if wanted and sampler is not None:
+        there = len(getattr(sampler, "fewshot_indices", None) or sampler.df)
+        if there < wanted:
+            raise UserError(f"--num-fewshot {wanted}: the task {name!r} has {there} examples to draw from")
+
+
+@dataclass(frozen=True)
+class Need:
+    """The tokens of context that a task needs.
+
+    Attributes:
+        tokens: of its longest request.
+        what: which tokens these are, as the verb of a message.
+        too_long: how many of its requests do not fit.
+    """
+
+    tokens: int
+    what: str
+    too_long: int
+
+
+def check_lengths(loaded: Loaded, tokenizer: Any, first: int, max_length: int, request: Request) -> None:
+    """Raise UserError if a request does not fit into `max_length` tokens.
+
+    lm-eval cuts a prompt that is too long from the left. That changes what a task asks, so it is refused unless the
+    user allows it, or a suite has no objection. What must fit anyway is the answer, or the tokens to generate.
+
+    Args:
+        first: the number of ids that the rule for bos puts in front of a prompt.
+    """
+
+    def whole(name: str) -> bool:
+        return name in STATE_TRACKING if request.suite else not request.truncate
+
+    needs = {name: _need(task, tokenizer, first, max_length, whole(name)) for name, task in loaded.tasks.items()}
+    name, need = max(needs.items(), key=lambda item: item[1].tokens)
+    if need.tokens <= max_length:
+        return
+    longer = f"give --max-length {max(2048, need.tokens)} (a linear RNN has no hard limit of its own)"
+    if request.tasks and whole(name) and need.too_long:
+        longer += f", or --truncate to cut {need.too_long} requests from the left as lm-eval does"
+    raise UserError(
+        f"{name} {need.what} up to {need.tokens} tokens, more than the model's max_position_embeddings or "
+        f"--max-length, {max_length}: {longer}"
+    )
+
+
+def _need(task: Any, tokenizer: Any, first: int, max_length: int, whole: bool) -> Need:
+    """Return what a task needs.
+
+    A text with fewer bytes than there is room for tokens fits, because no token is empty. It is not tokenised.
+    """
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    found = [Need(0, "", 0)]
+    pairs, answers, prompts = set(), set(), set()
+    for instance in task.instances:
+        if instance.request_type == "loglikelihood":
+            context, continuation = instance.args
+            answers.add(continuation)
+            pairs.add(context + continuation)
+        elif instance.request_type == "generate_until":
+            context, settings = instance.args
+            prompts.add((context, normalize_gen_kwargs(dict(settings), GENERATED)["max_gen_toks"]))
+
+    def longest(texts: Iterable[str], extra: int, what: str) -> Need:
+        candidates = [text for text in texts if len(text.encode()) + 1 + extra > max_length]
+        ids = tokenizer(candidates, add_special_tokens=False)["input_ids"] if candidates else []
+        lengths = [len(of_text) + extra for of_text in ids]
+        return Need(max(lengths, default=0), what, sum(length > max_length for length in lengths))
+
+    found.append(longest(answers, AROUND, "has gold answers of"))
+    for generated in sorted({generated for _, generated in prompts}):
+        found.append(Need(generated + 1, "generates", 0))
+        if whole:
+            texts = [context for context, of_context in prompts if of_context == generated]
+            found.append(longest(texts, first + generated, "has prompts with answers of"))
+    if whole:
+        found.append(longest(pairs, first - 1, "has prompts with answers of"))  # nothing follows the last token
+    return max(found, key=lambda need: need.tokens)
