@@ -11,8 +11,6 @@ TASK_FOLDER = Path(__file__).resolve().parent / "tasks"
 HELDOUT_TASK = "lrnn_heldout_bpb"
 CODE_TASKS = frozenset({"lrnn_humaneval", "lrnn_mbpp"})  # they run code written by the model
 STATE_TRACKING = (*TASK_NAMES["mc"], *TASK_NAMES["gen"])  # their prompts must not be truncated
-GENERATION_TOKENS = {"lrnn_humaneval": 1024, "lrnn_mbpp": 256, "lrnn_gsm8k_cot": 256, "lrnn_minerva_math": 256}
-GENERATION_TOKENS |= dict.fromkeys(TASK_NAMES["gen"], 8)
 
 
 @dataclass(frozen=True)

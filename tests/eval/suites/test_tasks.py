@@ -13,7 +13,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from lrnn.errors import UserError
 from lrnn.eval.suites import fetch_data
-from lrnn.eval.suites.suites import CODE_TASKS, GENERATION_TOKENS, HELDOUT_TASK, SUITES, TASK_FOLDER
+from lrnn.eval.suites.suites import CODE_TASKS, HELDOUT_TASK, SUITES, TASK_FOLDER
 from lrnn.eval.suites.tasks import task_functions
 
 LM_EVAL_TASKS = Path(lm_eval.__file__).parent / "tasks"
@@ -67,9 +67,6 @@ def test_suites_name_tasks_that_exist_and_know_their_properties():
     assert all(config["task"] == name for name, config in configs.items())
     assert {task for suite in SUITES.values() for task in suite.tasks} | {HELDOUT_TASK} == configs.keys()
     assert {name for name, config in configs.items() if config.get("unsafe_code")} == CODE_TASKS
-    generating = {n: c["generation_kwargs"] for n, c in configs.items() if c["output_type"] == "generate_until"}
-    # lm-eval's Hugging Face model generates 256 tokens unless the task says otherwise.
-    assert {name: kwargs.get("max_gen_toks", 256) for name, kwargs in generating.items()} == GENERATION_TOKENS
 
 
 def test_fetched_data_equals_the_published_test_sets(eval_data):
