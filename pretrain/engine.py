@@ -8,18 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from lrnn import LrnnConfig, LrnnForCausalLM
-from lrnn.errors import UserError
-from lrnn.kernels.common.dispatch import INTERPRETED
 from lrnn.kernels.delta_rule.api import saving_states
 from lrnn.model.modeling_lrnn import LrnnBlock
 from lrnn.pretrain.config import Config
 from lrnn.pretrain.deepspeed_config import deepspeed_config
 from lrnn.pretrain.distributed import Ranks
+from lrnn.pretrain.fused.choice import uses_fused_layers
 from lrnn.pretrain.fused.layers import fuse
 from lrnn.pretrain.gradient_norm import read_once
 from lrnn.pretrain.optim import build_optimizer, parameter_groups
-
-FLOAT8_CAPABILITY = (8, 9)  # that of the first GPUs with products in float8
 
 
 class ZeroOptimizer(Protocol):
@@ -124,39 +121,3 @@ def compute_dtype(settings: dict[str, Any]) -> torch.dtype:
     if not settings.get("torch_autocast", {}).get("enabled"):
         return torch.float32
     return get_torch_autocast_dtype(settings) or torch.bfloat16
-
-
-def uses_fused_layers(config: Config, device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether a run trains with fused layers.
-
-    Raises:
-        UserError: see `build_engine`.
-    """
-    fused = config.fused_layers
-    if fused is None:
-        fused = device.type == "cuda" and dtype == torch.bfloat16
-    elif fused and not (device.type == "cuda" or INTERPRETED):
-        raise UserError("fused_layers is true, but they run on GPUs alone, and there is none; set it to null or false")
-    if config.activation_checkpointing == "mlp" and not fused:
-        raise UserError(
-            "activation_checkpointing is 'mlp', which only fused layers can do, on a GPU; set it to 'full' or 'none'"
-        )
-    if config.precision == "fp8":
-        _check_float8(fused, device, dtype)
-    return fused
-
-
-def _check_float8(fused: bool, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise UserError if the GPU has no products in float8, or the layers do not compute so."""
-    if not fused or dtype != torch.bfloat16:
-        raise UserError(
-            "precision is 'fp8', which takes a GPU and fused layers on bfloat16 autocast; here the device is "
-            f"{device.type}, layers are {'fused' if fused else 'plain'}, and modules compute in {str(dtype)[6:]}. "
-            "Set precision to bfloat16, or fused_layers to null"
-        )
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else FLOAT8_CAPABILITY
-    if capability < FLOAT8_CAPABILITY:
-        raise UserError(
-            f"precision is 'fp8', which takes compute capability 8.9 or above; {torch.cuda.get_device_name(device)} "
-            f"has {capability[0]}.{capability[1]}. Set precision to bfloat16"
-        )

@@ -26,7 +26,8 @@ from lrnn.pretrain.data.micro_batch import MicroBatch
 from lrnn.pretrain.data.training_data import TrainingData, open_data
 from lrnn.pretrain.deepspeed_config import COPY, deepspeed_config
 from lrnn.pretrain.distributed import Ranks
-from lrnn.pretrain.engine import Engine, build_engine, build_model, compute_dtype, uses_fused_layers
+from lrnn.pretrain.engine import Engine, build_engine, build_model, compute_dtype
+from lrnn.pretrain.fused.choice import uses_fused_layers
 from lrnn.pretrain.guard import Guard, Verdict
 from lrnn.pretrain.launch import STOPPED, StopRequest
 from lrnn.pretrain.metrics.eigenvalues import EigenvalueProbe
@@ -34,6 +35,7 @@ from lrnn.pretrain.metrics.log import MetricsLog
 from lrnn.pretrain.metrics.profiler import StepProfiler
 from lrnn.pretrain.metrics.speed import Speed
 from lrnn.pretrain.optim import has_other_groups_by_shape
+from lrnn.pretrain.plan.start import lines_at_start
 from lrnn.pretrain.progress import Progress, check_same_run
 from lrnn.pretrain.schedule import learning_rate
 from lrnn.pretrain.step import Step, warm_up
@@ -93,6 +95,7 @@ class Run:
         if self.log is not None:
             exits.enter_context(closing(self.log))
         self._say(self._describe())
+        self._say_estimate()
         self._report_changes(changes)
         self._speed = Speed(config, self._model_config, ranks)
         self.guard = Guard(config, ranks, self.progress.losses, self.log)
@@ -417,6 +420,13 @@ class Run:
     def _say(self, text: str) -> None:
         if self.log is not None:
             self.log.say(text)
+
+    def _say_estimate(self) -> None:
+        """Show what the run takes, as `lrnn plan` computes it for GPUs."""
+        if self.ranks.device.type == "cuda":
+            steps = self.config.steps - self.progress.step
+            for line in lines_at_start(self.config, self._model_config, self.ranks, steps):
+                self._say(line)
 
     def _describe(self) -> str:
         config, ranks = self.config, self.ranks

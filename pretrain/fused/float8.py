@@ -28,12 +28,7 @@ class Float8Product(Product):
 
     def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype):
         super().__init__(weights, dtype)
-        sizes = self.columns, sum(self.rows)
-        if any(size % 16 or size > MAX_SIZE for size in sizes):
-            raise UserError(
-                f"precision is 'fp8', whose products take sizes that are multiples of 16, up to {MAX_SIZE}; the model "
-                f"has one from {sizes[0]} to {sizes[1]} features. Set precision to bfloat16"
-            )
+        check_sizes(self.columns, sum(self.rows))
         self._copies: tuple[Float8Rows, Float8Rows] | None = None
 
     def refresh(self) -> None:
@@ -60,3 +55,12 @@ class Float8Product(Product):
         # With fast accumulation, partial sums stay in the tensor cores instead of being added up in float32 registers.
         # On an H200, the error of a product over 2,048 or 5,632 numbers is 3.75% with and without it.
         return scaled_mm(x.values, w.values.T, *scales, output_dtype=self.dtype, use_fast_accum=True)
+
+
+def check_sizes(columns: int, rows: int) -> None:
+    """Raise UserError if products in float8 do not take a matrix of weights [rows, columns]."""
+    if any(size % 16 or size > MAX_SIZE for size in (columns, rows)):
+        raise UserError(
+            f"precision is 'fp8', whose products take sizes that are multiples of 16, up to {MAX_SIZE}; the model "
+            f"has one from {columns} to {rows} features. Set precision to bfloat16"
+        )

@@ -21,7 +21,7 @@ def help_of(*arguments: str) -> str:
     )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["submit", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["--help"], ["submit", "--help"], ["plan", "--help"]], ids=" ".join)
 def test_help_imports_neither_torch_nor_transformers(arguments, tmp_path):
     out = run(help_of(*arguments), tmp_path)
     assert out.startswith("usage: lrnn") and out.endswith("IMPORTED []\n")

@@ -15,7 +15,8 @@ from lrnn.model_config import load_model_config
 from lrnn.parsing import parse_yaml
 from lrnn.pretrain.config import Config, load_config, load_model_of
 from lrnn.pretrain.deepspeed_config import deepspeed_config
-from lrnn.pretrain.engine import compute_dtype, uses_fused_layers
+from lrnn.pretrain.engine import compute_dtype
+from lrnn.pretrain.fused.choice import uses_fused_layers
 from lrnn.pretrain.zero import zero_settings
 from lrnn.settings import dump
 

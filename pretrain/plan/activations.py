@@ -1,0 +1,117 @@
+"""Bytes that layers keep for their backward pass, and that they take while it runs.
+
+Counts are those of the tensors that the layers save: `lrnn/pretrain/fused/` for the fused form, `lrnn/model/` under
+autocast for the plain one. They are per token of a micro-batch and per layer, unless a function says otherwise. The
+incomplete chunks at the ends of packed documents are left out. Mixers other than DeltaNet and DeltaProduct are counted
+by their weights, which is an estimate.
+"""
+
+from lrnn.kernels.common.constants import CHUNK
+from lrnn.kernels.delta_rule.call import can_save_states
+from lrnn.kernels.delta_rule.cut import count_segments
+from lrnn.pretrain.fused.loss import CHUNK as FUSED_LOSS_CHUNK
+from lrnn.pretrain.plan.setup import DTYPES, Setup
+
+FLOAT32 = 4
+LOSS_CHUNK = 4096  # of `lrnn.model.modeling_lrnn`: tokens whose logits exist at a time in the plain loss
+
+
+def kept_by_mixer(setup: Setup) -> float:
+    """Return what x + mixer(norm(x)) keeps."""
+    m, e = setup.model, setup.itemsize
+    if not m.factors:
+        # Its norm, the inputs and outputs of its projections, and those of what follows the projections.
+        return _plain_norm(setup) + e * (2 * m.cost.weights / m.hidden + 2 * m.cost.channels)
+    convolved = (1 + 2 * m.factors) * m.inner
+    rows = (m.factors + m.gated) * m.heads  # b of each factor, a
+    projected = convolved + m.gated * m.inner + rows
+    if not (setup.fused and m.mixer_is_fused):
+        # The gate's input and the norm's output are kept for the products beside them.
+        return _plain_norm(setup) + e * (projected + convolved + 2 * m.inner) + _kept_by_delta_rule(setup)
+    # x, what the merged product returns, its columns b and a again, q k v, and the output of the delta rule.
+    return e * (m.hidden + projected + rows + convolved + m.inner) + _kept_by_delta_rule(setup)
+
+
+def kept_by_mlp(setup: Setup) -> float:
+    """Return what x + mlp(norm(x)) keeps."""
+    m, e = setup.model, setup.itemsize
+    if not setup.fused:  # gate, up, silu(gate), and the product of the last two
+        return _plain_norm(setup) + 4 * e * m.intermediate
+    return e * (m.hidden + (0 if setup.checkpointing == "mlp" else 2 * m.intermediate))
+
+
+def kept_by_whole_layer(setup: Setup) -> float:
+    """Return what a layer keeps that is computed again as a whole: its input."""
+    return setup.itemsize * setup.model.hidden
+
+
+def saved_states(setup: Setup) -> float:
+    """Return what a recomputed delta rule saves besides: the states of its chunks, and the errors Y."""
+    m = setup.model
+    if not m.factors or not can_save_states(m.head, DTYPES[setup.precision]):
+        return 0.0
+    return setup.itemsize * m.factors * m.inner * (1 + m.head / CHUNK)
+
+
+def used_by_mixer(setup: Setup) -> float:
+    """Return what the backward pass of a mixer holds at once, besides what the layer kept.
+
+    These are the gradients of its projections and of q, k, v, the recomputed norm, and what the delta rule computes
+    again.
+    """
+    m, e = setup.model, setup.itemsize
+    if not m.factors:
+        return e * (2 * m.cost.weights / m.hidden + m.hidden)
+    convolved = (1 + 2 * m.factors) * m.inner
+    projected = convolved + m.gated * m.inner
+    states = 0.0 if setup.checkpointing == "full" else e * m.factors * m.inner * (1 + m.head / CHUNK)
+    float8 = projected * (setup.float8 and m.mixer_is_fused)  # the gradients of the projections, cast
+    return e * (projected + convolved + 2 * m.inner + m.factors * m.inner * m.head / CHUNK + m.hidden) + states + float8
+
+
+def used_by_mlp(setup: Setup) -> float:
+    """Return what the backward pass of an MLP holds at once, besides what the layer kept."""
+    m, e = setup.model, setup.itemsize
+    again = 2 * m.intermediate + m.hidden if setup.checkpointing == "mlp" else 0
+    float8 = 2 * m.intermediate * setup.float8  # the gradients of gate and up, cast
+    return e * (4 * m.intermediate + 2 * m.hidden + again) + float8
+
+
+def kept_by_ends(setup: Setup) -> float:
+    """Return the bytes that the final norm and the loss keep for a whole micro-batch."""
+    m, e, tokens = setup.model, setup.itemsize, setup.tokens
+    norm = tokens * (FLOAT32 * m.hidden + FLOAT32)  # its input in float32, and a number per row
+    if has_fused_loss(setup):  # the gradients of the hidden states and of the head
+        return norm + e * tokens * m.hidden + FLOAT32 * m.vocab * m.hidden
+    return norm + e * tokens * m.hidden
+
+
+def used_by_loss(setup: Setup) -> float:
+    """Return the bytes that the loss takes besides, in the pass in which it takes more."""
+    m, e = setup.model, setup.itemsize
+    if has_fused_loss(setup):
+        # Forward: the logits of two chunks. Backward: both gradients again, times a number.
+        forward = 2 * e * min(setup.tokens, FUSED_LOSS_CHUNK) * m.vocab
+        return max(forward, FLOAT32 * m.vocab * m.hidden + (2 * FLOAT32 + e) * setup.tokens * m.hidden)
+    # log softmax, its gradient, and that of the logits
+    return 3 * FLOAT32 * min(setup.tokens, LOSS_CHUNK) * m.vocab
+
+
+def has_fused_loss(setup: Setup) -> bool:
+    """Return whether the head and the loss are fused; see `lrnn.pretrain.fused.layers.fuse`."""
+    return setup.fused and setup.zero < 3
+
+
+def _plain_norm(setup: Setup) -> float:
+    """Return what a plain norm and the products after it keep: the input in float32, and the output."""
+    return FLOAT32 * (setup.model.hidden + 1) + setup.itemsize * setup.model.hidden
+
+
+def _kept_by_delta_rule(setup: Setup) -> float:
+    """Return what the operator keeps besides its inputs: C, four numbers per token and head, and segments' states."""
+    m = setup.model
+    dtype = DTYPES[setup.precision]
+    segments = 1 if setup.packed else count_segments(setup.micro_batch, setup.seq_len, m.heads, m.head, m.head, dtype)
+    states = setup.micro_batch * segments * m.heads * m.head * 3 * m.head if segments > 1 else 0
+    matrices = setup.itemsize * CHUNK + 4 * FLOAT32  # float32 keeps C in float32, 16 bits in float16
+    return m.factors * m.heads * matrices + FLOAT32 * states / setup.tokens

@@ -1,0 +1,221 @@
+"""Test `lrnn plan` against runs that were measured, and the shipped configurations against what it suggests."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lrnn import LrnnForCausalLM
+from lrnn.cli import main
+from lrnn.model.mixers import MIXERS
+from lrnn.pretrain.config import load_config, load_model_of
+from lrnn.pretrain.gpus import find_gpu
+from lrnn.pretrain.plan.choose import choose
+from lrnn.pretrain.plan.estimate import Estimate
+from lrnn.pretrain.plan.setup import Links, Setup, setup_of
+from lrnn.pretrain.plan.start import lines_at_start
+
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "planning.md"
+LINKS = Links(300e9, 360e9)
+PLAIN = "fused_layers=false"
+# Configuration, changes, GPUs, tokens/s per GPU, peak GB; on H200 (docs/results/training.md, docs/planning.md).
+MEASURED = [
+    ("1.3b", "", 1, 65200, 58.2),
+    ("1.3b", PLAIN, 1, 53700, 72.6),
+    ("1.3b", "data.reset_at_document_boundaries=true", 1, 61700, 58.2),
+    ("340m", "", 1, 218300, 31.7),
+    ("340m", "micro_batch_size=8", 1, 144400, 20.8),
+    ("340m", f"micro_batch_size=8 zero=2 {PLAIN}", 1, 97500, 27.2),
+    ("1.3b", PLAIN, 2, 53900, 64.4),
+    ("1.3b", "precision=fp8", 1, 79600, 58.2),
+    ("340m", "precision=fp8", 1, 231600, 31.9),
+]
+# The same, with the ratio of estimated to measured speed, which misses the aim of 15%: the version that was measured
+# reduced gradients after every micro-batch, and ZeRO-3's gathers take time of the host, which is not estimated.
+MISSED = [
+    ("1.3b", f"zero=2 {PLAIN}", 2, 47900, 60.1, 1.16),
+    ("1.3b", f"zero=3 {PLAIN}", 2, 30700, 59.8, 1.83),
+    ("1.3b", f"zero=2 micro_batch_size=5 activation_checkpointing=full {PLAIN}", 2, 36900, 22.6, 1.165),
+]
+
+
+def setup(config: str, changes: str = "", gpus: int = 1, gpu: str = "H200") -> Setup:
+    return setup_of(load_config(config, changes.split()), find_gpu(gpu), gpus, 8, LINKS)
+
+
+def measured(config: str, changes: str, gpus: int) -> Estimate:
+    """Return the estimate of a measured run, which had 4 micro-batches of 8 samples per step, or 8 of 5."""
+    samples = (40 if "micro_batch_size=5" in changes else 32) * gpus
+    return Estimate(setup(config, f"global_batch_size={samples} {changes}", gpus), 141e9)
+
+
+@pytest.mark.parametrize(("config", "changes", "gpus", "speed", "memory"), MEASURED)
+def test_measured_runs(config, changes, gpus, speed, memory):
+    estimate = measured(config, changes, gpus)
+    assert estimate.memory.total / 1e9 == pytest.approx(memory, rel=0.1)
+    assert estimate.tokens_per_second / gpus == pytest.approx(speed, rel=0.05)
+
+
+@pytest.mark.parametrize(("config", "changes", "gpus", "speed", "memory", "ratio"), MISSED)
+def test_runs_whose_speed_is_missed(config, changes, gpus, speed, memory, ratio):
+    estimate = measured(config, changes, gpus)
+    assert estimate.memory.total / 1e9 == pytest.approx(memory, rel=0.1)
+    assert estimate.tokens_per_second / gpus / speed == pytest.approx(ratio, abs=0.01)
+
+
+@pytest.mark.parametrize(("gpu", "gpus"), [("H100", 1), ("H100", 8), ("H200", 8)])
+@pytest.mark.parametrize("name", ["1.3b", "340m"])
+def test_shipped_configurations_are_what_is_suggested(name, gpu, gpus):
+    """Within 80 GB."""
+    shipped = setup(name, "", gpus, gpu)
+    assert choose(shipped, 80e9).setup == shipped
+
+
+def test_zero_3_is_the_last_resort():
+    """With 64 GPUs of 15 GB, it alone fits; with 18 GB, it is estimated faster than what is suggested."""
+    run = setup("1.3b", "", 64)
+    assert choose(run, 15e9).setup.zero == 3 and choose(run, 10e9) is None
+    suggested, fastest = choose(run, 18e9), choose(run, 18e9, (3,))
+    assert suggested.setup.zero == 1 and fastest.tokens_per_second > suggested.tokens_per_second
+
+
+def test_memory_by_part():
+    """A float32 weight, gradient, and three numbers of the optimizer, of which each of 8 GPUs holds an eighth."""
+    one, eight = (Estimate(setup("1.3b", "", gpus), 80e9) for gpus in (1, 8))
+    numbers = 4 * one.setup.model.parameters
+    assert one.memory.parameters == eight.memory.parameters == numbers
+    assert (one.memory.optimizer, eight.memory.optimizer) == (3 * numbers, pytest.approx(3 * numbers / 8))
+    assert (one.memory.moment, one.memory.logits) == ("backward", 0)
+    assert one.memory_at_loss.logits > 2 * 2 * 4096 * 32000  # two pieces of logits in 16 bits
+    with torch.device("meta"):
+        model = LrnnForCausalLM(load_model_of(load_config("1.3b")))
+    assert one.setup.model.parameters == pytest.approx(sum(p.numel() for p in model.parameters()), rel=1e-5)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_mixer(mixer):
+    plan = setup("tiny", f"model.mixer={mixer} precision=bfloat16")
+    estimate = Estimate(plan, 80e9)
+    assert 0 < estimate.memory.total < 5e9 and estimate.tokens_per_second > 0
+    assert choose(plan, 80e9) is not None
+
+
+def test_command(capsys):
+    assert main(["plan", "1.3b", "--gpus", "8", "--gpu", "h100", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    configured = record["configured"]
+    assert configured == record["suggested"] and not record["warnings"]
+    assert sum(configured["memory_gb_by_part"].values()) == pytest.approx(configured["memory_gb"])
+    assert sum(configured["step_seconds_by_part"].values()) == pytest.approx(configured["step_seconds"])
+    assert record["tokens"] == 48000 * 1024 * 2048
+    assert configured["days"] == pytest.approx(record["tokens"] / configured["tokens_per_second"] / 86400)
+    assert any("scaled" in note for note in record["notes"])
+
+
+def test_links_are_parameters(capsys):
+    """Twice the time at half the rate; nodes are joined by what is slower."""
+
+    def times(*links: str) -> dict[tuple[int, int], float]:
+        assert main(["plan", "1.3b", "--gpus", "8,64", "--gpu", "H200", "--json", *links]) == 0
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        return {(row["gpus"], row["zero"]): row["collectives"]["seconds"] for row in rows}
+
+    fast, slow, between = times("--link-gbs", "300"), times("--link-gbs", "150"), times("--node-link-gbs", "150")
+    assert all(slow[key] == pytest.approx(2 * fast[key]) for key in fast)
+    assert between[8, 1] == fast[8, 1] and between[64, 1] == pytest.approx(2 * fast[64, 1])
+
+
+def test_documented_scaling(capsys):
+    """The table of docs/planning.md is what the command prints."""
+    assert main(["plan", "1.3b", "--gpus", "1,2,8,64,256", "--gpu", "H200", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    found = [
+        f"| {r['gpus']} | {r['zero']} | {r['micro_batches']} of {r['micro_batch_size']} "
+        f"| {r['collectives']['sent_gb']:.1f} GB | {1e3 * r['collectives']['seconds']:.1f} "
+        f"| {1e3 * r['collectives']['exposed_seconds']:.1f} | {1e3 * r['step_seconds']:.0f} "
+        f"| {r['tokens_per_second_per_gpu']:,.0f} | {r['to_one_gpu']:.2f} | {r['memory_gb']:.1f} |"
+        for r in rows
+    ]
+    assert "\n".join(found) in DOCUMENTATION.read_text(encoding="utf-8"), "\n".join(found)
+
+
+def test_documented_measurements():
+    """Estimates in docs/planning.md are those of this version."""
+    text = DOCUMENTATION.read_text(encoding="utf-8")
+    for config, changes, gpus, speed, memory, *_ in [*MEASURED, *MISSED]:
+        estimate = measured(config, changes, gpus)
+        found, gb = estimate.tokens_per_second / gpus, estimate.memory.total / 1e9
+        row = f"| {speed:,} | {found:,.0f} | {found / speed:.2f} | {memory} | {gb:.1f} |"
+        assert row in text, (config, changes, row)
+
+
+def test_a_run_that_does_not_fit_is_warned_of(capsys):
+    assert main(["plan", "1.3b", "--gpu", "RTX-4090"]) == 0
+    out = capsys.readouterr().out
+    assert "warning: as configured, the run will not fit: it takes 58." in out
+    assert "warning: nothing fits: at the least, it takes 36." in out
+
+
+def test_a_run_that_would_not_start_is_warned_of(capsys):
+    assert main(["plan", "1.3b", "--gpus", "256"]) == 0
+    out = capsys.readouterr().out
+    assert "as configured, the run would not start: global_batch_size=1024 has too few samples" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu", "H1000"], "--gpu H1000 is not known"),
+        (["--gpus", "0"], "--gpus 0 should be at least 1"),
+        (["--gpus", "8,-1"], "--gpus -1 should be at least 1"),
+        (["--gpus", "3"], "global_batch_size=1024 cannot be split among 3 GPUs"),
+        (["--gpus", "1,3"], "global_batch_size=1024 cannot be split among 3 GPUs"),
+        (["--gpus-per-node", "0"], "--gpus-per-node 0 should be at least 1"),
+        (["--memory-gb", "nan"], "--memory-gb nan should be a positive number"),
+        (["model=missing.json"], "missing.json"),
+        (["steps=0"], "steps"),
+        (["precision=fp8", "--gpu", "A100"], "compute capability 8.9 or above; A100 has 8.0"),
+        (["precision=fp8", "fused_layers=false"], "layers are plain"),
+        (["precision=fp8", "model.intermediate_size=5000"], "multiples of 16"),
+        (["activation_checkpointing=mlp", "fused_layers=false"], "which only fused layers can do"),
+    ],
+)
+def test_bad_input(options, message, capsys):
+    assert main(["plan", "1.3b", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("lrnn: error: ") and error.count("\n") == 1
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Return what a run prints at its start on some GPUs of one host."""
+
+    def lines(changes: str, gpus: int = 8, name: str = "NVIDIA H100 80GB HBM3", memory: float = 85e9) -> list[str]:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
+        ranks = SimpleNamespace(device=torch.device("cuda"), world_size=gpus, gather=lambda value: [value] * gpus)
+        config = load_config("1.3b", changes.split())
+        return lines_at_start(config, load_model_of(config), ranks, config.steps // 2)
+
+    return lines
+
+
+def test_pretrain_says_the_same(started):
+    (line,) = started("")
+    estimate = Estimate(setup("1.3b", "", 8, "H100"), 85e9)
+    assert line.startswith(f"estimate: {estimate.memory.total / 1e9:.1f} of 85 GB per GPU (parameters 8.0, gradients ")
+    assert f"{estimate.tokens_per_second / 8:,.0f} tokens/s per GPU, {estimate.days(24000):.1f} days to go" in line
+
+
+def test_pretrain_says_what_would_be_faster_or_fit(started):
+    _, line = started("activation_checkpointing=full")
+    assert line.startswith("`lrnn plan` suggests zero=1 micro_batch_size=8 activation_checkpointing=none: 1.")
+    _, warning, line = started("micro_batch_size=64")
+    assert warning.startswith("warning: this may not fit: it takes ") and line.startswith("`lrnn plan` suggests zero=1")
+    _, warning, line = started("", memory=5e9)
+    assert line == "nothing else would fit either; see `lrnn plan`"
+    assert started("", name="Tesla T4") == [
+        "no estimate of memory and speed: Tesla T4 is not among the GPUs that `lrnn plan` knows"
+    ]
