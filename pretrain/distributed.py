@@ -16,6 +16,7 @@ from torch.distributed import distributed_c10d
 
 from lrnn.errors import UserError
 from lrnn.pretrain.launch import free_port, local_environment, slurm_tasks
+from lrnn.pretrain.metrics.start_up import StartUp
 
 T = TypeVar("T")
 RENDEZVOUS_TIMEOUT = timedelta(minutes=30)  # within which all processes have to start
@@ -76,8 +77,12 @@ class Ranks:
         dist.barrier(group=self.host_group)
 
 
-def init_ranks() -> Ranks:
-    """Join the other processes: over NCCL on GPUs, over gloo on CPU. A process alone forms a group of one."""
+def init_ranks(start_up: StartUp | None = None) -> Ranks:
+    """Join the other processes: over NCCL on GPUs, over gloo on CPU. A process alone forms a group of one.
+
+    The time that imports and the meeting take is booked in `start_up`.
+    """
+    start_up = start_up or StartUp()
     if not faulthandler.is_enabled():
         faulthandler.enable()  # a crash in native code leaves the Python stacks in the log
     if "RANK" not in os.environ:
@@ -89,6 +94,7 @@ def init_ranks() -> Ranks:
     import deepspeed  # after DS_ACCELERATOR is set
 
     _quieten(deepspeed)
+    start_up.lap("imports")
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         # DeepSpeed makes groups with torch's own limit, which is 10 minutes for NCCL, and accepts no other.
@@ -97,7 +103,9 @@ def init_ranks() -> Ranks:
         store.set_timeout(COLLECTIVE_TIMEOUT)  # NCCL's communicators are made through the store when first used
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
     deepspeed.init_distributed(verbose=False)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
+    start_up.lap("joining")
+    return ranks
 
 
 def slurm_environment(env: dict[str, str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from lrnn.pretrain.fused.choice import uses_fused_layers
 from lrnn.pretrain.fused.layers import fuse
 from lrnn.pretrain.gradient_norm import read_once
 from lrnn.pretrain.optim import build_optimizer, parameter_groups
+from lrnn.pretrain.weights.lazy_fills import LazyFills
 
 
 class ZeroOptimizer(Protocol):
@@ -68,17 +69,24 @@ class Engine(Protocol):
     def eval(self) -> object: ...
 
 
-def build_model(model_config: LrnnConfig, seed: int, activation_checkpointing: bool) -> LrnnForCausalLM:
+def build_model(
+    model_config: LrnnConfig, seed: int, activation_checkpointing: bool, fill: bool = True
+) -> LrnnForCausalLM:
     """Return the model with fresh float32 weights: a pure function of configuration and seed.
 
     With `activation_checkpointing`, layers are recomputed in the backward pass. A recomputed delta-rule layer saves its
     states, because its own backward pass follows at once.
+
+    Without `fill`, weights that would be random are whatever memory holds, and every parameter has to be loaded. The
+    state of the random numbers is the same.
     """
     torch.manual_seed(seed)
-    model = LrnnForCausalLM(model_config)
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise RuntimeError(f"{name} is not finite after initialisation")
+    with LazyFills() as fills:
+        model = LrnnForCausalLM(model_config)
+        if not fill:
+            fills.forget(model.parameters())
+    if fill:
+        _check_finite(model)
     if activation_checkpointing:
         with warnings.catch_warnings():  # the new name of this method is missing in some versions that we admit
             warnings.simplefilter("ignore", FutureWarning)
@@ -86,6 +94,13 @@ def build_model(model_config: LrnnConfig, seed: int, activation_checkpointing: b
             options = {"context_fn": lambda: (nullcontext(), saving_states()), "determinism_check": "none"}
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **options})
     return model.train()
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Raise RuntimeError if a weight is infinite or NaN, which the smallest or the largest then is too."""
+    for name, parameter in model.named_parameters():
+        if not torch.stack(torch.aminmax(parameter.detach())).isfinite().all():
+            raise RuntimeError(f"{name} is not finite after initialisation")
 
 
 def build_engine(model: LrnnForCausalLM, config: Config, ranks: Ranks, decay_by_shape: bool = False) -> Engine:

@@ -34,6 +34,7 @@ from lrnn.pretrain.metrics.eigenvalues import EigenvalueProbe
 from lrnn.pretrain.metrics.log import MetricsLog
 from lrnn.pretrain.metrics.profiler import StepProfiler
 from lrnn.pretrain.metrics.speed import Speed
+from lrnn.pretrain.metrics.start_up import StartUp
 from lrnn.pretrain.optim import has_other_groups_by_shape
 from lrnn.pretrain.plan.start import lines_at_start
 from lrnn.pretrain.progress import Progress, check_same_run
@@ -60,7 +61,14 @@ class Run:
 
     @classmethod
     @contextmanager
-    def open(cls, config: Config, ranks: Ranks, stop: StopRequest, allow_change: bool = False) -> Iterator["Run"]:
+    def open(
+        cls,
+        config: Config,
+        ranks: Ranks,
+        stop: StopRequest,
+        allow_change: bool = False,
+        start_up: StartUp | None = None,
+    ) -> Iterator["Run"]:
         """Start a run, or resume it from its newest checkpoint, and hold its folder within the `with` block.
 
         Args:
@@ -68,14 +76,23 @@ class Run:
             ranks: this process among all.
             stop: tells whether this process was asked to stop.
             allow_change: resume although the configuration now gives other results.
+            start_up: holds where the time since the start of the process went.
 
         Raises:
             UserError: on all ranks, if anything is wrong with the model, data, checkpoint or folder.
         """
         with ExitStack() as exits:
-            yield cls(config, ranks, stop, exits, allow_change)
+            yield cls(config, ranks, stop, exits, allow_change, start_up or StartUp())
 
-    def __init__(self, config: Config, ranks: Ranks, stop: StopRequest, exits: ExitStack, allow_change: bool):
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        stop: StopRequest,
+        exits: ExitStack,
+        allow_change: bool,
+        start_up: StartUp,
+    ):
         self.config, self.ranks, self._stop = config, ranks, stop
         self.progress = Progress()
         self._data_error: str | None = None
@@ -89,8 +106,9 @@ class Run:
             changes = self._resume(self._saved, allow_change) if self._saved is not None else {}
             self._first_step = self.progress.step
             self._write_config()
+        start_up.lap("data and checkpoints")
         with self.phase("starting the engine" if self._saved is None else "loading the checkpoint", step=0):
-            self.engine, self._probe = self._start_engine()
+            self.engine, self._probe = self._start_engine(start_up)
         self.log = self._watchdog.log = ranks.together(self._open_log)
         if self.log is not None:
             exits.enter_context(closing(self.log))
@@ -107,10 +125,13 @@ class Run:
         loader = self._data.loader(self.progress.samples, self.progress.stream, ranks.device.type == "cuda")
         exits.enter_context(loader)
         self._loader = loader
+        start_up.lap("logs")
         if not self.finished:
             with self.phase("trying a first pass", step=0):
                 warm_up(self.engine, self._data.throwaway_batch())
                 ranks.barrier()
+            start_up.lap("first pass")
+        self._report_start(start_up)
         self._speed.skip()
 
     @contextmanager
@@ -331,6 +352,13 @@ class Run:
             self.progress.stream = None
         return changes
 
+    def _report_start(self, start_up: StartUp) -> None:
+        """Show and record where the time since the start of the main process went."""
+        if self.log is not None:
+            seconds = {name: round(value, 3) for name, value in start_up.seconds.items()}
+            self.log.write({"event": "ready", "step": self.progress.step, "seconds": seconds})
+            self._say(str(start_up))
+
     def _report_changes(self, changes: Changes) -> None:
         """Show and record the keys that changed since the checkpoint."""
         if changes and self.log is not None:
@@ -362,12 +390,15 @@ class Run:
         """Return the newest intact checkpoint. The main process reads all checksums."""
         return self._on_main(lambda: checkpoint.find_newest(Path(self.config.run_dir)))
 
-    def _start_engine(self) -> tuple[Engine, EigenvalueProbe]:
+    def _start_engine(self, start_up: StartUp) -> tuple[Engine, EigenvalueProbe]:
         """Return the model in a DeepSpeed engine, with the checkpoint's weights and moments if the run resumes."""
-        model = build_model(self._model_config, self.config.seed, self.config.activation_checkpointing == "full")
         state = SavedState(self._saved) if self._saved is not None else None
+        recompute = self.config.activation_checkpointing == "full"
+        model = build_model(self._model_config, self.config.seed, recompute, fill=state is None)
+        start_up.lap("model")
         if state is not None:
             state.load_into(model)
+            start_up.lap("checkpoint")
         probe = EigenvalueProbe(model)
         by_shape = self.progress.decay_by_shape
         if by_shape and has_other_groups_by_shape(model):
@@ -376,8 +407,10 @@ class Run:
                 "have it, and recurrent matrices do not; new runs have it on linear maps only"
             )
         engine = build_engine(model.to(self.ranks.device), self.config, self.ranks, by_shape)
+        start_up.lap("engine")
         if state is not None:
             zero_state.restore(engine, state.read, self.progress.optimizer_step)
+            start_up.lap("checkpoint")
         return engine, probe
 
     def _restore(self, saved: Path) -> None:

@@ -28,13 +28,18 @@ from lrnn.pretrain.launch import (
     is_worker,
     launch,
 )
+from lrnn.pretrain.metrics.start_up import StartUp, process_age_s
 from lrnn.pretrain.old_config import notice
 from lrnn.pretrain.run import Run
 from lrnn.pretrain.step import train_step
 
 
-def train(config: Config, ranks: Ranks, stop: StopRequest, allow_change: bool = False) -> int:
+def train(
+    config: Config, ranks: Ranks, stop: StopRequest, allow_change: bool = False, start_up: StartUp | None = None
+) -> int:
     """Run the training loop. With `allow_change`, a run may resume with settings that change its results.
+
+    The time until the first step is booked in `start_up`, after what it holds.
 
     Returns:
         0 when the last step is done, `STOPPED` when `stop` ended the run early.
@@ -43,7 +48,7 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, allow_change: bool = 
         UserError: on all ranks, if anything is wrong with the run, its data or its storage. A checkpoint holds the
             steps done so far, unless the storage is at fault.
     """
-    with Run.open(config, ranks, stop, allow_change) as run:
+    with Run.open(config, ranks, stop, allow_change, start_up) as run:
         while not run.finished:
             with run.phase("waiting for data"):
                 batches = run.next_batches()
@@ -93,9 +98,10 @@ def main(args: argparse.Namespace) -> int:
     with StopRequest() as stop:  # Before everything that takes long, so that an early signal is not a failure.
         end_with_launcher()
         choose_threads()
-        ranks = init_ranks()
+        start_up = StartUp(process_age_s())
+        ranks = init_ranks(start_up)
         try:
-            return train(config, ranks, stop, args.allow_change)
+            return train(config, ranks, stop, args.allow_change, start_up)
         except UserError:
             if ranks.is_main:
                 raise

@@ -70,6 +70,10 @@ def test_the_recorded_loss_is_the_mean_since_the_last_record(base, tmp_path):
     assert sum(taken) == pytest.approx(STEPS * 8, abs=0.01) and 1.2 < taken[1] / taken[0] < 3.3
     (start,) = (r for r in read_metrics(Path(every["run_dir"])) if r.get("event") == "start")
     assert start["versions"]["torch"] == torch.__version__
+    ready = [r["seconds"] for r in read_metrics(Path(stopped["run_dir"])) if r.get("event") == "ready"]
+    phases = ["data and checkpoints", "model", "engine", "logs", "first pass"]
+    assert list(ready[0]) == phases and list(ready[1]) == [*phases[:2], "checkpoint", *phases[2:]]
+    assert all(s > 0 for seconds in ready for s in seconds.values())
 
 
 @pytest.mark.parametrize(("stages", "autocast", "tolerance"), [((1, 2, 3), False, 1e-5), ((2, 3, 1), True, 5e-4)])

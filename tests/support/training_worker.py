@@ -80,10 +80,10 @@ def main(file: Path, environment: dict[str, str]) -> None:
                 handle.remove()
             return result
 
-        def start(run, spec=spec):
+        def start(run, start_up, spec=spec):
             if spec.get("stop_at") == 0 and ranks.rank == ranks.world_size - 1:
                 os.kill(os.getpid(), signal.SIGUSR1)
-            return original_start(run)
+            return original_start(run, start_up)
 
         train_module.train_step = step
         Run._start_engine = start
