@@ -9,6 +9,8 @@ bench kernels` measures the delta-rule kernels beside those of flash-linear-atte
 import argparse
 from pathlib import Path
 
+from lrnn.errors import UserError
+
 EXAMPLES = """\
 examples:
   lrnn bench data
@@ -63,7 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the measurement that `args.part` names."""
+    """Run the measurement that `args.part` names.
+
+    Raises:
+        UserError: the folder of `--json` does not exist; see also the measurements.
+    """
+    file = getattr(args, "json", None)
+    if file is not None and not file.parent.is_dir():
+        raise UserError(f"--json {file}: the folder {file.parent} does not exist; create it first")
     if args.part == "data":
         from lrnn.bench.loader import bench_data
 

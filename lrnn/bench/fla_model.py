@@ -1,5 +1,6 @@
 """A training step of flash-linear-attention's model of the same shape, for comparison."""
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 
@@ -17,13 +18,17 @@ DTYPES = (torch.float32, torch.bfloat16)  # of the parameters; both run under au
 
 
 def reason_without(config: LrnnConfig, world_size: int) -> str | None:
-    """Return why fla's model cannot be measured beside ours, or None if it can."""
+    """Import fla, and return why its model cannot be measured beside ours, or None if it can."""
     if world_size > 1:
         return "it is measured on one GPU only"
     if importlib.util.find_spec("fla") is None:
         return "it is not installed"
     if config.mixer not in MIXER_OF.values():
         return f"it has no model with the parameters of mixer {config.mixer}"
+    try:
+        importlib.import_module("fla.models")  # which registers the models
+    except Exception as error:  # a peer that does not import here must not keep lrnn from being measured
+        return f"importing it failed: {error!r}"
     return None
 
 
@@ -39,12 +44,13 @@ def notes(config: Config) -> list[str]:
 def build(config: LrnnConfig, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
     """Return fla's model with fresh weights and its fused linear cross-entropy, which never holds all logits.
 
+    `reason_without` must have imported fla before.
+
     Args:
         config: of our model; fla's has the same parameters.
         dtype: of the parameters, but for `A_log` and `dt_bias`, which are float32, as when either model is loaded.
         device: the device of the parameters.
     """
-    import fla.models  # noqa: F401  registers the models
     from transformers import AutoConfig, AutoModelForCausalLM
 
     losses = {"fuse_cross_entropy": False, "fuse_linear_cross_entropy": True}

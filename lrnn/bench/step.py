@@ -8,7 +8,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def measure_and_print(config: Config, model_config: LrnnConfig, ranks: Ranks, ar
     say("\n".join(f"{name:22}{value}" for name, value in env.items()))
     say("\n".join(_describe(config, model_config, ranks, configured)))
     columns = [measure_ours(config, model_config, batches, ranks)]
+    say(f"lrnn: {columns[0].milliseconds:.1f} ms per step")  # fla takes minutes, and may end the process
     reason = "--only-ours" if args.only_ours else fla_model.reason_without(model_config, ranks.world_size)
     if reason is None:
         columns += [measure_fla(config, model_config, batches, ranks, dtype) for dtype in fla_model.DTYPES]
@@ -147,14 +149,17 @@ def measure_fla(
 ) -> Measured:
     """Measure fla's model with parameters in `dtype`. If it does not run, the error is in the result."""
     name = f"fla {str(dtype)[6:]}"
+    kept = torch.cuda.memory_allocated() if ranks.device.type == "cuda" else 0  # DeepSpeed keeps an engine of ZeRO-3
     try:
         model = fla_model.build(model_config, dtype, ranks.device)
-        return measure(name, fla_model.training_step(model, config, batches, ranks.device), ranks.device)
+        found = measure(name, fla_model.training_step(model, config, batches, ranks.device), ranks.device)
+        return replace(found, peak_bytes=found.peak_bytes - kept)
     except Exception as error:  # whatever it is, our own figures must not be lost
         text = str(error).strip().splitlines()
         return Measured(name, error=f"{type(error).__name__}: {text[0] if text else ''}")
     finally:
-        _free()
+        with suppress(RuntimeError):  # after an error of CUDA, this fails too
+            _free()
 
 
 def measure(name: str, step: Callable[[], None], device: torch.device) -> Measured:

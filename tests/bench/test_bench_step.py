@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -32,6 +33,7 @@ CPU = Ranks(0, 1, torch.device("cpu"), None)
         ([], "lrnn bench step needs a CUDA GPU, and PyTorch finds none here"),
         (["optim.lrr=1"], "command line: unknown key optim.lrr; did you mean lr?"),
         (["model.mixer=gated"], "mixer"),
+        (["--json", "no_such_folder/x.json"], "--json no_such_folder/x.json: the folder no_such_folder does not exist"),
     ],
 )
 def test_refusals(options, message, capsys):
@@ -63,6 +65,7 @@ def test_it_is_the_step_of_training(tmp_path):
         "1 x 4 micro-batches of 2 x 64 random tokens in documents of 500 tokens on average per step; a step of the run "
         "has 6",
         "ZeRO-2, float32, activation_checkpointing: none; 5 steps timed, 2 others profiled",
+        f"lrnn: {np.median(figures['steps']):.1f} ms per step",
         "fla: left out: --only-ours",
         "products                                  1.50",
         "products                           1.500  nvjet_a",
@@ -119,12 +122,20 @@ def test_fla_is_left_out_with_a_reason(monkeypatch):
         assert (reason is None) == (mixer in ("gated_deltanet", "deltanet")), mixer
         assert reason is None or reason.endswith(f"mixer {mixer}")
     assert "one GPU" in fla_model.reason_without(LrnnConfig(), 2)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "fla.models", None)  # importing it raises ImportError
+        assert "importing it failed: ModuleNotFoundError" in fla_model.reason_without(LrnnConfig(), 1)
     monkeypatch.setattr(fla_model.importlib.util, "find_spec", lambda name: None)
     assert "not installed" in fla_model.reason_without(LrnnConfig(), 1)
 
 
-def test_what_fla_cannot_do_is_in_its_row():
-    """A peer that fails must not lose our own figures."""
+def test_what_fla_cannot_do_is_in_its_row(monkeypatch):
+    """A peer that fails must not lose our own figures, even if no memory can be freed after it."""
+
+    def fail():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(step, "_free", fail)
     broken = LrnnConfig(mixer="mamba")
     row = step.measure_fla(load_config("tiny"), broken, [], CPU, torch.float32)
     assert row.name == "fla float32" and row.error.startswith("UserError: ") and "mamba" in row.error

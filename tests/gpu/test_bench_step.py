@@ -39,7 +39,9 @@ def test_kinds_of_our_step(packed, tmp_path):
 def test_kinds_of_flas_step(packed):
     options = ["micro_batch_size=2", "global_batch_size=4", f"data.reset_at_document_boundaries={str(packed).lower()}"]
     config, device = load_config("tiny", options), torch.device("cuda")
-    model = fla_model.build(LrnnConfig(**MODEL, vocab_size=500), torch.bfloat16, device)
+    model_config = LrnnConfig(**MODEL, vocab_size=500)
+    assert fla_model.reason_without(model_config, 1) is None
+    model = fla_model.build(model_config, torch.bfloat16, device)
     batches = step.random_batches(config, 500, Ranks(0, 1, device, None))
     found = step.measure("fla", fla_model.training_step(model, config, batches, device), device)
     kinds = by_kind(found.kernels)
