@@ -33,12 +33,19 @@ def perplexity(loglikelihoods: np.ndarray) -> np.ndarray:
     return np.exp(-loglikelihoods.mean(-1))
 
 
+def given_answered(pairs: np.ndarray) -> np.ndarray:
+    """Return the accuracy of what was answered over the axis n of (right, answered) pairs `[..., n, 2]`; 0 if none."""
+    right, answered = pairs[..., 0].sum(-1), pairs[..., 1].sum(-1)
+    return right / np.maximum(answered, 1)
+
+
 # How the values of documents become the value of a metric. All others are means.
 AGGREGATES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "bits_per_byte": bits_per_byte,
     "byte_perplexity": pairs_perplexity,
     "word_perplexity": pairs_perplexity,
     "perplexity": perplexity,
+    "given_answered": given_answered,
 }
 
 

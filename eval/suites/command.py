@@ -38,6 +38,7 @@ EXAMPLES = """examples:
   lrnn eval runs/tiny/hf --suite quick --heldout corpora/tiny/heldout.jsonl --limit 50
   lrnn eval runs/1.3b/hf --suite code_math --allow-code-execution --batch-size 32
   lrnn eval runs/1.3b/hf --suite state_tracking --max-length 8192
+  lrnn eval runs/1.3b/hf --suite needle --haystack book.txt --max-length 32768
   lrnn eval --fetch --suite commonsense
   lrnn eval runs/1.3b/hf --suite commonsense --batch-size 32
   lrnn eval --fetch hellaswag mmlu
@@ -57,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", help=suites)
     parser.add_argument("--out", type=Path, help="result folder (default: DIR/eval/NAME)")
     parser.add_argument("--heldout", type=Path, metavar="FILE", help='held-out documents, jsonl rows {"text": ...}')
+    parser.add_argument(
+        "--haystack",
+        type=Path,
+        metavar="FILE",
+        help='text to hide needles in, plain or jsonl rows {"text": ...} (default: that of --heldout, or generated)',
+    )
     parser.add_argument(
         "--data-folder", type=Path, metavar="FOLDER", help="copies of data sets of the hub, e.g. FOLDER/allenai/sciq"
     )

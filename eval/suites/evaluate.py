@@ -40,7 +40,7 @@ def evaluate(request: Request) -> dict[str, Any]:
     bos = decide(request.bos, tokenizer, says_add_bos(request.model))
     max_length = request.max_length or prompts.context_length(request.model, tokenizer)
     render = prompts.chat_renderer(tokenizer, request.apply_chat_template)
-    loaded = load(request, names)
+    loaded = load(request, names, max_length)
     build.build(loaded, request, render)
     build.check_lengths(loaded, tokenizer, len(bos.ids), max_length, request)
     if CODE_TASKS.intersection(loaded.tasks):
@@ -56,12 +56,15 @@ def evaluate(request: Request) -> dict[str, Any]:
     return results
 
 
-def load(request: Request, names: list[str]) -> task_objects.Loaded:
+def load(request: Request, names: list[str], max_length: int) -> task_objects.Loaded:
     """Return the task objects of a request, loaded with lm-eval's seeds."""
     build.seed(request)
+    metadata = {"pretrained": str(request.model), "max_length": max_length}  # as lm-eval passes its model arguments
+    if request.text is not None:
+        metadata["haystack"] = str(request.text)
     if request.suite:
-        return harness.load_tasks(names)
-    metadata = {"pretrained": str(request.model), **request.metadata}  # as lm-eval passes its model arguments
+        return harness.load_tasks(names, metadata=metadata)
+    metadata |= request.metadata
     allowed = request.allow_code_execution
     return harness.load_tasks(names, request.include_path, metadata, allow_code=allowed)
 
@@ -89,6 +92,8 @@ def collect_results(
             "manifest_sha256": fetch_data.manifest_sha256(),
             "heldout": str(heldout) if heldout else None,
             "heldout_sha256": sha256(heldout) if heldout else None,
+            "haystack": str(request.text) if request.text else None,
+            "haystack_sha256": sha256(request.text) if request.text else None,
         },
         "environment": result_folder.describe_environment(settings["device"]),
     }

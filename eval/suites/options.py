@@ -104,6 +104,7 @@ def make_request(args: argparse.Namespace) -> Request:
         tasks=tuple(words(args.tasks or [])),
         out=args.out,
         heldout=args.heldout,
+        haystack=args.haystack,
         data_folder=args.data_folder,
         limit=args.limit,
         device=args.device,

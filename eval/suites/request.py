@@ -34,6 +34,7 @@ class Request:
     tasks: tuple[str, ...] = ()
     out: Path | None = None
     heldout: Path | None = None
+    haystack: Path | None = None
     data_folder: Path | None = None
     limit: float | None = None
     device: str | None = None
@@ -66,6 +67,11 @@ class Request:
         if len(name) <= LONGEST_NAME:
             return name
         return f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+    @property
+    def text(self) -> Path | None:
+        """The file of text to hide needles in, if there is one."""
+        return self.haystack or self.heldout
 
     @property
     def folder(self) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lrnn.eval.commonsense import averages
+from lrnn.eval.retrieval import report as retrieval_report
 from lrnn.eval.state_tracking import report as state_tracking_report
 
 Raw = dict[str, Any]
@@ -36,7 +37,7 @@ class ByLength(Protocol):
         """Write the rows to `folder/stem.csv`, and a plot of them to `folder/stem.png`."""
 
 
-BY_LENGTH: tuple[ByLength, ...] = (state_tracking_report,)
+BY_LENGTH: tuple[ByLength, ...] = (state_tracking_report, retrieval_report)
 SCORES: tuple[Callable[[list[Raw]], list[Raw]], ...] = (state_tracking_report.score_rows, averages.score_rows)
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrnn.errors import UserError
+from lrnn.eval.retrieval.needles import FORMS
 from lrnn.eval.state_tracking.report import TASK_NAMES
 from lrnn.settings import name_hint
 
@@ -11,6 +12,7 @@ TASK_FOLDER = Path(__file__).resolve().parent / "tasks"
 HELDOUT_TASK = "lrnn_heldout_bpb"
 CODE_TASKS = frozenset({"lrnn_humaneval", "lrnn_mbpp"})  # they run code written by the model
 STATE_TRACKING = (*TASK_NAMES["mc"], *TASK_NAMES["gen"])  # their prompts must not be truncated
+NEEDLES = tuple(f"lrnn_needle_{form}" for form in FORMS)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ SUITES = {
             "commonsense",
             "the field's tables: perplexity of wikitext and LAMBADA, ten tasks of common sense, averages of 6, 8 and 9",
             tuple(f"lrnn_{name}" for name in COMMONSENSE),
+        ),
+        Suite(
+            "needle",
+            "one sentence found again in texts of 1,024 to 32,768 tokens, as far as the context reaches; RULER's forms",
+            NEEDLES,
         ),
         Suite(
             "state_tracking",

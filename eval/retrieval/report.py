@@ -1,0 +1,124 @@
+"""Report the questions about long texts by length: accuracy, answered, accuracy given answered, accuracy by depth.
+
+A model that answers nothing and one that answers wrongly both score 0, so the three are shown together.
+"""
+
+import csv
+import math
+import re
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+Raw = dict[str, Any]
+
+NAME = "retrieval"
+UNITS = {  # of the tasks whose documents have lengths
+    **{f"lrnn_needle_{form}": "tokens" for form in ("single_1", "single_2", "single_3")},
+    **{f"lrnn_needle_{form}": "tokens" for form in ("multikey_1", "multikey_2", "multikey_3")},
+}
+THIRDS = ("first_third", "middle_third", "last_third")
+COLUMNS = (
+    "task",
+    "unit",
+    "length",
+    "n",
+    "accuracy",
+    "stderr",
+    "answered",
+    "answered_stderr",
+    "given_answered",
+    *THIRDS,
+)
+
+
+def is_by_length(metric: str) -> bool:
+    """Return whether a metric of lm-eval belongs to a single length, which `length_rows` reports."""
+    return re.fullmatch(r"contains_\d+", metric) is not None
+
+
+def owns(row: Raw) -> bool:
+    """Return whether a row by length belongs to one of these tasks."""
+    return row["task"] in UNITS
+
+
+def length_rows(raw: Raw) -> list[Raw]:
+    """Return a row (`COLUMNS`) per task and length, from the samples in the result of lm-eval's `simple_evaluate`.
+
+    Accuracy given answered is None if nothing was answered, that of a third if no document of it was run, and errors
+    are None for a single document.
+    """
+    rows = []
+    for task, unit in UNITS.items():
+        samples = raw["samples"].get(task, [])
+        for length in sorted({sample["doc"]["length"] for sample in samples}):
+            of_length = [sample for sample in samples if sample["doc"]["length"] == length]
+            right, answered = ([float(sample[key]) for sample in of_length] for key in ("contains", "answered"))
+            row: Raw = {"task": task, "unit": unit, "length": length, "n": len(of_length)}
+            row |= {"accuracy": mean(right), "stderr": _error(right)}
+            row |= {"answered": mean(answered), "answered_stderr": _error(answered)}
+            row["given_answered"] = sum(right) / sum(answered) if any(answered) else None
+            for third, name in enumerate(THIRDS):
+                part = [float(sample["contains"]) for sample in of_length if sample["doc"]["third"] == third]
+                row[name] = mean(part) if part else None
+            rows.append(row)
+    return rows
+
+
+def _error(values: list[float]) -> float | None:
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def markdown_table(rows: list[Raw]) -> str:
+    """Return a Markdown table of all rows."""
+    lines = [
+        "## Accuracy by length",
+        "",
+        "+- is one standard error. Answered: anything of the answer's form was generated. The thirds are accuracies by "
+        "the place of what is asked for in the text.",
+        "",
+        "| task | length in | length | n | accuracy | +- | answered | given answered | first third | middle | last |",
+        f"|---|---|{'---:|' * 9}",
+    ]
+    for row in rows:
+        values = [row[key] for key in ("accuracy", "stderr", "answered", "given_answered", *THIRDS)]
+        cells = ["" if value is None else f"{value:.3f}" for value in values]
+        lines.append(f"| {row['task']} | {row['unit']} | {row['length']} | {row['n']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def write(folder: Path, rows: list[Raw], stem: str) -> None:
+    """Write `stem.csv` and the plot `stem.png` into the folder."""
+    with (folder / f"{stem}.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(folder / f"{stem}.png", rows)
+
+
+def plot(path: Path, rows: list[Raw]) -> None:
+    """Plot accuracy by length with one standard error, and the share that was answered: a panel per task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = [task for task in UNITS if any(row["task"] == task for row in rows)]
+    n_columns = min(3, len(tasks))
+    n_rows = -(-len(tasks) // n_columns)
+    size = (3.4 * n_columns, 3 * n_rows)
+    figure, axes = plt.subplots(n_rows, n_columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(tasks) :]:
+        axis.set_visible(False)
+    for axis, task in zip(axes.flat, tasks, strict=False):
+        curve = [row for row in rows if row["task"] == task]
+        lengths, errors = [row["length"] for row in curve], [row["stderr"] or 0 for row in curve]
+        axis.errorbar(lengths, [row["accuracy"] for row in curve], errors, marker=".", capsize=2, label="accuracy")
+        axis.plot(lengths, [row["answered"] for row in curve], color="grey", ls=":", label="answered")
+        axis.set(title=task.removeprefix("lrnn_"), xlabel=UNITS[task], ylim=(-0.02, 1.02))
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
