@@ -17,7 +17,7 @@ LOSS_CHUNK = 4096  # of `lrnn.model.modeling_lrnn`: tokens whose logits exist at
 
 
 def kept_by_mixer(setup: Setup) -> float:
-    """Return what x + mixer(norm(x)) keeps."""
+    """Return the bytes that x + mixer(norm(x)) keeps."""
     m, e = setup.model, setup.itemsize
     if not m.factors:
         # Its norm, the inputs and outputs of its projections, and those of what follows the projections.
@@ -33,7 +33,7 @@ def kept_by_mixer(setup: Setup) -> float:
 
 
 def kept_by_mlp(setup: Setup) -> float:
-    """Return what x + mlp(norm(x)) keeps."""
+    """Return the bytes that x + mlp(norm(x)) keeps."""
     m, e = setup.model, setup.itemsize
     if not setup.fused:  # gate, up, silu(gate), and the product of the last two
         return _plain_norm(setup) + 4 * e * m.intermediate
@@ -41,12 +41,12 @@ def kept_by_mlp(setup: Setup) -> float:
 
 
 def kept_by_whole_layer(setup: Setup) -> float:
-    """Return what a layer keeps that is computed again as a whole: its input."""
+    """Return the bytes of its input, which a layer that is computed again as a whole keeps."""
     return setup.itemsize * setup.model.hidden
 
 
 def saved_states(setup: Setup) -> float:
-    """Return what a recomputed delta rule saves besides: the states of its chunks, and the errors Y."""
+    """Return the bytes that a recomputed delta rule saves besides, for the states of its chunks and the errors Y."""
     m = setup.model
     if not m.factors or not can_save_states(m.head, DTYPES[setup.precision]):
         return 0.0
@@ -54,7 +54,7 @@ def saved_states(setup: Setup) -> float:
 
 
 def used_by_mixer(setup: Setup) -> float:
-    """Return what the backward pass of a mixer holds at once, besides what the layer kept.
+    """Return the bytes that the backward pass of a mixer holds at once, besides those that the layer kept.
 
     These are the gradients of its projections and of q, k, v, the recomputed norm, and what the delta rule computes
     again.
@@ -70,7 +70,7 @@ def used_by_mixer(setup: Setup) -> float:
 
 
 def used_by_mlp(setup: Setup) -> float:
-    """Return what the backward pass of an MLP holds at once, besides what the layer kept."""
+    """Return the bytes that the backward pass of an MLP holds at once, besides those that the layer kept."""
     m, e = setup.model, setup.itemsize
     again = 2 * m.intermediate + m.hidden if setup.checkpointing == "mlp" else 0
     float8 = 2 * m.intermediate * setup.float8  # the gradients of gate and up, cast
@@ -103,12 +103,12 @@ def has_fused_loss(setup: Setup) -> bool:
 
 
 def _plain_norm(setup: Setup) -> float:
-    """Return what a plain norm and the products after it keep: the input in float32, and the output."""
+    """Return the bytes that a plain norm and the products after it keep, for the input in float32 and the output."""
     return FLOAT32 * (setup.model.hidden + 1) + setup.itemsize * setup.model.hidden
 
 
 def _kept_by_delta_rule(setup: Setup) -> float:
-    """Return what the operator keeps besides its inputs: C, four numbers per token and head, and segments' states."""
+    """Return the bytes that the operator keeps besides its inputs: C, four numbers per token and head, and states."""
     m = setup.model
     dtype = DTYPES[setup.precision]
     segments = 1 if setup.packed else count_segments(setup.micro_batch, setup.seq_len, m.heads, m.head, m.head, dtype)

@@ -1,7 +1,7 @@
 """Say what a run takes before it is started: GPU memory by part, speed, days, and what would be faster.
 
-No GPU is needed: everything is computed from the configuration. Beside the configured micro-batch, recomputation and
-ZeRO stage stand those that are fastest within the memory. With several numbers of GPUs, the three ZeRO stages are
+No GPU is needed: everything is computed from the configuration. The configured micro-batch, recomputation and ZeRO
+stage are shown beside the fastest ones that fit in the memory. With several numbers of GPUs, the three ZeRO stages are
 compared on each of them. docs/planning.md says how the figures are computed, and how near they were to measured ones.
 """
 

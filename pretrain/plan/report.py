@@ -134,7 +134,7 @@ def _links(setup: Setup) -> str:
 
 
 def _notes(setup: Setup) -> Iterator[str]:
-    """Yield what the figures do not rest on a measurement of."""
+    """Yield notes on figures that no measurement supports."""
     if setup.gpu.name != MEASURED_ON:
         yield (
             f"Speed was measured on {MEASURED_ON}. For {setup.gpu.name} it is scaled by peak and bandwidth: "

@@ -52,6 +52,7 @@ class ModelSizes:
 
     @classmethod
     def of(cls, config: LrnnConfig) -> "ModelSizes":
+        """Return the sizes of a model."""
         mixer = MIXERS[config.mixer]
         is_delta = issubclass(mixer, DeltaNet)
         return cls(

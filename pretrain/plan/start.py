@@ -15,7 +15,7 @@ from lrnn.pretrain.plan.setup import Links, setup_of
 
 
 def lines_at_start(config: Config, model: LrnnConfig, ranks: Ranks, steps: int) -> list[str]:
-    """Return what the run takes on its GPUs. All ranks call this.
+    """Return the lines that say what the run takes on its GPUs. All ranks call this.
 
     Args:
         config: the run, which has been found possible.
