@@ -24,7 +24,7 @@ from lrnn.eval.export import write as export_write
 from lrnn.eval.state_tracking.documents import documents
 from lrnn.eval.state_tracking.tasks import TEXT_TASKS
 from lrnn.model.mixers import MIXERS
-from lrnn.pretrain import train  # noqa: F401  the command's module, imported before the fork
+from lrnn.pretrain import train  # noqa: F401  what the command imports, before the fork
 from lrnn.pretrain.corpus.reader import TokenCorpus
 from lrnn.pretrain.data.order import MixedOrder, window_index
 from lrnn.track.tasks.counter_rng import split_seed

@@ -147,6 +147,18 @@ def test_modules_do_not_import_in_circles():
         visit(name, ())
 
 
+def test_starting_the_processes_of_a_run_imports_no_model():
+    """It takes as long as the imports of the processes that are started, which begin after it."""
+    seen, waiting = set(), ["lrnn.pretrain.command"]
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        found = {other for other, _, at_once in imports(name, modules()[name]) if at_once} & modules().keys()
+        waiting += found - seen - {CLASSES}  # `from lrnn import LrnnConfig` does not import the classes of models
+    assert {"lrnn.pretrain.config", "lrnn.pretrain.launch"} <= seen
+    assert not seen & {"lrnn.pretrain.run", "lrnn.pretrain.engine", "lrnn.pretrain.distributed", "lrnn.model.layers"}
+
+
 def test_init_files_hold_a_docstring_only():
     """`lrnn` and `lrnn.pretrain.corpus` also give public classes, loaded when they are asked for."""
     for name, path in modules().items():

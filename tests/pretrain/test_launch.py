@@ -17,6 +17,8 @@ import without_models
 
 from lrnn.cli import main, parse
 from lrnn.errors import UserError
+from lrnn.pretrain import command as command_module
+from lrnn.pretrain import distributed
 from lrnn.pretrain import launch as launch_module
 from lrnn.pretrain import train as train_module
 from lrnn.pretrain.distributed import slurm_environment
@@ -349,17 +351,17 @@ def test_options_of_a_process_that_is_alone(started):
 @pytest.mark.parametrize(("rank", "printed"), [(0, 1), (1, 0)])
 def test_one_process_says_that_nproc_is_refused(started, capsys, monkeypatch, rank, printed):
     started(**SRUN | {"SLURM_PROCID": rank})
-    monkeypatch.setattr(train_module, "load_config", lambda path, overrides: None)
+    monkeypatch.setattr(command_module, "load_config", lambda path, overrides: None)
     assert main(["pretrain", "x.yaml", "--nproc", "2"]) == 2
     assert capsys.readouterr().err.count("lrnn: error: --nproc 2 cannot be obeyed") == printed
 
 
 def test_the_only_task_of_srun_starts_processes(started, monkeypatch):
     started(SLURM_STEP_ID=0, SLURM_STEP_NUM_TASKS=1, SLURM_PROCID=0, SLURM_LOCALID=0, SLURM_JOB_ID=7)
-    monkeypatch.setattr(train_module, "load_config", lambda path, overrides: None)
-    monkeypatch.setattr(train_module, "load_model_of", lambda config: None)
-    monkeypatch.setattr(train_module, "deepspeed_config", lambda config, processes: None)
-    monkeypatch.setattr(train_module, "launch", lambda processes, command: 40 + processes)
+    monkeypatch.setattr(command_module, "load_config", lambda path, overrides: None)
+    monkeypatch.setattr(command_module, "load_model_of", lambda config: None)
+    monkeypatch.setattr(command_module, "deepspeed_config", lambda config, processes: None)
+    monkeypatch.setattr(command_module, "launch", lambda processes, command: 40 + processes)
     assert main(["pretrain", "x.yaml", "--nproc", "2"]) == 42
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     assert main(["pretrain", "x.yaml"]) == 48
@@ -426,12 +428,12 @@ def test_number_of_processes(monkeypatch):
 def test_signals_are_handled_before_the_engine_starts(monkeypatch):
     """Loading and compiling a large model takes minutes; a signal then must not look like a failure."""
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(train_module, "load_config", lambda path, overrides: None)
-    monkeypatch.setattr(train_module, "choose_threads", lambda: None)
-    monkeypatch.setattr(train_module, "init_ranks", lambda: None)
-    monkeypatch.setattr(train_module.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(command_module, "load_config", lambda path, overrides: None)
+    monkeypatch.setattr(command_module, "choose_threads", lambda: None)
+    monkeypatch.setattr(distributed, "init_ranks", lambda start_up: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
 
-    def train(config, ranks, stop, allow_change):
+    def train(config, ranks, stop, allow_change, start_up):
         os.kill(os.getpid(), signal.SIGUSR1)
         return STOPPED if stop.signal == "SIGUSR1" else 1
 
@@ -440,7 +442,7 @@ def test_signals_are_handled_before_the_engine_starts(monkeypatch):
     previous = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         assert (
-            train_module.main(
+            command_module.main(
                 argparse.Namespace(config="x", overrides=[], nproc=None, local_rank=None, allow_change=False)
             )
             == STOPPED

@@ -19,8 +19,9 @@ from typing import Any
 IMPORTED_ONCE = ("modeling_utils", "generation", "models.auto.modeling_auto", "models.auto.tokenization_auto")
 # What the commands of lrnn import.
 OF_LRNN = (
-    *("lrnn.cli", "lrnn.pretrain.corpus.build", "lrnn.pretrain.train", "lrnn.eval.export.command"),
-    *("lrnn.eval.export.write", "lrnn.eval.suites.evaluate", "lrnn.eval.suites.harness", "deepspeed", "pandas"),
+    *("lrnn.cli", "lrnn.pretrain.corpus.build", "lrnn.pretrain.command", "lrnn.pretrain.train"),
+    *("lrnn.eval.export.command", "lrnn.eval.export.write"),
+    *("lrnn.eval.suites.evaluate", "lrnn.eval.suites.harness", "deepspeed", "pandas"),
 )
 # Otherwise Arrow's allocator would start a thread, and a process with threads must not fork.
 WITHOUT_THREADS = {"JE_ARROW_MALLOC_CONF": "background_thread:false", "OMP_NUM_THREADS": "1"}
