@@ -11,7 +11,7 @@ import torch
 
 from lrnn.errors import UserError
 from lrnn.eval.suites.request import Request
-from lrnn.eval.suites.suites import STATE_TRACKING
+from lrnn.eval.suites.suites import WHOLE_PROMPTS
 from lrnn.eval.suites.task_objects import Loaded
 
 GENERATED = 256  # lm-eval's Hugging Face model generates so many tokens unless a task says otherwise
@@ -109,7 +109,7 @@ def check_lengths(loaded: Loaded, tokenizer: Any, first: int, max_length: int, r
     """
 
     def whole(name: str) -> bool:
-        return name in STATE_TRACKING if request.suite else not request.truncate
+        return name in WHOLE_PROMPTS if request.suite else not request.truncate
 
     needs = {name: _need(task, tokenizer, first, max_length, whole(name)) for name, task in loaded.tasks.items()}
     name, need = max(needs.items(), key=lambda item: item[1].tokens)

@@ -38,6 +38,7 @@ EXAMPLES = """examples:
   lrnn eval runs/tiny/hf --suite quick --heldout corpora/tiny/heldout.jsonl --limit 50
   lrnn eval runs/1.3b/hf --suite code_math --allow-code-execution --batch-size 32
   lrnn eval runs/1.3b/hf --suite state_tracking --max-length 8192
+  lrnn eval runs/1.3b/hf --suite traces --max-length 32768
   lrnn eval runs/1.3b/hf --suite needle --haystack book.txt --max-length 32768
   lrnn eval --fetch --suite commonsense
   lrnn eval runs/1.3b/hf --suite commonsense --batch-size 32

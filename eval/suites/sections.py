@@ -1,6 +1,7 @@
 """What some tasks add to the results of a run: scores over several tasks, and rows by length.
 
-A kind of tasks is a module with the functions of `ByLength`; a new one is added to `BY_LENGTH`.
+A kind of tasks is an object with the functions of `ByLength`, such as a `LengthReport`; a new one is added to
+`BY_LENGTH`.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,8 @@ from typing import Any, Protocol
 
 from lrnn.eval.commonsense import averages
 from lrnn.eval.retrieval import report as retrieval_report
-from lrnn.eval.state_tracking import report as state_tracking_report
+from lrnn.eval.state_tracking.report import REPORT as STATE_TRACKING
+from lrnn.eval.traces.report import REPORT as TRACES
 
 Raw = dict[str, Any]
 
@@ -37,8 +39,12 @@ class ByLength(Protocol):
         """Write the rows to `folder/stem.csv`, and a plot of them to `folder/stem.png`."""
 
 
-BY_LENGTH: tuple[ByLength, ...] = (state_tracking_report, retrieval_report)
-SCORES: tuple[Callable[[list[Raw]], list[Raw]], ...] = (state_tracking_report.score_rows, averages.score_rows)
+BY_LENGTH: tuple[ByLength, ...] = (STATE_TRACKING, TRACES, retrieval_report)
+SCORES: tuple[Callable[[list[Raw]], list[Raw]], ...] = (
+    STATE_TRACKING.score_rows,
+    TRACES.score_rows,
+    averages.score_rows,
+)
 
 
 def is_by_length(metric: str) -> bool:

@@ -5,13 +5,17 @@ from pathlib import Path
 
 from lrnn.errors import UserError
 from lrnn.eval.retrieval.needles import FORMS
-from lrnn.eval.state_tracking.report import TASK_NAMES
+from lrnn.eval.state_tracking.report import REPORT as STATE_TRACKING_REPORT
+from lrnn.eval.traces.report import REPORT as TRACES_REPORT
 from lrnn.settings import name_hint
 
 TASK_FOLDER = Path(__file__).resolve().parent / "tasks"
 HELDOUT_TASK = "lrnn_heldout_bpb"
 CODE_TASKS = frozenset({"lrnn_humaneval", "lrnn_mbpp"})  # they run code written by the model
-STATE_TRACKING = (*TASK_NAMES["mc"], *TASK_NAMES["gen"])  # their prompts must not be truncated
+STATE_TRACKING, TRACES = (
+    (*report.task_names["mc"], *report.task_names["gen"]) for report in (STATE_TRACKING_REPORT, TRACES_REPORT)
+)
+WHOLE_PROMPTS = frozenset({*STATE_TRACKING, *TRACES})  # the right answer to a truncated prompt would be another
 NEEDLES = tuple(f"lrnn_needle_{form}" for form in FORMS)
 
 
@@ -59,6 +63,11 @@ SUITES = {
             "state_tracking",
             "state-tracking questions in words and in Python, 4 to 256 steps long, chosen and generated answers",
             STATE_TRACKING,
+        ),
+        Suite(
+            "traces",
+            "Python programs to execute, 4 to 512 state changes long, chosen and generated answers",
+            TRACES,
         ),
     )
 }

@@ -7,6 +7,7 @@ file_rows, json_rows, open_file, rows
                 the rows of a file of any kind, and what makes one unusable
 file_source     files as a source: a first pass over them, pieces of equal work
 streams         a source as a stream, with a position that a checkpoint can store
+traces          generated programs as a source
 dataset         what only `datasets.load_dataset` can read
 shard_writer    one part of a source -> one shard per split
 shard_table     the checksums and the layout of a shard, in a file beside it

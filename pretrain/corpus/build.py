@@ -1,8 +1,9 @@
 """Tokenise text or code into a corpus: Arrow shards of token ids, their checksums, and a manifest.
 
 SOURCE is a file or folder of text, JSON, CSV, Parquet or Arrow, compressed or not, a saved data set, or anything that
-`datasets.load_dataset` takes. A document is a row, a text file or a line of one. The corpus appears under its name only
-when it is complete. The same command continues a build that was cut off.
+`datasets.load_dataset` takes. A document is a row, a text file or a line of one. With --traces, documents are generated
+programs to execute. The corpus appears under its name only when it is complete. The same command continues a build that
+was cut off.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from lrnn.pretrain.corpus.reader import FORMAT, FORMAT_VERSION
 from lrnn.pretrain.corpus.shard_writer import token_dtype, watch_parent, write_part
 from lrnn.pretrain.corpus.source import Source, SourceArguments
 from lrnn.pretrain.corpus.streams import DatasetStream, FileStream, StreamingSource
+from lrnn.pretrain.corpus.traces import MOST_CHANGES, TracesSource, check_traces
 from lrnn.tokenizer import Tokenizer, check_trained_size, load_tokenizer, train_sentencepiece
 from lrnn.tokenizer_export import check_exportable
 
@@ -45,6 +47,8 @@ examples:
   lrnn corpus sentences.txt --sample-by line --tokenizer corpora/linux/tokenizer --out corpora/sentences
   # a data set of the hub, read as a stream
   lrnn corpus HuggingFaceFW/fineweb-edu --config sample-10BT --streaming --tokenizer llama.model --out corpora/fineweb
+  # programs as `lrnn eval --suite traces` asks about, to mix with other corpora
+  lrnn corpus --traces 100000 --tokenizer corpora/linux/tokenizer --out corpora/traces
 """
 
 
@@ -54,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SOURCE",
+        nargs="?",
         help="a file, a folder, a saved data set, a URL, or a name or builder that datasets.load_dataset takes",
     )
     parser.add_argument(
@@ -117,9 +122,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dataset.add_argument("--config", metavar="NAME", help="the configuration of the data set")
     dataset.add_argument("--split", default="train", help="default: train")
     dataset.add_argument("--streaming", action="store_true", help="read it as a stream, without storing a copy")
+    traces = parser.add_argument_group("programs to execute")
+    traces.add_argument(
+        "--traces",
+        type=int,
+        metavar="N",
+        help="instead of reading SOURCE, generate N documents in the formats of `lrnn eval --suite traces`, with other "
+        "programs than it asks about",
+    )
+    traces.add_argument(
+        "--traces-max-changes",
+        type=int,
+        metavar="N",
+        help=f"state changes of the longest program (default {MOST_CHANGES}); the suite has up to 512",
+    )
 
 
 def _open_source(args: argparse.Namespace, map_files: Callable[..., Iterable]) -> Source:
+    if args.traces is not None:
+        print(f"generating {args.traces:,} documents of programs", flush=True)
+        return TracesSource(args.traces, args.traces_max_changes or MOST_CHANGES)
     arguments = SourceArguments(
         path=args.source,
         name=args.config,
@@ -143,6 +165,10 @@ def _open_source(args: argparse.Namespace, map_files: Callable[..., Iterable]) -
     return FileSource(located, arguments, map_files) if located else DatasetSource(arguments)
 
 
+def _source_name(args: argparse.Namespace) -> str:
+    return repr(args.source) if args.traces is None else f"--traces {args.traces}"
+
+
 def _prepare_tokenizer(args: argparse.Namespace, source: Source, work: Path) -> Tokenizer:
     """Return the tokenizer from its copy in the unfinished corpus. Make or train that copy first if it is missing."""
     folder = work / "tokenizer"
@@ -157,7 +183,7 @@ def _prepare_tokenizer(args: argparse.Namespace, source: Source, work: Path) -> 
             texts = list(source.sample(int(args.tokenizer_sample_mb * 1e6), args.heldout))
             num_bytes = sum(len(text.encode("utf-8")) for text in texts)
             if num_bytes == 0:
-                raise UserError(f"empty corpus: {args.source!r} has no train document to train a tokenizer on")
+                raise UserError(f"empty corpus: {_source_name(args)} has no train document to train a tokenizer on")
             print(f"training a tokenizer of {args.train_tokenizer} pieces on {num_bytes / 1e6:.1f} MB", flush=True)
             train_sentencepiece(texts, args.train_tokenizer, temporary / "tokenizer.model")
             print(f"trained in {time.monotonic() - start:.1f} s", flush=True)
@@ -171,10 +197,14 @@ def _arguments_record(args: argparse.Namespace) -> dict:
         "source kind sample_by include exclude skip_bad_files skip_bad_rows data_files config split text_column "
         "streaming tokenizer train_tokenizer tokenizer_sample_mb heldout"
     )
-    return {key: getattr(args, key) for key in keys.split()}
+    record = {key: getattr(args, key) for key in keys.split()}
+    if args.traces is not None:
+        record |= {"traces": args.traces, "traces_max_changes": args.traces_max_changes or MOST_CHANGES}
+    return record
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
+    check_traces(args)
     if not 0.0 <= args.heldout < 1.0:
         raise UserError(f"--heldout {args.heldout} should be a fraction, at least 0 and below 1")
     if args.processes < 1:
@@ -311,7 +341,7 @@ def _finish(args: argparse.Namespace, source: Source, work: Path, tokenizer: Tok
     skipped = source.skipped + sum((Counter(entry["skipped"]) for entry in entries), Counter())
     if sum(entry["splits"]["train"]["tokens"] for entry in entries) == 0:
         raise UserError(
-            f"empty corpus: {args.source!r} gives no train document"
+            f"empty corpus: {_source_name(args)} gives no train document"
             + (f" (left out: {dict(skipped)})" if skipped else "")
             + (f" beside those held out by --heldout {args.heldout}" if args.heldout else "")
         )
@@ -360,7 +390,7 @@ def main(args: argparse.Namespace) -> int:
         tokenizer = _prepare_tokenizer(args, source, work)
         entries = _tokenise(args, source, work, pool)
     if not entries:
-        raise UserError(f"empty corpus: {args.source!r} has no documents")
+        raise UserError(f"empty corpus: {_source_name(args)} has no documents")
     manifest = _finish(args, source, work, tokenizer, entries)
     for split, description in manifest["splits"].items():
         bytes_per_token = description["bytes"] / max(1, description["tokens"])

@@ -1,4 +1,4 @@
-"""Test who may import whom: kernels < lrnn.model < pretrain < lrnn.track, lrnn.bench < eval, without circles.
+"""Test who may import whom: kernels, traces < model < pretrain < track, bench < eval, without circles.
 
 All of them may import the floor: files, settings and others that know nothing of any room. Imports inside functions
 count; those under TYPE_CHECKING do not.
@@ -15,6 +15,7 @@ REPOSITORY = Path(__file__).parents[2]
 LEVELS = {  # a room imports rooms of lower levels, and itself
     "lrnn.floor": 0,
     "lrnn.kernels": 1,
+    "lrnn.traces": 1,
     "lrnn.model": 2,
     "lrnn.package": 3,  # they register the model and read its description
     "lrnn.pretrain": 4,
@@ -37,7 +38,7 @@ def modules() -> dict[str, Path]:
     found = {f"lrnn.{path.stem}".removesuffix(".__init__"): path for path in (REPOSITORY / "lrnn").glob("*.py")}
     for room, folder in (("kernels", "kernels"), ("pretrain", "pretrain"), ("eval", "eval")):
         found |= _modules_of(f"lrnn.{room}", REPOSITORY / folder)
-    for room in ("model", "track", "bench"):
+    for room in ("model", "traces", "track", "bench"):
         found |= _modules_of(f"lrnn.{room}", REPOSITORY / "lrnn" / room)
     return found
 

@@ -10,8 +10,8 @@ from text_solvers import SOLVERS, solve
 
 from lrnn.errors import UserError
 from lrnn.eval.state_tracking import documents as text_documents
-from lrnn.eval.state_tracking import report as text_report
 from lrnn.eval.state_tracking.documents import DOCUMENTS_PER_LENGTH, LENGTHS, documents, shots
+from lrnn.eval.state_tracking.report import REPORT as text_report
 from lrnn.eval.state_tracking.tasks import TEXT_TASKS
 from lrnn.track.tasks.counter_rng import split_seed
 
@@ -131,7 +131,7 @@ def test_rows_by_length_count_the_floor_of_the_documents_that_were_run():
 
 
 def test_the_score_is_the_mean_of_all_tasks_of_a_kind():
-    names = text_report.TASK_NAMES["mc"]
+    names = text_report.task_names["mc"]
     rows = [
         {"task": name, "metric": metric, "filter": "none", "value": value, "stderr": 0.3, "n": 5, "shots": 4 + i % 3}
         for i, name in enumerate(names)

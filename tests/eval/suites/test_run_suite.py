@@ -139,10 +139,11 @@ def test_bad_requests_are_one_clear_error(tiny_model, tmp_path, capsys, monkeypa
     monkeypatch.setattr(harness, "load_model", lambda *args: pytest.fail("the model was loaded"))
     unknown = error_of(capsys, tiny_model, "--suite", "qick")
     assert unknown.endswith(
-        "unknown suite 'qick'; did you mean quick? valid: quick, fast, code_math, commonsense, needle, state_tracking"
+        "unknown suite 'qick'; did you mean quick? valid: quick, fast, code_math, commonsense, needle, state_tracking, "
+        "traces"
     )
     assert "--allow-code-execution" in error_of(capsys, tiny_model, "--suite", "code_math")
-    assert "{quick,fast,code_math,commonsense,needle,state_tracking}" in error_of(capsys, tiny_model)
+    assert "{quick,fast,code_math,commonsense,needle,state_tracking,traces}" in error_of(capsys, tiny_model)
     assert "not found: /nowhere" in error_of(capsys, "/nowhere", "--suite", "quick")
     for missing in ("config.json", "tokenizer_config.json", "model.safetensors"):
         broken = tmp_path / f"without-{missing}"

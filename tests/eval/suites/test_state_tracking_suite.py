@@ -19,8 +19,8 @@ from lrnn import LrnnConfig, LrnnForCausalLM, cli
 from lrnn.eval.model_folder import check_export
 from lrnn.eval.offline import go_offline
 from lrnn.eval.state_tracking import documents as documents_module
-from lrnn.eval.state_tracking import report as text_report
 from lrnn.eval.state_tracking.documents import LENGTHS, SHOT_ANSWERS, documents
+from lrnn.eval.state_tracking.report import REPORT as text_report
 from lrnn.eval.state_tracking.tasks import TEXT_TASKS
 from lrnn.eval.suites import harness, report
 from lrnn.eval.suites.collect import collect
@@ -91,21 +91,21 @@ def run():
 
 @pytest.mark.parametrize("kind", METRIC)
 def test_a_solver_of_the_text_scores_one_everywhere(run, kind):
-    by_length, rows, raw = run(Solver(), text_report.TASK_NAMES[kind], limit=70)
+    by_length, rows, raw = run(Solver(), text_report.task_names[kind], limit=70)
     assert [(row["task"], row["length"]) for row in by_length] == [(t, n) for t in TEXT_TASKS for n in LENGTHS]
     assert {(row["accuracy"], row["scaled_accuracy"], row["n"]) for row in by_length} == {(1.0, 1.0, 10)}
     assert {row["metric"] for row in rows} == {METRIC[kind], f"scaled_{METRIC[kind]}"}
     assert all(row["value"] == 1.0 for row in rows)
     (score,) = text_report.score_rows(rows)
     assert score["value"] == 1.0 and score["task"] == f"state_tracking_{kind}"
-    for task in text_report.TASK_NAMES[kind]:  # these are what plain lm-eval shows
+    for task in text_report.task_names[kind]:  # these are what plain lm-eval shows
         for length in LENGTHS:
             assert raw["results"][task][f"{METRIC[kind]}_len{length},none"] == 1.0
 
 
 @pytest.mark.parametrize("kind", METRIC)
 def test_a_constant_answer_has_the_floor_which_is_chance(run, kind):
-    by_length, rows, _ = run(Constant(), text_report.TASK_NAMES[kind])
+    by_length, rows, _ = run(Constant(), text_report.task_names[kind])
     for row in by_length:
         chance = 1 / len(TEXT_TASKS[row["task"]].choices)
         assert row["n"] == DOCUMENTS_PER_LENGTH and row["accuracy"] == row["floor"] == chance
@@ -128,7 +128,7 @@ def test_errors_by_length_equal_lm_evals(run):
 
 def test_task_files_describe_the_documents():
     assert {path.stem for path in FOLDER.glob("lrnn_*.yaml")} == set(STATE_TRACKING)
-    for kind, tasks in text_report.TASK_NAMES.items():
+    for kind, tasks in text_report.task_names.items():
         for name, task in zip(TEXT_TASKS, tasks, strict=True):
             config = load_yaml(FOLDER / f"{task}.yaml")
             assert config["task"] == task and config["dataset_kwargs"] == {"name": name}
@@ -142,7 +142,7 @@ def test_task_files_describe_the_documents():
     loaded = manager.load("state_tracking")
     assert set(loaded["tasks"]) == set(STATE_TRACKING)
     assert {g: set(loaded["group_map"][f"state_tracking_{g}"]) for g in METRIC} == {
-        g: set(text_report.TASK_NAMES[g]) for g in METRIC
+        g: set(text_report.task_names[g]) for g in METRIC
     }
     assert set(manager.load("state_tracking_s5")["tasks"]) == {"lrnn_s5_mc", "lrnn_s5_gen"}
 
