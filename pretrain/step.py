@@ -51,7 +51,7 @@ def train_step(engine: Engine, batches: list[MicroBatch], *, lr: float, limit: f
     share = n_tokens.clamp(min=1) / world_size
     loss, parts = torch.zeros((), device=device), []
     refresh(engine.module)
-    with _one_reduction(engine, len(batches)):
+    with one_reduction(engine, len(batches)):
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
             engine.set_gradient_accumulation_boundary(last)
@@ -71,7 +71,7 @@ def train_step(engine: Engine, batches: list[MicroBatch], *, lr: float, limit: f
     return Step(float(loss), micro_batch_losses, int(n_tokens), lr)  # On a GPU, float() waits for the end of the step.
 
 
-def _one_reduction(engine: Engine, micro_batches: int) -> AbstractContextManager[None]:
+def one_reduction(engine: Engine, micro_batches: int) -> AbstractContextManager[None]:
     """Return a context in which gradients of all micro-batches are added up before they are reduced over the ranks.
 
     ZeRO-1 does so by itself, and overlaps the reduction with the last backward pass. ZeRO-2 and 3 would reduce after

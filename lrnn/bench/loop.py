@@ -14,8 +14,9 @@ from lrnn.pretrain.data.micro_batch import model_inputs
 from lrnn.pretrain.data.training_data import open_data
 from lrnn.pretrain.distributed import Ranks, init_ranks
 from lrnn.pretrain.engine import build_engine, build_model
+from lrnn.pretrain.fused.layers import refresh
 from lrnn.pretrain.launch import StopRequest
-from lrnn.pretrain.step import warm_up
+from lrnn.pretrain.step import one_reduction, warm_up
 from lrnn.pretrain.train import train
 from lrnn.records import read_metrics
 
@@ -32,13 +33,16 @@ def bare_steps(config: Config, ranks: Ranks, steps: int) -> list[float]:
         batches = next(loader)
     inputs = [model_inputs(batch, ranks.device) for batch in batches]
     share = torch.tensor(sum(batch.num_labels for batch in batches), device=ranks.device)
-    warm_up(engine, data.throwaway_batch())  # renews the copies of the weights, which may age in what follows
+    warm_up(engine, data.throwaway_batch())
     seconds = []
     for _ in range(steps):
         start = _now(ranks)
-        for i, arguments in enumerate(inputs):
-            engine.set_gradient_accumulation_boundary(i == len(inputs) - 1)
-            engine.backward(engine(**arguments, num_items_in_batch=share).loss, scale_wrt_gas=False)
+        refresh(engine.module)
+        with one_reduction(engine, len(inputs)):
+            for i, arguments in enumerate(inputs):
+                engine.set_gradient_accumulation_boundary(i == len(inputs) - 1)
+                engine.backward(engine(**arguments, num_items_in_batch=share).loss, scale_wrt_gas=False)
+        engine.set_gradient_accumulation_boundary(True)
         engine.step()
         seconds.append(_now(ranks) - start)
     engine.destroy()
