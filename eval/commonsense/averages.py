@@ -1,10 +1,12 @@
 """The averages over tasks that papers print. They differ in the tasks, and in the metric of ARC-challenge."""
 
 import math
+from collections.abc import Mapping
 from statistics import mean
 from typing import Any
 
 Row = dict[str, Any]
+Members = tuple[tuple[str, str], ...]  # tasks and metrics
 
 SIX = (
     ("lrnn_lambada_openai", "acc"),
@@ -27,13 +29,18 @@ AVERAGES = {
 
 
 def score_rows(rows: list[Row]) -> list[Row]:
+    """Return the averages of common sense whose tasks were all run."""
+    return average_rows(rows, AVERAGES)
+
+
+def average_rows(rows: list[Row], averages: Mapping[str, Members]) -> list[Row]:
     """Return a row for each average whose tasks were all run, with `parts`: the [task, metric, filter] averaged.
 
     Its standard error is that of a mean of independent values, sqrt(sum of squared errors) / number of tasks.
     """
     found = {(row["task"], row["metric"]): row for row in rows}
     scores = []
-    for name, members in AVERAGES.items():
+    for name, members in averages.items():
         parts = [found[member] for member in members if member in found]
         if len(parts) < len(members):
             continue
@@ -41,7 +48,7 @@ def score_rows(rows: list[Row]) -> list[Row]:
         scores.append(
             {
                 "task": name,
-                "metric": "acc",
+                "metric": members[0][1],
                 "filter": "none",
                 "value": mean(part["value"] for part in parts),
                 "stderr": None if None in errors else math.hypot(*errors) / len(errors),

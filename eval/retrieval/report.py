@@ -10,13 +10,18 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from lrnn.eval.commonsense.averages import average_rows
+
 Raw = dict[str, Any]
 
 NAME = "retrieval"
 UNITS = {  # of the tasks whose documents have lengths
     **{f"lrnn_needle_{form}": "tokens" for form in ("single_1", "single_2", "single_3")},
     **{f"lrnn_needle_{form}": "tokens" for form in ("multikey_1", "multikey_2", "multikey_3")},
+    "lrnn_recall_pairs": "pairs",
 }
+JRT = ("swde", "squad", "fda", "triviaqa", "nq", "drop")
+AVERAGES = {"recall_avg6": tuple((f"lrnn_recall_{name}", "contains") for name in JRT)}
 THIRDS = ("first_third", "middle_third", "last_third")
 COLUMNS = (
     "task",
@@ -40,6 +45,11 @@ def is_by_length(metric: str) -> bool:
 def owns(row: Raw) -> bool:
     """Return whether a row by length belongs to one of these tasks."""
     return row["task"] in UNITS
+
+
+def score_rows(rows: list[Raw]) -> list[Raw]:
+    """Return the average over JRT's six tasks, if all were run."""
+    return average_rows(rows, AVERAGES)
 
 
 def length_rows(raw: Raw) -> list[Raw]:

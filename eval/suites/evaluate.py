@@ -108,8 +108,11 @@ def choose_suite(request: Request) -> tuple[list[str], list[str]]:
 def leave_out_missing(request: Request, names: list[str], left_out: list[str]) -> tuple[list[str], list[str]]:
     """Return the tasks to run and those left out, now also for lack of data. Raise UserError unless that is allowed."""
     missing = hub_data.missing_tasks(names)
-    if missing and not request.skip_missing_data:
-        raise UserError(hub_data.describe_missing(missing, request.suite))
+    needed = [name for name in missing if name not in find_suite(request.suite).optional]
+    if needed and not request.skip_missing_data:
+        raise UserError(hub_data.describe_missing(needed, request.suite))
+    if missing:
+        print(f"left out for lack of data: {', '.join(missing)} (`lrnn eval --fetch --suite {request.suite}` gets it)")
     return [name for name in names if name not in missing], left_out + missing
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lrnn.errors import UserError
+from lrnn.eval.retrieval.windows import COLUMNS
 
 FOLDER = "LRNN_EVAL_DATASETS"  # the environment variable that --data-folder sets
 
@@ -27,6 +28,14 @@ class HubData:
     columns: tuple[str, ...]
 
 
+JRT = {  # the prompts of 2407.05483
+    "swde": "based-swde-v2",
+    "fda": "based-fda",
+    "squad": "based-squad",
+    "triviaqa": "based_triviaqa",
+    "nq": "based_nq_2048",
+    "drop": "based_drop",
+}
 HUB_DATA = {
     "wikitext": HubData("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test", ("page",)),
     "sciq": HubData(
@@ -35,8 +44,11 @@ HUB_DATA = {
         "test",
         ("question", "support", "distractor1", "distractor2", "distractor3", "correct_answer"),
     ),
+    "mathqa": HubData("regisss/math_qa", None, "test", ("Problem", "options", "correct")),
+    **{name: HubData(f"hazyresearch/{JRT[name]}", None, "validation", columns) for name, columns in COLUMNS.items()},
 }
-TASKS = {"lrnn_wikitext": "wikitext", "lrnn_sciq": "sciq"}  # the tasks that need them
+TASKS = {"lrnn_wikitext": "wikitext", "lrnn_sciq": "sciq", "lrnn_mathqa": "mathqa"}  # the tasks that need them
+TASKS |= {f"lrnn_recall_{name}": name for name in JRT}
 
 
 def hub_data(hub: str, **_: Any) -> dict[str, Any]:

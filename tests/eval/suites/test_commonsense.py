@@ -20,8 +20,9 @@ from lrnn import cli
 from lrnn.errors import UserError
 from lrnn.eval.commonsense import averages, wheel
 from lrnn.eval.offline import go_offline
-from lrnn.eval.suites import fetch_data, harness, hub_data, report, sections
+from lrnn.eval.suites import evaluate, fetch_data, harness, hub_data, report, sections
 from lrnn.eval.suites.compare import compare
+from lrnn.eval.suites.request import Request
 from lrnn.eval.suites.suites import SUITES, TASK_FOLDER
 from lrnn.eval.suites.task_objects import Loaded
 
@@ -40,6 +41,7 @@ UPSTREAM = {
     "openbookqa": "openbookqa/openbookqa.yaml",
     "sciq": "sciq/sciq.yaml",
 }
+REQUESTS = UPSTREAM | {"mathqa": "mathqa/mathqa.yaml"}  # of the suite code_math
 CHOICE_METRICS = {"winogrande": {"acc"}, "social_iqa": {"acc"}, "boolq": {"acc"}}
 
 
@@ -53,10 +55,10 @@ def few_rows(few_commonsense_rows, tmp_path_factory):
         yield
 
 
-def load():
+def load(names=TASKS):
     go_offline()
     harness.silence_expected_warnings()
-    return harness.load_tasks(list(TASKS)).tasks
+    return harness.load_tasks(list(names)).tasks
 
 
 def score(model, tasks):
@@ -65,8 +67,8 @@ def score(model, tasks):
 
 
 def test_requests_equal_those_of_lm_evals_own_tasks(few_rows):
-    for name, ours in load().items():
-        config = load_yaml(LM_EVAL_TASKS / UPSTREAM[name.removeprefix("lrnn_")])
+    for name, ours in load([*TASKS, "lrnn_mathqa"]).items():
+        config = load_yaml(LM_EVAL_TASKS / REQUESTS[name.removeprefix("lrnn_")])
         kept = {k: v for k, v in config.items() if k not in ("tag", "dataset_path", "dataset_name")}
         rows = {"rows": ours.dataset["test"], "split": config.get("test_split") or config["validation_split"]}
         kept |= {
@@ -223,6 +225,14 @@ def test_missing_data_is_one_line_with_the_command_that_gets_it(empty_cache, tin
     (folder / "x" / "allenai" / "sciq").rename(folder / "elsewhere")
     line = error_of(capsys, tiny_model, "--suite", "commonsense", "--data-folder", folder / "x")
     assert "allenai/sciq (lrnn_sciq)" in line and "wikitext" not in line
+
+
+def test_mathqa_is_left_out_of_code_math_where_its_data_is_missing(empty_cache, tmp_path, monkeypatch, capsys):
+    request, names = Request(model=tmp_path, suite="code_math"), list(SUITES["code_math"].tasks)
+    assert evaluate.leave_out_missing(request, names, ["a"]) == (names[:-1], ["a", "lrnn_mathqa"])
+    assert "left out for lack of data: lrnn_mathqa (`lrnn eval --fetch --suite code_math`" in capsys.readouterr().out
+    monkeypatch.setenv(hub_data.FOLDER, str(write_hub_copies(tmp_path / "hub")))
+    assert evaluate.leave_out_missing(request, names, []) == (names, [])
 
 
 def test_damaged_copies_are_named(empty_cache, tmp_path, monkeypatch):
