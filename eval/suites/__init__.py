@@ -4,6 +4,7 @@
     evaluate.py     checks the request and the folder, runs the tasks, writes the result folder
     suites.py       the suites and their tasks
     harness.py      the calls to lm-eval: tasks, model, run
+    model.py        lm-eval's model with our rules; chunked.py answers on several devices, kept_answers.py keeps answers
     tasks/          the tasks as lm-eval reads them, with the functions that they name
     fetch_data.py   benchmark data, downloaded once into a cache
     sandbox.py      runs code written by a model; sandbox_child.py is its inner half

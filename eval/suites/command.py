@@ -72,6 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit", type=limit, metavar="N", help="only the first N documents of every task, or a fraction of them"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    parser.add_argument(
+        "--num-processes",
+        type=int,
+        metavar="N",
+        help="processes, each with a GPU of its own (default: all visible GPUs)",
+    )
     parser.add_argument("--dtype", help="dtype of the weights (default: bfloat16 on cuda, float32 on cpu)")
     parser.add_argument(
         "--batch-size",

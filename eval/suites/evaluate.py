@@ -11,6 +11,7 @@ from lrnn.eval.statistics import RESAMPLES
 from lrnn.eval.suites import build, fetch_data, harness, hub_data, prompts, report, sandbox, sections, task_objects
 from lrnn.eval.suites.bos import decide
 from lrnn.eval.suites.card_results import update_card
+from lrnn.eval.suites.kept_answers import KeptAnswers
 from lrnn.eval.suites.request import Request
 from lrnn.eval.suites.suites import CODE_TASKS, HELDOUT_TASK, find_suite
 from lrnn.files import sha256
@@ -45,13 +46,23 @@ def evaluate(request: Request) -> dict[str, Any]:
     build.check_lengths(loaded, tokenizer, len(bos.ids), max_length, request)
     if CODE_TASKS.intersection(loaded.tasks):
         sandbox.run("")  # fails now, not after hours of generation, if this system cannot isolate programs
-    lm, settings = harness.load_model(
-        request.model, request.device, request.dtype, request.batch_size, max_length, request.bos
+    devices = harness.choose_devices(request.device, request.num_processes)
+    model, helpers = harness.load_model(
+        request.model, devices, request.dtype, request.batch_size, max_length, request.bos
     )
     start = time.time()
-    raw = harness.run_tasks(lm, loaded, request.limit, request.seeds, RESAMPLES if request.tasks else 100)
-    results = collect_results(request, raw, settings, left_out, round(time.time() - start, 1))
+    about = describe(request, model.settings)
+    kept = KeptAnswers(request.folder, about)
+    try:
+        lm = harness.in_chunks(model, helpers, kept)
+        raw = harness.run_tasks(lm, loaded, request.limit, request.seeds, RESAMPLES if request.tasks else 100)
+    finally:
+        kept.close()
+        for helper in helpers:
+            helper.close()
+    results = collect_results(request, raw, about, left_out, round(time.time() - start, 1))
     report.write(request.folder, results, raw)
+    kept.remove()
     update_card(request.model)
     return results
 
@@ -69,23 +80,14 @@ def load(request: Request, names: list[str], max_length: int) -> task_objects.Lo
     return harness.load_tasks(names, request.include_path, metadata, allow_code=allowed)
 
 
-def collect_results(
-    request: Request, raw: dict[str, Any], settings: dict[str, Any], left_out: list[str], seconds: float
-) -> dict[str, Any]:
-    """Return the content of results.json."""
-    rows = report.metric_rows(raw)
+def describe(request: Request, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what the results depend on: the part of results.json that an evaluation which continues must share."""
     heldout = request.heldout
     return {
-        "schema_version": result_folder.SCHEMA_VERSION,
         "suite": request.suite or request.name,
         "tasks": list(request.tasks),
         "protocol": request.protocol(),
-        "out": str(request.folder),
-        "left_out": left_out,
         "limit": request.limit,
-        "metrics": [*sections.score_rows(rows), *rows],
-        "by_length": sections.length_rows(raw),
-        "seconds": seconds,
         "model": describe_model(request.model),
         "settings": settings,
         "data": {
@@ -96,6 +98,22 @@ def collect_results(
             "haystack_sha256": sha256(request.text) if request.text else None,
         },
         "environment": result_folder.describe_environment(settings["device"]),
+    }
+
+
+def collect_results(
+    request: Request, raw: dict[str, Any], about: dict[str, Any], left_out: list[str], seconds: float
+) -> dict[str, Any]:
+    """Return the content of results.json."""
+    rows = report.metric_rows(raw)
+    return {
+        "schema_version": result_folder.SCHEMA_VERSION,
+        **about,
+        "out": str(request.folder),
+        "left_out": left_out,
+        "metrics": [*sections.score_rows(rows), *rows],
+        "by_length": sections.length_rows(raw),
+        "seconds": seconds,
     }
 
 

@@ -48,21 +48,54 @@ def leave_out_complaints_of_git() -> None:
 
 
 def load_model(
-    folder: Path, device: str | None, dtype: str | None, batch_size: int | str, max_length: int, bos: str
-) -> tuple[Any, dict[str, Any]]:
-    """Return lm-eval's model of the folder, and the settings that it was loaded with.
+    folder: Path, devices: list[str], dtype: str | None, batch_size: int | str, max_length: int, bos: str
+) -> tuple[Any, list[Any]]:
+    """Return lm-eval's model of the folder on the first device, and a process with it for each other device.
 
     The folder is untrusted: none of its code is run, and nothing is unpickled.
     """
+    from lrnn.eval.suites.chunked import Helper, share_cores
     from lrnn.eval.suites.model import Model
 
-    device, dtype = default_device(device, dtype)
-    print(f"loading {folder} on {device} in {dtype}", flush=True)
+    device, dtype = default_device(devices[0], dtype)
+    print(f"loading {folder} on {', '.join(devices)} in {dtype}", flush=True)
+    options: dict[str, Any] = {"bos": bos, "dtype": dtype, "batch_size": batch_size, "max_length": max_length}
+    helpers = [Helper(folder, options | {"device": other}, len(devices)) for other in devices[1:]]
+    if helpers:
+        share_cores(len(devices))
     try:
-        lm = Model(folder, bos=bos, device=device, dtype=dtype, batch_size=batch_size, max_length=max_length)
+        return Model(folder, device=device, **options), helpers
     except OSError as error:
         raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return lm, lm.settings
+
+
+def choose_devices(device: str | None, processes: int | None) -> list[str]:
+    """Return the device of each process: all visible GPUs, or the given device.
+
+    Raises:
+        UserError: there are not as many devices as processes.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if device is None and processes is None and gpus > 1:
+        processes = gpus
+    if processes in (None, 1):
+        return [default_device(device, None)[0]]
+    if device == "cpu" or (device is None and not gpus):
+        return ["cpu"] * processes
+    if device not in (None, "cuda"):
+        raise UserError(f"--device {device} is one device; leave it out to use --num-processes {processes}")
+    if processes > gpus:
+        raise UserError(f"--num-processes {processes} needs as many GPUs, and {gpus} are visible")
+    return ["cuda", *(f"cuda:{i}" for i in range(1, processes))]
+
+
+def in_chunks(model: Any, helpers: list[Any], kept: Any) -> Any:
+    """Return the model for lm-eval: `ChunkedModel`, whose module cannot be imported before the process is offline."""
+    from lrnn.eval.suites.chunked import ChunkedModel
+
+    return ChunkedModel(model, helpers, kept)
 
 
 def run_tasks(

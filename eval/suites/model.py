@@ -5,7 +5,11 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
+from transformers import StoppingCriteriaList
 
+from lrnn.eval.generation.batch_size import free_memory, largest_batch
+from lrnn.eval.generation.decoding import GraphDecoding, has_fixed_state
+from lrnn.eval.generation.stop_strings import StopStrings
 from lrnn.eval.model_folder import check_export, default_device, says_add_bos
 from lrnn.eval.suites.bos import decide
 from lrnn.eval.suites.prompts import load_tokenizer
@@ -23,9 +27,13 @@ class Model(HFLM):
 
     For whole documents, `HFLM` shows a bar per batch of windows. None of them tells how much is left, and in a log,
     where bars appear after half a minute, none appears at all. Here one bar counts tokens.
+
+    Greedy generation of a model of lrnn runs on CUDA graphs, and ends a row at any of its stop strings.
     """
 
     _bar: tqdm | None = None
+    _decoding: GraphDecoding | None = None
+    batch_size_per_gpu: int | str
 
     def __init__(
         self,
@@ -72,12 +80,43 @@ class Model(HFLM):
         self.settings |= {"max_length": self.max_length, "softmax_dtype": "float32"}
         self.settings |= {"bos": self.bos.rule, "bos_ids": list(self.bos.ids)}
 
+    def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
+        """Return prompts and generated ids, int64 [B, T]. A model of lrnn decodes greedily on CUDA graphs."""
+        asked = any(value for name, value in options.items() if name != "attention_mask")
+        if asked or not has_fixed_state(self.model):
+            return super()._model_generate(context=context, max_length=max_length, stop=stop, **options)
+        if self._decoding is None:
+            self._decoding = GraphDecoding(self.model)
+        every = self._decoding.tokens_per_replay
+        return self.model.generate(
+            input_ids=context,
+            attention_mask=options.get("attention_mask"),
+            max_length=max_length,
+            do_sample=False,
+            stopping_criteria=StoppingCriteriaList([StopStrings(self.tokenizer, stop, context.shape[1], every)]),
+            pad_token_id=self.tokenizer.pad_token_id,
+            custom_generate=self._decoding,
+        )
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Return the generated texts. With the batch size "auto", a batch is as large as the memory allows."""
+        size = self.batch_size_per_gpu
+        if size != "auto" or self.device.type != "cuda" or not has_fixed_state(self.model):
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        self.batch_size_per_gpu = largest_batch(self.model, free_memory(self.device))
+        try:
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self.batch_size_per_gpu = size
+
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of every document in nats, with a bar that counts tokens."""
         texts = (text for (text,) in (request.args for request in requests))
         total = sum(len(self.tok_encode(text, add_special_tokens=False)) for text in texts)
         try:
-            with tqdm(total=total, unit="token", unit_scale=True, desc="whole documents, tokens") as self._bar:
+            with tqdm(
+                total=total, unit="token", unit_scale=True, desc="whole documents, tokens", disable=disable_tqdm
+            ) as self._bar:
                 return super().loglikelihood_rolling(requests, disable_tqdm=True)
         finally:
             self._bar = None

@@ -108,6 +108,7 @@ def make_request(args: argparse.Namespace) -> Request:
         data_folder=args.data_folder,
         limit=args.limit,
         device=args.device,
+        num_processes=args.num_processes,
         dtype=args.dtype,
         batch_size=args.batch_size,
         max_length=args.max_length,

@@ -22,6 +22,7 @@ class Request:
         suite: the name of a suite; empty if there are `tasks`.
         tasks: names of lm-eval's tasks, groups and tags, patterns of names, and task files.
         limit: the number of documents of every task, or a fraction of them below 1; None for all.
+        num_processes: number of processes, each with a GPU of its own; None for all visible GPUs.
         batch_size: sequences per batch, "auto" or "auto:N".
         bos: the rule of `bos.RULES`.
         num_fewshot, apply_chat_template, fewshot_as_multiturn, system_instruction, gen_kwargs, metadata, seeds,
@@ -38,6 +39,7 @@ class Request:
     data_folder: Path | None = None
     limit: float | None = None
     device: str | None = None
+    num_processes: int | None = None
     dtype: str | None = None
     batch_size: int | str = 8
     max_length: int | None = None
@@ -98,7 +100,11 @@ class Request:
 
     def check(self) -> None:
         """Raise UserError if a value cannot be."""
-        for name, value in (("--batch-size", self.batch_size), ("--max-length", self.max_length)):
+        for name, value in (
+            ("--batch-size", self.batch_size),
+            ("--max-length", self.max_length),
+            ("--num-processes", self.num_processes),
+        ):
             if isinstance(value, int) and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
         if self.limit is not None and (self.limit <= 0 or (self.limit >= 1 and self.limit != int(self.limit))):

@@ -287,7 +287,7 @@ def test_a_linear_rnn_reads_the_whole_prompt(tiny_model, tmp_path, run):
     tokens = json.loads((tiny_model / "config.json").read_text())["vocab_size"]
     LrnnForCausalLM(LrnnConfig(vocab_size=tokens, max_position_embeddings=64, **size)).save_pretrained(folder)
     check_export(folder)
-    lm, _ = harness.load_model(folder, "cpu", "float32", 4, 2048, "never")
+    lm, _ = harness.load_model(folder, ["cpu"], "float32", 4, 2048, "never")
     by_length, _, raw = run(lm, ["lrnn_even_pairs_mc", "lrnn_even_pairs_gen"], limit=LIMIT)
     assert [row["length"] for row in by_length] == 2 * list(LENGTHS)
     longest = raw["samples"]["lrnn_even_pairs_mc"][-1]
