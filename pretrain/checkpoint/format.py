@@ -18,14 +18,17 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from lrnn.errors import UserError
 from lrnn.files import sha256, sync
+from lrnn.threads import usable_cores
 
 FORMAT_VERSION = 2
 NAME = re.compile(r"^step-(\d{8})$")
+READERS = 16  # largest number of files that are read at a time
 
 
 class BrokenCheckpoint(UserError):
@@ -94,13 +97,16 @@ def verify(folder: Path) -> dict[str, Any]:
             names the file.
     """
     manifest = _check_sizes(folder)
-    for name, entry in manifest["files"].items():
-        try:
-            digest = sha256(folder / name)
-        except OSError as error:
-            raise BrokenCheckpoint(f"{folder / name} cannot be read ({error.strerror})") from None
-        if digest != entry["sha256"]:
-            raise BrokenCheckpoint(f"{folder / name} is altered: its SHA-256 differs from the manifest's")
+    entries = manifest["files"]
+    with ThreadPoolExecutor(min(usable_cores(), READERS)) as pool:  # hashes leave Python's lock to other threads
+        digests = {name: pool.submit(sha256, folder / name) for name in entries}
+        for name, entry in entries.items():
+            try:
+                digest = digests[name].result()
+            except OSError as error:
+                raise BrokenCheckpoint(f"{folder / name} cannot be read ({error.strerror})") from None
+            if digest != entry["sha256"]:
+                raise BrokenCheckpoint(f"{folder / name} is altered: its SHA-256 differs from the manifest's")
     return manifest
 
 
