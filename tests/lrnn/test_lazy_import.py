@@ -53,6 +53,7 @@ FORKED = """
 import gc, json, os, sys, traceback
 import accelerate.utils, huggingface_hub, jinja2, PIL.Image, scipy.optimize, tokenizers, torch, triton
 import torch._dynamo.aot_compile, torch.distributed.fsdp, torch.distributed.tensor
+import huggingface_hub.hf_api, jinja2.sandbox, psutil, regex, torch.distributed.checkpoint, triton.experimental.gluon
 assert not {"transformers", "lrnn", "kernels"} & set(sys.modules)
 gc.freeze()
 for name, code in json.loads(sys.argv[1]).items():
