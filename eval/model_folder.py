@@ -1,27 +1,27 @@
 """Check and describe an exported model folder, which may come from anywhere: no code in it is run."""
 
+import importlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lrnn.errors import UserError
 from lrnn.files import sha256
 
-TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer.model")  # the first that a folder has decides its ids
+TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")  # the first of a folder has its ids
 
 
 def check_export(folder: Path) -> dict[str, Any]:
-    """Return the folder's config.json.
+    """Return the config.json of a model folder: an export, or a causal language model of transformers or fla.
 
     Raises:
-        UserError: the folder is not a complete exported model, its weights are not safetensors (other formats are
-            pickles), or the model needs code of its own.
+        UserError: the folder is not a complete model, its weights are not safetensors (other formats are pickles), it
+            is not a causal language model, or needs code of its own.
     """
-    from transformers import CONFIG_MAPPING
-
     if not folder.is_dir():
         raise UserError(f"model folder not found: {folder}")
-    wanted = {"config.json": "config.json", "tokenizer_config.json": "a tokenizer", "model.safetensors*": "weights"}
+    wanted = {"config.json": "config.json", "tokenizer_config.json": "tokenizer", "model.safetensors*": "weights"}
     for pattern, what in wanted.items():
         if not any(folder.glob(pattern)):
             raise UserError(
@@ -32,15 +32,32 @@ def check_export(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
-    if "model_type" not in config:
+    if not isinstance(config, dict) or "model_type" not in config:
         raise UserError(f"{folder / 'config.json'} names no model_type: not an exported model")
-    if config["model_type"] not in CONFIG_MAPPING:
+    if not isinstance(config["model_type"], str) or not _is_known(config["model_type"]):
         raise UserError(
             f"{folder / 'config.json'}: neither lrnn nor transformers has the model_type {config['model_type']!r}, and "
             "code that comes with a model is not run; export the checkpoint with --format hf"
         )
+    if not _is_causal(config["model_type"]):
+        raise UserError(f"{folder / 'config.json'}: a {config['model_type']!r} is not a causal language model")
     _check_shards(folder / "model.safetensors.index.json")
     return config
+
+
+def _is_known(model_type: str) -> bool:
+    """Return whether lrnn or transformers has a type of model, or fla, which registers its own when it is imported."""
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING and find_spec("fla") is not None:
+        importlib.import_module("fla")
+    return model_type in CONFIG_MAPPING
+
+
+def _is_causal(model_type: str) -> bool:
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def _check_shards(index: Path) -> None:

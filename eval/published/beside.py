@@ -5,6 +5,7 @@ from typing import Any
 
 from lrnn.errors import UserError
 from lrnn.eval.published.tables import PublishedRow, published_rows
+from lrnn.eval.suites import protocol
 
 Column = tuple[str, str]  # lm-eval's task and metric
 
@@ -79,5 +80,6 @@ def own_protocol(results: dict[str, Any]) -> str:
     """Return how a result of `lrnn eval` was scored, in the words of the published tables' protocols."""
     settings = results["settings"]
     told = [f"window {settings['max_length']}", f"dtype {settings['dtype']}"]
+    told.append(f"bos {protocol.bos_rule(results)[0]}")
     told.append(f"shots {', '.join(sorted({str(row['shots']) for row in results['metrics']}))}")
     return ", ".join([*told, f"harness lm-eval {results['environment'].get('lm-eval', 'unknown')}"])

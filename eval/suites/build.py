@@ -1,7 +1,7 @@
 """Tasks become requests to the model, once, before it is loaded: settings, few-shot examples, lengths."""
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -90,12 +90,12 @@ class Need:
     Attributes:
         tokens: of its longest request.
         what: which tokens these are, as the verb of a message.
-        too_long: how many of its requests do not fit.
+        cut: how many of its requests can be cut to fit; 0 if cutting does not help.
     """
 
     tokens: int
     what: str
-    too_long: int
+    cut: int = 0
 
 
 def check_lengths(loaded: Loaded, tokenizer: Any, first: int, max_length: int, request: Request) -> None:
@@ -111,27 +111,34 @@ def check_lengths(loaded: Loaded, tokenizer: Any, first: int, max_length: int, r
     def whole(name: str) -> bool:
         return name in WHOLE_PROMPTS if request.suite else not request.truncate
 
-    needs = {name: _need(task, tokenizer, first, max_length, whole(name)) for name, task in loaded.tasks.items()}
-    name, need = max(needs.items(), key=lambda item: item[1].tokens)
-    if need.tokens <= max_length:
+    needs = [
+        (need, name)
+        for name, task in loaded.tasks.items()
+        for need in _needs(task, tokenizer, first, max_length, whole(name))
+        if need.tokens > max_length
+    ]
+    if not needs:
         return
+    need, name = max(needs, key=lambda item: item[0].tokens)
     longer = f"give --max-length {max(2048, need.tokens)} (a linear RNN has no hard limit of its own)"
-    if request.tasks and whole(name) and need.too_long:
-        longer += f", or --truncate to cut {need.too_long} requests from the left as lm-eval does"
+    if request.tasks and all(need.cut for need, _ in needs):
+        longer += f", or --truncate to cut {sum(need.cut for need, _ in needs)} requests from the left as lm-eval does"
     raise UserError(
         f"{name} {need.what} up to {need.tokens} tokens, more than the model's max_position_embeddings or "
         f"--max-length, {max_length}: {longer}"
     )
 
 
-def _need(task: Any, tokenizer: Any, first: int, max_length: int, whole: bool) -> Need:
-    """Return what a task needs.
+def _needs(task: Any, tokenizer: Any, first: int, max_length: int, whole: bool) -> Iterator[Need]:
+    """Yield what a task needs.
 
     A text with fewer bytes than there is room for tokens fits, because no token is empty. It is not tokenised.
+
+    Args:
+        whole: whether the prompts must fit too.
     """
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    found = [Need(0, "", 0)]
     pairs, answers, prompts = set(), set(), set()
     for instance in task.instances:
         if instance.request_type == "loglikelihood":
@@ -142,18 +149,17 @@ def _need(task: Any, tokenizer: Any, first: int, max_length: int, whole: bool) -
             context, settings = instance.args
             prompts.add((context, normalize_gen_kwargs(dict(settings), GENERATED)["max_gen_toks"]))
 
-    def longest(texts: Iterable[str], extra: int, what: str) -> Need:
+    def lengths(texts: Iterable[str], extra: int) -> list[int]:
         candidates = [text for text in texts if len(text.encode()) + 1 + extra > max_length]
         ids = tokenizer(candidates, add_special_tokens=False)["input_ids"] if candidates else []
-        lengths = [len(of_text) + extra for of_text in ids]
-        return Need(max(lengths, default=0), what, sum(length > max_length for length in lengths))
+        return [len(of_text) + extra for of_text in ids]
 
-    found.append(longest(answers, AROUND, "has gold answers of"))
+    yield Need(max(lengths(answers, AROUND), default=0), "has gold answers of")
     for generated in sorted({generated for _, generated in prompts}):
-        found.append(Need(generated + 1, "generates", 0))
-        if whole:
-            texts = [context for context, of_context in prompts if of_context == generated]
-            found.append(longest(texts, first + generated, "has prompts with answers of"))
+        yield Need(generated + 1, "generates")
     if whole:
-        found.append(longest(pairs, first - 1, "has prompts with answers of"))  # nothing follows the last token
-    return max(found, key=lambda need: need.tokens)
+        found = lengths(pairs, first - 1)  # nothing follows the last token
+        for generated in sorted({generated for _, generated in prompts}):
+            texts = [context for context, of_context in prompts if of_context == generated]
+            found += lengths(texts, first + generated)
+        yield Need(max(found, default=0), "has prompts with answers of", sum(length > max_length for length in found))

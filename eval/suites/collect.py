@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lrnn.errors import UserError
+from lrnn.eval.suites import protocol
 
 ModelKey = tuple[str, int, str]  # the folder's name, the training step (-1 if unknown), checksums of the weights
 
@@ -56,7 +57,7 @@ def read_collection(folders: list[Path]) -> Collection:
     for path, results in everything:
         row = rows.setdefault(model_key(results["model"]), {})
         for metric in results["metrics"]:
-            name, cell = _column(metric, results["limit"]), _cell(metric)
+            name, cell = _column(metric, results), _cell(metric)
             if row.setdefault(name, cell) != cell:
                 raise UserError(f"{path} says {name} = {cell}, other results of the same model say {row[name]}")
             columns.setdefault(name, metric)
@@ -95,10 +96,10 @@ def model_key(model: dict[str, Any]) -> ModelKey:
     return Path(model["path"]).name, step, json.dumps(model["weights_sha256"], sort_keys=True)
 
 
-def _column(metric: dict[str, Any], limit: int | None) -> str:
+def _column(metric: dict[str, Any], results: dict[str, Any]) -> str:
     name = f"{metric['task']} {metric['metric']}"
     name += "" if metric["filter"] == "none" else f" ({metric['filter']})"
-    return name if limit is None else f"{name}, first {limit}"
+    return ", ".join([name, *protocol.labels(results)])
 
 
 def _cell(metric: dict[str, Any]) -> str:

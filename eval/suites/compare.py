@@ -9,6 +9,7 @@ import numpy as np
 
 from lrnn.errors import UserError
 from lrnn.eval.statistics import INTERVAL, SEED, aggregate, resampled
+from lrnn.eval.suites import protocol
 
 
 def compare(first: Path, second: Path) -> str:
@@ -24,7 +25,8 @@ def compare(first: Path, second: Path) -> str:
             f"| {row.task} | {name} | {row.first:.4f} | {row.second:.4f} | {row.difference:+.4f} "
             f"| [{row.low:+.4f}, {row.high:+.4f}] | {row.n} |"
         )
-    return "\n".join(rows) + "\n"
+    note = protocol.bos_note(_results(first), _results(second))
+    return "\n".join([*rows, *(["", note] if note else [])]) + "\n"
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,13 @@ def differences(first: Path, second: Path) -> list[Difference]:
     """Return the difference of every metric that both folders hold.
 
     Raises:
-        UserError: a folder holds no results, a task was not run on the same documents in both, or they have no metric
-            in common.
+        UserError: a folder holds no results, they were computed by different protocols, a task was not run on the same
+            documents in both, or they have no metric in common.
     """
     rows = []
-    metrics = [_results(first), _results(second)]
+    whole = [_results(first), _results(second)]
+    protocol.check_comparable(*whole)
+    metrics = [{(row["task"], row["metric"], row["filter"]): row for row in of["metrics"]} for of in whole]
     for key in (key for key in metrics[0] if key in metrics[1]):
         found = [folder[key] for folder in metrics]
         a, b = (_values(*of_folder) for of_folder in zip((first, second), found, strict=True))
@@ -74,16 +78,16 @@ def differences(first: Path, second: Path) -> list[Difference]:
     return rows
 
 
-def _results(folder: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+def _results(folder: Path) -> dict[str, Any]:
     path = folder / "results.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no results.json: it is not a result folder of `lrnn eval`")
-    metrics = json.loads(path.read_text(encoding="utf-8")).get("metrics")
-    if metrics is None:
+    results = json.loads(path.read_text(encoding="utf-8"))
+    if "metrics" not in results:
         raise UserError(
             f"{folder} is not a result folder of `lrnn eval`; `lrnn position` itself compares the models it is given"
         )
-    return {(row["task"], row["metric"], row["filter"]): row for row in metrics}
+    return results
 
 
 def _values(folder: Path, row: dict[str, Any]) -> list[dict[tuple[str, int, str], Any]]:

@@ -2,18 +2,19 @@
 
 import os
 import time
-from typing import Any
+from typing import Any, Literal
 
 from lrnn.errors import UserError
 from lrnn.eval import offline, result_folder
 from lrnn.eval.model_folder import check_export, describe_model, says_add_bos
 from lrnn.eval.statistics import RESAMPLES
-from lrnn.eval.suites import build, fetch_data, harness, hub_data, prompts, report, sandbox, sections, task_objects
+from lrnn.eval.suites import build, fetch_data, harness, hub_data, prompts, report, sandbox, sections
 from lrnn.eval.suites.bos import decide
 from lrnn.eval.suites.card_results import update_card
 from lrnn.eval.suites.kept_answers import KeptAnswers
 from lrnn.eval.suites.request import Request
 from lrnn.eval.suites.suites import CODE_TASKS, HELDOUT_TASK, find_suite
+from lrnn.eval.suites.task_objects import Loaded
 from lrnn.files import sha256
 
 
@@ -24,7 +25,7 @@ def evaluate(request: Request) -> dict[str, Any]:
         UserError: something is wrong with the request; this is found before the model is loaded.
     """
     request.check()
-    names, left_out = choose_suite(request) if request.suite else ([], [])
+    names, left_out = choose_suite(request) if request.suite else (named(request), [])
     for variable, path in (("LRNN_EVAL_HELDOUT", request.heldout), (hub_data.FOLDER, request.data_folder)):
         if path is not None:
             os.environ[variable] = str(path.resolve())
@@ -35,7 +36,6 @@ def evaluate(request: Request) -> dict[str, Any]:
         names, left_out = leave_out_missing(request, names, left_out)
     else:
         offline.plain_progress()
-        names, left_out = choose_named(request)
     harness.silence_expected_warnings()
     tokenizer = prompts.load_tokenizer(request.model)
     bos = decide(request.bos, tokenizer, says_add_bos(request.model))
@@ -60,14 +60,14 @@ def evaluate(request: Request) -> dict[str, Any]:
         kept.close()
         for helper in helpers:
             helper.close()
-    results = collect_results(request, raw, about, left_out, round(time.time() - start, 1))
+    results = collect_results(request, raw, about, left_out + loaded.left_out, round(time.time() - start, 1))
     report.write(request.folder, results, raw)
     kept.remove()
     update_card(request.model)
     return results
 
 
-def load(request: Request, names: list[str], max_length: int) -> task_objects.Loaded:
+def load(request: Request, names: list[str], max_length: int) -> Loaded:
     """Return the task objects of a request, loaded with lm-eval's seeds."""
     build.seed(request)
     metadata = {"pretrained": str(request.model), "max_length": max_length}  # as lm-eval passes its model arguments
@@ -76,8 +76,9 @@ def load(request: Request, names: list[str], max_length: int) -> task_objects.Lo
     if request.suite:
         return harness.load_tasks(names, metadata=metadata)
     metadata |= request.metadata
-    allowed = request.allow_code_execution
-    return harness.load_tasks(names, request.include_path, metadata, allow_code=allowed)
+    code: Literal["run", "refuse", "skip"]
+    code = "run" if request.allow_code_execution else "skip" if request.skip_code_execution else "refuse"
+    return harness.load_tasks(names, request.include_path, metadata, code)
 
 
 def describe(request: Request, settings: dict[str, Any]) -> dict[str, Any]:
@@ -117,6 +118,11 @@ def collect_results(
     }
 
 
+def named(request: Request) -> list[str]:
+    """Return the names of the request's tasks."""
+    return [*([HELDOUT_TASK] if request.heldout is not None else []), *request.tasks]
+
+
 def choose_suite(request: Request) -> tuple[list[str], list[str]]:
     """Return the tasks of the request's suite to run and those left out."""
     permission = request.allow_code_execution, request.skip_code_execution
@@ -132,16 +138,6 @@ def leave_out_missing(request: Request, names: list[str], left_out: list[str]) -
     if missing:
         print(f"left out for lack of data: {', '.join(missing)} (`lrnn eval --fetch --suite {request.suite}` gets it)")
     return [name for name in names if name not in missing], left_out + missing
-
-
-def choose_named(request: Request) -> tuple[list[str], list[str]]:
-    """Return the names of tasks to run and those left out because they run code."""
-    names = [*([HELDOUT_TASK] if request.heldout is not None else []), *request.tasks]
-    code = task_objects.code_tasks(names, request.include_path) if request.skip_code_execution else []
-    kept = [name for name in names if name not in code]
-    if not kept:
-        raise UserError(f"nothing is left to run without the tasks that run code: {', '.join(code)}")
-    return kept, code
 
 
 def choose_tasks(suite: str, heldout: bool, allow_code: bool, skip_code: bool) -> tuple[list[str], list[str]]:

@@ -19,12 +19,15 @@ from lrnn.eval.suites.task_objects import load_tasks as load_tasks
 
 
 def silence_expected_warnings() -> None:
-    """Drop two warnings of lm-eval that do not apply to these tasks.
+    """Drop warnings of lm-eval that say nothing about a run.
 
-    It warns that every task with `custom_dataset` could take arguments, and that the metrics of state-tracking tasks
-    are means over different documents, which is intended: every length has its own.
+    It warns that every task with `custom_dataset` could take arguments, that a task's file leaves a metric as it is by
+    default, and that the metrics of state-tracking tasks are means over different documents, which is intended: every
+    length has its own.
     """
-    logging.getLogger("lm_eval.api.task").addFilter(lambda record: "Custom kwargs" not in record.getMessage())
+    logging.getLogger("lm_eval.api.task").addFilter(
+        lambda record: not any(text in record.getMessage() for text in ("Custom kwargs", "is defined, but"))
+    )
     logging.getLogger("lm_eval.evaluator_utils").addFilter(
         lambda record: "not scored on the same number of documents" not in record.getMessage()
     )

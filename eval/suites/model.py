@@ -7,6 +7,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import StoppingCriteriaList
 
+from lrnn.errors import UserError
 from lrnn.eval.generation.batch_size import free_memory, largest_batch
 from lrnn.eval.generation.decoding import GraphDecoding, has_fixed_state
 from lrnn.eval.generation.stop_strings import StopStrings
@@ -45,6 +46,7 @@ class Model(HFLM):
         batch_size: int | str = 1,
         max_batch_size: int = 64,
         max_length: int | None = None,
+        **unknown: Any,
     ) -> None:
         """Load a folder.
 
@@ -56,10 +58,16 @@ class Model(HFLM):
             batch_size: sequences per batch, "auto" or "auto:N".
             max_batch_size: the largest batch that "auto" tries.
             max_length: tokens of context; None for what the model's configuration says.
+            unknown: other arguments of `HFLM`, which lm-eval's command line may pass.
 
         Raises:
-            UserError: the folder cannot be evaluated.
+            UserError: the folder cannot be evaluated, or an argument is unknown.
         """
+        if unknown:
+            raise UserError(
+                f"the model lrnn has no argument {', '.join(unknown)}; it has pretrained, bos, device, dtype, "
+                "batch_size, max_batch_size and max_length, and never runs code of a folder; `--model hf` has others"
+            )
         folder = Path(pretrained)
         check_export(folder)
         self.bos = decide(bos, load_tokenizer(folder), says_add_bos(folder))

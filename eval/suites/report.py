@@ -79,7 +79,9 @@ def metrics_table(results: Raw) -> list[str]:
     """Return the lines of a table of the metrics, with what was left out above it."""
     lines = []
     if results["limit"] is not None:
-        lines += [f"Only the first {results['limit']} documents of every task: not comparable with complete runs.", ""]
+        limit = results["limit"]
+        share = f"{limit:g} documents" if limit >= 1 else f"{limit:.4g} of the documents"
+        lines += [f"Only the first {share} of every task: not comparable with complete runs.", ""]
     if results["left_out"]:
         lines += [f"Left out: {', '.join(results['left_out'])}.", ""]
     lines += ["| task | metric | | value | +- | n | shots |", "|---|---|---|---:|---:|---:|---:|"]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lrnn.errors import UserError
 from lrnn.eval.suites.suites import TASK_FOLDER
@@ -25,61 +25,56 @@ class Loaded:
     Attributes:
         tasks: every task by name.
         groups: every group by name, which aggregates over its tasks.
+        left_out: the names that were asked for, but run code.
     """
 
     tasks: dict[str, Any]
     groups: dict[str, Any] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
 
 def load_tasks(
     names: Sequence[str],
     include_path: Sequence[Path] = (),
     metadata: Mapping[str, Any] | None = None,
-    *,
-    allow_code: bool = True,
+    code: Literal["run", "refuse", "skip"] = "run",
 ) -> Loaded:
     """Return the tasks and groups of some names.
 
     Args:
         include_path: folders of task files. They override lm-eval's tasks of the same name.
         metadata: passed to the functions that make a task's data, as by lm-eval's `--metadata`.
-        allow_code: whether tasks may run code that the model wrote.
+        code: what to do with tasks that run code written by the model. "skip" leaves out those that are named, and
+            refuses groups that have some.
 
     Raises:
         UserError: a name is unknown, its data or a package that it needs is missing, or its file is wrong.
     """
     manager = _index(names, include_path, metadata)
-    specs = _find(manager, names)
-    if not allow_code:
-        _refuse_code(sorted({name for spec in specs for name in _code_tasks(manager.task_index, spec)}))
-    items = [item for spec in specs for item in _load(manager, spec)]
+    found = _find(manager, names)
+    unsafe = {name: sorted(set(_code_tasks(manager.task_index, name))) for name in found}
+    left_out = [name for name in found if name in unsafe[name]] if code == "skip" else []
+    wanted = [name for name in found if name not in left_out]
+    if not wanted:
+        raise UserError(f"nothing is left to run without the tasks that run code: {', '.join(left_out)}")
+    if code != "run":
+        _refuse_code([task for name in wanted for task in unsafe[name]])
+    items = [item for name in wanted for item in _load(manager, name)]
     try:
         loaded = manager.load(items)
     except ValueError as error:
         raise UserError(f"--tasks: {error}; name one of the two") from error
-    if not allow_code:  # also those that say so only in Python
-        _refuse_code([name for name, task in loaded["tasks"].items() if runs_code(task)])
-    return Loaded(loaded["tasks"], loaded["groups"])
-
-
-def runs_code(task: Any) -> bool:
-    """Return whether a task runs code that the model wrote."""
-    return bool(getattr(task, "UNSAFE_CODE", False))
+    if code != "run":  # also those that say so only in Python
+        _refuse_code([name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)])
+    return Loaded(loaded["tasks"], loaded["groups"], left_out)
 
 
 def _refuse_code(names: Sequence[str]) -> None:
     if names:
         raise UserError(
             f"{', '.join(names)}: runs code written by the model; add --allow-code-execution if this machine may do "
-            "that, or --skip-code-execution to leave tasks out that run code"
+            "that, or --skip-code-execution to leave out named tasks that do"
         )
-
-
-def code_tasks(names: Sequence[str], include_path: Sequence[Path] = ()) -> list[str]:
-    """Return those of the names that are tasks which run code, without loading any."""
-    manager = _index(names, include_path, None)
-    found = [name for name in names for spec in _find(manager, [name]) if spec in _code_tasks(manager.task_index, spec)]
-    return list(dict.fromkeys(found))
 
 
 def _index(names: Sequence[str], include_path: Sequence[Path], metadata: Mapping[str, Any] | None) -> Any:
@@ -105,11 +100,8 @@ def _is_complete(entries: Mapping[str, Any], name: Any) -> bool:
 
 def _config(entries: Mapping[str, Any], name: Any) -> Mapping[str, Any]:
     """Return the file of a task, group or path as a mapping; for a tag, its tasks; empty for an unknown name."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
     if isinstance(name, str) and name.endswith(".yaml"):
-        paths = glob.glob(str(Path(name).absolute()))
-        return {"task": [entry for path in paths for entry in _members(load_yaml(path, resolve_func=False))]}
+        return {"task": [entry for path in _files(name) for entry in _members(_read(path))]}
     entry = entries.get(name)
     if entry is None:
         return {}
@@ -122,17 +114,43 @@ def _members(config: Mapping[str, Any]) -> list[Any]:
 
 
 def _find(manager: Any, names: Sequence[str]) -> list[str]:
-    """Return the exact names and absolute paths that the names mean, each once, in the order of the names."""
+    """Return the exact names that some names mean, each once, in their order. Files are added to the index."""
     found: list[str] = []
     for name in names:
-        if name.endswith(".yaml"):
-            matches = sorted(glob.glob(str(Path(name).absolute())))
-        else:
-            matches = manager.match_tasks([name])
+        is_file = name.endswith(".yaml")
+        matches = [_add(manager, path) for path in _files(name)] if is_file else manager.match_tasks([name])
         if not matches:
             raise UserError(f"unknown task {name!r}; {_hint(name, manager.all_tasks)}")
         found += matches
     return list(dict.fromkeys(found))
+
+
+def _files(name: str) -> list[str]:
+    return sorted(glob.glob(str(Path(name).absolute())))
+
+
+def _add(manager: Any, path: str) -> str:
+    """Add a task file to an index, in place of one of the same name, and return its name."""
+    from lm_eval.tasks._index import TaskIndex
+
+    config = _read(path)
+    name = config.get("group") or config.get("task")
+    if not isinstance(name, str):
+        raise UserError(f"the task file {path} names neither a task nor a group")
+    manager.task_index.pop(name, None)
+    TaskIndex.process_cfg(config, Path(path), manager.task_index)
+    return name
+
+
+def _read(path: str) -> dict[str, Any]:
+    """Return a task file as a mapping, without importing the functions that it names."""
+    import yaml
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    try:
+        return load_yaml(path, resolve_func=False)
+    except (yaml.YAMLError, OSError, ValueError, TypeError) as error:
+        raise UserError(f"the task file {path} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _hint(name: str, valid: Sequence[str]) -> str:
@@ -187,4 +205,6 @@ def _reason(name: str, error: Exception) -> str:
     if isinstance(error, (ConnectionError, DatasetNotFoundError)) or "offline" in text.lower():
         where = "where the hub can be reached, with the same HF_HOME" if config.HF_HUB_OFFLINE else "with a network"
         return f"the data of the task {name!r} is not on this machine ({text}): run `lrnn eval --fetch {name}` {where}"
+    if isinstance(error, KeyError):
+        return f"the task {name!r} cannot be loaded: its data or its file has no {error}"
     return f"the task {name!r} cannot be loaded: {type(error).__name__}: {text}"
