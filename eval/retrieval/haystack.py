@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +21,7 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 def sentences(file: str | None) -> tuple[str, ...]:
     """Return the sentences of a file, or generated ones for None.
 
-    A name that ends in .jsonl holds rows {"text": ...}; any other file is plain text.
+    A file whose first line is a JSON object holds rows {"text": ...}; any other file is plain text.
 
     Raises:
         UserError: the file is missing, is not text, has a bad row, or holds fewer than 20 sentences.
@@ -48,9 +49,11 @@ def sentences(file: str | None) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _texts(path: Path) -> list[str] | map:
-    if path.suffix == ".jsonl":
-        return map(lambda row: row[1], read_texts(path))
+def _texts(path: Path) -> Iterable[str]:
+    with path.open("rb") as file:
+        rows = file.readline().lstrip().startswith(b"{")
+    if rows:
+        return (text for _, text in read_texts(path))
     try:
         return [path.read_text(encoding="utf-8")]
     except UnicodeDecodeError as error:

@@ -132,6 +132,8 @@ class Request:
             "--metadata": self.metadata,
             "--include-path": self.include_path,
         }
+        if self.haystack is not None and self.suite != "needle":
+            raise UserError(f"--haystack is the text of needles, which the suite {self.suite!r} has not")
         if given := [option for option, value in asked.items() if value]:
             raise UserError(
                 f"{', '.join(given)}: a suite has a fixed protocol; name its tasks with --tasks to change it"

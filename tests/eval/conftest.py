@@ -44,8 +44,8 @@ def less_eval_data(eval_data, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def few_commonsense_rows(eval_data, tmp_path_factory):
-    """Return a folder with the data, but only the first 12 documents of every task of common sense."""
-    return first_rows(eval_data, tmp_path_factory.mktemp("data") / "eval_data", wheel.ROWS, 12)
+    """Return a folder with the data, but only the first 8 documents of every task of common sense."""
+    return first_rows(eval_data, tmp_path_factory.mktemp("data") / "eval_data", wheel.ROWS, 8)
 
 
 @pytest.fixture

@@ -144,6 +144,8 @@ def test_the_haystack_is_a_file_or_generated(tmp_path, monkeypatch):
         haystack.sentences(str(tmp_path / "rows.jsonl"))
     with pytest.raises(UserError, match="haystack file not found: /nowhere"):
         haystack.sentences("/nowhere")
+    (tmp_path / "rows.txt").write_text("".join(json.dumps({"text": f"{line}\n{line}"}) + "\n" for line in found[:10]))
+    assert haystack.sentences(str(tmp_path / "rows.txt")) == tuple(line for line in found[:10] for _ in range(2))
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="bytes is not UTF-8 text"):
         haystack.sentences(str(tmp_path / "bytes"))
@@ -161,7 +163,8 @@ def test_through_the_command_line(tiny_model, tmp_path, monkeypatch, capsys):
     )
     book = tmp_path / "book.txt"
     book.write_text(" ".join(f"Sentence {n} ends here." for n in range(30)))
-    options = ["--suite", "needle", "--limit", 1, "--device", "cpu", "--out", tmp_path / "out", "--haystack", book]
+    options = ["--suite", "needle", "--limit", 1, "--max-length", 1024, "--device", "cpu", "--haystack", book]
+    options += ["--out", tmp_path / "out"]
     assert cli.main(["eval", str(tiny_model), *map(str, options)]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {row["task"] for row in results["by_length"]} == set(NEEDLES) and len(results["metrics"]) == 3 * len(NEEDLES)
@@ -172,6 +175,8 @@ def test_through_the_command_line(tiny_model, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "by_length.csv").is_file()
     monkeypatch.setattr(harness, "load_model", lambda *args: pytest.fail("the model was loaded"))
     capsys.readouterr()
+    assert cli.main(["eval", str(tiny_model), "--suite", "quick", "--haystack", str(book)]) == 2
+    assert "--haystack is the text of needles, which the suite 'quick' has not" in capsys.readouterr().err
     assert cli.main(["eval", str(tiny_model), "--suite", "needle", "--max-length", "1000"]) == 2
     assert "needles need a context of at least 1024 tokens, not 1000" in capsys.readouterr().err
 
