@@ -1,6 +1,6 @@
 """Run several trainings that hang, side by side: `hanging_worker.py SPECS.json`.
 
-Packages are imported once, and the ranks of every run are forks.
+Packages are imported once, and the ranks of every run are forks. The tests run this file as a fork, too.
 
 SPECS maps a name to {"config": {...}, "at_step_3": [what each rank does while it fetches the data of step 3]}:
     "": continues; "stop": SIGSTOP to itself; "crash": SIGSEGV to itself; "sleep": never returns;
@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ.update(DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 # Training imports these late, which takes seconds; here they are imported once for all ranks.
 import datasets  # noqa: F401
 import deepspeed  # noqa: F401

@@ -1,16 +1,14 @@
 """Test that a run that hangs ends and names the rank that it hangs on, and that other runs are left alone."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fork_server import run_program
 
 from lrnn.pretrain.config import WatchdogConfig
 from lrnn.pretrain.distributed import COLLECTIVE_TIMEOUT
@@ -340,9 +338,8 @@ def outcomes(config_in, tmp_path_factory):
     specs["crashed"]["config"]["watchdog"] |= {"lost_seconds": 80, "stall_seconds": 80}  # noticing takes less
     specs["paused"]["config"]["watchdog"] |= {"stall_seconds": STALL_S}
     (folder / "specs.json").write_text(json.dumps(specs))
-    worker = Path(__file__).with_name("hanging_worker.py")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(worker), str(folder / "specs.json")], env=environment, check=True, timeout=150)
+    worker, output = Path(__file__).with_name("hanging_worker.py"), folder / "output"
+    assert run_program(worker, output, folder / "specs.json") == 0, output.read_text()
     return {name: Outcome(folder / name, folder / f"run {name}") for name in RUNS}
 
 
