@@ -11,6 +11,9 @@ from lrnn.errors import UserError
 from lrnn.eval.statistics import INTERVAL, SEED, aggregate, resampled
 from lrnn.eval.suites import protocol
 
+Key = tuple[str, str, str]  # a task, a metric and a filter
+Values = dict[tuple[str, int, str], Any]  # by task, number of the document, and the hash of its text
+
 
 def compare(first: Path, second: Path) -> str:
     """Return a Markdown table of `second - first` for every metric that both folders hold, with a 95% interval.
@@ -48,7 +51,7 @@ class Difference:
 
 
 def differences(first: Path, second: Path) -> list[Difference]:
-    """Return the difference of every metric that both folders hold.
+    """Return the difference of every metric that both folders hold and whose value follows from the documents'.
 
     Raises:
         UserError: a folder holds no results, they were computed by different protocols, a task was not run on the same
@@ -65,17 +68,30 @@ def differences(first: Path, second: Path) -> list[Difference]:
             raise UserError(
                 f"{key[0]} was run on different documents in {first} and {second}, so they cannot be paired"
             )
-        pairs = [np.array([[x[d] for d in x], [y[d] for d in x]], dtype=np.float64) for x, y in zip(a, b, strict=True)]
-        rng = np.random.default_rng(SEED)
-        draws = np.mean([resampled(key[1], pair, rng) for pair in pairs], axis=0)
-        low, high = np.quantile(draws[1] - draws[0], INTERVAL)
-        before, after = np.mean([aggregate(key[1], pair) for pair in pairs], axis=0)
-        first_value, second_value = (row["value"] for row in found)
-        n = sum(pair.shape[1] for pair in pairs)
-        rows.append(Difference(*key, first_value, second_value, after - before, low, high, n))
+        rows.append(_difference(key, found, list(zip(a, b, strict=True))))
     if not rows:
         raise UserError(f"{first} and {second} have no metric in common")
-    return rows
+    return [row for row in rows if row is not None]
+
+
+def _difference(key: Key, found: list[dict[str, Any]], documents: list[tuple[Values, Values]]) -> Difference | None:
+    """Return the difference of two rows of a metric, or None if its value does not follow from those of the documents.
+
+    That is so for metrics such as F1 of a whole task and BLEU, which lm-eval computes from predictions.
+    """
+    try:
+        pairs = [np.array([[x[d] for d in x], [y[d] for d in x]], dtype=np.float64) for x, y in documents]
+        weights = [pair.shape[1] for pair in pairs] if found[0].get("weight_by_size") else None
+        values = np.average([aggregate(key[1], pair) for pair in pairs], axis=0, weights=weights)
+    except (ValueError, TypeError, IndexError):
+        return None
+    told = [row["value"] for row in found]
+    if values.shape != (2,) or not np.allclose(values, told, rtol=1e-6, atol=1e-9):
+        return None
+    rng = np.random.default_rng(SEED)
+    draws = np.average([resampled(key[1], pair, rng) for pair in pairs], axis=0, weights=weights)
+    low, high = np.quantile(draws[1] - draws[0], INTERVAL)
+    return Difference(*key, *told, values[1] - values[0], low, high, sum(pair.shape[1] for pair in pairs))
 
 
 def _results(folder: Path) -> dict[str, Any]:
@@ -90,7 +106,7 @@ def _results(folder: Path) -> dict[str, Any]:
     return results
 
 
-def _values(folder: Path, row: dict[str, Any]) -> list[dict[tuple[str, int, str], Any]]:
+def _values(folder: Path, row: dict[str, Any]) -> list[Values]:
     """Return, for each task that a row is the mean of, the value of every document by (task, number, hash of its text).
 
     A row names them in `parts` [[task, metric, filter]], or in `tasks` if they all have its metric and filter.
@@ -101,5 +117,6 @@ def _values(folder: Path, row: dict[str, Any]) -> list[dict[tuple[str, int, str]
         with (folder / f"samples_{task}.jsonl").open("rb") as file:
             samples = [json.loads(line) for line in file]
         own = [sample for sample in samples if sample["filter"] == filter_name]
-        found.append({(task, s["doc_id"], s["doc_hash"]): s[metric] for s in own})
+        # A document may have no value of a metric.
+        found.append({(task, s["doc_id"], s["doc_hash"]): s[metric] for s in own if metric in s})
     return found

@@ -148,8 +148,13 @@ def run_tasks(
 
 
 def aggregate_groups(merged: dict[str, Any], loaded: Loaded) -> None:
-    """Add `groups`, those that aggregate over their tasks, and `group_subtasks` to merged results, as lm-eval does."""
+    """Add `groups`, those that aggregate over their tasks, and `group_subtasks` to merged results, as lm-eval does.
+
+    Add `weight_by_size` too: by group and metric, whether its mean is over documents instead of tasks.
+    """
     for name, group in loaded.groups.items():
         merged.setdefault("group_subtasks", {})[name] = group.child_names
         if group.has_aggregation:
             merged.setdefault("groups", {})[name] = group.aggregate(merged["results"])
+            by_size = {entry.metric: entry.weight_by_size for entry in group.aggregate_metric_list}
+            merged.setdefault("weight_by_size", {})[name] = by_size

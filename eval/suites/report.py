@@ -50,7 +50,10 @@ def _of_task(raw: Raw, row: Raw) -> Raw:
 
 
 def _of_group(raw: Raw, row: Raw) -> Raw:
-    """Return what else the row of a group holds: `tasks`, those that it aggregates, and facts that they share."""
+    """Return what else the row of a group holds: `tasks`, those that it aggregates, and facts that they share.
+
+    `weight_by_size` is whether it is the mean over their documents instead of over tasks.
+    """
     key, tasks, names = f"{row['metric']},{row['filter']}", [], list(raw["group_subtasks"][row["task"]])
     while names:
         name = names.pop(0)
@@ -64,6 +67,7 @@ def _of_group(raw: Raw, row: Raw) -> Raw:
         "shots": shots[0] if len(shots) == 1 else f"{shots[0]} to {shots[-1]}",
         "higher_is_better": better.pop() if len(better) == 1 else None,
         "tasks": tasks,
+        "weight_by_size": raw["weight_by_size"][row["task"]][row["metric"]],
     }
 
 

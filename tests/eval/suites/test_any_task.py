@@ -103,6 +103,7 @@ def test_every_output_type_and_a_group_give_lm_evals_numbers(ours, folder, model
     names = ["tiny_group", "tiny_last", "tiny_rolling", "tiny_generation"]
     assert_equal(results, theirs(folder, model, names, num_fewshot=SHOTS), out)
     (group,) = (row for row in results["metrics"] if row["task"] == "tiny_group")
+    assert f"| tiny_group | acc | {group['value']:.4f} | {group['value']:.4f} | +0.0000 |" in compare(out, out)
     assert group["n"] == 20 and group["tasks"] == ["tiny_choice", "tiny_other"]
     assert results["protocol"] == {"num_fewshot": SHOTS} and results["settings"]["bos"] == "never"
     assert "| tiny_group | acc | higher is better |" in (out / "table.md").read_text()

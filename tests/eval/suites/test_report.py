@@ -66,3 +66,31 @@ def test_only_the_same_documents_can_be_compared(tmp_path):
         compare(tmp_path / "a", tmp_path / "b")
     with pytest.raises(UserError, match=r"no results\.json"):
         compare(tmp_path / "a", tmp_path)
+
+
+def test_a_mean_over_documents_of_tasks_and_metrics_that_are_none(tmp_path):
+    sizes = {"small": [1.0, 0.0], "large": [1.0] * 6}
+    for name, change in (("a", 0.0), ("b", 0.5)):
+        folder = tmp_path / name
+        folder.mkdir()
+        values = {task: [value - change for value in of_task] for task, of_task in sizes.items()}
+        for task, of_task in values.items():
+            rows = [
+                {"doc_id": i, "doc_hash": "h", "filter": "none", "acc": value, "bleu": ["text", "other"]}
+                for i, value in enumerate(of_task)
+            ]
+            (folder / f"samples_{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        both = {"metric": "acc", "filter": "none", "tasks": list(sizes)}
+        over_tasks = np.mean([np.mean(of_task) for of_task in values.values()])
+        over_documents = np.mean(np.concatenate(list(values.values())))
+        metrics = [
+            {**both, "task": "by_task", "value": over_tasks, "weight_by_size": False},
+            {**both, "task": "by_document", "value": over_documents, "weight_by_size": True},
+            {"task": "small", "metric": "bleu", "filter": "none", "value": 12.5},
+        ]
+        (folder / "results.json").write_text(json.dumps({"metrics": metrics}))
+    lines = compare(tmp_path / "a", tmp_path / "b").splitlines()[2:]
+    assert [line.split("|")[1:6] for line in lines] == [
+        [" by_task ", " acc ", " 0.7500 ", " 0.2500 ", " -0.5000 "],
+        [" by_document ", " acc ", " 0.8750 ", " 0.3750 ", " -0.5000 "],
+    ]
