@@ -57,7 +57,7 @@ class Document(TypedDict):
     context: str
     answer: str
     kind: str  # "number" or "uuid": what an answer looks like
-    length: int  # tokens: at most these with the generated ones, and about a sentence less at least
+    length: int  # tokens: at most these with the generated ones, and less than a sentence less
     third: int  # 0, 1 or 2: the part of the text that holds the needle
 
 
@@ -142,7 +142,7 @@ class Maker:
         )
 
     def _fill(self, prompt: Callable[[int], str]) -> str:
-        """Return the prompt with as many sentences as fit, but for about one."""
+        """Return the prompt with as many sentences as fit."""
         best = prompt(0)
         used = empty = self.count(best)
         if empty > self.capacity:
@@ -153,11 +153,11 @@ class Maker:
         while low < n < high:
             text = prompt(n)
             tokens = self.count(text)
-            each = (tokens - empty) / n
+            each = max(1.0, (tokens - empty) / n)
             if tokens <= self.capacity:
                 low, used, best = n, tokens, text
             else:
                 high = n
-            n = min(low + int((self.capacity - used) / each), high - 1)
+            n = min(low + max(1, int((self.capacity - used) / each)), high - 1)
         self.guess = max(1, low)
         return best

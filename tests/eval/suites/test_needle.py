@@ -40,7 +40,7 @@ def test_documents_fill_the_length_and_say_the_value_once(form):
     longest = max(map(words, haystack.sentences(None))) if form == "single_2" else 20
     for number, doc in enumerate(docs):
         used = words(doc["context"]) + needles.GENERATED_TOKENS + 1
-        assert doc["length"] - 2 * longest < used <= doc["length"]
+        assert doc["length"] - longest < used <= doc["length"]
         needle = re.search(rf"One of the special magic {doc['kind']}s for (\S+) is: {doc['answer']}\.", doc["context"])
         key = needle[1]
         assert doc["context"].count(doc["answer"]) == 1
