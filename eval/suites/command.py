@@ -101,9 +101,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fetch",
         nargs="*",
-        metavar="TASK",
-        help="download the benchmark data (86 MB, once), with --suite also its data sets of the Hugging Face hub; or "
-        "the data of tasks of lm-eval",
+        metavar="NAME",
+        help="download the benchmark data (86 MB, once), for a suite also its data sets of the Hugging Face hub; for "
+        "tasks of lm-eval their data",
     )
     parser.add_argument(
         "--collect", nargs="+", type=Path, metavar="FOLDER", help="print one table of all results below the folders"
@@ -155,12 +155,7 @@ def main(args: argparse.Namespace) -> int:
             raise UserError(f"--{name} shows results that are there: add --collect FOLDER")
     _find_folder(args)
     if args.fetch is not None:
-        if args.fetch:
-            fetch_data.fetch_tasks(words(args.fetch), args.include_path, args.metadata)
-        else:
-            fetch_data.fetch()
-        if args.suite is not None:
-            hub_data.fetch(hub_data.TASKS[task] for task in find_suite(args.suite).tasks if task in hub_data.TASKS)
+        _fetch(args)
         if args.model is None:
             return 0
     from lrnn.eval.suites.evaluate import evaluate
@@ -169,6 +164,19 @@ def main(args: argparse.Namespace) -> int:
     print("\n" + report.markdown_table(results))
     print(f"results in {results['out']}")
     return 0
+
+
+def _fetch(args: argparse.Namespace) -> None:
+    """Download the benchmark data, the data sets of suites, and those of tasks, as far as they are named."""
+    names = words(args.fetch)
+    suites = [name for name in names if name in SUITES] + ([args.suite] if args.suite else [])
+    tasks = [name for name in names if name not in SUITES]
+    if suites or not tasks:
+        fetch_data.fetch()
+    for suite in suites:
+        hub_data.fetch(hub_data.TASKS[task] for task in find_suite(suite).tasks if task in hub_data.TASKS)
+    if tasks:
+        fetch_data.fetch_tasks(tasks, args.include_path, args.metadata)
 
 
 def _find_folder(args: argparse.Namespace) -> None:

@@ -269,7 +269,9 @@ def test_fetching_asks_the_hub_for_the_suites_data_sets(monkeypatch, capsys, eva
         return SCIQ
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
-    assert cli.main(["eval", "--fetch", "--suite", "commonsense"]) == 0
+    for arguments in (["--fetch", "--suite", "commonsense"], ["--fetch", "commonsense"]):
+        asked.clear()
+        assert cli.main(["eval", *arguments]) == 0
     assert asked == [
         ("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test"),
         ("allenai/sciq", None, "test"),
