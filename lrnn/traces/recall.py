@@ -15,7 +15,10 @@ FEWEST_BITS = 8  # five different indices, of both values
 
 
 class Recall(Format):
-    """As many bits as swaps. `a` never points where it did at first: that bit says nothing about the answer."""
+    """As many bits as swaps.
+
+    `a` never points where it did at first, and nothing points to the last bit: these say nothing about the answer.
+    """
 
     unit = "swaps"
     choices = ("0", "1")
@@ -26,7 +29,7 @@ class Recall(Format):
             if origins[0] != 0:
                 break
         bits = [rng.below(2) for _ in range(max(length, FEWEST_BITS))]
-        indices = rng.shuffled(range(len(bits)))[:DEGREE]
+        indices = rng.shuffled(range(len(bits) - 1))[:DEGREE]
         bits[indices[origins[0]]] = answer
         return Program(
             start=f"bits = {bits}\n{assign(indices)}",

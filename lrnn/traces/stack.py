@@ -76,7 +76,7 @@ class Top(Format):
             depth += step
         before = [statement(rng, step) for step in steps]
         after = [statement(rng, step) for step in folded_walk(rng, 0, 0, above, 0)]
-        start = [rng.choice(BRACKETS) for _ in range(1 + rng.below(3))]
+        start = [rng.choice(BRACKETS) for _ in range(3 + rng.below(3))]
         pushed = [line.removeprefix("stack.append(").removesuffix(")") for line in after if line.startswith("stack.a")]
         return Program(
             start=f"stack = [{', '.join(start)}]",

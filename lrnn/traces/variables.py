@@ -44,13 +44,13 @@ class Variables(Format):
         self.modulus, self.choices = modulus, tuple(map(str, range(modulus)))
 
     def draw(self, rng: Rng, length: int, answer: int) -> Program:
-        unchanged = rng.below(self.modulus) == 0  # as often as by chance
+        unchanged, in_place = rng.below(self.modulus) == 0, rng.below(DEGREE) == 0  # as often as by chance
         while True:
             lines = self._lines(rng, length)
-            first = list(lines.first)
-            first[lines.origin] = (answer - lines.added) % self.modulus
-            if (first[lines.where] == answer) == unchanged:
+            if (lines.added == 0, lines.where == lines.origin) == (unchanged, in_place):
                 break
+        first = list(lines.first)
+        first[lines.origin] = (answer - lines.added) % self.modulus
         return Program(
             start=assign(first),
             changes=tuple(lines.texts),
