@@ -18,6 +18,8 @@ STATES = 4
 
 
 class Automaton(Format):
+    """Logs of automata, each with tables of its own."""
+
     unit = "steps"
     choices = tuple(map(str, range(STATES)))
 
@@ -42,6 +44,7 @@ class Automaton(Format):
         )
 
     def _table(self, rng: Rng) -> list[int]:
+        """Return a permutation of the states that moves some of them."""
         while True:
             table = rng.shuffled(range(STATES))
             if table != list(range(STATES)):

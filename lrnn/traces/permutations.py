@@ -81,7 +81,7 @@ def assign(values: list[int]) -> str:
 
 
 class Permutations(Format):
-    """Variables of which every line permutes all."""
+    """Three or five variables, all of which every line permutes."""
 
     unit = "assignments"
 

@@ -15,7 +15,7 @@ FEWEST_BITS = 8  # five different indices, of both values
 
 
 class Recall(Format):
-    """As many bits as swaps.
+    """Ask for the bit that `a` points to, of as many bits as there are swaps.
 
     `a` never points where it did at first, and nothing points to the last bit: these say nothing about the answer.
     """

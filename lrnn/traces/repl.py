@@ -16,8 +16,10 @@ DEGREE = 5
 
 
 class Session(Format):
-    """Args:
-    every: a variable is printed after so many assignments; 0 for never before the question.
+    """Sessions in which every assignment permutes all five variables.
+
+    Args:
+        every: print a variable after so many assignments; 0 for never before the question.
     """
 
     unit = "assignments"

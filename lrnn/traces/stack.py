@@ -38,7 +38,7 @@ def statement(rng: Rng, step: int) -> str:
 
 
 class Depth(Format):
-    """The depth, 1 to 5 at the start and at the end."""
+    """Ask for the depth, which is 1 to 5 at the start and at the end."""
 
     unit = "lines"
     choices = ("1", "2", "3", "4", "5")
@@ -62,7 +62,7 @@ class Depth(Format):
 
 
 class Top(Format):
-    """The bracket on the top. It was pushed anywhere in the program, and all that was pushed later is popped again."""
+    """Ask for the bracket on the top. It was pushed anywhere in the program; what was pushed later is popped again."""
 
     unit = "lines"
     choices = BRACKETS

@@ -34,8 +34,10 @@ class Lines:
 
 
 class Variables(Format):
-    """Args:
-    modulus: number of values that a variable can have.
+    """Assignments to five variables, of which one is asked for.
+
+    Args:
+        modulus: number of values that a variable can have.
     """
 
     unit = "assignments"
