@@ -15,6 +15,7 @@ from torch.profiler import record_function
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
 from lrnn.files import write_atomically
+from lrnn.kernels.common.architecture import architecture
 from lrnn.pretrain.changes import Changes, check_changes
 from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.checkpoint import zero_state
@@ -28,6 +29,7 @@ from lrnn.pretrain.deepspeed_config import COPY, deepspeed_config
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.engine import Engine, build_engine, build_model, compute_dtype
 from lrnn.pretrain.fused.choice import uses_fused_layers
+from lrnn.pretrain.gpu_check import check_kernels
 from lrnn.pretrain.guard import Guard, Verdict
 from lrnn.pretrain.launch import STOPPED, StopRequest
 from lrnn.pretrain.metrics.eigenvalues import EigenvalueProbe
@@ -317,7 +319,10 @@ class Run:
         """Open and check the model's configuration, the training data and the held-out data."""
         model_config = load_model_of(self.config)
         settings = deepspeed_config(self.config, self.ranks.world_size)
-        uses_fused_layers(self.config, self.ranks.device, compute_dtype(settings))  # which may be impossible
+        dtype = compute_dtype(settings)
+        if self.ranks.device.type == "cuda":
+            check_kernels(model_config, dtype, architecture(self.ranks.device))
+        uses_fused_layers(self.config, self.ranks.device, dtype)  # which may be impossible
         data = open_data(self.config, model_config, self.ranks)
         return model_config, data, HeldOut(self.config, self.ranks)
 

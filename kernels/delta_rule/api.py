@@ -19,10 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lrnn.kernels.common.architecture import Architecture
 from lrnn.kernels.common.constants import HEAD_SIZES
 from lrnn.kernels.common.dispatch import use_kernels
 from lrnn.kernels.common.dtypes import DTYPES
 from lrnn.kernels.delta_rule.operator import gated_delta_rule_forward, gated_delta_rule_recurrent
+from lrnn.kernels.delta_rule.settings import choose_settings
 from lrnn.kernels.reference import delta_rule as reference
 
 SHORT = 16  # tokens up to which the recurrence is faster, if no gradient is needed
@@ -48,6 +50,15 @@ def saving_states() -> Iterator[None]:
 def is_saving() -> bool:
     """Return whether `save_states` is True by default here."""
     return _saving
+
+
+def check_gpu(K: int, dtype: torch.dtype, gpu: Architecture) -> None:
+    """Check that a GPU has kernels for keys of a size, up to 256, and a dtype.
+
+    Raises:
+        ValueError: it has none, because its shared memory or its compute capability is too small.
+    """
+    choose_settings(K + _missing(K), dtype, gpu)
 
 
 def gated_delta_rule(
@@ -100,7 +111,7 @@ def gated_delta_rule(
     Raises:
         ValueError: If shapes, dtypes or devices do not fit, there are no tokens, the scale is not positive,
             `cu_seqlens` on the CPU does not cover the tokens in order, or the precision is unknown. On CUDA, also if a
-            head size or dtype is not supported.
+            head size or dtype is not supported, or not on that GPU (`check_gpu`).
     """
     reference.check_shapes(q, k, v, g, beta, initial_state, cu_seqlens, scale)
     reference.check_precision(precision)

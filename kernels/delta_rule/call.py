@@ -6,10 +6,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lrnn.kernels.common.architecture import architecture
 from lrnn.kernels.common.constants import CHUNK
-from lrnn.kernels.common.dtypes import dot_precision
 from lrnn.kernels.common.tiles import Tiles, with_rows
-from lrnn.kernels.delta_rule.cut import Chunks, count_chunks, count_segments, scan_columns
+from lrnn.kernels.delta_rule.cut import Chunks, count_chunks, count_segments
+from lrnn.kernels.delta_rule.settings import Settings, choose_settings
 
 
 @dataclass(kw_only=True)
@@ -80,9 +81,14 @@ class Call:
         return self.B if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     @cached_property
+    def settings(self) -> Settings:
+        """The settings of the kernels in plain Triton for this call and its GPU."""
+        return choose_settings(self.K, self.dtype, architecture(self.device))
+
+    @cached_property
     def segments(self) -> int:
-        """Number of segments that each sequence is cut into. Documents are not cut."""
-        if self.cu_seqlens is not None:
+        """Number of segments that each sequence is cut into. Documents are not cut, nor is anything on some GPUs."""
+        if self.cu_seqlens is not None or not self.settings.cuts_sequences:
             return 1
         return count_segments(self.B, self.T, self.HV, self.K, self.V, self.dtype)
 
@@ -112,7 +118,7 @@ class Call:
     @property
     def columns(self) -> int:
         """Columns of a tile of values."""
-        return scan_columns(self.K, self.dtype)
+        return self.settings.forward_scan.BV
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -126,7 +132,7 @@ class Call:
             "NORMALIZE": self.normalize_qk,
             "IS_VARLEN": self.cu_seqlens is not None,
             "IS_FULL": self.is_full,
-            "PRECISION": dot_precision(self.dtype),
+            "PRECISION": self.settings.precision,
         }
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -4,13 +4,16 @@ Each backend lists the cases of its kernels in a file of the same name. A case i
 values of its constants, warps, stages).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lrnn.kernels.common.constants import CHUNK
-from lrnn.kernels.common.dtypes import dot_precision, matrix_dtype
+from lrnn.kernels.common.architecture import HOPPER, Architecture
+from lrnn.kernels.common.constants import CHUNK, HEAD_SIZES
+from lrnn.kernels.common.dtypes import DTYPES, matrix_dtype
+from lrnn.kernels.delta_rule.settings import Settings, choose_settings
 
 Case = tuple[str, Any, dict[str, str], dict[str, Any], int, int]
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -28,6 +31,7 @@ class Variant:
         gate, normalize, split: as in `Call`.
         packed: whether documents are packed.
         only: the constant that a kernel must have for its case to differ enough from another variant's.
+        gpu: what the kernels are compiled for.
     """
 
     suffix: str
@@ -38,6 +42,12 @@ class Variant:
     packed: bool = False
     split: bool = False
     only: str = "HV"
+    gpu: Architecture = HOPPER
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the kernels that differ among GPUs."""
+        return choose_settings(self.size, self.dtype, self.gpu)
 
     @property
     def element(self) -> str:
@@ -60,7 +70,7 @@ class Variant:
         constants: dict[str, Any] = {
             **{"H": HEADS, "HV": HEADS, "K": self.size, "V": self.size, "BT": CHUNK},
             **{"NORMALIZE": self.normalize, "IS_VARLEN": self.packed, "IS_FULL": not self.packed},
-            **{"PRECISION": dot_precision(self.dtype), "SPLIT": self.split},
+            **{"PRECISION": self.settings.precision, "SPLIT": self.split},
             **{"GATE": self.gate, "RAW_BETA": self.gate == "raw"},
         }
         if not self.packed:
@@ -98,3 +108,14 @@ VARIANTS = (
     Variant("_split", split=True, only="SPLIT"),
     Variant("_fp32", size=64, dtype=torch.float32, only="STAGES"),
 )
+
+
+def variants_for(gpu: Architecture) -> Iterator[Variant]:
+    """Yield gated training with raw gates and normalised keys in each dtype and size of heads that a GPU has."""
+    for dtype in DTYPES:
+        for size in HEAD_SIZES:
+            try:
+                choose_settings(size, dtype, gpu)
+            except ValueError:
+                continue
+            yield Variant(f"_{size}_{TYPES[dtype]}", size=size, dtype=dtype, gpu=gpu)

@@ -7,6 +7,7 @@ import torch
 
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
+from lrnn.kernels.common.architecture import COMPILED
 from lrnn.kernels.common.constants import HEAD_SIZES
 from lrnn.kernels.short_conv.api import TAPS
 from lrnn.model.mixer_deltanet import DeltaNet
@@ -16,6 +17,7 @@ from lrnn.pretrain.config import Config, load_model_of
 from lrnn.pretrain.deepspeed_config import deepspeed_config
 from lrnn.pretrain.fused.choice import uses_fused_layers
 from lrnn.pretrain.fused.float8 import check_sizes
+from lrnn.pretrain.gpu_check import check_kernels
 from lrnn.pretrain.gpus import Gpu
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -224,7 +226,9 @@ def setup_of(
     settings = deepspeed_config(config, world_size=1)
     zero, precision = settings["zero_optimization"], _precision(settings)
     fused = uses_fused_layers(config, torch.device("cuda"), DTYPES[precision], (gpu.name, gpu.capability))
-    sizes = ModelSizes.of(model or load_model_of(config))
+    model = model or load_model_of(config)
+    check_kernels(model, DTYPES[precision], next(kind for kind in COMPILED if kind.capability == gpu.capability))
+    sizes = ModelSizes.of(model)
     if config.precision == "fp8":
         for columns, rows in sizes.float8_matrices():
             check_sizes(columns, rows)

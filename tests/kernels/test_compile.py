@@ -15,9 +15,6 @@ with 12.9.86, 3.9.0 with 13.4.59. Another ptxas spills differently, so these tes
 A kernel in Triton's cache is not compiled again.
 """
 
-import contextlib
-import importlib
-import io
 import json
 import os
 import re
@@ -26,15 +23,10 @@ from pathlib import Path
 
 import pytest
 import triton
-from triton import knobs
-from triton.backends.compiler import GPUTarget
+from compiled_kernels import KERNELS, compiled, modules_with_cases
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource, CompiledKernel
-from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
-from triton.runtime.cache import get_cache_manager
 from wgmma_hazards import find_hazards
 
-KERNELS = Path(__file__).parents[2] / "kernels"
 RECORD = Path(__file__).with_name("compile_limits.json")
 SM_SHARED = 228 * 1024  # bytes of shared memory of a multiprocessor, of which each block takes 1 KB for the system
 SM_REGISTERS = 65536
@@ -43,13 +35,10 @@ SM_REGISTERS = 65536
 def cases():
     """Return every case of every `compile_cases` in kernels/, by name."""
     found = {}
-    for path in sorted(KERNELS.rglob("*.py")):
-        if "def compile_cases" in path.read_text():
-            for name, *case in importlib.import_module(
-                ".".join(("lrnn.kernels", *path.relative_to(KERNELS).with_suffix("").parts))
-            ).compile_cases():
-                assert name not in found, f"two cases are named {name}"
-                found[name] = case
+    for _, compile_cases in modules_with_cases():
+        for name, *case in compile_cases():
+            assert name not in found, f"two cases are named {name}"
+            found[name] = case
     return found
 
 
@@ -91,73 +80,6 @@ def record(name: str, spilled: int, blocks: int) -> None:
     RECORD.write_text(
         f'{{\n "not_compiled": {json.dumps(found["not_compiled"])},\n "limits": {{\n' + ",\n".join(lines) + "\n }\n}\n"
     )
-
-
-def aligned_places(argument_type: str | tuple, place: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Return the positions of an argument, or of a tuple's elements, that are multiples of 16 for the compiler.
-
-    These are pointers and sizes.
-    """
-    if isinstance(argument_type, tuple):
-        return [p for i, element in enumerate(argument_type) for p in aligned_places(element, (*place, i))]
-    return [place] if argument_type.startswith(("*", "i")) else []
-
-
-def compiled(kernel, types, constants, warps, stages) -> tuple[dict[str, int], str]:
-    """Return the resources of a compiled kernel, and its PTX.
-
-    Resources are registers per thread, bytes that a thread spills (stores), bytes of shared memory, and warps.
-    """
-    names = kernel.arg_names
-    assert set(types) | set(constants) == set(names), set(names) ^ (set(types) | set(constants))
-    signature = {n: "constexpr" if n in constants else types[n] for n in names}
-    aligned = [
-        place
-        for i, (n, p) in enumerate(zip(names, kernel.params, strict=True))
-        if n not in constants and not p.do_not_specialize
-        for place in aligned_places(types[n], (i,))
-    ]
-    source = (GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource)(
-        kernel,
-        signature,
-        constexprs={(names.index(n),): value for n, value in constants.items()},
-        attrs={place: [["tt.divisibility", 16]] for place in aligned},
-    )
-    result, report = compile_and_report(source, {"num_warps": warps, "num_stages": stages})
-    registers = re.search(r"Used (\d+) registers", report)
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert registers and spills, f"ptxas did not report what the kernel uses:\n{report}"
-    used = {
-        "registers": int(registers[1]),
-        "spilled": int(spills[1]),
-        "shared": result.metadata.shared,
-        "warps": result.metadata.num_warps,
-    }
-    return used, result.asm["ptx"]
-
-
-def compile_and_report(source: ASTSource, options: dict[str, int]) -> tuple[CompiledKernel, str]:
-    """Compile for sm_90a, or take the kernel from Triton's cache.
-
-    Return the kernel with the report of ptxas, which is also kept in the cache.
-    """
-
-    def run() -> tuple[CompiledKernel, str]:
-        log = io.StringIO()
-        with contextlib.redirect_stdout(log):
-            return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options), log.getvalue()
-
-    with knobs.nvidia.scope(), knobs.compilation.scope():
-        knobs.nvidia.dump_ptxas_log = True
-        result, report = run()
-        cache = get_cache_manager(result.hash)
-        if "registers" not in report and (path := cache.get_file("ptxas_report")) is not None:
-            return result, Path(path).read_text()
-        if "registers" not in report:  # another program has compiled it
-            knobs.compilation.always_compile = True
-            result, report = run()
-    cache.put(report, "ptxas_report", binary=False)
-    return result, report
 
 
 def blocks(used: dict[str, int]) -> int:

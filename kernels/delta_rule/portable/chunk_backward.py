@@ -19,7 +19,6 @@ The accumulators hold rq dq^ and r dk^, so that both programs round the same num
 part of <q^, dq^> and <k^, dk^>, which no gate touches, then cancels in dg, however small the rest is.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,16 +27,9 @@ from lrnn.kernels.common.constants import CHUNK
 from lrnn.kernels.common.launch import launch
 from lrnn.kernels.common.tiles import Tiles
 from lrnn.kernels.delta_rule.call import Call, Operands
-from lrnn.kernels.delta_rule.portable.parts import Launch, chunk_position, is_kept_small
+from lrnn.kernels.delta_rule.portable.parts import chunk_position, is_kept_small
 
 FLOORED = tl.constexpr(0.99e6)  # 1/|x| where |x| is floored at 1e-6: there x^ is linear in x
-
-
-def chunk_launch(K: int, dtype: torch.dtype) -> Launch:
-    """Return the settings of `chunk_backward`."""
-    if dtype == torch.float32:
-        return Launch(BV=32, warps=8, stages=1)
-    return Launch(BV=32, warps=4, stages=3) if K < 256 else Launch(BV=32, warps=8, stages=2)
 
 
 @triton.jit
@@ -240,7 +232,7 @@ def launch_chunk_backward(
     dot_k: Tensor,
 ) -> None:
     """Launch the kernel, as `Backend.chunk_backward` says."""
-    settings = chunk_launch(call.K, call.dtype)
+    settings = call.settings.inside_chunks
     launch(
         chunk_backward_kernel,
         (2 * call.HV * call.chunks.count, 1, 1),

@@ -16,7 +16,6 @@ With several keys the rounding of rho r N adds up in the state. With SPLIT it is
 and low, each with a product of its own: S' = gamma_C S + K^T high + K^T low.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,23 +23,13 @@ from torch import Tensor
 from lrnn.kernels.common.launch import launch
 from lrnn.kernels.common.tiles import Tiles
 from lrnn.kernels.delta_rule.call import Call, Operands
-from lrnn.kernels.delta_rule.cut import scan_columns
 from lrnn.kernels.delta_rule.portable.parts import (
-    Launch,
     decay_between,
     result_tiles,
     sequence_position,
     step_and_back,
     store_result,
 )
-
-
-def scan_launch(K: int, dtype: torch.dtype) -> Launch:
-    """Return the settings of both scans."""
-    BV = scan_columns(K, dtype)
-    if K == 256:
-        return Launch(BV, warps=4, stages=1) if dtype == torch.float32 else Launch(BV, warps=8, stages=2)
-    return Launch(BV, warps=4, stages=2)
 
 
 @triton.jit(do_not_specialize=["T", "R", "scale"])
@@ -193,7 +182,7 @@ def launch_chunk_forward(
     reach: Tensor | None = None,
 ) -> None:
     """Launch the kernel, as `Backend.forward_scan` says."""
-    settings = scan_launch(call.K, call.dtype)
+    settings = call.settings.forward_scan
     transition = reach is not None
     columns = (call.V + call.K * transition) // settings.BV
     launch(

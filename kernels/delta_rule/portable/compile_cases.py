@@ -1,6 +1,6 @@
 """The forms in which training compiles the kernels in plain Triton."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -8,21 +8,21 @@ import torch
 from lrnn.kernels.common.constants import CHUNK
 from lrnn.kernels.delta_rule.call import can_save_states
 from lrnn.kernels.delta_rule.compile_cases import VARIANTS, Case, Variant
-from lrnn.kernels.delta_rule.portable.chunk_backward import chunk_backward_kernel, chunk_launch
-from lrnn.kernels.delta_rule.portable.chunk_forward import chunk_forward_kernel, scan_launch
+from lrnn.kernels.delta_rule.portable.chunk_backward import chunk_backward_kernel
+from lrnn.kernels.delta_rule.portable.chunk_forward import chunk_forward_kernel
 from lrnn.kernels.delta_rule.portable.chunk_inverse import INVERSE_LAUNCH, chunk_inverse_kernel
 from lrnn.kernels.delta_rule.portable.gate_backward import GATE_BACKWARD, gate_backward_kernel
 from lrnn.kernels.delta_rule.portable.recurrent import recurrent_kernel, recurrent_launch
-from lrnn.kernels.delta_rule.portable.scan_backward import chunk_scan_backward_kernel, scan_backward_launch
+from lrnn.kernels.delta_rule.portable.scan_backward import chunk_scan_backward_kernel
 from lrnn.kernels.delta_rule.portable.segment_reach import SEGMENT_REACH, segment_reach_kernel
 from lrnn.kernels.delta_rule.portable.segment_scan import segment_scan_kernel, segment_scan_launch
 
 GENERATION = Variant("")
 
 
-def compile_cases() -> Iterator[Case]:
+def compile_cases(variants: Iterable[Variant] = VARIANTS) -> Iterator[Case]:
     """Yield the kernels of training in every variant, and that of generation in bf16."""
-    for variant in VARIANTS:
+    for variant in variants:
         for cases in (_matrices, _forward_scans, _backward_scans, _inside_chunks, _gates, _segments):
             yield from (case for case in cases(variant) if variant.only in case[1].arg_names)
     yield _recurrent(GENERATION)
@@ -50,7 +50,7 @@ def _scan_types(variant: Variant, columns: int) -> dict[str, str]:
 
 
 def _forward_scans(variant: Variant) -> Iterator[Case]:
-    launch = scan_launch(variant.size, variant.dtype)
+    launch = variant.settings.forward_scan
     types = _scan_types(variant, launch.BV)
     settings = {"BV": launch.BV, "STAGES": launch.stages}
     flags: dict[str, Any] = {"HAS_INITIAL": False, "SAVE_FINAL": False, "TRANSITION": False, "reach": None}
@@ -63,21 +63,21 @@ def _forward_scans(variant: Variant) -> Iterator[Case]:
     for name, form in forms.items():
         constants = settings | flags | form
         yield variant.case(name, chunk_forward_kernel, constants, types, launch.warps, launch.stages)
-    if not variant.packed:
+    if variant.settings.cuts_sequences and not variant.packed:
         flags = {"OUTPUT": False, "SAVE_STATES": False, "HAS_INITIAL": False, "SAVE_FINAL": True, "TRANSITION": True}
         constants = settings | flags | dict.fromkeys(("q", "o", "y", "states", "initial_state"))
         yield variant.case("transition", chunk_forward_kernel, constants, types, launch.warps, launch.stages)
 
 
 def _backward_scans(variant: Variant) -> Iterator[Case]:
-    launch = scan_backward_launch(variant.size, variant.dtype)
+    launch = variant.settings.backward_scan
     types = _scan_types(variant, launch.BV) | {"dstates": _tile(variant.element, launch.BV, variant.size // 2)}
     settings = {"BV": launch.BV, "STAGES": launch.stages, "HAS_FINAL": False}
     flags: dict[str, Any] = {"SAVE_STATES": True, "SAVE_INITIAL": False, "REACH": False, "reach": None}
     yield variant.case(
         "chunk_scan_backward", chunk_scan_backward_kernel, settings | flags, types, launch.warps, launch.stages
     )
-    if not variant.packed:
+    if variant.settings.cuts_sequences and not variant.packed:
         flags = {"SAVE_STATES": False, "SAVE_INITIAL": True, "REACH": True}
         flags |= dict.fromkeys(("dfinal", "dv", "dstates"))
         yield variant.case(
@@ -86,7 +86,7 @@ def _backward_scans(variant: Variant) -> Iterator[Case]:
 
 
 def _inside_chunks(variant: Variant) -> Iterator[Case]:
-    launch = chunk_launch(variant.size, variant.dtype)
+    launch = variant.settings.inside_chunks
     types = _scan_types(variant, launch.BV) | dict.fromkeys(("dq", "dk", "dv"), f"*{variant.element}")
     types |= dict.fromkeys(("do", "dx", "y"), _tile(variant.element, CHUNK, launch.BV))
     types |= dict.fromkeys(("states", "dstates"), _tile(variant.element, launch.BV, variant.size))
@@ -103,7 +103,7 @@ def _gates(variant: Variant) -> Iterator[Case]:
 
 
 def _segments(variant: Variant) -> Iterator[Case]:
-    if variant.packed:
+    if variant.packed or not variant.settings.cuts_sequences:
         return
     settings = segment_scan_launch(variant.size)
     constants = {"BK": settings["BK"], "BV": settings["BV"], "E_STRIDE": variant.size, "M_STRIDE": 2 * variant.size}

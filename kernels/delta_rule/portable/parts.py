@@ -1,7 +1,5 @@
 """Functions that the kernels in plain Triton share: positions of chunks, rounding of step sizes, decays, stores."""
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,22 +7,6 @@ from torch import Tensor
 from lrnn.kernels.common.constants import CHUNK, LEAST_KEPT, LEAST_KEPT_FP16, SMALL_BETA
 from lrnn.kernels.common.tiles import Tiles
 from lrnn.kernels.delta_rule.call import Call
-
-
-class Launch(NamedTuple):
-    """Settings of a kernel: columns of values per program, warps, and stages of the loop over chunks.
-
-    There is no autotuning: the same program runs on every rank and in every run, with settings that the tests have
-    checked.
-    """
-
-    BV: int
-    warps: int
-    stages: int
-
-    def constants(self) -> dict[str, int]:
-        """Return them as `launch` takes them."""
-        return {"BV": self.BV, "STAGES": self.stages, "num_warps": self.warps, "num_stages": self.stages}
 
 
 @triton.jit
@@ -102,7 +84,7 @@ def decay_between(mask, g, log_q, log_k, PRECISION: tl.constexpr):
     # Return exp2(g_i - g_j + log_q_i + log_k_j) [BT, BT] where the mask is true, else 0. The exponent is masked because
     # it would overflow above the diagonal. Norms join the gates first, which saves an addition for each element. But
     # large gates then take away the norms' last bits, which float32 needs.
-    if PRECISION == "tf32x3":
+    if PRECISION != "tf32":
         exponent = (g[:, None] - g[None, :]) + (log_q[:, None] + log_k[None, :])
     else:
         exponent = (g + log_q)[:, None] - (g - log_k)[None, :]

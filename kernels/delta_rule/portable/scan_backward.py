@@ -13,7 +13,6 @@ that (`is_kept_small`), dW is stored in its place. With SPLIT, gamma r beta dW i
 rho r N is in the forward scan.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,9 +21,7 @@ from lrnn.kernels.common.constants import CHUNK
 from lrnn.kernels.common.launch import launch
 from lrnn.kernels.common.tiles import Tiles
 from lrnn.kernels.delta_rule.call import Call, Operands
-from lrnn.kernels.delta_rule.portable.chunk_forward import scan_launch
 from lrnn.kernels.delta_rule.portable.parts import (
-    Launch,
     decay_between,
     is_kept_small,
     result_tiles,
@@ -32,12 +29,6 @@ from lrnn.kernels.delta_rule.portable.parts import (
     step_and_back,
     store_result,
 )
-
-
-def scan_backward_launch(K: int, dtype: torch.dtype) -> Launch:
-    """Return the settings of the forward scan, but one stage with keys of 256: two would exceed the shared memory."""
-    settings = scan_launch(K, dtype)
-    return settings._replace(stages=1) if K == 256 else settings
 
 
 @triton.jit(do_not_specialize=["T", "R", "scale"])
@@ -165,7 +156,7 @@ def launch_scan_backward(
     reach: Tensor | None = None,
 ) -> None:
     """Launch the kernel, as `Backend.backward_scan` says."""
-    settings = scan_backward_launch(call.K, call.dtype)
+    settings = call.settings.backward_scan
     launch(
         chunk_scan_backward_kernel,
         (call.V // settings.BV * call.HV * call.chunks.sequences, 1, 1),

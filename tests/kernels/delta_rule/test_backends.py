@@ -36,7 +36,10 @@ def test_hopper_is_chosen_for_calls_that_its_kernels_support(machine):
         assert not Hopper.fits(a_call(**change)) and backends.choose_backend(a_call(**change)) is Portable
 
 
-@pytest.mark.parametrize(("capability", "ptxas"), [((9, 0), (12, 8)), ((10, 0), (13, 5))])
+OTHER_GPUS = ((8, 0), (8, 9), (10, 0), (10, 3), (12, 0))
+
+
+@pytest.mark.parametrize(("capability", "ptxas"), [((9, 0), (12, 8)), *((gpu, (13, 5)) for gpu in OTHER_GPUS)])
 def test_another_gpu_or_an_assembler_that_may_miscompile_rules_hopper_out(machine, capability, ptxas):
     machine(capability, ptxas)
     assert not Hopper.fits(a_call()) and backends.choose_backend(a_call()) is Portable

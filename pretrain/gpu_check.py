@@ -1,0 +1,24 @@
+"""Check that the GPU of a run has kernels for its model."""
+
+import torch
+
+from lrnn import LrnnConfig
+from lrnn.errors import UserError
+from lrnn.kernels.common.architecture import Architecture
+from lrnn.kernels.delta_rule.api import check_gpu
+from lrnn.model.mixer_deltanet import DeltaNet
+from lrnn.model.mixers import MIXERS
+
+
+def check_kernels(model_config: LrnnConfig, dtype: torch.dtype, gpu: Architecture) -> None:
+    """Check that a GPU has kernels for the model's heads in the dtype that modules compute in.
+
+    Raises:
+        UserError: it has none. The message says what the GPU takes.
+    """
+    if issubclass(MIXERS[model_config.mixer], DeltaNet):
+        try:
+            check_gpu(model_config.head_dim, dtype, gpu)
+        except ValueError as error:
+            heads = f"mixer {model_config.mixer} with head_dim {model_config.head_dim} in {str(dtype)[6:]}"
+            raise UserError(f"{heads} cannot be trained on this GPU: {error}") from None

@@ -1,0 +1,28 @@
+"""Test that a run is refused on a GPU that has no kernels for its model."""
+
+import pytest
+import torch
+
+from lrnn import LrnnConfig
+from lrnn.errors import UserError
+from lrnn.kernels.common.architecture import ADA, COMPILED
+from lrnn.pretrain.gpu_check import check_kernels
+from lrnn.pretrain.gpus import GPUS
+
+
+def test_heads_that_do_not_fit_are_refused():
+    config = LrnnConfig(mixer="gated_deltanet", head_dim=192)
+    with pytest.raises(UserError) as caught:
+        check_kernels(config, torch.float32, ADA)
+    message = str(caught.value)
+    assert message.startswith("mixer gated_deltanet with head_dim 192 in float32 cannot be trained on this GPU: ")
+    assert "99 KiB" in message and "use bfloat16" in message and "\n" not in message
+    check_kernels(config, torch.bfloat16, ADA)
+
+
+def test_other_mixers_do_not_use_these_kernels():
+    check_kernels(LrnnConfig(mixer="transformer", head_dim=256), torch.float32, ADA)
+
+
+def test_every_gpu_that_can_be_planned_for_is_known_to_the_kernels():
+    assert {gpu.capability for gpu in GPUS} <= {gpu.capability for gpu in COMPILED}
