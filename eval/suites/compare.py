@@ -85,13 +85,13 @@ def _difference(key: Key, found: list[dict[str, Any]], documents: list[tuple[Val
         values = np.average([aggregate(key[1], pair) for pair in pairs], axis=0, weights=weights)
     except (ValueError, TypeError, IndexError):
         return None
-    told = [row["value"] for row in found]
-    if values.shape != (2,) or not np.allclose(values, told, rtol=1e-6, atol=1e-9):
+    first, second = (row["value"] for row in found)
+    if values.shape != (2,) or not np.allclose(values, [first, second], rtol=1e-6, atol=1e-9):
         return None
     rng = np.random.default_rng(SEED)
     draws = np.average([resampled(key[1], pair, rng) for pair in pairs], axis=0, weights=weights)
     low, high = np.quantile(draws[1] - draws[0], INTERVAL)
-    return Difference(*key, *told, values[1] - values[0], low, high, sum(pair.shape[1] for pair in pairs))
+    return Difference(*key, first, second, values[1] - values[0], low, high, sum(pair.shape[1] for pair in pairs))
 
 
 def _results(folder: Path) -> dict[str, Any]:
