@@ -6,7 +6,9 @@ from lrnn.errors import UserError
 from lrnn.eval.commonsense import averages
 from lrnn.eval.published.beside import choose, describe_protocol, published_table
 from lrnn.eval.published.tables import published_rows
+from lrnn.eval.retrieval.report import AVERAGES
 
+RECALL = {(task.removeprefix("lrnn_"), metric) for task, metric in AVERAGES["recall_avg6"]}
 EIGHT = {(task.removeprefix("lrnn_"), metric) for task, metric in averages.EIGHT}
 
 
@@ -19,12 +21,18 @@ def test_printed_averages_are_the_means_of_their_rows():
             off = 0.0006 if row.model == "Gated DeltaNet-H1" else 0
             assert mean - row.values["commonsense_avg8", "acc"] == pytest.approx(off, abs=0.0001), row.model
             checked += 1
-    assert checked == 6
+        if row.values.keys() >= RECALL:
+            mean = sum(row.values[column] for column in RECALL) / 6
+            assert mean == pytest.approx(row.values["recall_avg6", "contains"], abs=0.0006), row.model
+            checked += 1
+    assert checked == 6 + 7
 
 
-def test_averages_have_the_names_of_ours():
-    printed = {task for row in published_rows() for task, _ in row.values if task.startswith("commonsense")}
-    assert printed == set(averages.AVERAGES)
+def test_averages_and_recall_have_the_names_of_ours():
+    columns = {column for row in published_rows() for column in row.values}
+    assert {task for task, _ in columns if task.startswith("commonsense")} == set(averages.AVERAGES)
+    ours = {("recall_avg6", "contains"), *RECALL}
+    assert {column for column in columns if column[0].startswith("recall")} == ours
 
 
 def test_values_are_in_the_units_of_lm_eval():

@@ -35,7 +35,7 @@ def write_results(folder: Path, run: str, step: int, right: list[int]) -> None:
             "training": {"step": step, "run_config_sha256": run},
             "weights_sha256": {"model.safetensors": f"{run}{step}"},
         },
-        "settings": {"max_length": 2048, "dtype": "bfloat16"},
+        "settings": {"max_length": 2048, "dtype": "bfloat16", "bos": "never", "bos_ids": []},
         "environment": {"lm-eval": "0.4.13"},
     }
     (folder / "results.json").write_text(json.dumps(results))
