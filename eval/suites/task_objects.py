@@ -202,7 +202,8 @@ def _reason(name: str, error: Exception) -> str:
         return f"the task {name!r} needs a package that is missing ({text}): {what}"
     if "scripts are no longer supported" in text:
         return f"the task {name!r} reads a data set that needs its own code, which `datasets` no longer runs ({text})"
-    if isinstance(error, (ConnectionError, DatasetNotFoundError)) or "offline" in text.lower():
+    on_the_hub = any(words in text for words in ("offline", "Offline", "on the Hugging Face Hub"))  # metrics too
+    if isinstance(error, (ConnectionError, DatasetNotFoundError)) or on_the_hub:
         where = "where the hub can be reached, with the same HF_HOME" if config.HF_HUB_OFFLINE else "with a network"
         return f"the data of the task {name!r} is not on this machine ({text}): run `lrnn eval --fetch {name}` {where}"
     if isinstance(error, KeyError):
