@@ -83,7 +83,8 @@ class Call:
     @cached_property
     def settings(self) -> Settings:
         """The settings of the kernels in plain Triton for this call and its GPU."""
-        return choose_settings(self.K, self.dtype, architecture(self.device))
+        K = int(self.K)  # a trace with dynamic shapes has a symbol, which no cache takes
+        return choose_settings(K, self.dtype, architecture(self.device))
 
     @cached_property
     def segments(self) -> int:
