@@ -25,7 +25,7 @@ COMMANDS = {
     "config": ("lrnn.show_config", "print a configuration with where each value comes from, or its JSON schema"),
     "plan": ("lrnn.pretrain.plan.command", "say what a run takes on given GPUs: memory, speed, days"),
     "pretrain": ("lrnn.pretrain.command", "pretrain a model, or resume a run"),
-    "submit": ("lrnn.pretrain.submit", "submit a run to SLURM, or resume it"),
+    "submit": ("lrnn.submit", "submit a run or evaluations to SLURM"),
     "export": ("lrnn.eval.export.command", "write a checkpoint as a Hugging Face model folder"),
     "eval": ("lrnn.eval.suites.command", "run an evaluation suite of lm-eval on an exported model"),
     "track": ("lrnn.track.track", "train small models on state-tracking tasks and compare their lengths"),

@@ -2,7 +2,7 @@
 
 import os
 import time
-from typing import Any, Literal
+from typing import Any
 
 from lrnn.errors import UserError
 from lrnn.eval import offline, result_folder
@@ -13,7 +13,7 @@ from lrnn.eval.suites.bos import decide
 from lrnn.eval.suites.card_results import update_card
 from lrnn.eval.suites.kept_answers import KeptAnswers
 from lrnn.eval.suites.request import Request
-from lrnn.eval.suites.suites import CODE_TASKS, HELDOUT_TASK, find_suite
+from lrnn.eval.suites.suites import CODE_TASKS, HELDOUT_TASK, choose_tasks, find_suite
 from lrnn.eval.suites.task_objects import Loaded
 from lrnn.files import sha256
 
@@ -76,9 +76,7 @@ def load(request: Request, names: list[str], max_length: int) -> Loaded:
     if request.suite:
         return harness.load_tasks(names, metadata=metadata)
     metadata |= request.metadata
-    code: Literal["run", "refuse", "skip"]
-    code = "run" if request.allow_code_execution else "skip" if request.skip_code_execution else "refuse"
-    return harness.load_tasks(names, request.include_path, metadata, code)
+    return harness.load_tasks(names, request.include_path, metadata, request.code)
 
 
 def describe(request: Request, settings: dict[str, Any]) -> dict[str, Any]:
@@ -138,21 +136,3 @@ def leave_out_missing(request: Request, names: list[str], left_out: list[str]) -
     if missing:
         print(f"left out for lack of data: {', '.join(missing)} (`lrnn eval --fetch --suite {request.suite}` gets it)")
     return [name for name in names if name not in missing], left_out + missing
-
-
-def choose_tasks(suite: str, heldout: bool, allow_code: bool, skip_code: bool) -> tuple[list[str], list[str]]:
-    """Return the tasks to run and those left out.
-
-    Raises:
-        UserError: the suite runs code, and the user has neither allowed nor skipped that.
-    """
-    tasks = [*([HELDOUT_TASK] if heldout else []), *find_suite(suite).tasks]
-    code = [task for task in tasks if task in CODE_TASKS]
-    if not code or allow_code:
-        return tasks, []
-    if not skip_code:
-        raise UserError(
-            f"suite {suite!r} runs code written by the model ({', '.join(code)}): add --allow-code-execution to run it "
-            "in a sandbox, or --skip-code-execution to leave these tasks out"
-        )
-    return [task for task in tasks if task not in code], code

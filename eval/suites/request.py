@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lrnn.errors import UserError
 
@@ -69,6 +69,11 @@ class Request:
         if len(name) <= LONGEST_NAME:
             return name
         return f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+    @property
+    def code(self) -> Literal["run", "refuse", "skip"]:
+        """What to do with tasks that run code written by the model."""
+        return "run" if self.allow_code_execution else "skip" if self.skip_code_execution else "refuse"
 
     @property
     def text(self) -> Path | None:

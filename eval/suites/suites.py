@@ -90,3 +90,21 @@ def find_suite(name: str) -> Suite:
     if name in SUITES:
         return SUITES[name]
     raise UserError(f"unknown suite {name!r}; {name_hint(name, list(SUITES), list_all=True)}")
+
+
+def choose_tasks(suite: str, heldout: bool, allow_code: bool, skip_code: bool) -> tuple[list[str], list[str]]:
+    """Return the tasks to run and those left out.
+
+    Raises:
+        UserError: the suite runs code, and the user has neither allowed nor skipped that.
+    """
+    tasks = [*([HELDOUT_TASK] if heldout else []), *find_suite(suite).tasks]
+    code = [task for task in tasks if task in CODE_TASKS]
+    if not code or allow_code:
+        return tasks, []
+    if not skip_code:
+        raise UserError(
+            f"suite {suite!r} runs code written by the model ({', '.join(code)}): add --allow-code-execution to run it "
+            "in a sandbox, or --skip-code-execution to leave these tasks out"
+        )
+    return [task for task in tasks if task not in code], code

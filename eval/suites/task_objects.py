@@ -50,6 +50,27 @@ def load_tasks(
     Raises:
         UserError: a name is unknown, its data or a package that it needs is missing, or its file is wrong.
     """
+    manager, wanted, left_out = choose(names, include_path, metadata, code)
+    items = [item for name in wanted for item in _load(manager, name)]
+    try:
+        loaded = manager.load(items)
+    except ValueError as error:
+        raise UserError(f"--tasks: {error}; name one of the two") from error
+    if code != "run":  # also those that say so only in Python
+        _refuse_code([name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)])
+    return Loaded(loaded["tasks"], loaded["groups"], left_out)
+
+
+def choose(
+    names: Sequence[str],
+    include_path: Sequence[Path] = (),
+    metadata: Mapping[str, Any] | None = None,
+    code: Literal["run", "refuse", "skip"] = "run",
+) -> tuple[Any, list[Any], list[str]]:
+    """Return lm-eval's index, the names to load from it, and those left out. No task is loaded.
+
+    Args and Raises are those of `load_tasks`; data is not looked for.
+    """
     manager = _index(names, include_path, metadata)
     found = _find(manager, names)
     unsafe = {name: sorted(set(_code_tasks(manager.task_index, name))) for name in found}
@@ -59,14 +80,7 @@ def load_tasks(
         raise UserError(f"nothing is left to run without the tasks that run code: {', '.join(left_out)}")
     if code != "run":
         _refuse_code([task for name in wanted for task in unsafe[name]])
-    items = [item for name in wanted for item in _load(manager, name)]
-    try:
-        loaded = manager.load(items)
-    except ValueError as error:
-        raise UserError(f"--tasks: {error}; name one of the two") from error
-    if code != "run":  # also those that say so only in Python
-        _refuse_code([name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)])
-    return Loaded(loaded["tasks"], loaded["groups"], left_out)
+    return manager, wanted, left_out
 
 
 def _refuse_code(names: Sequence[str]) -> None:

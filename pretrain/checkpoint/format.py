@@ -134,7 +134,8 @@ def _check_sizes(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _looks_whole(folder: Path) -> bool:
+def looks_whole(folder: Path) -> bool:
+    """Return whether every file of a checkpoint is there with the size that its manifest says. No file is read."""
     try:
         _check_sizes(folder)
     except (BrokenCheckpoint, OSError):
@@ -150,7 +151,7 @@ def retain(newest: Path, keep_last: int, keep_every: int) -> None:
     passed over as broken when it resumed, are left alone and do not count.
     """
     checkpoints = [p for p in list_checkpoints(newest.parent.parent) if p.name <= newest.name]
-    oldest_kept = [p for p in reversed(checkpoints) if _looks_whole(p)][:keep_last][-1]
+    oldest_kept = [p for p in reversed(checkpoints) if looks_whole(p)][:keep_last][-1]
     for folder in checkpoints[: checkpoints.index(oldest_kept)]:
         if not (keep_every and step_of(folder) % keep_every == 0):
             # It is renamed first, because a half-deleted folder must not look like a checkpoint.

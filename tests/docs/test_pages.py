@@ -48,7 +48,8 @@ def test_commands_are_accepted(page, monkeypatch):
         words = shlex.split(command, comments=True)[1:]
         args, _ = cli.parse(words)
         assert args.command == words[0], command
-        if args.command in SCHEMAS:  # The file must exist, and its schema must have the keys that are changed.
+        # The file must exist, and its schema must have the keys that are changed.
+        if args.command in SCHEMAS and not getattr(args, "eval", None):
             SCHEMAS[args.command](args.config, args.overrides)
 
 

@@ -25,9 +25,10 @@ LEVELS = {  # a room imports rooms of lower levels, and itself
     "lrnn.commands": 7,
 }
 FLOOR = {"environment", "errors", "files", "parsing", "paths", "records", "run_lock", "settings", "shipped", "threads"}
-FLOOR |= {"sentencepiece_bpe", "tokenizer", "tokenizer_export"}
+FLOOR |= {"sbatch", "sentencepiece_bpe", "tokenizer", "tokenizer_export"}
 PACKAGE = {"__init__", "auto_classes", "fla_config", "model_config"}
-COMMANDS = {"cli", "config_schema", "completion", "init", "quickstart", "show_config"}  # they name or run everything
+# These name or run everything.
+COMMANDS = {"cli", "config_schema", "completion", "init", "quickstart", "show_config", "submit"}
 CLASSES = "lrnn.model.modeling_lrnn"  # where `from lrnn import LrnnForCausalLM` leads
 MAX_LINES = 500
 

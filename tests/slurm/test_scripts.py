@@ -38,7 +38,7 @@ def sbatch(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "collect"])
 def test_syntax(name):
     subprocess.run(["bash", "-n", str(SLURM / f"{name}.sbatch")], check=True)
 
@@ -114,7 +114,7 @@ def test_corpus_takes_the_cores_of_the_job(sbatch, status):
     assert calls == [["srun", "lrnn", "corpus", "--processes", "16", "my text", "--out", "c"]]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "collect"])
 def test_missing_argument(sbatch, name):
     status, calls, output = sbatch(name, SLURM_ARRAY_TASK_ID="0")
     assert status == 2 and calls == []
@@ -170,6 +170,32 @@ def test_eval_skips_finished_results(sbatch, jobs, tmp_path):
 
 def test_eval_fails_if_the_evaluation_fails(sbatch, jobs):
     assert sbatch("eval", str(jobs), srun_status=3, SLURM_ARRAY_TASK_ID="0")[0] == 3
+
+
+def test_eval_of_tasks(sbatch, tmp_path):
+    """The third column says what to run, and the second where its results go."""
+    (tmp_path / "jobs.tsv").write_text("models/a\tpiqa+sciq-2-shot\t--tasks=piqa,my tasks/sciq.yaml\n")
+    _, calls, _ = sbatch("eval", "jobs.tsv", "--num-fewshot", "2", SLURM_ARRAY_TASK_ID="0")
+    out = "models/a/eval/piqa+sciq-2-shot"
+    what = ["--tasks=piqa,my tasks/sciq.yaml", "--out", out, "--num-fewshot", "2"]
+    assert calls == [["srun", "lrnn", "eval", "models/a", *what]]
+
+
+def test_collect(sbatch, tmp_path):
+    """A table and a page of the folders that have results are written. The old table stays if there are none."""
+    (tmp_path / "a b/eval/fast").mkdir(parents=True)
+    (tmp_path / "c/eval").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/table.md").write_text("old")
+    status, calls, output = sbatch("collect", "out", "a b/eval", "c/eval")
+    assert status == 1 and calls == [] and "no results below a b/eval c/eval" in output
+    (tmp_path / "a b/eval/fast/results.json").touch()
+    assert sbatch("collect", "out", "a b/eval", "c/eval", srun_status=3)[0] == 3
+    assert (tmp_path / "out/table.md").read_text() == "old"
+    status, calls, _ = sbatch("collect", "out", "a b/eval", "c/eval")
+    collect = ["srun", "lrnn", "eval", "--collect", "a b/eval"]
+    assert status == 0 and calls == [collect, [*collect, "--html", "out/results.html"]]
+    assert (tmp_path / "out/table.md").read_text() == ""  # the stub of srun prints nothing
 
 
 @pytest.mark.parametrize("content", ["models/a\tfast\n", "models/a\tfast\n\n", "models/a\tfast\nmodels/b\n"])

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from lrnn import sbatch
 from lrnn.cli import main
-from lrnn.pretrain import submit as submit_module
 from lrnn.pretrain.checkpoint.format import manifest_text, seal
 from lrnn.pretrain.config import load_config
 from lrnn.settings import dump
@@ -179,7 +179,7 @@ def test_two_commands_at_once_submit_one_job(submit, tmp_path):
 
 
 def test_a_command_that_hangs_does_not_let_a_second_job_through(submit, tmp_path, monkeypatch):
-    monkeypatch.setattr(submit_module, "LOCK_WAIT_S", 0.2)
+    monkeypatch.setattr(sbatch, "LOCK_WAIT_S", 0.2)
     run = tmp_path / "my run"
     run.mkdir()
     with FileLock(run / ".submit.lock"):

@@ -1,0 +1,165 @@
+"""Submit evaluations as one array of jobs, and a job that collects when they have ended."""
+
+import argparse
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from lrnn import sbatch, shipped
+from lrnn.errors import UserError
+from lrnn.eval.submission.models import find_models
+from lrnn.eval.submission.requests import make_requests
+from lrnn.eval.submission.table import Evaluation, comment, evaluations, queued
+from lrnn.files import write_atomically
+
+EVAL, COLLECT = shipped.BATCH_SCRIPTS / "eval.sbatch", shipped.BATCH_SCRIPTS / "collect.sbatch"
+RESERVED = {
+    "array": "the table of jobs sets it; --max-concurrent limits how many run at the same time",
+    "comment": "it names the table of jobs, so that the next lrnn submit finds them",
+    "gpus-per-node": "use --gpus-per-node",
+    "time": "use --time",
+}
+OF_BOTH = ("account", "partition", "qos", "reservation", "clusters")  # options that the collecting job needs too
+
+
+@dataclass(frozen=True)
+class Submission:
+    """The files of one submission, which are in `root`/slurm and end with a number.
+
+    Attributes:
+        root: the results of the first run or model folder; the table of all results is written here.
+        number: of the submission.
+    """
+
+    root: Path
+    number: int
+
+    def file(self, name: str) -> Path:
+        """Return the path of a file such as jobs.tsv."""
+        stem, _, suffix = name.rpartition(".")
+        return self.root / "slurm" / f"{stem}-{self.number}.{suffix}"
+
+    def log(self, name: str) -> str:
+        """Return the option `output` for a file name in which sbatch replaces %A and others."""
+        return f"{sbatch.pattern(self.root / 'slurm')}/{name}"
+
+
+def submit_evaluations(args: argparse.Namespace, options: list[str]) -> int:
+    """Submit the evaluations of the parsed arguments of `lrnn submit`. Return the exit status.
+
+    Args:
+        args: the parsed arguments.
+        options: options of `lrnn eval`.
+
+    Raises:
+        UserError: something is wrong, or SLURM refuses the jobs. Nothing stays submitted then.
+    """
+    template = sbatch.read_template(args.template or EVAL)
+    directives = sbatch_options(args)
+    requests = make_requests(args.suite, args.tasks, options)
+    every = evaluations(find_models(args.eval, args.checkpoints), requests)
+    roots = list(dict.fromkeys(evaluation.model.root for evaluation in every))
+    left = [evaluation for evaluation in every if not evaluation.is_done]
+    done = f"{len(every) - len(left)} with results"
+    if args.dry_run:
+        plan = Submission(roots[0], _next_number(roots[0]))
+        print(_script(template, directives, args, plan, left, options) if left else "# nothing to submit")
+        print("".join(f"# {evaluation.line}" for evaluation in left), end="")
+        print(f"# {len(left)} to evaluate, {done}; not submitted, and SLURM not asked what is queued (--dry-run)")
+        return 0
+    if not left:
+        print(f"nothing to submit: {done}; `lrnn eval --collect {' '.join(map(str, roots))}` shows them")
+        return 0
+    with ExitStack() as locks:
+        for root in sorted(roots):
+            locks.enter_context(sbatch.only_one(root, "the folder of results"))
+        waiting = queued()
+        left = [evaluation for evaluation in left if evaluation.out not in waiting and not evaluation.is_done]
+        done += f", {sum(evaluation.out in waiting for evaluation in every)} queued or running"
+        if not left:
+            print(f"nothing to submit: {done}")
+            return 0
+        plan = Submission(roots[0], _next_number(roots[0]))
+        script = _script(template, directives, args, plan, left, options)
+        jobs = _submit(plan, script, left, _collecting(directives, plan, roots))
+    print(
+        f"submitted job {jobs[0]}: {len(left)} to evaluate, {done}; listed in {plan.file('jobs.tsv')}, logs beside it\n"
+        f"submitted job {jobs[1]}, which starts after it and writes {plan.root / 'table.md'} and results.html"
+    )
+    return 0
+
+
+def sbatch_options(args: argparse.Namespace) -> dict[str, str | None]:
+    """Return the options of sbatch that the user asked for; an option of value None is left out of the template.
+
+    Raises:
+        UserError: a value is not allowed, or an option cannot be set.
+    """
+    options: dict[str, str | None] = {}
+    if args.gpus_per_node is not None:
+        gpus = sbatch.count("--gpus-per-node", str(args.gpus_per_node), 0)
+        options |= {"gpus": None, "nodes": "1", "gpus-per-node": str(gpus) if gpus else None}
+    if args.time is not None:
+        options["time"] = args.time
+    if args.max_concurrent is not None:
+        sbatch.count("--max-concurrent", args.max_concurrent, 1)
+    return options | sbatch.other_options(args.sbatch, RESERVED)
+
+
+def _script(
+    template: str,
+    directives: dict[str, str | None],
+    args: argparse.Namespace,
+    plan: Submission,
+    left: list[Evaluation],
+    options: list[str],
+) -> str:
+    """Return the batch script of the array."""
+    limit = f"%{args.max_concurrent}" if args.max_concurrent is not None else ""
+    table = plan.file("jobs.tsv")
+    own = {
+        "job-name": f"lrnn-eval-{plan.root.parent.name}",
+        "comment": comment(table),
+        "chdir": sbatch.pattern(Path.cwd()),
+        "output": plan.log("%A-%a.log"),
+        "array": f"0-{len(left) - 1}{limit}",
+    }
+    return sbatch.fill(template, {**own, **directives}, [str(table), *options])
+
+
+def _collecting(directives: dict[str, str | None], plan: Submission, roots: list[Path]) -> str:
+    """Return the batch script of the job that collects, without its dependency."""
+    own = {
+        "job-name": f"lrnn-collect-{plan.root.parent.name}",
+        "chdir": sbatch.pattern(Path.cwd()),
+        "output": plan.log("collect-%j.log"),
+    }
+    shared = {name: value for name, value in directives.items() if name in OF_BOTH}
+    return sbatch.fill(sbatch.read_template(COLLECT), {**own, **shared}, [str(plan.root), *map(str, roots)])
+
+
+def _next_number(root: Path) -> int:
+    """Return a number that no submission has had."""
+    numbers = [path.stem.removeprefix("jobs-") for path in (root / "slurm").glob("jobs-*.tsv")]
+    return 1 + max((int(number) for number in numbers if number.isdigit()), default=0)
+
+
+def _submit(plan: Submission, script: str, left: list[Evaluation], collecting: str) -> tuple[str, str]:
+    """Write the files, submit both jobs, and return their numbers. If the second is refused, the first is cancelled."""
+    texts = {
+        "jobs.tsv": "".join(evaluation.line for evaluation in left),
+        "eval.sbatch": script,
+        "collect.sbatch": collecting,
+    }
+    try:
+        (plan.root / "slurm").mkdir(exist_ok=True)
+        for name, text in texts.items():
+            write_atomically(plan.file(name), text)
+    except OSError as error:
+        raise sbatch.not_writable(plan.root, "the folder of results", error) from None
+    array = sbatch.submit(plan.file("eval.sbatch"))
+    try:
+        return array, sbatch.submit(plan.file("collect.sbatch"), f"--dependency=afterany:{array}")
+    except UserError as error:
+        sbatch.call("scancel", array)
+        raise UserError(f"{error}; this was the job that collects, and the array {array} is cancelled") from None

@@ -1,0 +1,161 @@
+"""Batch scripts: fill in their #SBATCH lines, give them to sbatch, and find the jobs that squeue lists."""
+
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lrnn.errors import UserError
+
+# squeue lists jobs in these states for some minutes after their end. Jobs in all other states may still write.
+OVER = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
+    "TIMEOUT",
+}  # fmt: skip
+LOCK_WAIT_S = 60  # wait for another `lrnn submit` of the folder; squeue and sbatch take seconds at most
+DIRECTIVE = re.compile(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", re.MULTILINE)
+
+
+@dataclass
+class Job:
+    """A job, or a task of an array, that squeue lists and that is not over."""
+
+    number: str  # 4711, or 4711_3 for task 3 of an array
+    state: str
+    reason: str  # why the job is pending
+    comment: str
+
+
+def read_template(path: Path) -> str:
+    """Return the text of a batch script. Raises UserError if the file is not one."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(
+            f"--template {path} cannot be read ({error.strerror}); give the path of a batch script, such as one of "
+            "slurm/*.sbatch"
+        ) from None
+    if not DIRECTIVE.search(text):
+        raise UserError(f"--template {path} holds no line that begins with #SBATCH --; give a batch script")
+    return text
+
+
+def count(option: str, value: str, lowest: int) -> int:
+    """Return a number from an option's text. Raise UserError if it is not one, or below `lowest`."""
+    if not value.isdigit() or int(value) < lowest:
+        raise UserError(f"{option} {value} should be a number, at least {lowest}")
+    return int(value)
+
+
+def other_options(given: list[str], reserved: Mapping[str, str]) -> dict[str, str]:
+    """Return the options of `--sbatch OPTION=VALUE`.
+
+    Args:
+        given: the texts OPTION=VALUE.
+        reserved: the options that cannot be set so, with the reason.
+
+    Raises:
+        UserError: a text names no long option, or one that is reserved.
+    """
+    options = {}
+    for option in given:
+        name, _, value = option.removeprefix("--").partition("=")
+        if not re.fullmatch("[a-z][a-z-]+", name):
+            raise UserError(f"--sbatch {option} should be a long option of sbatch, such as partition=h100")
+        if name in reserved:
+            raise UserError(f"--sbatch {option} cannot be set: {reserved[name]}")
+        options[name] = value
+    return options
+
+
+def pattern(path: Path) -> str:
+    """Return a path for an option in which sbatch replaces %j and others."""
+    return str(path).replace("%", "%%")
+
+
+def fill(template: str, options: dict[str, str | None], arguments: list[str]) -> str:
+    """Return the template with `options` among its #SBATCH lines and with `arguments` as its own arguments."""
+    found = list(DIRECTIVE.finditer(template))
+    kept = [match[0] for match in found if match[1] not in options]
+    set_ = [_directive(name, value) for name, value in options.items() if value is not None]
+    head, tail = template[: found[0].start()], template[found[-1].end() :]
+    return head + "\n".join(kept + set_) + f"\nset -- {shlex.join(arguments)}" + tail
+
+
+def _directive(name: str, value: str) -> str:
+    return f"#SBATCH --{name}={shlex.quote(value)}" if value else f"#SBATCH --{name}"
+
+
+@contextmanager
+def only_one(folder: Path, name: str) -> Iterator[None]:
+    """Create a folder and hold a lock on it: between squeue and sbatch no other command may submit its jobs.
+
+    Args:
+        folder: the folder that the jobs write to.
+        name: what messages call the folder, such as run_dir.
+
+    Raises:
+        UserError: the folder cannot be written, or another command holds the lock for too long.
+    """
+    lock = FileLock(folder / ".submit.lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"another lrnn submit of {folder} is running; waiting for it up to {LOCK_WAIT_S} s", flush=True)
+            lock.acquire(timeout=LOCK_WAIT_S)
+    except Timeout:
+        raise UserError(
+            f"{name} {folder}: another lrnn submit is still running after {LOCK_WAIT_S} s; check with squeue what "
+            "it did, end it if it hangs, and try again"
+        ) from None
+    except OSError as error:
+        raise not_writable(folder, name, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def not_writable(folder: Path, name: str, error: OSError) -> UserError:
+    """Return the error for a folder that cannot be written."""
+    return UserError(f"{name} {folder} cannot be written ({error.strerror}: {error.filename})")
+
+
+def jobs() -> list[Job]:
+    """Return the jobs that are not over, with each task of an array on its own."""
+    found = []
+    listed = call("squeue", "--all", "--array", "--noheader", "--states=all", "--format=%i|%T|%r|%k")
+    for line in listed.splitlines():
+        job = Job(*line.split("|", 3))
+        if job.state not in OVER:
+            found.append(job)
+    return found
+
+
+def submit(script: Path, *options: str) -> str:
+    """Give a script to sbatch and return the number of the job. Raise UserError if sbatch refuses it."""
+    return call("sbatch", "--parsable", *options, str(script)).strip().split(";")[0]
+
+
+def call(*command: str) -> str:
+    """Return the output of one of SLURM's programs.
+
+    Raises:
+        UserError: the program is not installed, or it fails; then the message is its own.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError(
+            f"{command[0]} is not found: lrnn submit needs a machine that has the commands of SLURM"
+        ) from None
+    if done.returncode != 0:
+        raise UserError(f"{command[0]} failed: {' '.join(done.stderr.split())}")
+    return done.stdout
