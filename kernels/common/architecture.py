@@ -37,5 +37,6 @@ def architecture(device: torch.device) -> Architecture:
     """Return that of a device; Hopper for the CPU, as tests of launches need, and for GPUs that are not NVIDIA's."""
     if device.type != "cuda" or torch.version.hip is not None:
         return HOPPER
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(device)
+    shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stub lacks it
     return Architecture(torch.cuda.get_device_capability(device), shared)
