@@ -110,11 +110,17 @@ def _values(folder: Path, row: dict[str, Any]) -> list[Values]:
     """Return, for each task that a row is the mean of, the value of every document by (task, number, hash of its text).
 
     A row names them in `parts` [[task, metric, filter]], or in `tasks` if they all have its metric and filter.
+
+    Raises:
+        UserError: the samples of a task are missing.
     """
     same = [(task, row["metric"], row["filter"]) for task in row.get("tasks", [row["task"]])]
     found = []
     for task, metric, filter_name in row.get("parts", same):
-        with (folder / f"samples_{task}.jsonl").open("rb") as file:
+        path = folder / f"samples_{task}.jsonl"
+        if not path.is_file():
+            raise UserError(f"{path} is missing, so the documents of {task} cannot be paired; run the evaluation again")
+        with path.open("rb") as file:
             samples = [json.loads(line) for line in file]
         own = [sample for sample in samples if sample["filter"] == filter_name]
         # A document may have no value of a metric.

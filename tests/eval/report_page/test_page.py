@@ -142,6 +142,14 @@ def test_long_texts_keep_both_ends():
     assert shorten("a" * LONGEST) == "a" * LONGEST
 
 
+def test_results_without_samples_are_shown_unpaired(tmp_path):
+    for name in ("a", "b"):
+        write_results(tmp_path / name, name, 5, [0, 1])
+    (tmp_path / "b/samples_lrnn_piqa.jsonl").unlink()
+    page = write_page(tmp_path, "page.html")
+    assert "b/samples_lrnn_piqa.jsonl is missing, so the documents of lrnn_piqa cannot be paired" in page
+
+
 def test_wrong_requests(results, capsys):
     assert main(["eval", "--html", "x.html"]) == 2
     assert "--html shows results that are there: add --collect FOLDER" in capsys.readouterr().err
