@@ -17,10 +17,9 @@ def run(*command: str | Path, cwd: Path, **variables: str) -> subprocess.Complet
 
 
 def copy_repository(to: Path) -> None:
-    """Copy what an sdist is made from, without caches and what tests/benchmarks wrote."""
+    """Copy what an sdist is made from, without caches."""
     for name in FOLDERS:
-        ignored = shutil.ignore_patterns("__pycache__", "track_*", "tracking_*", "gpu_*", "pretrain_*")
-        shutil.copytree(REPOSITORY / name, to / name, symlinks=True, ignore=ignored)
+        shutil.copytree(REPOSITORY / name, to / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for file in REPOSITORY.iterdir():
         if file.is_file() and file.name != ".git":
             shutil.copyfile(file, to / file.name)

@@ -100,8 +100,8 @@ def test_the_folder_would_run_code_if_it_were_trusted(exported, marks, tmp_path)
 
 def test_lrnn_eval_loads_a_folder_with_its_own_classes(exported, marks, eval_data, monkeypatch):
     loaded = []
-    original = harness.run_tasks
-    monkeypatch.setattr(harness, "run_tasks", lambda lm, *rest: loaded.append(lm) or original(lm, *rest))
+    original = harness.in_chunks
+    monkeypatch.setattr(harness, "in_chunks", lambda model, *rest: loaded.append(model) or original(model, *rest))
     assert evaluate(exported) == 0
     assert type(loaded[0].model) is LrnnForCausalLM
     assert found(marks) == set()
