@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrnn.eval.suites.collect import Collection, model_key
+from lrnn.eval import length_plot
+from lrnn.eval.suites.collect import Collection, model_key, run_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,11 +21,11 @@ def by_checkpoint(collection: Collection) -> str | None:
     """
     runs: dict[str, dict[str, list[tuple[int, float, float]]]] = {}
     names: dict[str, str] = {}
-    for _, results in collection.found:
+    for path, results in collection.found:
         training = results["model"].get("training") or {}
         if "step" in training and "run_config_sha256" in training:
             run = training["run_config_sha256"]
-            names.setdefault(run, Path(results["model"]["path"]).parent.name)
+            names.setdefault(run, run_name(path, results))
             for row in results["metrics"]:
                 point = (training["step"], row["value"], row["stderr"] or 0.0)
                 runs.setdefault(run, {}).setdefault(f"{row['task']}\n{row['metric']}", []).append(point)
@@ -34,7 +35,7 @@ def by_checkpoint(collection: Collection) -> str | None:
         return None
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _panels(len(panels))
+    figure, axes = length_plot.panels(len(panels), COLUMNS, sharey=False)
     for axis, name in zip(axes, panels, strict=True):
         for run, metrics in runs.items():
             if name in metrics:
@@ -55,7 +56,7 @@ def by_length(collection: Collection) -> str | None:
             curves.setdefault(title, {}).setdefault(label, []).append(row)
     if not curves:
         return None
-    figure, axes = _panels(len(curves))
+    figure, axes = length_plot.panels(len(curves), COLUMNS)
     for axis, (title, models) in zip(axes, curves.items(), strict=True):
         for model, rows in models.items():
             lengths = [row["length"] for row in rows]
@@ -63,9 +64,7 @@ def by_length(collection: Collection) -> str | None:
             axis.errorbar(lengths, [row["accuracy"] for row in rows], errors, marker=".", capsize=2, label=model)
             if all(row.get("floor") is not None for row in rows):
                 axis.plot(lengths, [row["floor"] for row in rows], color="grey", ls=":", lw=1)
-        axis.set(title=title, ylim=(-0.02, 1.02), xlabel=next(iter(models.values()))[0].get("unit") or "length")
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:.0f}")
+        length_plot.by_length(axis, title, next(iter(models.values()))[0].get("unit") or "length")
     return _svg(figure, axes, "length")
 
 
@@ -74,7 +73,7 @@ def by_position(found: list[tuple[Path, dict[str, Any]]]) -> str | None:
     curves = [(path, results) for path, results in found if "curves" in results]
     if not curves:
         return None
-    figure, axes = _panels(len(curves))
+    figure, axes = length_plot.panels(len(curves), COLUMNS, sharey=False)
     for axis, (path, results) in zip(axes, curves, strict=True):
         for curve in results["curves"]:
             known = [row for row in curve if row["ppl"] is not None]
@@ -85,18 +84,6 @@ def by_position(found: list[tuple[Path, dict[str, Any]]]) -> str | None:
         axis.set_yscale("log")
         axis.xaxis.set_major_formatter("{x:.0f}")
     return _svg(figure, axes, "position")
-
-
-def _panels(count: int) -> tuple[Any, list["Axes"]]:
-    from matplotlib.figure import Figure
-
-    columns = min(COLUMNS, count)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(3.6 * columns, 2.9 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes[count:]:
-        axis.set_visible(False)
-    return figure, axes[:count]
 
 
 def _svg(figure: Any, axes: list["Axes"], name: str) -> str:

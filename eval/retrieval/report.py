@@ -11,6 +11,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from lrnn.eval.commonsense.averages import average_rows
+from lrnn.eval.length_plot import by_length, panels
 
 Raw = dict[str, Any]
 
@@ -108,27 +109,13 @@ def write(folder: Path, rows: list[Raw], stem: str) -> None:
 
 def plot(path: Path, rows: list[Raw]) -> None:
     """Plot accuracy by length with one standard error, and the share that was answered: a panel per task."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     tasks = [task for task in UNITS if any(row["task"] == task for row in rows)]
-    n_columns = min(3, len(tasks))
-    n_rows = -(-len(tasks) // n_columns)
-    size = (3.4 * n_columns, 3 * n_rows)
-    figure, axes = plt.subplots(n_rows, n_columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for axis in axes.flat[len(tasks) :]:
-        axis.set_visible(False)
-    for axis, task in zip(axes.flat, tasks, strict=False):
+    figure, axes = panels(len(tasks), columns=3)
+    for axis, task in zip(axes, tasks, strict=True):
         curve = [row for row in rows if row["task"] == task]
         lengths, errors = [row["length"] for row in curve], [row["stderr"] or 0 for row in curve]
         axis.errorbar(lengths, [row["accuracy"] for row in curve], errors, marker=".", capsize=2, label="accuracy")
         axis.plot(lengths, [row["answered"] for row in curve], color="grey", ls=":", label="answered")
-        axis.set(title=task.removeprefix("lrnn_"), xlabel=UNITS[task], ylim=(-0.02, 1.02))
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:.0f}")
-        axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
+        by_length(axis, task.removeprefix("lrnn_"), UNITS[task])
+    axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -1,7 +1,7 @@
 """A model of lm-eval that answers requests in chunks, on one device or several, and keeps the answers of an evaluation.
 
-Chunks depend on the requests and the batch size alone. So the answers have the same bits whatever the number of
-devices, and after an interruption.
+Chunks depend on the requests and the batch size alone. So the answers have the same bits whatever the number of equal
+devices, and after an interruption, unless the batch size is chosen by the memory that is free.
 """
 
 import hashlib
@@ -89,7 +89,7 @@ class ChunkedModel(LM):
         while waiting or running:
             busy = [helper for helper, _, _ in running.values()]
             for helper in self._helpers:
-                if waiting and helper not in busy:
+                if len(waiting) > 1 and helper not in busy:  # the last chunk is for this process, which is ready
                     key, chunk, *call = waiting.popleft()
                     running[helper.submit(*call)] = helper, key, chunk
             if waiting:

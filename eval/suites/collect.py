@@ -66,9 +66,18 @@ def read_collection(folders: list[Path]) -> Collection:
 
 
 def _labels(found: list[tuple[Path, dict[str, Any]]]) -> dict[ModelKey, str]:
-    paths = {model_key(results["model"]): Path(results["model"]["path"]) for _, results in found}
-    known = [(key[0], key[1]) for key in paths]
-    return {key: key[0] if known.count(key[:2]) == 1 else f"{path.parent.name}/{key[0]}" for key, path in paths.items()}
+    runs = {model_key(results["model"]): run_name(path, results) for path, results in found}
+    known = [key[:2] for key in runs]
+    return {key: key[0] if known.count(key[:2]) == 1 else f"{run}/{key[0]}" for key, run in runs.items()}
+
+
+def run_name(path: Path, results: dict[str, Any]) -> str:
+    """Return the name of the folder that a model belongs to: its run's, where results are in one.
+
+    They are in RUN/MODEL/eval/NAME, or in RUN/eval/step-NNNNNNNN/NAME if a batch job exported a checkpoint for itself.
+    """
+    parts = path.absolute().parts
+    return parts[-5] if "eval" in parts[-4:-2] else Path(results["model"]["path"]).parent.name
 
 
 def results_below(folder: Path) -> list[tuple[Path, dict[str, Any]]]:

@@ -5,6 +5,7 @@ import torch
 from mixer_models import VARIANTS, make_model
 from transformers import GenerationConfig, StoppingCriteriaList
 
+from lrnn.eval.generation.batch_size import largest_batch
 from lrnn.eval.generation.decoding import GraphDecoding, has_fixed_state
 from lrnn.eval.generation.prefill import prefill
 from lrnn.eval.generation.steps import state_tensors
@@ -76,6 +77,18 @@ def test_a_prompt_in_pieces_gives_the_state_of_the_whole(gated):
     assert torch.allclose(pieces.logits.double(), whole.logits, atol=1e-4)
     states = zip(state_tensors(pieces.past_key_values), state_tensors(whole.past_key_values), strict=True)
     assert all(torch.allclose(ours.double(), theirs.double(), atol=1e-4) for ours, theirs in states)
+
+
+def test_a_batch_fits_into_the_memory():
+    """Three copies of every state that a batch adds fit into the memory that is added for it."""
+    model = make_model("gated_deltanet", num_heads=4, head_dim=128)
+    cache = model(**prompts(1, 5), use_cache=True).past_key_values
+    state = sum(tensor.nbytes for tensor in state_tensors(cache) if tensor.ndim == 4)
+    least, most = largest_batch(model, 0), largest_batch(model, 2**60)
+    assert (least, most, state) == (1, 1024, 4 * 128 * 128 * 4)
+    free = next(free for free in range(0, 2**34, 2**28) if largest_batch(model, free) > 1)
+    added = largest_batch(model, free + 2**28) - largest_batch(model, free)
+    assert added > 100 and added * 3 * state < 2**28
 
 
 class Letters:

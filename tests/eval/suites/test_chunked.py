@@ -116,6 +116,12 @@ def test_helpers_share_the_chunks(tmp_path):
     assert all(model.chunks for model in models) and sum(len(model.chunks) for model in models) == 10
 
 
+def test_a_single_chunk_does_not_wait_for_a_helper_to_start(tmp_path):
+    helper, own, wanted = Thread(), Lengths(), requests(5, " y")
+    answer(own, tmp_path, wanted, helpers=[helper])
+    assert len(own.chunks) == 1 and not helper.model.chunks
+
+
 def test_two_processes_give_the_results_of_one(tiny_model, heldout, few_documents, tmp_path):
     """The numbers are equal bit by bit."""
     found = {}

@@ -52,3 +52,15 @@ def test_results_that_cannot_be_collected(tmp_path):
     write(tmp_path / "y", 1, {"a": 0.75})
     with pytest.raises(UserError, match=r"y/results.json says a exact_match \(strict\) = 0.7500 .* say 0.5000"):
         collect([tmp_path])
+
+
+def test_models_of_one_name_are_told_apart_by_their_runs(tmp_path):
+    """A batch job exports a checkpoint into a folder of its own, whose name says nothing."""
+    for run, value in (("a", 0.25), ("b", 0.5)):
+        folder = tmp_path / run / "eval/step-20/fast"
+        write(folder, 20, {"task": value})
+        results = json.loads((folder / "results.json").read_text())
+        results["model"] |= {"path": "/tmp/lrnn-eval-x1y2z3/step-20", "weights_sha256": {"m": run}}
+        (folder / "results.json").write_text(json.dumps(results))
+    table = collect([tmp_path])
+    assert "| a/step-20 | 20 | 0.2500" in table and "| b/step-20 | 20 | 0.5000" in table
