@@ -34,7 +34,7 @@ def model_config_from(raw: dict[str, Any], origin: str) -> "LrnnConfig":
     if kind != LrnnConfig.model_type:
         raise UserError(f"{origin}: model_type {kind!r} should be {LrnnConfig.model_type!r}")
     types = inspect.get_annotations(LrnnConfig.__init__)
-    known = LrnnConfig().to_dict()
+    known = every_field(LrnnConfig())
     for name, value in fields.items():
         if name not in known:
             hint = name_hint(name, list(types))
@@ -47,6 +47,13 @@ def model_config_from(raw: dict[str, Any], origin: str) -> "LrnnConfig":
         return LrnnConfig(**fields)
     except (ValueError, TypeError) as error:
         raise UserError(f"{origin}: {error}") from None
+
+
+def every_field(config: "LrnnConfig") -> dict[str, Any]:
+    """Return the fields of a model, with the options that its `config.json` leaves out at their default."""
+    from lrnn.model.configuration_lrnn import OPTIONS  # here, because it imports transformers
+
+    return OPTIONS | config.to_dict()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import yaml
 from lrnn import config_schema, shipped
 from lrnn.config_schema import GRID, MODEL, RUN
 from lrnn.errors import UserError
-from lrnn.model_config import described_fields, load_model_config
+from lrnn.model_config import described_fields, every_field, load_model_config
 from lrnn.parsing import Key
 from lrnn.pretrain import old_config
 from lrnn.pretrain.changes import flatten
@@ -117,7 +117,7 @@ def _run(given: str, overrides: list[str]) -> tuple[dict[str, Any], dict[Key, st
         own = {("model", *key): f"{base}:{line}" for key, line in lines.items()}
         origins = own | {key: origin for key, origin in origins.items() if key[0] != "model" or len(key) > 1}
     origins["model", "max_position_embeddings"] = "data.seq_len"
-    values["model"] = _fields(model.to_dict(), {key[1] for key in origins if key[0] == "model" and len(key) > 1})
+    values["model"] = _fields(every_field(model), {key[1] for key in origins if key[0] == "model" and len(key) > 1})
     return values, origins
 
 
@@ -134,7 +134,7 @@ def _model(given: str, overrides: list[str]) -> tuple[dict[str, Any], dict[Key, 
         )
     lines = parse_json_file(path, "model configuration").lines
     origins = {key: f"{path}:{line}" for key, line in lines.items()}
-    return _fields(load_model_config(path).to_dict(), {key[0] for key in origins}), origins
+    return _fields(every_field(load_model_config(path)), {key[0] for key in origins}), origins
 
 
 def _fields(model: dict[str, Any], written: set[str | int]) -> dict[str, Any]:

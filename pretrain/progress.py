@@ -7,6 +7,7 @@ from typing import Any
 
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
+from lrnn.model.configuration_lrnn import OPTIONS
 from lrnn.pretrain.changes import Changes
 from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.old_config import check_sequence_length
@@ -62,8 +63,8 @@ def check_same_run(
         UserError: the model differs, or the data do without being allowed to.
     """
     # The model of a checkpoint that is older than a field had the field's present default.
-    before = LrnnConfig().to_dict() | json.loads((saved / "config.json").read_text())
-    now = json.loads(model_config.to_json_string(use_diff=False))
+    before = OPTIONS | LrnnConfig().to_dict() | json.loads((saved / "config.json").read_text())
+    now = OPTIONS | json.loads(model_config.to_json_string(use_diff=False))
     ignored = {"transformers_version", "dtype", "max_position_embeddings"}  # the data's seq_len is compared below
     for key in sorted((set(before) | set(now)) - ignored):
         if before.get(key) != now.get(key):

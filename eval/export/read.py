@@ -12,6 +12,7 @@ import yaml
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.errors import UserError
 from lrnn.eval.export.fla_format import from_fla
+from lrnn.model_config import every_field
 from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.checkpoint.reader import SavedState
 from lrnn.tokenizer import Tokenizer, load_copy, load_tokenizer
@@ -97,7 +98,7 @@ def empty_model(config: LrnnConfig) -> LrnnForCausalLM:
 
 def _config_of(source: Path) -> LrnnConfig:
     """Return the model's configuration. Unknown fields are dropped: in an untrusted checkpoint some may name code."""
-    known = LrnnConfig().to_dict()
+    known = every_field(LrnnConfig())
     fields = json.loads((source / "config.json").read_text())
     return LrnnConfig(**{name: value for name, value in fields.items() if name in known})
 

@@ -2,12 +2,15 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
 
 from .code_files import AUTO_MAP, write_code
 
 DELTA_RULE_PRECISIONS = ("standard", "split")
+# Options of some mixers, with their defaults. An option is written to config.json only if it is not at its default.
+OPTIONS: dict[str, Any] = {"num_value_heads": None, "head_v_dim": None}
 
 
 class LrnnConfig(PretrainedConfig):
@@ -19,6 +22,10 @@ class LrnnConfig(PretrainedConfig):
         num_hidden_layers: number of blocks.
         mixer: name under which a file `mixer_*.py` registers its token mixer.
         num_heads, head_dim: heads of the mixer, and their key and value size.
+        num_value_heads: value heads of the DeltaNet and DeltaProduct mixers, a multiple of num_heads, which is the
+            default. Key head i serves value heads i r to (i + 1) r - 1, with r = num_value_heads / num_heads.
+        head_v_dim: value size of a head of the DeltaNet and DeltaProduct mixers; default head_dim, which is always
+            their key size.
         num_householder: factors per token of the DeltaProduct mixers, 1 to 4; the others do not read it.
         state_size: numbers that each channel of "mamba" keeps; the others do not read it.
         allow_neg_eigval: eigenvalues of the state transition in [-1, 1] rather than [0, 1] (arXiv 2411.12537). For the
@@ -40,8 +47,8 @@ class LrnnConfig(PretrainedConfig):
         tie_word_embeddings: use the embedding as the output layer too.
 
     Raises:
-        ValueError: an unknown mixer or precision, a size that is not positive, more than 4 Householder factors, or a
-            value that the mixer cannot have.
+        ValueError: an unknown mixer or precision, a size that is not positive, more than 4 Householder factors, a value
+            that the mixer cannot have, or an option that it does not read.
     """
 
     model_type = "lrnn"
@@ -70,6 +77,8 @@ class LrnnConfig(PretrainedConfig):
         bos_token_id: int | None = 1,
         eos_token_id: int | None = 2,
         tie_word_embeddings: bool = False,
+        num_value_heads: int | None = None,
+        head_v_dim: int | None = None,
         **kwargs,
     ):
         from .mixers import MIXERS  # here, because the mixers import this file
@@ -95,6 +104,10 @@ class LrnnConfig(PretrainedConfig):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer; got {value!r}")
             setattr(self, name, value)
+        for name, size in {"num_value_heads": num_value_heads, "head_v_dim": head_v_dim}.items():
+            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+                raise ValueError(f"{name} must be a positive integer or null; got {size!r}")
+            setattr(self, name, size)
         if num_householder > 4:
             raise ValueError(f"num_householder must be 1, 2, 3 or 4; got {num_householder}")
         self.mixer = mixer
@@ -112,7 +125,16 @@ class LrnnConfig(PretrainedConfig):
             tie_word_embeddings=tie_word_embeddings,
             **kwargs,
         )
+        for name, default in OPTIONS.items():
+            if getattr(self, name) != default and name not in MIXERS[mixer].options:
+                able = ", ".join(other for other in MIXERS if name in MIXERS[other].options)
+                raise ValueError(f"{name} = {getattr(self, name)!r} is for the mixers {able}, not for {mixer}")
         MIXERS[mixer].check(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as config.json has them: without options at their default."""
+        fields = super().to_dict()
+        return {name: value for name, value in fields.items() if name not in OPTIONS or value != OPTIONS[name]}
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """Write config.json, and beside it the code that it names in `auto_map`, so that the folder loads without lrnn.

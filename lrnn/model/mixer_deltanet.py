@@ -1,6 +1,7 @@
 """DeltaNet and DeltaProduct, gated or not, as token mixers. Copied into exported folders."""
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,30 @@ from .configuration_lrnn import LrnnConfig
 from .layers import GatedRMSNorm, Mixer, ShortConvolution, convolve, zero_at_padding
 from .ops import fused_gated_delta_rule, gated_delta_product
 from .registry import Cost, Ranges, register
+
+
+class HeadSizes(NamedTuple):
+    """Heads of a mixer and their sizes. Key head i serves the value heads i r to (i + 1) r - 1, r = HV / H.
+
+    Attributes:
+        H, HV: number of heads of queries and keys, and of values.
+        K, V: size of a query or key, and of a value.
+    """
+
+    H: int
+    HV: int
+    K: int
+    V: int
+
+    @property
+    def keys(self) -> int:
+        """Width of all keys."""
+        return self.H * self.K
+
+    @property
+    def values(self) -> int:
+        """Width of all values."""
+        return self.HV * self.V
 
 
 @register("deltanet")
@@ -22,11 +47,13 @@ class DeltaNet(Mixer):
     beta_tj = range * sigmoid(W_b x_t), with range 2 for eigenvalues in [-1, 1] and 1 for [0, 1] (2411.12537);
     log alpha_t = -exp(A_log) softplus(W_a x_t + dt_bias), 0 without a gate. The gate acts before the first factor,
     and the query reads after the last. Rows of the projections of k, v and b go by factor, then head, as in `fla`.
+    Each value head has its own alpha, beta and state [K, V]; several may share a key head (`HeadSizes`).
     """
 
     title, paper = "DeltaNet", "2406.06484"
     ranges = Ranges(negative="beta = 2 sigmoid", positive="beta = sigmoid")
     begins_with_zeros = True
+    options = ("num_value_heads", "head_v_dim")
     noted_eigenvalue = "eigenvalue 1 - beta"  # one for each factor
     fla_model_type: str | None = "delta_net"
     gated = False  # a gate alpha on the state, and one on the output
@@ -37,40 +64,62 @@ class DeltaNet(Mixer):
         """Return the number of factors per token."""
         return config.num_householder if cls.several_factors else 1
 
+    @staticmethod
+    def head_sizes(config: LrnnConfig) -> HeadSizes:
+        """Return the heads of a configuration and their sizes."""
+        return HeadSizes(
+            H=config.num_heads,
+            HV=config.num_heads if config.num_value_heads is None else config.num_value_heads,
+            K=config.head_dim,
+            V=config.head_dim if config.head_v_dim is None else config.head_v_dim,
+        )
+
+    @classmethod
+    def check(cls, config: LrnnConfig) -> None:
+        H, HV, _, _ = cls.head_sizes(config)
+        if HV % H:
+            raise ValueError(f"num_value_heads must be a multiple of num_heads, {H}; got {HV}")
+
     @classmethod
     def cost(cls, config: LrnnConfig) -> Cost:
-        hidden, heads, inner = config.hidden_size, config.num_heads, config.num_heads * config.head_dim
-        factors, state = cls.factors(config), inner * config.head_dim
-        large = 2 + 2 * factors + cls.gated  # q and o, k and v of each factor, the output gate
-        small = factors + cls.gated  # b of each factor, a
-        weights = large * hidden * inner + small * hidden * heads
-        return Cost(weights, recurrence=(2 * factors + 1) * state, state=state, channels=(1 + 2 * factors) * inner)
+        heads, factors = cls.head_sizes(config), cls.factors(config)
+        channels = (1 + factors) * heads.keys + factors * heads.values  # q, and k and v of each factor
+        # They, the output gate and o; b of each factor, and a.
+        rows = channels + (1 + cls.gated) * heads.values + (factors + cls.gated) * heads.HV
+        state = heads.keys * heads.V * heads.HV // heads.H
+        recurrence = (2 * factors + 1) * state
+        return Cost(config.hidden_size * rows, recurrence=recurrence, state=state, channels=channels)
 
     @classmethod
     def details(cls, config: LrnnConfig) -> dict[str, str]:
-        return {"Householder factors per token": str(cls.factors(config))} if cls.several_factors else {}
+        heads = cls.head_sizes(config)
+        rows = {"Householder factors per token": str(cls.factors(config))} if cls.several_factors else {}
+        if (heads.HV, heads.V) != (heads.H, heads.K):
+            rows["value heads, value dimension"] = f"{heads.HV}, {heads.V}"
+        return rows
 
     def __init__(self, config: LrnnConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.beta_range = 2.0 if config.allow_neg_eigval else 1.0
         self.num_householder = self.factors(config)
         self.precision = config.delta_rule_precision
-        inner = config.num_heads * config.head_dim
-        factors = self.num_householder
-        self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, factors * inner, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, factors * inner, bias=False)
-        self.b_proj = nn.Linear(config.hidden_size, factors * config.num_heads, bias=False)
-        self.q_conv1d = ShortConvolution(inner, config.conv_size)
-        self.k_conv1d = ShortConvolution(factors * inner, config.conv_size)
-        self.v_conv1d = ShortConvolution(factors * inner, config.conv_size)
+        hidden, factors = config.hidden_size, self.num_householder
+        _, HV, _, V = heads = self.head_sizes(config)
+        self.value_heads = (HV, V)
+        self.q_proj = nn.Linear(hidden, heads.keys, bias=False)
+        self.k_proj = nn.Linear(hidden, factors * heads.keys, bias=False)
+        self.v_proj = nn.Linear(hidden, factors * heads.values, bias=False)
+        self.b_proj = nn.Linear(hidden, factors * HV, bias=False)
+        self.q_conv1d = ShortConvolution(heads.keys, config.conv_size)
+        self.k_conv1d = ShortConvolution(factors * heads.keys, config.conv_size)
+        self.v_conv1d = ShortConvolution(factors * heads.values, config.conv_size)
         if self.gated:
-            self.a_proj = nn.Linear(config.hidden_size, config.num_heads, bias=False)
-            self.A_log = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
-            self.dt_bias = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
-            self.g_proj = nn.Linear(config.hidden_size, inner, bias=False)
-        self.o_norm = GatedRMSNorm(config.head_dim, config.norm_eps)
-        self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
+            self.a_proj = nn.Linear(hidden, HV, bias=False)
+            self.A_log = nn.Parameter(torch.empty(HV, dtype=torch.float32))
+            self.dt_bias = nn.Parameter(torch.empty(HV, dtype=torch.float32))
+            self.g_proj = nn.Linear(hidden, heads.values, bias=False)
+        self.o_norm = GatedRMSNorm(V, config.norm_eps)
+        self.o_proj = nn.Linear(heads.values, hidden, bias=False)
 
     def reset_parameters(self):
         """Set gates as Mamba-2 and `fla`: A uniform in (0, 16), step softplus(dt_bias) log-uniform in [0.001, 0.1]."""
@@ -107,22 +156,23 @@ class DeltaNet(Mixer):
             precision=self.precision,
         )
         self.write_state(cache, state)
-        gate = self.g_proj(x).unflatten(-1, self.heads) if self.gated else None
+        gate = self.g_proj(x).unflatten(-1, self.value_heads) if self.gated else None
         return self.o_proj(self.o_norm(o, gate, x.dtype).flatten(-2))
 
     def _eigenvalues(self, b: Tensor) -> Tensor:
         return 1 - self.beta_range * b.float().sigmoid()
 
     def _one_factor(self, q, k, v, a, b, **options) -> tuple[Tensor, Tensor | None]:
-        q, k, v = (y.unflatten(-1, self.heads) for y in (q, k, v))
+        q, k, v = q.unflatten(-1, self.heads), k.unflatten(-1, self.heads), v.unflatten(-1, self.value_heads)
         A_log, dt_bias = (self.A_log, self.dt_bias) if self.gated else (None, None)
         return fused_gated_delta_rule(q, k, v, a, b, A_log, dt_bias, beta_range=self.beta_range, **options)
 
     def _several_factors(self, q, k, v, a, b, **options) -> tuple[Tensor, Tensor | None]:
-        q = q.unflatten(-1, self.heads)
-        k, v = (y.unflatten(-1, (self.num_householder, *self.heads)) for y in (k, v))
+        factors = self.num_householder
+        q, k = q.unflatten(-1, self.heads), k.unflatten(-1, (factors, *self.heads))
+        v = v.unflatten(-1, (factors, *self.value_heads))
         with torch.autocast(q.device.type, enabled=False):
-            beta = self.beta_range * b.float().sigmoid().unflatten(-1, (self.num_householder, self.heads[0]))
+            beta = self.beta_range * b.float().sigmoid().unflatten(-1, (factors, self.value_heads[0]))
             g = None if a is None else -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())
         o, state = gated_delta_product(q, k, v, g, beta, normalize_qk=True, **options)
         return o.contiguous(), state

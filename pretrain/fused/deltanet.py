@@ -50,6 +50,7 @@ class FusedDeltaNet:
             isinstance(mixer, DeltaNet)
             and mixer.num_householder == 1
             and mixer.heads[1] in HEAD_SIZES
+            and mixer.value_heads == mixer.heads
             and mixer.q_conv1d.weight.shape[-1] in TAPS
         )
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from mixer_models import WITHOUT_RANGE, every_case, largest, make_model, tokens
+from mixer_models import MORE_SIZES, WITHOUT_RANGE, every_case, largest, make_model, tokens
 
 from lrnn import LrnnForCausalLM
 from lrnn.model.mixer_deltanet import DeltaNet
@@ -46,27 +46,29 @@ def doubled(a, c):
 
 def delta(x, p, c):
     n = c.num_householder if c.mixer.endswith("product") else 1
-    H, D, T = c.num_heads, c.head_dim, len(x)
+    H, K, T = c.num_heads, c.head_dim, len(x)
+    HV, V = c.num_value_heads or H, c.head_v_dim or K
     q, k, v = (conv(x @ p[f"{y}_proj.weight"].T, p[f"{y}_conv1d.weight"]) for y in "qkv")
-    q, k, v = unit(q.view(T, H, D)), unit(k.view(T, n, H, D)), v.view(T, n, H, D)
-    beta = (2 if c.allow_neg_eigval else 1) * (x @ p["b_proj.weight"].T).sigmoid().view(T, n, H)
+    q, k, v = unit(q.view(T, H, K)), unit(k.view(T, n, H, K)), v.view(T, n, HV, V)
+    beta = (2 if c.allow_neg_eigval else 1) * (x @ p["b_proj.weight"].T).sigmoid().view(T, n, HV)
     gated = c.mixer.startswith("gated")
-    alpha = torch.ones(T, H)
+    alpha = torch.ones(T, HV)
     if gated:
         alpha = torch.exp(-p["A_log"].exp() * F.softplus(x @ p["a_proj.weight"].T + p["dt_bias"]))
     out = []
-    for h in range(H):
-        S = torch.zeros(D, D).to(x)
+    for h in range(HV):
+        shared = h * H // HV  # the key head of this value head
+        S = torch.zeros(K, V).to(x)
         for t in range(T):
             S = alpha[t, h] * S
             for j in range(n):
-                key = k[t, j, h]
-                S = (torch.eye(D).to(x) - beta[t, j, h] * torch.outer(key, key)) @ S
+                key = k[t, j, shared]
+                S = (torch.eye(K).to(x) - beta[t, j, h] * torch.outer(key, key)) @ S
                 S = S + beta[t, j, h] * torch.outer(key, v[t, j, h])
-            out.append(S.T @ q[t, h] / D**0.5)
-    o = norm(torch.stack(out).view(H, T, D).transpose(0, 1), p["o_norm.weight"])
+            out.append(S.T @ q[t, shared] / K**0.5)
+    o = norm(torch.stack(out).view(HV, T, V).transpose(0, 1), p["o_norm.weight"])
     if gated:
-        o = o * F.silu(x @ p["g_proj.weight"].T).view(T, H, D)
+        o = o * F.silu(x @ p["g_proj.weight"].T).view(T, HV, V)
     return o.reshape(T, -1) @ p["o_proj.weight"].T, 1 - beta
 
 
@@ -209,6 +211,15 @@ def direction(shape) -> torch.Tensor:
 
 @every_case
 def test_outputs_gradients_and_eigenvalues_equal_the_equations(variant, allow_neg_eigval):
+    compare(variant, allow_neg_eigval)
+
+
+@pytest.mark.parametrize("variant", MORE_SIZES)
+def test_key_and_value_heads_of_different_numbers_and_sizes(variant):
+    compare(variant, allow_neg_eigval=True)
+
+
+def compare(variant, allow_neg_eigval):
     model = make_model(variant, allow_neg_eigval)
     attn = model.model.layers[0].attn
     x = torch.randn(70, 32, generator=torch.Generator().manual_seed(1))

@@ -130,7 +130,7 @@ def test_packed_documents_equal_each_one_alone(variant, allow_neg_eigval):
 def test_a_new_model_learns(variant, allow_neg_eigval):
     torch.manual_seed(0)
     model = LrnnForCausalLM(
-        LrnnConfig(**SIZE, **VARIANTS[variant], allow_neg_eigval=allow_neg_eigval, num_hidden_layers=1)
+        LrnnConfig(**{**SIZE, **VARIANTS[variant]}, allow_neg_eigval=allow_neg_eigval, num_hidden_layers=1)
     )
     assert all(p.isfinite().all() for p in model.parameters())
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=3e-3)

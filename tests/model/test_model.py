@@ -1,5 +1,7 @@
 """The model against a NumPy implementation of it, and the properties that training and generation rest on."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.model.cache import LrnnCache
+from lrnn.model.configuration_lrnn import OPTIONS
 from lrnn.model.mixers import MIXERS as ALL_MIXERS
 
 SIZE = {
@@ -433,6 +436,10 @@ def test_a_new_model_depends_on_the_seed_alone():
         ("head_dim", 12.5, "head_dim must be a positive integer; got 12.5"),
         ("hidden_size", -32, "hidden_size must be a positive integer; got -32"),
         ("conv_size", "4", "conv_size must be a positive integer; got '4'"),
+        ("num_value_heads", 0, "num_value_heads must be a positive integer or null; got 0"),
+        ("num_value_heads", 24, "num_value_heads must be a multiple of num_heads, 16; got 24"),
+        ("num_value_heads", 8, "num_value_heads must be a multiple of num_heads, 16; got 8"),
+        ("head_v_dim", True, "head_v_dim must be a positive integer or null; got True"),
         ("delta_rule_precision", "fast", "delta_rule_precision 'fast' is not one of standard, split"),
     ],
 )
@@ -440,6 +447,28 @@ def test_bad_configuration(field, value, message):
     with pytest.raises(ValueError) as error:
         LrnnConfig(**{field: value})
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("mixer", ALL_MIXERS)
+@pytest.mark.parametrize("option, value", [("num_value_heads", 32), ("head_v_dim", 64)])
+def test_options_of_other_mixers_are_refused(mixer, option, value):
+    able = "deltanet, gated_deltanet, deltaproduct, gated_deltaproduct"
+    if mixer in able.split(", "):
+        assert getattr(LrnnConfig(mixer=mixer, **{option: value}), option) == value
+        return
+    with pytest.raises(ValueError) as error:
+        LrnnConfig(mixer=mixer, **{option: value})
+    assert str(error.value) == f"{option} = {value} is for the mixers {able}, not for {mixer}"
+
+
+def test_options_at_their_default_are_not_written(tmp_path):
+    LrnnConfig().save_pretrained(tmp_path / "plain")
+    LrnnConfig(num_value_heads=32, head_v_dim=64).save_pretrained(tmp_path / "set")
+    plain, chosen = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "set"))
+    assert chosen == plain | {"num_value_heads": 32, "head_v_dim": 64}
+    assert not OPTIONS.keys() & (plain.keys() | LrnnConfig().to_dict().keys())
+    loaded = LrnnConfig.from_pretrained(tmp_path / "set")
+    assert (loaded.num_value_heads, loaded.head_v_dim) == (32, 64)
 
 
 def test_configuration_is_the_same_after_saving_and_loading(tmp_path):

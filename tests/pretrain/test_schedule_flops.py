@@ -78,9 +78,9 @@ def test_short_runs(schedule):
 
 
 def recurrence_of_a_head(config: LrnnConfig) -> int:
-    """Return the multiply-adds per token and head, by the equations in the mixers' docstrings."""
+    """Return the multiply-adds per token and (value) head, by the equations in the mixers' docstrings."""
     D, N, n = config.head_dim, config.state_size, config.num_householder
-    read = write = D * D
+    read = write = D * (config.head_v_dim or D)
     return {
         "gated_deltanet": read + write + read,
         "deltanet": read + write + read,
@@ -108,7 +108,7 @@ def counted_flops(config: LrnnConfig) -> float:
             channels, _, taps = module.weight.shape
             multiply_adds += channels * taps
         elif isinstance(module, Mixer):
-            multiply_adds += config.num_heads * recurrence_of_a_head(config)
+            multiply_adds += (config.num_value_heads or config.num_heads) * recurrence_of_a_head(config)
     return 3 * 2 * multiply_adds
 
 
@@ -125,6 +125,14 @@ def counted_flops(config: LrnnConfig) -> float:
 def test_flops(mixer, sizes):
     config = LrnnConfig(mixer=mixer, **sizes)
     assert train_flops_per_token(config) == counted_flops(config)
+
+
+@pytest.mark.parametrize("mixer", ["gated_deltanet", "deltanet", "gated_deltaproduct", "deltaproduct"])
+def test_flops_of_key_and_value_heads_of_different_numbers_and_sizes(mixer):
+    sizes = {"num_heads": 2, "num_value_heads": 6, "head_dim": 12, "head_v_dim": 20, "num_householder": 3}
+    config = LrnnConfig(mixer=mixer, vocab_size=97, hidden_size=24, num_hidden_layers=3, intermediate_size=31, **sizes)
+    assert train_flops_per_token(config) == counted_flops(config)
+    assert MIXERS[mixer].cost(config).state == 6 * 12 * 20
 
 
 @pytest.mark.parametrize("name", ["tiny", "340m", "1.3b"])

@@ -10,18 +10,27 @@ SIZE = {"vocab_size": 97, "hidden_size": 32, "num_heads": 2, "head_dim": 16, "in
 PRODUCTS = [name for name, mixer in MIXERS.items() if getattr(mixer, "several_factors", False)]
 VARIANTS = {f"{mixer}{n}": {"mixer": mixer, "num_householder": n} for mixer in PRODUCTS for n in (1, 2, 3, 4)}
 VARIANTS |= {mixer: {"mixer": mixer} for mixer in MIXERS if mixer not in PRODUCTS}
+# Two value heads per key head, and keys and values of different sizes.
+SIZES_OF_THEIR_OWN = {"num_value_heads": 4, "head_dim": 12, "head_v_dim": 24}
+VARIANTS["gated_deltanet_sizes"] = {"mixer": "gated_deltanet", **SIZES_OF_THEIR_OWN}
+MORE_SIZES = {
+    "deltanet_sizes": {"mixer": "deltanet", "num_value_heads": 6, "head_v_dim": 5},
+    "gated_deltaproduct2_sizes": {"mixer": "gated_deltaproduct", "num_householder": 2, **SIZES_OF_THEIR_OWN},
+}
 WITHOUT_RANGE = [variant for variant, fields in VARIANTS.items() if MIXERS[fields["mixer"]].ranges is None]
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 every_case = pytest.mark.parametrize(
-    "variant, allow_neg_eigval", [(v, r) for v in VARIANTS for r in (True, False) if r or v not in WITHOUT_RANGE]
+    "variant, allow_neg_eigval",
+    [(v, r) for v in VARIANTS for r in (True, False) if r or v not in (*WITHOUT_RANGE, "gated_deltanet_sizes")],
 )
 
 
 def make_model(variant: str, allow_neg_eigval: bool = True, **config) -> LrnnForCausalLM:
     """Return a model in which every parameter matters, and decays and steps cover their whole range."""
     torch.manual_seed(0)
-    fields = {**SIZE, **VARIANTS[variant], "allow_neg_eigval": allow_neg_eigval, "num_hidden_layers": 1, **config}
+    fields = SIZE | (VARIANTS | MORE_SIZES)[variant] | {"allow_neg_eigval": allow_neg_eigval, "num_hidden_layers": 1}
+    fields |= config
     model = LrnnForCausalLM(LrnnConfig(**fields))
     with torch.no_grad():
         for name, p in model.named_parameters():
