@@ -36,15 +36,25 @@ FIXED: dict[str, dict[str, Any]] = {
 }
 
 
+def not_in_fla(config: "LrnnConfig") -> str | None:
+    """Return the form of its blocks that fla's model does not have, or None."""
+    for name, only in {"norm_position": "pre", "gated_norm_eps": config.norm_eps}.items():
+        if getattr(config, name) not in (None, only):
+            return f"{name} {getattr(config, name)!r}, where fla has {only!r}"
+    return None
+
+
 def to_fla_config(config: "LrnnConfig") -> dict[str, Any]:
     """Return the `config.json` of fla's model that computes the same function with the same parameters.
 
     Raises:
-        UserError: this conversion does not know the mixer.
+        UserError: this conversion does not know the mixer, or fla's model has no blocks of this form.
     """
     if config.mixer not in MIXER_OF.values():
         known = " and ".join(MIXER_OF.values())
         raise UserError(f"the fla format is for the mixers {known}; this model's is {config.mixer}: use --format hf")
+    if (form := not_in_fla(config)) is not None:
+        raise UserError(f"the fla format cannot express this model's {form}: use --format hf")
     kind = MIXERS[config.mixer].fla_model_type
     fla = {"model_type": kind, "architectures": [ARCHITECTURES[kind]], **FIXED[kind]}
     fla |= {name: getattr(config, name) for name in SHARED}

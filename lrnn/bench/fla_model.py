@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lrnn import LrnnConfig
 from lrnn.bench.peers import fla_guard, fla_guard_lifted
-from lrnn.fla_config import MIXER_OF, to_fla_config
+from lrnn.fla_config import MIXER_OF, not_in_fla, to_fla_config
 from lrnn.pretrain.config import Config
 from lrnn.pretrain.data.micro_batch import MicroBatch, model_inputs
 from lrnn.pretrain.optim import build_optimizer, parameter_groups
@@ -25,6 +25,8 @@ def reason_without(config: LrnnConfig, world_size: int) -> str | None:
         return "it is not installed"
     if config.mixer not in MIXER_OF.values():
         return f"it has no model with the parameters of mixer {config.mixer}"
+    if (form := not_in_fla(config)) is not None:
+        return f"it cannot express {form}"
     try:
         importlib.import_module("fla.models")  # which registers the models
     except Exception as error:  # a peer that does not import here must not keep lrnn from being measured

@@ -9,12 +9,14 @@ from transformers.configuration_utils import PretrainedConfig
 from .code_files import AUTO_MAP, write_code
 
 DELTA_RULE_PRECISIONS = ("standard", "split")
-# Options of some mixers, with their defaults. An option is written to config.json only if it is not at its default.
-OPTIONS: dict[str, Any] = {"num_value_heads": None, "head_v_dim": None}
+NORM_POSITIONS = ("pre", "post")
+BLOCK_OPTIONS: dict[str, Any] = {"norm_position": "pre"}  # options of the block around any mixer, with their defaults
+# These and options of some mixers. An option is written to config.json only if it is not at its default.
+OPTIONS: dict[str, Any] = {"num_value_heads": None, "head_v_dim": None, "gated_norm_eps": None, **BLOCK_OPTIONS}
 
 
 class LrnnConfig(PretrainedConfig):
-    """A stack of linear-RNN blocks (token mixer + SwiGLU MLP, pre-norm).
+    """A stack of linear-RNN blocks, each a token mixer and a SwiGLU MLP.
 
     Args:
         vocab_size: rows of the embedding.
@@ -36,7 +38,11 @@ class LrnnConfig(PretrainedConfig):
             not read it.
         conv_size: taps of the causal short convolutions, in the mixers that have any.
         intermediate_size: width of the SwiGLU MLP.
-        norm_eps: epsilon of every RMSNorm.
+        norm_eps: epsilon of every RMSNorm, but for `gated_norm_eps`.
+        gated_norm_eps: epsilon of the norm of a mixer's output per head, ahead of its gate, in mixers that have one;
+            null for `norm_eps`. Olmo Hybrid has 1e-5.
+        norm_position: where the two norms of a block are: "pre", on what its mixer and its MLP read, or "post", on what
+            they add to the residual stream.
         max_position_embeddings: sequence length in training, in tokens. The model does not depend on it; evaluation
             tools read their window from it.
         initializer_range: standard deviation of linear and embedding weights at the start.
@@ -47,8 +53,8 @@ class LrnnConfig(PretrainedConfig):
         tie_word_embeddings: use the embedding as the output layer too.
 
     Raises:
-        ValueError: an unknown mixer or precision, a size that is not positive, more than 4 Householder factors, a value
-            that the mixer cannot have, or an option that it does not read.
+        ValueError: an unknown mixer, precision or position of norms, a size that is not positive, more than 4
+            Householder factors, a value that the mixer cannot have, or an option that it does not read.
     """
 
     model_type = "lrnn"
@@ -79,6 +85,8 @@ class LrnnConfig(PretrainedConfig):
         tie_word_embeddings: bool = False,
         num_value_heads: int | None = None,
         head_v_dim: int | None = None,
+        gated_norm_eps: float | None = None,
+        norm_position: str = "pre",
         **kwargs,
     ):
         from .mixers import MIXERS  # here, because the mixers import this file
@@ -89,6 +97,10 @@ class LrnnConfig(PretrainedConfig):
             raise ValueError(
                 f"delta_rule_precision {delta_rule_precision!r} is not one of {', '.join(DELTA_RULE_PRECISIONS)}"
             )
+        if norm_position not in NORM_POSITIONS:
+            raise ValueError(f"norm_position {norm_position!r} is not one of {', '.join(NORM_POSITIONS)}")
+        if gated_norm_eps is not None and (type(gated_norm_eps) not in (int, float) or gated_norm_eps < 0):
+            raise ValueError(f"gated_norm_eps must be a number that is not negative, or null; got {gated_norm_eps!r}")
         sizes = {
             "vocab_size": vocab_size,
             "hidden_size": hidden_size,
@@ -114,6 +126,8 @@ class LrnnConfig(PretrainedConfig):
         self.allow_neg_eigval = allow_neg_eigval
         self.delta_rule_precision = delta_rule_precision
         self.norm_eps = norm_eps
+        self.gated_norm_eps = gated_norm_eps
+        self.norm_position = norm_position
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
         self.tokenizer_fingerprint = tokenizer_fingerprint
@@ -126,7 +140,7 @@ class LrnnConfig(PretrainedConfig):
             **kwargs,
         )
         for name, default in OPTIONS.items():
-            if getattr(self, name) != default and name not in MIXERS[mixer].options:
+            if getattr(self, name) != default and name not in (*MIXERS[mixer].options, *BLOCK_OPTIONS):
                 able = ", ".join(other for other in MIXERS if name in MIXERS[other].options)
                 raise ValueError(f"{name} = {getattr(self, name)!r} is for the mixers {able}, not for {mixer}")
         MIXERS[mixer].check(self)

@@ -130,6 +130,9 @@ class RMSNorm(nn.Module):
 class GatedRMSNorm(RMSNorm):
     """norm(x) * silu(gate), or norm(x) without a gate, computed in float32 and returned in the given dtype."""
 
+    def __init__(self, size: int, config: LrnnConfig):
+        super().__init__(size, config.norm_eps if config.gated_norm_eps is None else config.gated_norm_eps)
+
     def forward(self, x: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
         return gated_rms_norm(x, gate, self.weight, self.eps).to(dtype)
 

@@ -53,7 +53,7 @@ class DeltaNet(Mixer):
     title, paper = "DeltaNet", "2406.06484"
     ranges = Ranges(negative="beta = 2 sigmoid", positive="beta = sigmoid")
     begins_with_zeros = True
-    options = ("num_value_heads", "head_v_dim")
+    options = ("num_value_heads", "head_v_dim", "gated_norm_eps")
     noted_eigenvalue = "eigenvalue 1 - beta"  # one for each factor
     fla_model_type: str | None = "delta_net"
     gated = False  # a gate alpha on the state, and one on the output
@@ -118,7 +118,7 @@ class DeltaNet(Mixer):
             self.A_log = nn.Parameter(torch.empty(HV, dtype=torch.float32))
             self.dt_bias = nn.Parameter(torch.empty(HV, dtype=torch.float32))
             self.g_proj = nn.Linear(hidden, heads.values, bias=False)
-        self.o_norm = GatedRMSNorm(V, config.norm_eps)
+        self.o_norm = GatedRMSNorm(V, config)
         self.o_proj = nn.Linear(heads.values, hidden, bias=False)
 
     def reset_parameters(self):

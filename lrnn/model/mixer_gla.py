@@ -23,6 +23,7 @@ class GatedLinearAttention(Mixer):
     """
 
     title, paper = "Gated linear attention", "2312.06635"
+    options = ("gated_norm_eps",)
     ranges = Ranges(negative="decay 2 a - 1", positive="decay a")
     begins_with_zeros = True
 
@@ -42,7 +43,7 @@ class GatedLinearAttention(Mixer):
         self.gk_proj = nn.Sequential(
             nn.Linear(config.hidden_size, LOW_RANK, bias=False), nn.Linear(LOW_RANK, inner, bias=True)
         )
-        self.o_norm = GatedRMSNorm(config.head_dim, config.norm_eps)
+        self.o_norm = GatedRMSNorm(config.head_dim, config)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def forward(self, x, cache, mask, cu_seqlens, document) -> Tensor:

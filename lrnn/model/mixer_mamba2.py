@@ -23,6 +23,7 @@ class Mamba2(Mixer):
     """
 
     title, paper = "Mamba-2", "2405.21060"
+    options = ("gated_norm_eps",)
     ranges = Ranges(negative="decay 2 a - 1", positive="decay a")
     begins_with_zeros = True
 
@@ -47,7 +48,7 @@ class Mamba2(Mixer):
         self.A_log = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(config.num_heads))
-        self.o_norm = GatedRMSNorm(config.head_dim, config.norm_eps)
+        self.o_norm = GatedRMSNorm(config.head_dim, config)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def reset_parameters(self):

@@ -28,6 +28,7 @@ class MLSTM(Mixer):
     """
 
     title, paper = "mLSTM", "2405.04517"
+    options = ("gated_norm_eps",)
     ranges = Ranges(negative="forget gate 2 f - 1", positive="forget gate f")
 
     @staticmethod
@@ -48,7 +49,7 @@ class MLSTM(Mixer):
         self.gate_bias = nn.Parameter(torch.empty(2, config.num_heads, dtype=torch.float32))
         self.q_conv1d = ShortConvolution(inner, config.conv_size)
         self.k_conv1d = ShortConvolution(inner, config.conv_size)
-        self.o_norm = GatedRMSNorm(config.head_dim, config.norm_eps)
+        self.o_norm = GatedRMSNorm(config.head_dim, config)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def reset_parameters(self):

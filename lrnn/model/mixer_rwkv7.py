@@ -35,6 +35,7 @@ class RWKV7(Mixer):
     """
 
     title, paper = "RWKV-7", "2503.14456"
+    options = ("gated_norm_eps",)
     ranges = Ranges(
         negative="in-context rate times 1 + min(w)",
         positive="in-context rate a; with decay w down to min(w) - 1",
@@ -63,7 +64,7 @@ class RWKV7(Mixer):
         self.k_k = nn.Parameter(torch.empty(inner))  # xi
         self.k_a = nn.Parameter(torch.empty(inner))  # alpha
         self.r_k = nn.Parameter(torch.empty(inner))  # rho
-        self.o_norm = GatedRMSNorm(config.head_dim, config.norm_eps)
+        self.o_norm = GatedRMSNorm(config.head_dim, config)
         self.o_proj = nn.Linear(inner, hidden, bias=False)
 
     def reset_parameters(self):

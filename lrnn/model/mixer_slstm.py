@@ -24,6 +24,7 @@ class SLSTM(Mixer):
     """
 
     title, paper = "sLSTM", "2405.04517"
+    options = ("gated_norm_eps",)
     kind = "non-linear rnn"
     matrices = ("recurrent",)
 
@@ -39,7 +40,7 @@ class SLSTM(Mixer):
         self.zifo_proj = nn.Linear(config.hidden_size, 4 * H * D, bias=False)
         self.recurrent = nn.Parameter(torch.empty(H, D, 4 * D))  # R, from h to z, i, f, o of the head
         self.gate_bias = nn.Parameter(torch.empty(H, 4 * D, dtype=torch.float32))
-        self.o_norm = GatedRMSNorm(config.head_dim, config.norm_eps)
+        self.o_norm = GatedRMSNorm(config.head_dim, config)
         self.o_proj = nn.Linear(H * D, config.hidden_size, bias=False)
 
     def reset_parameters(self):

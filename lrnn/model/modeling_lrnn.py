@@ -47,7 +47,7 @@ class SwiGLU(nn.Module):
 
 
 class LrnnBlock(GradientCheckpointingLayer):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)); with `norm_position` "post", x + norm(mixer(x)), x + norm(mlp(x))."""
 
     # If set, it is called in place of the lines below, for the same result. `lrnn.pretrain.fused` sets it.
     fused: Callable[[Tensor, Tensor | None, Tensor | None], Tensor] | None = None
@@ -58,10 +58,14 @@ class LrnnBlock(GradientCheckpointingLayer):
         self.attn = MIXERS[config.mixer](config, layer_idx)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config)
+        self.norms_outputs = config.norm_position == "post"
 
     def forward(self, x, cache, mask, cu_seqlens, document) -> Tensor:
         if self.fused is not None and cache is None and mask is None:
             return self.fused(x, cu_seqlens, document)
+        if self.norms_outputs:
+            x = x + self.attn_norm(self.attn(x, cache, mask, cu_seqlens, document))
+            return x + self.mlp_norm(self.mlp(x))
         x = x + self.attn(self.attn_norm(x), cache, mask, cu_seqlens, document)
         return x + self.mlp(self.mlp_norm(x))
 

@@ -11,19 +11,25 @@ from lrnn.pretrain.fused.product import Product
 
 
 class FusedBlock:
-    """Compute what a block does, in its place. A mixer that has no fused form is called as it is."""
+    """Compute what a block does, in its place.
+
+    A mixer that has no fused form is called as it is. So are the mixers of blocks that norm outputs, since the fused
+    form of a mixer begins with its norm.
+    """
 
     def __init__(self, block: LrnnBlock, dtype: torch.dtype, recompute_mlp: bool, float8: bool):
-        self.norm, self.mixer, self.dtype = block.attn_norm, block.attn, dtype
-        fits = FusedDeltaNet.fits(block.attn)
+        self.norm, self.mixer, self.norms_outputs, self.dtype = block.attn_norm, block.attn, block.norms_outputs, dtype
+        fits = FusedDeltaNet.fits(block.attn) and not block.norms_outputs
         self.fused_mixer = FusedDeltaNet(block.attn_norm, block.attn, dtype, float8) if fits else None
-        self.mlp = FusedMlp(block.mlp_norm, block.mlp, dtype, recompute_mlp, float8)
+        self.mlp = FusedMlp(block.mlp_norm, block.mlp, dtype, recompute_mlp, float8, block.norms_outputs)
         self.products: list[Product] = [*(self.fused_mixer.products if self.fused_mixer else []), *self.mlp.products]
 
     def __call__(self, x: Tensor, cu_seqlens: Tensor | None, document: Tensor | None) -> Tensor:
         x = x.to(self.dtype)
         if self.fused_mixer is not None:
             x = self.fused_mixer(x, cu_seqlens)
+        elif self.norms_outputs:
+            x = x + self.norm(self.mixer(x, None, None, cu_seqlens, document))
         else:
             x = x + self.mixer(self.norm(x), None, None, cu_seqlens, document)
         return self.mlp(x)

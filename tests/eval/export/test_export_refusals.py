@@ -9,10 +9,12 @@ import torch
 from export_checkpoints import OTHER_MIXERS, random_model, write_checkpoint, write_manifest
 from safetensors.torch import load_file, save_file
 
-from lrnn import cli
+from lrnn import LrnnConfig, cli
+from lrnn.errors import UserError
 from lrnn.eval.export import write
 from lrnn.eval.export.read import read_checkpoint
 from lrnn.eval.export.write import export
+from lrnn.fla_config import to_fla_config
 from lrnn.tokenizer import train_sentencepiece
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -77,6 +79,20 @@ class TestRefused:
         checkpoint = write_checkpoint(tmp_path / "run", random_model(variant), sentencepiece_model)
         error = refused(capsys, tmp_path, checkpoint, tmp_path / "out", "--format", "fla")
         assert f"this model's is {variant}: use --format hf" in error
+
+    @pytest.mark.parametrize(
+        ("field", "value", "said"),
+        [
+            ("norm_position", "post", "'post', where fla has 'pre'"),
+            ("gated_norm_eps", 1e-5, "1e-05, where fla has 1e-06"),
+        ],
+    )
+    def test_fla_does_not_have_the_form_of_the_blocks(self, field, value, said):
+        with pytest.raises(
+            UserError, match=f"the fla format cannot express this model's {field} {said}: use --format hf"
+        ):
+            to_fla_config(LrnnConfig(**{field: value}))
+        assert to_fla_config(LrnnConfig(gated_norm_eps=1e-6))["norm_eps"] == 1e-6
 
     def test_neither_run_nor_checkpoint(self, tmp_path, capsys):
         (tmp_path / "corpus").mkdir()

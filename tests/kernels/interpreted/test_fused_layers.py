@@ -20,10 +20,14 @@ IDS, LABELS = torch.randint(0, 50, (2, 2, 20), generator=torch.Generator().manua
 LABELS[0, 5:9] = -100
 
 
-def pair(mixer="gated_deltanet", **options):
+def pair(mixer="gated_deltanet", norm_position="pre", **options):
     """Return the same model with plain and with fused layers."""
     torch.manual_seed(0)
-    plain = LrnnForCausalLM(LrnnConfig(**SIZES, mixer=mixer, head_dim=64)).train()
+    plain = LrnnForCausalLM(LrnnConfig(**SIZES, mixer=mixer, head_dim=64, norm_position=norm_position)).train()
+    with torch.no_grad():  # ones, which norms begin with, would hide where they are
+        for name, parameter in plain.named_parameters():
+            if name.endswith("_norm.weight"):
+                parameter.uniform_(0.5, 1.5)
     fused = copy.deepcopy(plain)
     fuse(fused, torch.float32, **options)
     refresh(fused)
@@ -53,6 +57,8 @@ def compare(plain, fused, micro_batches=1, bar=2e-5):
         ("gated_deltanet", True, {"partitioned": True}),
         ("deltanet", True, {}),
         ("transformer", False, {}),
+        ("transformer", False, {"norm_position": "post"}),
+        ("transformer", True, {"norm_position": "post", "recompute_mlp": True}),
     ],
 )
 def test_loss_and_gradients(mixer, packed, options, monkeypatch):
@@ -63,6 +69,11 @@ def test_loss_and_gradients(mixer, packed, options, monkeypatch):
     cu_seqlens = torch.tensor([0, 3, 20, 40], dtype=torch.int32) if packed else None
     assert run(fused, 2, cu_seqlens) == pytest.approx(run(plain, 1, cu_seqlens), rel=1e-6)
     compare(plain, fused, 2)
+
+
+def test_a_mixer_whose_output_is_normed_is_called_as_it_is():
+    layer = pair(norm_position="post")[1].model.layers[0].fused
+    assert layer.fused_mixer is None and layer.mlp.norms_output
 
 
 def test_gradients_of_merged_weights_are_summed_in_place():
