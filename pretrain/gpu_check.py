@@ -16,9 +16,13 @@ def check_kernels(model_config: LrnnConfig, dtype: torch.dtype, gpu: Architectur
     Raises:
         UserError: it has none. The message says what the GPU takes.
     """
-    if issubclass(MIXERS[model_config.mixer], DeltaNet):
-        try:
-            check_gpu(model_config.head_dim, dtype, gpu)
-        except ValueError as error:
-            heads = f"mixer {model_config.mixer} with head_dim {model_config.head_dim} in {str(dtype)[6:]}"
-            raise UserError(f"{heads} cannot be trained on this GPU: {error}") from None
+    mixer = MIXERS[model_config.mixer]
+    if not issubclass(mixer, DeltaNet):
+        return
+    _, _, K, V = mixer.head_sizes(model_config)
+    try:
+        check_gpu(K, V, dtype, gpu)
+    except ValueError as error:
+        sizes = f"head_dim {K}" if V == K else f"head_dim {K} and head_v_dim {V}"
+        heads = f"mixer {model_config.mixer} with {sizes} in {str(dtype)[6:]}"
+        raise UserError(f"{heads} cannot be trained on this GPU: {error}") from None

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrnn.kernels.common.architecture import Architecture
-from lrnn.kernels.common.constants import HEAD_SIZES
 from lrnn.kernels.common.dispatch import use_kernels
 from lrnn.kernels.common.dtypes import DTYPES
+from lrnn.kernels.delta_rule.heads import check_sizes, pad_heads, padded_size
 from lrnn.kernels.delta_rule.operator import gated_delta_rule_forward, gated_delta_rule_recurrent
 from lrnn.kernels.delta_rule.settings import choose_settings
 from lrnn.kernels.reference import delta_rule as reference
@@ -52,13 +52,14 @@ def is_saving() -> bool:
     return _saving
 
 
-def check_gpu(K: int, dtype: torch.dtype, gpu: Architecture) -> None:
-    """Check that a GPU has kernels for keys of a size, up to 256, and a dtype.
+def check_gpu(K: int, V: int, dtype: torch.dtype, gpu: Architecture) -> None:
+    """Check that a GPU has kernels for keys of size K, values of size V, and a dtype.
 
     Raises:
-        ValueError: it has none, because its shared memory or its compute capability is too small.
+        ValueError: a size is above 256, or the GPU's shared memory or its compute capability is too small.
     """
-    choose_settings(K + _missing(K), dtype, gpu)
+    check_sizes(K, V)
+    choose_settings(padded_size(K), dtype, gpu)
 
 
 def gated_delta_rule(
@@ -239,20 +240,15 @@ def _run(
     precision, save_states,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     K, V = q.shape[3], v.shape[3]
-    if max(K, V) > HEAD_SIZES[-1]:
-        raise ValueError(f"the kernels support head sizes up to {HEAD_SIZES[-1]}; got {K} for keys and {V} for values")
+    check_sizes(K, V)
     if v.dtype not in DTYPES or q.dtype != v.dtype or k.dtype != v.dtype:
         raise ValueError(
             "the kernels support q, k and v of one dtype, bfloat16, float16 or float32; "
             f"got {q.dtype}, {k.dtype}, {v.dtype}"
         )
     scale = K**-0.5 if scale is None else float(scale)
-    # Zeros in q and k add nothing to norms and products, and their rows of the state stay zero. So do columns of v.
-    more_k, more_v = _missing(K), _missing(V)
-    if more_k:
-        q, k = F.pad(q, (0, more_k)), F.pad(k, (0, more_k))
-    if more_v:
-        v = F.pad(v, (0, more_v))
+    q, k, v = pad_heads(q), pad_heads(k), pad_heads(v)
+    more_k, more_v = q.shape[3] - K, v.shape[3] - V
     if initial_state is not None and (more_k or more_v):
         initial_state = F.pad(initial_state, (0, more_v, 0, more_k))
     tensors, options = (q, k, v, gate, beta, A_log, dt_bias), (beta_range, scale, normalize_qk)
@@ -266,8 +262,3 @@ def _run(
         flags = (initial_state, output_final_state, cu_seqlens, precision, saves)
         o, final, *_ = gated_delta_rule_forward(*tensors, *options, *flags)
     return o[..., :V], final[..., :K, :V] if output_final_state else None
-
-
-def _missing(size: int) -> int:
-    """Return how many columns are missing to the next head size that the kernels support."""
-    return next(supported for supported in HEAD_SIZES if supported >= size) - size

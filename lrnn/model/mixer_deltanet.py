@@ -26,6 +26,11 @@ class HeadSizes(NamedTuple):
     K: int
     V: int
 
+    @classmethod
+    def equal(cls, heads: int, size: int) -> "HeadSizes":
+        """Return as many key as value heads, all of one size."""
+        return cls(heads, heads, size, size)
+
     @property
     def keys(self) -> int:
         """Width of all keys."""

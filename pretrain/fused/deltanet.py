@@ -9,6 +9,7 @@ from torch import Tensor
 from lrnn.kernels import gated_rms_norm
 from lrnn.kernels.common.constants import HEAD_SIZES
 from lrnn.kernels.delta_rule.api import is_saving
+from lrnn.kernels.delta_rule.heads import pad_heads
 from lrnn.kernels.delta_rule.operator import gated_delta_rule_backward, gated_delta_rule_forward
 from lrnn.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from lrnn.kernels.short_conv import operator as short_conv
@@ -25,7 +26,7 @@ class FusedDeltaNet:
     All projections of norm(x) are one product [q | k | v | gate | b | a], whose columns the other kernels read and
     whose gradient they write in place. The norms are computed again in the backward pass. With `float8`, the products
     are those of `Float8Product`, but [b | a], which eigenvalues and decays come from, is a product of its own in
-    `dtype`.
+    `dtype`. Heads of other sizes than those of the kernels are padded between convolution and delta rule.
     """
 
     def __init__(self, norm: RMSNorm, mixer: DeltaNet, dtype: torch.dtype, float8: bool):
@@ -49,8 +50,7 @@ class FusedDeltaNet:
         return (
             isinstance(mixer, DeltaNet)
             and mixer.num_householder == 1
-            and mixer.heads[1] in HEAD_SIZES
-            and mixer.value_heads == mixer.heads
+            and max(mixer.heads[1], mixer.value_heads[1]) <= HEAD_SIZES[-1]
             and mixer.q_conv1d.weight.shape[-1] in TAPS
         )
 
@@ -76,15 +76,26 @@ class FusedDeltaNet:
         return (self.mixer.A_log, self.mixer.dt_bias) if self.mixer.gated else (None, None)
 
     def columns(self, zs: list[Tensor]) -> tuple[list[Tensor], Tensor | None, Tensor | None, Tensor]:
-        """Return the parts of the inner products [B, T, columns]: [q, k, v], the gate [B, T, H, D], a, and b."""
+        """Return the parts of the inner products [B, T, columns]: [q, k, v], the gate [B, T, HV, V], a, and b."""
         q, k, v, *rest = (part for p, z in zip(self.inner, zs, strict=True) for part in z.split(p.rows, -1))
         if not self.mixer.gated:
             return [q, k, v], None, None, rest[0]
         gate, b, a = rest
-        return [q, k, v], gate.unflatten(-1, self.mixer.heads), a, b
+        return [q, k, v], gate.unflatten(-1, self.mixer.value_heads), a, b
+
+    def as_heads(self, qkv: list[Tensor]) -> list[Tensor]:
+        """Return q, k [B, T, H, K] and v [B, T, HV, V], padded to the sizes of the kernels."""
+        q, k, v = qkv
+        heads, value_heads = self.mixer.heads, self.mixer.value_heads
+        return [pad_heads(x.unflatten(-1, n)) for x, n in ((q, heads), (k, heads), (v, value_heads))]
+
+    def as_columns(self, dq: Tensor, dk: Tensor, dv: Tensor) -> list[Tensor]:
+        """Return [B, T, columns] of gradients of what `as_heads` returns."""
+        K, V = self.mixer.heads[1], self.mixer.value_heads[1]
+        return [d[..., :size].flatten(-2) for d, size in ((dq, K), (dk, K), (dv, V))]
 
     def gated_norm(self, o: Tensor, gate: Tensor | None) -> Tensor:
-        """Return the normed output of the delta rule as rows [B * T, H * D]."""
+        """Return the normed output of the delta rule as rows [B * T, HV * V]."""
         norm = self.mixer.o_norm
         y = gated_rms_norm.compute(o, gate, norm.weight, norm.eps)
         return y.flatten(-2).flatten(0, 1)
@@ -101,11 +112,12 @@ class _FusedDeltaNet(torch.autograd.Function):
         a, b = None if a is None else a.contiguous(), b.contiguous()
         mixer.note_eigenvalues(partial(mixer._eigenvalues, b))
         weights: list[Tensor] = [c.weight for c in layer.convolutions]
-        q, k, v = (u.unflatten(-1, mixer.heads) for u in short_conv.compute(qkv, weights, [], cu_seqlens))
+        q, k, v = layer.as_heads(short_conv.compute(qkv, weights, [], cu_seqlens))
         options = (mixer.beta_range, layer.scale, True)
         o, _, *kept = gated_delta_rule_forward(
             q, k, v, a, b, *layer.gates(), *options, None, False, cu_seqlens, mixer.precision, is_saving()
         )
+        o = o[..., : mixer.value_heads[1]].contiguous()
         ctx.layer, ctx.options = layer, options
         ctx.save_for_backward(x, cu_seqlens, q, k, v, a, b, o, *zs, *kept)
         return layer.out.forward(layer.gated_norm(o, gate)).add_(rows).view_as(x)
@@ -126,7 +138,7 @@ class _FusedDeltaNet(torch.autograd.Function):
         do, d_o_norm = gated_rms_norm.write_gradients(dgate, n, dn, o, gate, o_norm.weight, o_norm.eps)
         d_out = layer.out.weight_gradients(dx_rows, n.flatten(-2).flatten(0, 1))
         dq, dk, dv, da, db, d_gates, _ = gated_delta_rule_backward(
-            do, None, q, k, v, a, b, A_log, dt_bias, *ctx.options, None, cu_seqlens, mixer.precision, *kept
+            pad_heads(do), None, q, k, v, a, b, A_log, dt_bias, *ctx.options, None, cu_seqlens, mixer.precision, *kept
         )
         db_column.copy_(db)
         gates = []
@@ -134,7 +146,7 @@ class _FusedDeltaNet(torch.autograd.Function):
             da_column.copy_(da)
             gates = [d_gates[0].to(A_log.dtype), d_gates[1].to(dt_bias.dtype)]
         weights: list[Tensor] = [c.weight for c in layer.convolutions]
-        d_taps = short_conv.write_gradients(dqkv, [d.flatten(-2) for d in (dq, dk, dv)], qkv, weights, [], cu_seqlens)
+        d_taps = short_conv.write_gradients(dqkv, layer.as_columns(dq, dk, dv), qkv, weights, [], cu_seqlens)
         taps = d_taps.split([w.shape[0] for w in weights])
         convolutions = [d[:, None].to(w.dtype) for d, w in zip(taps, weights, strict=True)]
 

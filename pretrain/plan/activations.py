@@ -22,14 +22,15 @@ def kept_by_mixer(setup: Setup) -> float:
     if not m.factors:
         # Its norm, the inputs and outputs of its projections, and those of what follows the projections.
         return _plain_norm(setup) + e * (2 * m.cost.weights / m.hidden + 2 * m.cost.channels)
-    convolved = (1 + 2 * m.factors) * m.inner
-    rows = (m.factors + m.gated) * m.heads  # b of each factor, a
-    projected = convolved + m.gated * m.inner + rows
+    rows = (m.factors + m.gated) * m.heads.HV  # b of each factor, a
+    projected = m.projected + rows
+    qkv = (1 + m.factors) * m.padded.keys + m.factors * m.padded.values
     if not (setup.fused and m.mixer_is_fused):
-        # The gate's input and the norm's output are kept for the products beside them.
-        return _plain_norm(setup) + e * (projected + convolved + 2 * m.inner) + _kept_by_delta_rule(setup)
+        # The output of the delta rule and that of the norm are kept for what follows them.
+        outputs = m.padded.values + m.heads.values
+        return _plain_norm(setup) + e * (projected + qkv + outputs) + _kept_by_delta_rule(setup)
     # x, what the merged product returns, its columns b and a again, q k v, and the output of the delta rule.
-    return e * (m.hidden + projected + rows + convolved + m.inner) + _kept_by_delta_rule(setup)
+    return e * (m.hidden + projected + rows + qkv + m.heads.values) + _kept_by_delta_rule(setup)
 
 
 def kept_by_mlp(setup: Setup) -> float:
@@ -48,9 +49,9 @@ def kept_by_whole_layer(setup: Setup) -> float:
 def saved_states(setup: Setup) -> float:
     """Return the bytes that a recomputed delta rule saves besides, for the states of its chunks and the errors Y."""
     m = setup.model
-    if not m.factors or not can_save_states(m.head, DTYPES[setup.precision]):
+    if not m.factors or not can_save_states(m.padded.K, DTYPES[setup.precision]):
         return 0.0
-    return setup.itemsize * m.factors * m.inner * (1 + m.head / CHUNK)
+    return _states_and_errors(setup)
 
 
 def used_by_mixer(setup: Setup) -> float:
@@ -62,11 +63,14 @@ def used_by_mixer(setup: Setup) -> float:
     m, e = setup.model, setup.itemsize
     if not m.factors:
         return e * (2 * m.cost.weights / m.hidden + m.hidden)
-    convolved = (1 + 2 * m.factors) * m.inner
-    projected = convolved + m.gated * m.inner
-    states = 0.0 if setup.checkpointing == "full" else e * m.factors * m.inner * (1 + m.head / CHUNK)
-    float8 = projected * (setup.float8 and m.mixer_is_fused)  # the gradients of the projections, cast
-    return e * (projected + convolved + 2 * m.inner + m.factors * m.inner * m.head / CHUNK + m.hidden) + states + float8
+    heads = m.padded
+    # Each value head has its own gradients of q and k. They are added up where key heads are fewer.
+    dqk = (1 + m.factors) * (heads.HV * heads.K + (heads.keys if heads.HV > heads.H else 0))
+    dstates = m.factors * heads.values * heads.K / CHUNK
+    numbers = m.projected + dqk + m.factors * heads.values + 2 * m.heads.values + dstates + m.hidden
+    states = 0.0 if setup.checkpointing == "full" else _states_and_errors(setup)
+    float8 = m.projected * (setup.float8 and m.mixer_is_fused)  # the gradients of the projections, cast
+    return e * numbers + states + float8
 
 
 def used_by_mlp(setup: Setup) -> float:
@@ -107,11 +111,19 @@ def _plain_norm(setup: Setup) -> float:
     return FLOAT32 * (setup.model.hidden + 1) + setup.itemsize * setup.model.hidden
 
 
+def _states_and_errors(setup: Setup) -> float:
+    """Return the bytes of the states of the delta rule's chunks, and of the errors Y."""
+    heads = setup.model.padded
+    return setup.itemsize * setup.model.factors * heads.values * (1 + heads.K / CHUNK)
+
+
 def _kept_by_delta_rule(setup: Setup) -> float:
     """Return the bytes that the operator keeps besides its inputs: C, four numbers per token and head, and states."""
     m = setup.model
     dtype = DTYPES[setup.precision]
-    segments = 1 if setup.packed else count_segments(setup.micro_batch, setup.seq_len, m.heads, m.head, m.head, dtype)
-    states = setup.micro_batch * segments * m.heads * m.head * 3 * m.head if segments > 1 else 0
+    heads = m.padded
+    sizes = (heads.HV, heads.K, heads.V)
+    segments = 1 if setup.packed else count_segments(setup.micro_batch, setup.seq_len, *sizes, dtype)
+    states = setup.micro_batch * segments * heads.HV * heads.K * (2 * heads.V + heads.K) if segments > 1 else 0
     matrices = setup.itemsize * CHUNK + 4 * FLOAT32  # float32 keeps C in float32, 16 bits in float16
-    return m.factors * m.heads * matrices + FLOAT32 * states / setup.tokens
+    return m.factors * heads.HV * matrices + FLOAT32 * states / setup.tokens

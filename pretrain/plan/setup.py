@@ -9,8 +9,9 @@ from lrnn import LrnnConfig
 from lrnn.errors import UserError
 from lrnn.kernels.common.architecture import COMPILED
 from lrnn.kernels.common.constants import HEAD_SIZES
+from lrnn.kernels.delta_rule.heads import padded_size
 from lrnn.kernels.short_conv.api import TAPS
-from lrnn.model.mixer_deltanet import DeltaNet
+from lrnn.model.mixer_deltanet import DeltaNet, HeadSizes
 from lrnn.model.mixers import MIXERS
 from lrnn.model.registry import Cost
 from lrnn.pretrain.config import Config, load_model_of
@@ -32,7 +33,7 @@ class ModelSizes:
 
     Attributes:
         layers, hidden, intermediate, vocab: sizes of the model.
-        heads, head: heads of the mixer and their size.
+        heads: heads of the mixer and their sizes.
         taps: taps of the short convolutions.
         cost: what the mixer declares.
         factors: Householder factors per token of a DeltaNet or DeltaProduct mixer; 0 for other mixers.
@@ -44,8 +45,7 @@ class ModelSizes:
     hidden: int
     intermediate: int
     vocab: int
-    heads: int
-    head: int
+    heads: HeadSizes
     taps: int
     cost: Cost
     factors: int
@@ -62,8 +62,7 @@ class ModelSizes:
             hidden=config.hidden_size,
             intermediate=config.intermediate_size,
             vocab=config.vocab_size,
-            heads=config.num_heads,
-            head=config.head_dim,
+            heads=mixer.head_sizes(config) if is_delta else HeadSizes.equal(config.num_heads, config.head_dim),
             taps=config.conv_size,
             cost=mixer.cost(config),
             factors=mixer.factors(config) if is_delta else 0,
@@ -72,9 +71,14 @@ class ModelSizes:
         )
 
     @property
-    def inner(self) -> int:
-        """Width of a mixer: heads times their size."""
-        return self.heads * self.head
+    def padded(self) -> HeadSizes:
+        """The heads as the kernels of the delta rule compute them; see `lrnn.kernels.delta_rule.heads`."""
+        return self.heads._replace(K=padded_size(self.heads.K), V=padded_size(self.heads.V))
+
+    @property
+    def projected(self) -> int:
+        """Rows of the wide projections of a DeltaNet or DeltaProduct mixer: q, k and v of each factor, the gate."""
+        return self.cost.channels + self.gated * self.heads.values
 
     @property
     def mlp(self) -> int:
@@ -86,7 +90,7 @@ class ModelSizes:
 
         The projections that step sizes and decays come from are not among them.
         """
-        mixer = [(self.hidden, (3 + self.gated) * self.inner), (self.inner, self.hidden)]
+        mixer = [(self.hidden, self.projected), (self.heads.values, self.hidden)]
         mlp = [(self.hidden, 2 * self.intermediate), (self.intermediate, self.hidden)]
         return [*(mixer if self.mixer_is_fused else []), *mlp]
 
@@ -103,14 +107,14 @@ class ModelSizes:
     @property
     def parameters(self) -> int:
         """Parameters of the model, without the biases and decays of its mixers, which are a few thousand."""
-        small = self.cost.channels * self.taps + 2 * self.hidden + self.head
+        small = self.cost.channels * self.taps + 2 * self.hidden + self.heads.V
         embedding = 0 if self.tied else self.vocab * self.hidden
         return self.matrices + embedding + self.layers * small + self.hidden
 
     @property
     def mixer_is_fused(self) -> bool:
         """Whether fused layers compute the mixer too; see `FusedDeltaNet.fits`."""
-        return self.factors == 1 and self.head in HEAD_SIZES and self.taps in TAPS
+        return self.factors == 1 and max(self.heads.K, self.heads.V) <= HEAD_SIZES[-1] and self.taps in TAPS
 
 
 @dataclass(frozen=True)

@@ -118,16 +118,18 @@ def _products(setup: Setup) -> tuple[float, float]:
 
 def _recurrence(setup: Setup) -> tuple[float, float]:
     """Return the seconds of a micro-batch's recurrences, forward and backward."""
-    reference, gpu = find_gpu(MEASURED_ON), setup.gpu
+    m, reference, gpu = setup.model, find_gpu(MEASURED_ON), setup.gpu
     slower = RECURRENCE_BY_PEAK * reference.bfloat16 / gpu.bfloat16
     slower += (1 - RECURRENCE_BY_PEAK) * reference.bandwidth / gpu.bandwidth
     if setup.packed:
         slower *= RECURRENCE_PACKED
-    elif gpu.capability[0] != 9:
+    elif gpu.capability[0] != 9 or (m.factors and not m.padded.K == m.padded.V == 128):  # see `Hopper.fits`
         slower *= RECURRENCE_PORTABLE
     if setup.itemsize == 4:
         slower *= 2
-    whole = setup.tokens * setup.model.layers * setup.model.cost.recurrence * RECURRENCE * slower
+    if m.factors:  # heads that are padded cost what the padded ones do
+        slower *= m.padded.K * m.padded.V / (m.heads.K * m.heads.V)
+    whole = setup.tokens * m.layers * m.cost.recurrence * RECURRENCE * slower
     return _passes(setup, RECURRENCE_FORWARD * whole, (1 - RECURRENCE_FORWARD) * whole)
 
 
@@ -159,14 +161,16 @@ def _by_bytes(setup: Setup) -> Iterator[tuple[float, float, float]]:
     m = setup.model
     convolved = m.cost.channels
     fused_mixer = setup.fused and m.mixer_is_fused
+    if m.factors:
+        yield *_padding(setup), 1.0
     yield 2 * convolved, 3 * convolved, CONVOLUTION
     if fused_mixer:
         yield 2 * m.hidden, 5 * m.hidden, NORM
-        yield 3 * m.inner, 6 * m.inner, GATED_NORM
+        yield 3 * m.heads.values, 6 * m.heads.values, GATED_NORM
         yield 3 * m.hidden, 0, 1.0  # the residual
     else:
         yield 9 * m.hidden, 13 * m.hidden, PLAIN  # the norm in float32, and casts
-        yield 3 * m.inner, 5 * m.inner, GATED_NORM
+        yield 3 * m.heads.values, 5 * m.heads.values, GATED_NORM
         yield 3 * m.hidden, 18 * m.hidden, PLAIN  # the residual, and the sum of the projections' gradients
     if setup.fused:
         yield 2 * m.hidden, 5 * m.hidden, NORM
@@ -179,13 +183,25 @@ def _by_bytes(setup: Setup) -> Iterator[tuple[float, float, float]]:
         yield 3 * m.hidden, 6 * m.hidden, PLAIN
 
 
+def _padding(setup: Setup) -> tuple[float, float]:
+    """Return the numbers that are read and written where heads are padded, forward and backward."""
+    m, heads, padded = setup.model, setup.model.heads, setup.model.padded
+    keys, values = padded.K > heads.K, padded.V > heads.V
+    qk, v = (1 + m.factors) * keys, m.factors * values
+    # PyTorch writes a padded tensor twice: zeros, and then what is padded. A slice of it is copied.
+    pad = qk * (heads.keys + 2 * padded.keys) + v * (heads.values + 2 * padded.values)
+    slices = 2 * qk * heads.keys + 2 * v * heads.values
+    output, gradient = 2 * values * heads.values, values * (heads.values + 2 * padded.values)
+    return pad + output, slices + gradient
+
+
 def _casts(setup: Setup) -> Iterator[tuple[float, float, float]]:
     """Yield the casts to float8 of a layer, as `_by_bytes` does: 1.5 numbers of 16 bits for each that is cast."""
     m = setup.model
     if not setup.float8:
         return
     if m.mixer_is_fused:  # norm(x) and the input of the last projection; their gradients
-        yield 1.5 * (m.hidden + m.inner), 1.5 * ((3 + m.gated) * m.inner + m.hidden), CAST
+        yield 1.5 * (m.hidden + m.heads.values), 1.5 * (m.projected + m.hidden), CAST
     # norm(x); dz, and what SwiGLU writes in float8 besides. Forward, SwiGLU writes float8 alone.
     yield 1.5 * m.hidden - 0.5 * m.intermediate, 1.5 * m.hidden + m.intermediate, CAST
 

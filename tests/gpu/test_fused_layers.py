@@ -23,10 +23,19 @@ def gradients(model, ids, labels, cu_seqlens, autocast):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("mixer", ["gated_deltanet", "deltanet", "gla"])
-def test_as_exact_as_the_plain_layers(mixer, packed):
+@pytest.mark.parametrize(
+    ("mixer", "heads"),
+    [
+        ("gated_deltanet", {}),
+        ("gated_deltanet", {"head_dim": 96, "head_v_dim": 192}),
+        ("gated_deltanet", {"num_value_heads": 4}),
+        ("deltanet", {}),
+        ("gla", {}),
+    ],
+)
+def test_as_exact_as_the_plain_layers(mixer, heads, packed):
     torch.manual_seed(0)
-    config = LrnnConfig(**SIZES, mixer=mixer, head_dim=128)
+    config = LrnnConfig(**{**SIZES, "head_dim": 128, **heads}, mixer=mixer)
     model = LrnnForCausalLM(config).train()
     ids, labels = torch.randint(0, 700, (2, 4, 300)).unbind()
     labels[:, ::7] = -100

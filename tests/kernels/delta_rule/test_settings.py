@@ -83,9 +83,9 @@ def test_gpus_with_too_little_are_refused(gpu):
 
 
 def test_a_gpu_is_checked_for_keys_as_they_are_padded():
-    api.check_gpu(100, FP32, ADA)
+    api.check_gpu(100, 192, FP32, ADA)
     with pytest.raises(ValueError, match=r"this GPU \(sm_89\)"):
-        api.check_gpu(200, FP32, ADA)
+        api.check_gpu(200, 64, FP32, ADA)
 
 
 def test_a_call_takes_the_settings_of_its_gpu(monkeypatch):

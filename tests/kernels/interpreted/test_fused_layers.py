@@ -8,8 +8,11 @@ import torch
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.errors import UserError
 from lrnn.kernels import gated_rms_norm
+from lrnn.kernels.delta_rule import api as delta_rule
 from lrnn.kernels.delta_rule.api import saving_states
+from lrnn.kernels.short_conv import api as short_conv_api
 from lrnn.kernels.short_conv import operator as short_conv
+from lrnn.model import layers
 from lrnn.pretrain.fused import loss as fused_loss
 from lrnn.pretrain.fused.float8 import Float8Product
 from lrnn.pretrain.fused.layers import FusedBlock, fuse, refresh
@@ -20,10 +23,11 @@ IDS, LABELS = torch.randint(0, 50, (2, 2, 20), generator=torch.Generator().manua
 LABELS[0, 5:9] = -100
 
 
-def pair(mixer="gated_deltanet", norm_position="pre", **options):
+def pair(mixer="gated_deltanet", norm_position="pre", heads=None, **options):
     """Return the same model with plain and with fused layers."""
     torch.manual_seed(0)
-    plain = LrnnForCausalLM(LrnnConfig(**SIZES, mixer=mixer, head_dim=64, norm_position=norm_position)).train()
+    sizes = SIZES | {"head_dim": 64} | (heads or {})
+    plain = LrnnForCausalLM(LrnnConfig(**sizes, mixer=mixer, norm_position=norm_position)).train()
     with torch.no_grad():  # ones, which norms begin with, would hide where they are
         for name, parameter in plain.named_parameters():
             if name.endswith("_norm.weight"):
@@ -74,6 +78,19 @@ def test_loss_and_gradients(mixer, packed, options, monkeypatch):
 def test_a_mixer_whose_output_is_normed_is_called_as_it_is():
     layer = pair(norm_position="post")[1].model.layers[0].fused
     assert layer.fused_mixer is None and layer.mlp.norms_output
+
+
+def test_key_and_value_heads_of_different_numbers_and_sizes(monkeypatch):
+    """On packed documents, against the plain layers in float64, which PyTorch computes."""
+    plain, fused = pair(heads={"num_heads": 2, "num_value_heads": 4, "head_dim": 12, "head_v_dim": 24})
+    assert fused.model.layers[0].fused.fused_mixer is not None
+    cu_seqlens = torch.tensor([0, 3, 20, 40], dtype=torch.int32)
+    loss = run(fused, 1, cu_seqlens)
+    for module in (delta_rule, short_conv_api, gated_rms_norm, layers):
+        monkeypatch.setattr(module, "use_kernels", lambda x: False)
+    plain.double()
+    assert loss == pytest.approx(run(plain, 1, cu_seqlens), rel=1e-6)
+    compare(plain, fused)
 
 
 def test_gradients_of_merged_weights_are_summed_in_place():

@@ -32,9 +32,9 @@ def saved_bytes(compute, model) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
-def built(mixer: str, **options) -> tuple[LrnnForCausalLM, Setup]:
+def built(mixer: str, heads: dict[str, int] | None = None, **options) -> tuple[LrnnForCausalLM, Setup]:
     """Return a model with fused layers, and the same for the planner."""
-    config = LrnnConfig(**SIZES, mixer=mixer, head_dim=64)
+    config = LrnnConfig(**{**SIZES, "head_dim": 64, **(heads or {})}, mixer=mixer)
     model = LrnnForCausalLM(config).train()
     fuse(model, torch.float32, **options)
     plan = Setup(
@@ -48,7 +48,11 @@ def built(mixer: str, **options) -> tuple[LrnnForCausalLM, Setup]:
 
 @pytest.mark.parametrize(
     ("mixer", "saving", "options"),
-    [("deltanet", True, {}), ("gated_deltanet", False, {"recompute_mlp": True, "float8": True})],
+    [
+        ("deltanet", True, {}),
+        ("gated_deltanet", False, {"recompute_mlp": True, "float8": True}),
+        ("gated_deltanet", False, {"heads": {"num_value_heads": 2, "head_dim": 12, "head_v_dim": 80}}),
+    ],
 )
 def test_what_a_layer_keeps(mixer, saving, options):
     """With `saving`, as where the whole layer is computed again just before its backward pass."""
