@@ -12,7 +12,17 @@ DELTA_RULE_PRECISIONS = ("standard", "split")
 NORM_POSITIONS = ("pre", "post")
 BLOCK_OPTIONS: dict[str, Any] = {"norm_position": "pre"}  # options of the block around any mixer, with their defaults
 # These and options of some mixers. An option is written to config.json only if it is not at its default.
-OPTIONS: dict[str, Any] = {"num_value_heads": None, "head_v_dim": None, "gated_norm_eps": None, **BLOCK_OPTIONS}
+OPTIONS: dict[str, Any] = {
+    "num_value_heads": None,
+    "head_v_dim": None,
+    "gated_norm_eps": None,
+    "num_kv_heads": None,
+    "rope_theta": 10_000.0,
+    "qk_norm": None,
+    "sliding_window": None,
+    "attention_gate": False,
+    **BLOCK_OPTIONS,
+}
 
 
 class LrnnConfig(PretrainedConfig):
@@ -28,6 +38,12 @@ class LrnnConfig(PretrainedConfig):
             default. Key head i serves value heads i r to (i + 1) r - 1, with r = num_value_heads / num_heads.
         head_v_dim: value size of a head of the DeltaNet and DeltaProduct mixers; default head_dim, which is always
             their key size.
+        num_kv_heads: key and value heads of "attention", each of which serves num_heads / num_kv_heads query heads;
+            default num_heads. This field and the next four are of "attention" alone.
+        rope_theta: base of the rotary positions; null for no positions.
+        qk_norm: RMSNorm on queries and keys: "head" over each head, "projection" over all heads together, or null.
+        sliding_window: number of tokens that a token sees, itself included; null for all before it.
+        attention_gate: multiply the output by sigmoid(g_proj(x)), ahead of the last projection.
         num_householder: factors per token of the DeltaProduct mixers, 1 to 4; the others do not read it.
         state_size: numbers that each channel of "mamba" keeps; the others do not read it.
         allow_neg_eigval: eigenvalues of the state transition in [-1, 1] rather than [0, 1] (arXiv 2411.12537). For the
@@ -87,6 +103,11 @@ class LrnnConfig(PretrainedConfig):
         head_v_dim: int | None = None,
         gated_norm_eps: float | None = None,
         norm_position: str = "pre",
+        num_kv_heads: int | None = None,
+        rope_theta: float | None = 10_000.0,
+        qk_norm: str | None = None,
+        sliding_window: int | None = None,
+        attention_gate: bool = False,
         **kwargs,
     ):
         from .mixers import MIXERS  # here, because the mixers import this file
@@ -125,6 +146,11 @@ class LrnnConfig(PretrainedConfig):
         self.mixer = mixer
         self.allow_neg_eigval = allow_neg_eigval
         self.delta_rule_precision = delta_rule_precision
+        self.num_kv_heads = num_kv_heads
+        self.rope_theta = rope_theta
+        self.qk_norm = qk_norm
+        self.sliding_window = sliding_window
+        self.attention_gate = attention_gate
         self.norm_eps = norm_eps
         self.gated_norm_eps = gated_norm_eps
         self.norm_position = norm_position

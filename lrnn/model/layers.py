@@ -116,7 +116,7 @@ def zero_at_padding(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, computed in float32."""
+    """Root-mean-square norm over the last dimension, computed in float32, or in float64 for an input in it."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -124,7 +124,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
 
 
 class GatedRMSNorm(RMSNorm):

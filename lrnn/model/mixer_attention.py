@@ -1,101 +1,126 @@
-"""Softmax attention as a token mixer, for comparison. Copied into exported folders."""
+"""Softmax attention as a token mixer. Copied into exported folders."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import attend
 from .configuration_lrnn import LrnnConfig
-from .layers import Mixer
+from .key_values import attend_and_write, first_state, with_slots
+from .layers import Mixer, RMSNorm
 from .registry import Cost, register
+from .rotary import positions, rotate
 
-ROTARY_BASE = 10_000.0
+QK_NORMS = ("head", "projection")
 
 
-@register("transformer")
+@register("transformer")  # its name in lrnn 0.1.0
+@register("attention")
 class Attention(Mixer):
-    """Causal multi-head attention (arXiv 1706.03762) with rotary positions (2104.09864). It has no eigenvalue range.
+    """Causal softmax attention (arXiv 1706.03762), with what models since have added, each of it an option:
 
-    Its state in the cache is (keys [B, H, S, D], values [B, H, S, D], bool [B, S] that is False at padding).
+    num_kv_heads: fewer key and value heads than query heads, as in Llama (grouped queries, 2305.13245);
+    rope_theta: the base of rotary positions (2104.09864), or None for no positions;
+    qk_norm: an RMSNorm on queries and keys, "head" over each head as in Qwen3, "projection" over all as in Olmo 2;
+    sliding_window: the number of tokens that a token sees, itself included, as in Mistral (2310.06825);
+    attention_gate: the output times sigmoid(g_proj(x)), elementwise, as in Qwen3-Next (2505.06708).
+
+    It has no eigenvalue range. `key_values.py` describes its state in the cache.
     """
 
-    title, paper = "Softmax attention with rotary positions", "1706.03762"
+    title, paper = "Softmax attention", "1706.03762"
     kind = "transformer"
+    options = ("num_kv_heads", "rope_theta", "qk_norm", "sliding_window", "attention_gate")
 
     @staticmethod
     def cost(config: LrnnConfig) -> Cost:
-        inner = config.num_heads * config.head_dim
-        # Scores and sums over the tokens before: half the sequence on average.
-        recurrence = (config.max_position_embeddings + 1) * inner
-        return Cost(weights=4 * config.hidden_size * inner, recurrence=recurrence, state=None)
+        inner, kv = config.num_heads * config.head_dim, key_heads(config) * config.head_dim
+        T = config.max_position_embeddings
+        window = min(config.sliding_window or T, T)
+        # Pairs of a token and one that it sees, in a sequence; each takes a score and a sum.
+        pairs = window * (window + 1) // 2 + (T - window) * window
+        weights = config.hidden_size * ((2 + config.attention_gate) * inner + 2 * kv)
+        bounded = config.sliding_window is not None
+        return Cost(
+            weights,
+            recurrence=2 * pairs * inner // T,
+            state=2 * kv * config.sliding_window if bounded else None,
+            cache_per_token=0 if bounded else 2 * kv,
+        )
 
-    @staticmethod
-    def check(config: LrnnConfig) -> None:
+    @classmethod
+    def details(cls, config: LrnnConfig) -> dict[str, str]:
+        facts = {
+            "key and value heads": config.num_kv_heads,
+            "base of rotary positions": "none" if config.rope_theta is None else f"{config.rope_theta:g}",
+            "norm of queries and keys": config.qk_norm and f"over each {config.qk_norm}",
+            "tokens that a token sees": config.sliding_window,
+            "gate on the output": "sigmoid" if config.attention_gate else None,
+        }
+        return {name: str(value) for name, value in facts.items() if value is not None}
+
+    @classmethod
+    def check(cls, config: LrnnConfig) -> None:
+        for name in ("num_kv_heads", "sliding_window"):
+            value = getattr(config, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be a positive integer or null; got {value!r}")
+        if config.num_heads % key_heads(config):
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads; got {config.num_heads} and {config.num_kv_heads}"
+            )
+        if config.qk_norm is not None and config.qk_norm not in QK_NORMS:
+            raise ValueError(f"qk_norm must be null, 'head' or 'projection'; got {config.qk_norm!r}")
+        if type(config.attention_gate) is not bool:
+            raise ValueError(f"attention_gate must be true or false; got {config.attention_gate!r}")
+        theta = config.rope_theta
+        if theta is None:
+            return
+        if type(theta) not in (int, float) or not 0 < theta < float("inf"):
+            raise ValueError(f"rope_theta must be a positive number, or null for no positions; got {theta!r}")
         if config.head_dim % 2:
-            raise ValueError(f"head_dim of a transformer must be even, for rotary positions; got {config.head_dim}")
+            raise ValueError(
+                f"head_dim of attention must be even for rotary positions, or rope_theta null; got {config.head_dim}"
+            )
 
     def __init__(self, config: LrnnConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        inner = config.num_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, inner, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, inner, bias=False)
-        self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        hidden, (H, D), self.kv_heads = config.hidden_size, self.heads, key_heads(config)
+        self.rope_theta, self.window, self.qk_norm = config.rope_theta, config.sliding_window, config.qk_norm
+        self.q_proj = nn.Linear(hidden, H * D, bias=False)
+        self.k_proj = nn.Linear(hidden, self.kv_heads * D, bias=False)
+        self.v_proj = nn.Linear(hidden, self.kv_heads * D, bias=False)
+        if config.qk_norm is not None:
+            widths = (D, D) if config.qk_norm == "head" else (H * D, self.kv_heads * D)
+            self.q_norm, self.k_norm = (RMSNorm(width, config.norm_eps) for width in widths)
+        self.g_proj = nn.Linear(hidden, H * D, bias=False) if config.attention_gate else None
+        self.o_proj = nn.Linear(H * D, hidden, bias=False)
 
     def forward(self, x, cache, mask, cu_seqlens, document) -> Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, self.heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        T = x.shape[1]
+        q, k, v = self._project(x)
         before = self.read_state(cache)
-        start = 0 if before is None else before[0].shape[2]
-        seen = mask
-        if cache is not None:
-            seen = x.new_ones(x.shape[0], T, dtype=torch.bool) if mask is None else mask
-            if before is not None:
-                seen = torch.cat([before[2], seen], 1)
-        # Positions do not count padding. They continue across documents, since only their differences matter.
-        position = torch.arange(T, device=x.device)[None] if before is None else (seen.cumsum(1) - 1)[:, -T:]
-        q, k = rotate(q, position), rotate(k, position)
-        if before is not None:
-            k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)
-        self.write_state(cache, (k, v, seen))
-        if start == 0 and mask is None and document is None:
-            o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if self.rope_theta is not None:
+            position = positions(x, None if before is None else before[2], cu_seqlens, document)
+            q, k = (rotate(y, position, self.rope_theta) for y in (q, k))
+        if before is None:  # padding is behind the tokens, so that none of them sees it
+            o = attend(q, k, v, self.window, cu_seqlens)
+            state = None if cache is None else first_state(k, v, mask, self.window)
         else:
-            o = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_pattern(T, start, seen, document, x.device))
-        return self.o_proj(o.transpose(1, 2).flatten(-2))
+            before = with_slots(before, cache.seen_tokens + x.shape[1], self.window)
+            o, state = attend_and_write(before, q, k, v, mask, self.window)
+        self.write_state(cache, state)
+        o = o.flatten(-2)
+        return self.o_proj(o if self.g_proj is None else o * self.g_proj(x).sigmoid())
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries [B, T, H, D], keys and values [B, T, G, D], queries and keys normed if they are to be."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.qk_norm == "projection":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.unflatten(-1, (-1, self.heads[1])) for y in (q, k, v))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
 
 
-def attention_pattern(T: int, start: int, seen: Tensor | None, document: Tensor | None, device: torch.device) -> Tensor:
-    """Return which tokens each token sees: bool [1 or B, 1, T, start + T].
-
-    A token sees no later token, no padding and no other document. It always sees itself, so that no row is empty.
-
-    Args:
-        T: number of tokens.
-        start: number of tokens before them.
-        seen: bool [B, start + T] that is False at padding, or None.
-        document: int64 [B, T], the document of each token, or None. Only with start = 0.
-        device: of the result.
-    """
-    position = torch.arange(start + T, device=device)
-    ahead = position[start:, None] - position
-    sees = (ahead >= 0)[None, None]
-    if seen is not None:
-        sees = sees & seen[:, None, None, :]
-    if document is not None:
-        sees = sees & (document[:, None, :, None] == document[:, None, None, :])
-    return sees | (ahead == 0)
-
-
-def rotate(x: Tensor, position: Tensor) -> Tensor:
-    """Apply rotary positions [B or 1, T] to x [B, H, T, D].
-
-    Each pair of channels (i, i + D/2) is rotated by the angle position / base^(2i/D).
-    """
-    D = x.shape[-1]
-    frequency = ROTARY_BASE ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
-    angle = position[:, None, :, None].float() * frequency
-    cos, sin = angle.cos(), angle.sin()
-    first, second = x.float().chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+def key_heads(config: LrnnConfig) -> int:
+    """Return the number of key and value heads."""
+    return config.num_heads if config.num_kv_heads is None else config.num_kv_heads

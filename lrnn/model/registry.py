@@ -36,6 +36,7 @@ class Cost:
     recurrence: int  # multiply-adds with the state or with the other tokens
     state: int | None  # numbers that a sequence carries in the state; None if they grow with its length
     channels: int = 0  # of short convolutions: `conv_size` multiply-adds each
+    cache_per_token: int = 0  # numbers that each token of a sequence adds to what it carries, in the model's dtype
 
 
 def register(name: str) -> Callable[[M], M]:

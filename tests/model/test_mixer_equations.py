@@ -175,24 +175,33 @@ def slstm(x, p, c):
     return torch.stack(out) @ p["o_proj.weight"].T, None
 
 
-def transformer(x, p, c):
-    H, D = c.num_heads, c.head_dim
-    q, k, v = ((x @ p[f"{y}_proj.weight"].T).view(-1, H, D) for y in "qkv")
+def attention(x, p, c):
+    H, D, G, T = c.num_heads, c.head_dim, c.num_kv_heads or c.num_heads, len(x)
+    q, k, v = ((x @ p[f"{y}_proj.weight"].T).view(T, -1, D) for y in "qkv")
+    if c.qk_norm == "head":
+        q, k = norm(q, p["q_norm.weight"]), norm(k, p["k_norm.weight"])
     turn = torch.polar(
-        torch.ones(len(x), D // 2).double(),
-        torch.arange(len(x)).double()[:, None] * 10_000.0 ** (-torch.arange(0, D, 2).double() / D),
+        torch.ones(T, D // 2).double(),
+        torch.arange(T).double()[:, None] * c.rope_theta ** (-torch.arange(0, D, 2).double() / D),
     )
     q, k = (torch.complex(y[..., : D // 2], y[..., D // 2 :]) * turn[:, None] for y in (q, k))
     out = []
-    for t in range(len(x)):
-        scores = (q[t].conj() * k[: t + 1]).real.sum(-1) / D**0.5
-        out.append((scores.softmax(0)[..., None] * v[: t + 1]).sum(0).flatten())
-    return torch.stack(out) @ p["o_proj.weight"].T, None
+    for t in range(T):
+        heads = []
+        for h in range(H):
+            seen = slice(max(0, t + 1 - (c.sliding_window or T)), t + 1)
+            scores = (q[t, h].conj() * k[seen, h * G // H]).real.sum(-1) / D**0.5
+            heads.append(scores.softmax(0) @ v[seen, h * G // H])
+        out.append(torch.cat(heads))
+    out = torch.stack(out)
+    if c.attention_gate:
+        out = out * (x @ p["g_proj.weight"].T).sigmoid()
+    return out @ p["o_proj.weight"].T, None
 
 
 TRUTH = dict.fromkeys((name for name, mixer in MIXERS.items() if issubclass(mixer, DeltaNet)), delta)
 TRUTH |= {"gla": gla, "mamba2": mamba2, "mamba": mamba, "mlstm": mlstm, "rwkv7": rwkv7}
-TRUTH |= {"slstm": slstm, "transformer": transformer}
+TRUTH |= {"slstm": slstm, "attention": attention, "transformer": attention}
 
 
 def truth(model: LrnnForCausalLM, x: torch.Tensor):

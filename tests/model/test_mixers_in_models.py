@@ -23,6 +23,10 @@ def states(cache, layer: int = 0) -> tuple[torch.Tensor, ...]:
     return state if isinstance(state, tuple) else (state,)
 
 
+def has_recurrent_state(model) -> bool:
+    return model.config.mixer not in ("attention", "transformer")
+
+
 # ---- generation
 
 
@@ -39,7 +43,7 @@ def test_continuing_from_a_cache(variant, allow_neg_eigval, cuts):
             cache = out.past_key_values
             pieces.append(out.logits)
         assert largest(torch.cat(pieces, 1) - full) < 2e-4
-        if model.config.mixer != "transformer":
+        if has_recurrent_state(model):
             assert all(x.dtype == torch.float32 for x in states(cache))
 
 
@@ -72,7 +76,7 @@ def test_padding_on_the_left_changes_nothing(variant, allow_neg_eigval):
         assert largest(out.logits[0, pad:] - alone.logits[0]) < 1e-4
         assert largest(out.logits[1] - model(long).logits[0]) < 1e-4
         assert largest(model(batch).logits[0, pad:] - alone.logits[0]) > 1e-2  # without the mask
-        if model.config.mixer != "transformer":
+        if has_recurrent_state(model):
             for padded, single in zip(states(out.past_key_values, 1), states(alone.past_key_values, 1), strict=True):
                 assert largest(padded[:1] - single) < 1e-4 * max(1, largest(single))
         more = model(step, past_key_values=out.past_key_values).logits
@@ -88,7 +92,7 @@ def test_padding_behind_a_text_leaves_the_state_as_it_is(variant):
     with torch.no_grad():
         before = model(ids, use_cache=True).past_key_values
         after = model(F.pad(ids, (0, 50), value=3), attention_mask=mask, use_cache=True).past_key_values
-        if model.config.mixer != "transformer":
+        if has_recurrent_state(model):
             for a, b in zip(states(before), states(after), strict=True):
                 assert largest(a - b) < 1e-5 * max(1, largest(a))
         got = model(step, past_key_values=after).logits
@@ -169,7 +173,7 @@ def test_autocast_keeps_the_state_in_float32(variant):
         with torch.autocast("cpu", torch.bfloat16):
             out = model(ids, use_cache=True)
     assert out.logits.dtype == torch.bfloat16
-    if model.config.mixer != "transformer":
+    if has_recurrent_state(model):
         assert all(x.dtype == torch.float32 for x in states(out.past_key_values))
     assert largest(out.logits.float() - full) < 0.15 * largest(full)
 

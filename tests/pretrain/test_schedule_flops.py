@@ -80,6 +80,10 @@ def test_short_runs(schedule):
 def recurrence_of_a_head(config: LrnnConfig) -> int:
     """Return the multiply-adds per token and (value) head, by the equations in the mixers' docstrings."""
     D, N, n = config.head_dim, config.state_size, config.num_householder
+    if config.mixer in ("attention", "transformer"):
+        T = config.max_position_embeddings
+        seen = sum(min(t, config.sliding_window or T) for t in range(1, T + 1))
+        return 2 * D * seen // T  # a score and a sum, on average
     read = write = D * (config.head_v_dim or D)
     return {
         "gated_deltanet": read + write + read,
@@ -92,7 +96,6 @@ def recurrence_of_a_head(config: LrnnConfig) -> int:
         "mlstm": write + read + 2 * D,  # the normaliser
         "rwkv7": read + write + write + read,  # with kappa; the removal; k v^T; with r
         "slstm": 4 * read,  # h times a matrix for each gate
-        "transformer": 2 * D * (config.max_position_embeddings + 1) // 2,  # on average, a score and a sum
     }[config.mixer]
 
 
@@ -125,6 +128,13 @@ def counted_flops(config: LrnnConfig) -> float:
 def test_flops(mixer, sizes):
     config = LrnnConfig(mixer=mixer, **sizes)
     assert train_flops_per_token(config) == counted_flops(config)
+
+
+@pytest.mark.parametrize("window", [None, 1, 511, 512, 4096])
+def test_flops_of_attention_with_options(window):
+    sizes = dict(vocab_size=11, hidden_size=40, num_hidden_layers=1, num_heads=4, head_dim=16, intermediate_size=31)
+    config = LrnnConfig(mixer="attention", **sizes, num_kv_heads=2, sliding_window=window, attention_gate=True)
+    assert abs(train_flops_per_token(config) - counted_flops(config)) <= 3 * 2 * config.num_heads
 
 
 @pytest.mark.parametrize("mixer", ["gated_deltanet", "deltanet", "gated_deltaproduct", "deltaproduct"])

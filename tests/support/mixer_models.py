@@ -17,6 +17,8 @@ MORE_SIZES = {
     "deltanet_sizes": {"mixer": "deltanet", "num_value_heads": 6, "head_v_dim": 5},
     "gated_deltaproduct2_sizes": {"mixer": "gated_deltaproduct", "num_householder": 2, **SIZES_OF_THEIR_OWN},
 }
+# "transformer", its other name, has the options at their defaults.
+VARIANTS["attention"] |= {"num_kv_heads": 1, "qk_norm": "head", "sliding_window": 9, "attention_gate": True}
 WITHOUT_RANGE = [variant for variant, fields in VARIANTS.items() if MIXERS[fields["mixer"]].ranges is None]
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)

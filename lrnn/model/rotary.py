@@ -1,0 +1,38 @@
+"""Rotary positions (arXiv 2104.09864), computed in float32. Copied into exported folders."""
+
+import torch
+from torch import Tensor
+
+
+def positions(x: Tensor, start: Tensor | None, cu_seqlens: Tensor | None, document: Tensor | None) -> Tensor:
+    """Return the position of each token in its sequence or document, int64 [1 or B, T].
+
+    Args:
+        x: [B, T, ...], with padding behind the tokens of each row.
+        start: int64 [B], tokens of each row ahead of x, or None if there are none.
+        cu_seqlens, document: packed documents, as `Mixer.forward` is given them, or None.
+    """
+    B, T = x.shape[:2]
+    if cu_seqlens is None or document is None:
+        position = torch.arange(T, device=x.device)[None]
+        return position if start is None else start[:, None] + position
+    flat = torch.arange(B * T, device=x.device).view(B, T)
+    return flat - cu_seqlens.long()[document - 1]  # documents are counted from 1
+
+
+def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
+    """Apply rotary positions to x [B, T, H, D].
+
+    Each pair of channels (i, i + D/2) is rotated by the angle position / base^(2i/D).
+
+    Args:
+        x: queries or keys.
+        position: int64 [1 or B, T].
+        base: theta in the configurations of models.
+    """
+    D = x.shape[-1]
+    frequency = base ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
+    angle = position[..., None, None].float() * frequency
+    cos, sin = angle.cos(), angle.sin()
+    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
