@@ -20,6 +20,7 @@ import annotated_types
 from pydantic.fields import FieldInfo
 
 from lrnn.model.mixers import MIXERS
+from lrnn.model.registry import ALIASES
 from lrnn.model_config import described_fields
 from lrnn.pretrain.config import Config
 from lrnn.settings import Section, Unit
@@ -104,7 +105,8 @@ def mixer_table() -> str:
     lines = ["| mixer | what it is | kind | paper | [-1, 1] | [0, 1] |", "|---|---|---|---|---|---|"]
     for name, mixer in MIXERS.items():
         ranges = ("-", "-") if mixer.ranges is None else (mixer.ranges.negative, mixer.ranges.positive)
-        cells = [f"`{name}`", mixer.title, mixer.kind.replace("rnn", "RNN"), f"arXiv:{mixer.paper}", *ranges]
+        names = " or ".join(f"`{x}`" for x in (name, *(alias for alias, of in ALIASES.items() if of == name)))
+        cells = [names, mixer.title, mixer.kind.replace("rnn", "RNN"), f"arXiv:{mixer.paper}", *ranges]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -9,6 +9,8 @@ from typing import Any, get_args
 from pydantic import TypeAdapter
 
 from lrnn.model.mixers import MIXERS
+from lrnn.model.pattern import options_of
+from lrnn.model.registry import ALIASES
 from lrnn.model_config import described_fields
 from lrnn.pretrain.config import Config
 from lrnn.settings import BASE, FileOrFields, Section, Unit
@@ -16,7 +18,6 @@ from lrnn.track.grid import GridConfig
 
 RUN, GRID, MODEL = KINDS = ("run", "grid", "model")
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-ENUMERATIONS = {"mixer": list(MIXERS)}  # fields of a model that hold a name
 
 
 def json_schema(kind: str) -> dict[str, Any]:
@@ -45,11 +46,27 @@ def model_schema() -> dict[str, Any]:
     properties: dict[str, dict[str, Any]] = {"model_type": {"const": "lrnn"}}
     for field in described_fields():
         properties[field.name] = TypeAdapter(field.annotation).json_schema() | {"default": field.default}
-        if field.name in ENUMERATIONS:
-            properties[field.name]["enum"] = ENUMERATIONS[field.name]
         if field.meaning:
             properties[field.name]["description"] = field.meaning
+    name = {"type": "string", "enum": [*MIXERS, *ALIASES]}
+    entries = [name, *(_entry_schema(mixer, properties) for mixer in MIXERS)]
+    pattern = {"type": "array", "minItems": 1, "items": {"anyOf": entries}}
+    properties["mixer"] = {"anyOf": [name, pattern]} | {
+        key: properties["mixer"][key] for key in ("default", "description")
+    }
     return {"type": "object", "properties": properties}
+
+
+def _entry_schema(mixer: str, fields: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the JSON schema of an entry of a pattern with options, for one mixer."""
+    names = [mixer, *(alias for alias, name in ALIASES.items() if name == mixer)]
+    options = {option: {k: x for k, x in fields[option].items() if k != "default"} for option in options_of(mixer)}
+    return {
+        "type": "object",
+        "properties": {"mixer": {"enum": names}, **options},
+        "required": ["mixer"],
+        "additionalProperties": False,
+    }
 
 
 def sections(section: type[Section]) -> Iterator[type[Section]]:

@@ -39,10 +39,10 @@ def model_config_from(raw: dict[str, Any], origin: str) -> "LrnnConfig":
         if name not in known:
             hint = name_hint(name, list(types))
             raise UserError(f"{origin}: unknown field {name}; {hint}")
-        # transformers checks no types: the string "false" would be true.
-        kind = types.get(name)
-        if kind in (bool, int, float) and type(value) not in ((int, float) if kind is float else (kind,)):
-            raise UserError(f"{origin}: {name} = {value!r} should be {kind.__name__}")
+        _check_type(value, types.get(name), f"{origin}: {name}")
+    for i, entry in enumerate(fields["mixer"] if isinstance(fields.get("mixer"), list) else []):
+        for name, value in entry.items() if isinstance(entry, dict) else ():
+            _check_type(value, types.get(str(name)), f"{origin}: mixer[{i}].{name}")
     try:
         return LrnnConfig(**fields)
     except (ValueError, TypeError) as error:
@@ -54,6 +54,12 @@ def every_field(config: "LrnnConfig") -> dict[str, Any]:
     from lrnn.model.configuration_lrnn import OPTIONS  # here, because it imports transformers
 
     return OPTIONS | config.to_dict()
+
+
+def _check_type(value: Any, kind: Any, what: str) -> None:
+    """Raise UserError for a value of another type. transformers checks none: the string "false" would be true."""
+    if kind in (bool, int, float) and type(value) not in ((int, float) if kind is float else (kind,)):
+        raise UserError(f"{what} = {value!r} should be {kind.__name__}")
 
 
 @dataclass(frozen=True)

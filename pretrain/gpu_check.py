@@ -16,13 +16,14 @@ def check_kernels(model_config: LrnnConfig, dtype: torch.dtype, gpu: Architectur
     Raises:
         UserError: it has none. The message says what the GPU takes.
     """
-    mixer = MIXERS[model_config.mixer]
-    if not issubclass(mixer, DeltaNet):
-        return
-    _, _, K, V = mixer.head_sizes(model_config)
-    try:
-        check_gpu(K, V, dtype, gpu)
-    except ValueError as error:
-        sizes = f"head_dim {K}" if V == K else f"head_dim {K} and head_v_dim {V}"
-        heads = f"mixer {model_config.mixer} with {sizes} in {str(dtype)[6:]}"
-        raise UserError(f"{heads} cannot be trained on this GPU: {error}") from None
+    for layer, _ in model_config.kinds_of_layers():
+        mixer = MIXERS[layer.mixer]
+        if not issubclass(mixer, DeltaNet):
+            continue
+        _, _, K, V = mixer.head_sizes(layer)
+        try:
+            check_gpu(K, V, dtype, gpu)
+        except ValueError as error:
+            sizes = f"head_dim {K}" if V == K else f"head_dim {K} and head_v_dim {V}"
+            heads = f"mixer {layer.mixer} with {sizes} in {str(dtype)[6:]}"
+            raise UserError(f"{heads} cannot be trained on this GPU: {error}") from None

@@ -8,6 +8,7 @@ from typing import Any
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
 from lrnn.model.configuration_lrnn import OPTIONS
+from lrnn.model.pattern import entry_at
 from lrnn.pretrain.changes import Changes
 from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.old_config import check_sequence_length
@@ -67,7 +68,8 @@ def check_same_run(
     now = OPTIONS | json.loads(model_config.to_json_string(use_diff=False))
     ignored = {"transformers_version", "dtype", "max_position_embeddings"}  # the data's seq_len is compared below
     for key in sorted((set(before) | set(now)) - ignored):
-        if before.get(key) != now.get(key):
+        same_layers = key == "mixer" and _layers(before) == _layers(now)  # whatever the spelling
+        if before.get(key) != now.get(key) and not same_layers:
             raise UserError(
                 f"{saved} was trained with {key} = {before.get(key)!r}, the model configuration says {now.get(key)!r}; "
                 "a run resumes with the model it began with: restore the configuration, or choose another run_dir"
@@ -87,6 +89,11 @@ def check_same_run(
         )
     check_sequence_length(before, model_config.max_position_embeddings, saved, in_workers=True)
     return changed
+
+
+def _layers(model: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return mixer and options of each layer."""
+    return [entry_at(model["mixer"], i) for i in range(model["num_hidden_layers"])]
 
 
 def _same(before: Any, *now: Any) -> bool:

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCardData
 
 import lrnn
 from lrnn import LrnnConfig
-from lrnn.model.mixers import MIXERS
+from lrnn.eval.export.architecture import architecture, tags
 
 OLDEST_TRANSFORMERS = "4.57"  # tests/eval/export/test_transformers_versions.py
 # `lrnn eval` writes its results between these two lines of a card.
@@ -45,14 +45,14 @@ def model_card(
         license=license,
         library_name="transformers" if export_format == "hf" else "fla",
         pipeline_tag="text-generation",
-        tags=[MIXERS[config.mixer].kind.replace(" ", "-"), config.mixer, "state-tracking"],
+        tags=[*tags(config), "state-tracking"],
     )
     # Documents begin with bos, or with eos if the tokenizer has no bos.
     first_id = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
     sections = [
         f"---\n{front.to_yaml()}\n---",
         f"# {name}",
-        _architecture(config, dtype, num_parameters),
+        architecture(config, dtype, num_parameters),
         _training(training, data, run),
         _tokens(config, first_id, training),
         _loading(name, export_format, dtype, first_id),
@@ -60,35 +60,6 @@ def model_card(
         _limits(export_format),
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def _architecture(config: LrnnConfig, dtype: str, num_parameters: int) -> str:
-    mixer = MIXERS[config.mixer]
-    cost = mixer.cost(config)
-    rows = {"token mixer": f"{mixer.title} (arXiv:{mixer.paper})"}
-    if mixer.ranges is not None:
-        low, how = (-1, mixer.ranges.negative) if config.allow_neg_eigval else (0, mixer.ranges.positive)
-        rows["eigenvalues of the state transition"] = f"[{low}, 1]: {how} (arXiv:2411.12537)"
-    rows |= {
-        "parameters": f"{num_parameters:,} ({num_parameters / 1e6:.1f}M), {dtype}",
-        "layers, hidden size": f"{config.num_hidden_layers}, {config.hidden_size}",
-        "heads, head dimension": f"{config.num_heads}, {config.head_dim}",
-    }
-    rows |= mixer.details(config)
-    if cost.state is not None:
-        rows["recurrent state"] = f"{config.num_hidden_layers * cost.state:,} numbers per sequence"
-    if cost.channels:
-        rows["short convolution"] = f"{config.conv_size} taps"
-    rows |= {
-        "SwiGLU size": str(config.intermediate_size),
-        "vocabulary": f"{config.vocab_size:,}{', tied embeddings' if config.tie_word_embeddings else ''}",
-    }
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    if cost.state is None:
-        first = f"This is a {mixer.kind}, trained for comparison with linear RNNs. Its cache grows with the text."
-    else:
-        first = f"This is a {mixer.kind.replace('rnn', 'RNN')}: it keeps a state of fixed size and has no attention."
-    return f"{first}\n\n| | |\n|---|---|\n{table}"
 
 
 def _training(training: dict[str, Any], data: dict[str, Any] | None, run: dict[str, Any] | None) -> str:

@@ -21,7 +21,8 @@ def largest_batch(model: Any, free_bytes: int) -> int:
     """
     config = model.config
     itemsize = model.dtype.itemsize
-    state = MIXERS[config.mixer].cost(config).state * config.num_hidden_layers * torch.float32.itemsize
+    layers = [config.layer(i) for i in range(config.num_hidden_layers)]
+    state = sum(MIXERS[layer.mixer].cost(layer).state for layer in layers) * torch.float32.itemsize
     # Windows of convolutions, a chunk of activations in the widest layer, and logits, also in float32.
     activations = CHUNK * (8 * config.hidden_size + 3 * config.intermediate_size) * itemsize
     logits = config.vocab_size * (itemsize + torch.float32.itemsize)

@@ -1,5 +1,6 @@
 """The configuration of an lrnn model. Copied into exported folders."""
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,12 @@ from typing import Any
 from transformers.configuration_utils import PretrainedConfig
 
 from .code_files import AUTO_MAP, write_code
+from .pattern import entry_at, options_of, read_pattern, short_pattern
 
 DELTA_RULE_PRECISIONS = ("standard", "split")
 NORM_POSITIONS = ("pre", "post")
-BLOCK_OPTIONS: dict[str, Any] = {"norm_position": "pre"}  # options of the block around any mixer, with their defaults
-# These and options of some mixers. An option is written to config.json only if it is not at its default.
+# Options of some mixers and of blocks, with their defaults. One is written to config.json only if it is not at its
+# default.
 OPTIONS: dict[str, Any] = {
     "num_value_heads": None,
     "head_v_dim": None,
@@ -21,8 +23,20 @@ OPTIONS: dict[str, Any] = {
     "qk_norm": None,
     "sliding_window": None,
     "attention_gate": False,
-    **BLOCK_OPTIONS,
+    "norm_position": "pre",
 }
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_heads",
+    "head_dim",
+    "num_householder",
+    "state_size",
+    "conv_size",
+    "intermediate_size",
+)
+OPTIONAL_SIZES = ("num_value_heads", "head_v_dim")
 
 
 class LrnnConfig(PretrainedConfig):
@@ -32,7 +46,9 @@ class LrnnConfig(PretrainedConfig):
         vocab_size: rows of the embedding.
         hidden_size: width of the residual stream.
         num_hidden_layers: number of blocks.
-        mixer: name under which a file `mixer_*.py` registers its token mixer.
+        mixer: name under which a file `mixer_*.py` registers its token mixer; or a list of entries, of which layer i
+            has entry i modulo their number. An entry is a name, or an object with the name as `mixer` and fields of
+            this configuration that its layers have instead: `["gla", "gla", {"mixer": "attention", "num_heads": 4}]`.
         num_heads, head_dim: heads of the mixer, and their key and value size.
         num_value_heads: value heads of the DeltaNet and DeltaProduct mixers, a multiple of num_heads, which is the
             default. Key head i serves value heads i r to (i + 1) r - 1, with r = num_value_heads / num_heads.
@@ -70,7 +86,8 @@ class LrnnConfig(PretrainedConfig):
 
     Raises:
         ValueError: an unknown mixer, precision or position of norms, a size that is not positive, more than 4
-            Householder factors, a value that the mixer cannot have, or an option that it does not read.
+            Householder factors, a value that the mixer cannot have, an option that it does not read, or a pattern of
+            mixers that is empty or longer than the stack.
     """
 
     model_type = "lrnn"
@@ -81,7 +98,7 @@ class LrnnConfig(PretrainedConfig):
         vocab_size: int = 32000,
         hidden_size: int = 2048,
         num_hidden_layers: int = 24,
-        mixer: str = "gated_deltanet",
+        mixer: str | list[str | dict[str, Any]] = "gated_deltanet",
         num_heads: int = 16,
         head_dim: int = 128,
         num_householder: int = 2,
@@ -110,40 +127,17 @@ class LrnnConfig(PretrainedConfig):
         attention_gate: bool = False,
         **kwargs,
     ):
-        from .mixers import MIXERS  # here, because the mixers import this file
-
-        if mixer not in MIXERS:
-            raise ValueError(f"mixer {mixer!r} is not one of {', '.join(MIXERS)}")
-        if delta_rule_precision not in DELTA_RULE_PRECISIONS:
-            raise ValueError(
-                f"delta_rule_precision {delta_rule_precision!r} is not one of {', '.join(DELTA_RULE_PRECISIONS)}"
-            )
-        if norm_position not in NORM_POSITIONS:
-            raise ValueError(f"norm_position {norm_position!r} is not one of {', '.join(NORM_POSITIONS)}")
-        if gated_norm_eps is not None and (type(gated_norm_eps) not in (int, float) or gated_norm_eps < 0):
-            raise ValueError(f"gated_norm_eps must be a number that is not negative, or null; got {gated_norm_eps!r}")
-        sizes = {
-            "vocab_size": vocab_size,
-            "hidden_size": hidden_size,
-            "num_hidden_layers": num_hidden_layers,
-            "num_heads": num_heads,
-            "head_dim": head_dim,
-            "num_householder": num_householder,
-            "state_size": state_size,
-            "conv_size": conv_size,
-            "intermediate_size": intermediate_size,
-        }
-        for name, value in sizes.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer; got {value!r}")
-            setattr(self, name, value)
-        for name, size in {"num_value_heads": num_value_heads, "head_v_dim": head_v_dim}.items():
-            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-                raise ValueError(f"{name} must be a positive integer or null; got {size!r}")
-            setattr(self, name, size)
-        if num_householder > 4:
-            raise ValueError(f"num_householder must be 1, 2, 3 or 4; got {num_householder}")
-        self.mixer = mixer
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.num_value_heads = num_value_heads
+        self.head_v_dim = head_v_dim
+        self.num_householder = num_householder
+        self.state_size = state_size
+        self.conv_size = conv_size
+        self.intermediate_size = intermediate_size
         self.allow_neg_eigval = allow_neg_eigval
         self.delta_rule_precision = delta_rule_precision
         self.num_kv_heads = num_kv_heads
@@ -165,11 +159,85 @@ class LrnnConfig(PretrainedConfig):
             tie_word_embeddings=tie_word_embeddings,
             **kwargs,
         )
+        self._check_fields()
+        self._set_pattern(mixer)
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Return whether layers differ in their mixers or in the options of these."""
+        return isinstance(self.mixer, list)
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """Return the name of each layer's mixer."""
+        return tuple(self.layer(i).mixer for i in range(self.num_hidden_layers))
+
+    def layer(self, i: int) -> "LrnnConfig":
+        """Return the configuration of layer i, whose `mixer` is a name, with the options of the layer's entry."""
+        entry = entry_at(self.mixer, i)
+        if entry == {"mixer": self.mixer}:
+            return self
+        layer = copy.copy(self)
+        vars(layer).update(entry)
+        return layer
+
+    def kinds_of_layers(self) -> list[tuple["LrnnConfig", list[int]]]:
+        """Return the layers that differ, each with the numbers of the layers that are as it is, in their order."""
+        kinds: list[tuple[LrnnConfig, list[int]]] = []
+        entries = [entry_at(self.mixer, i) for i in range(self.num_hidden_layers)]
+        for i, entry in enumerate(entries):
+            if entries.index(entry) == i:
+                kinds.append((self.layer(i), [j for j, other in enumerate(entries) if other == entry]))
+        return kinds
+
+    def _set_pattern(self, mixer: Any) -> None:
+        """Set `mixer`, after all other fields. A pattern whose entries are all the same becomes a plain mixer."""
+        from .mixers import MIXERS  # here, because the mixers import this file
+
+        entries = read_pattern(mixer, self.num_hidden_layers)
+        self.mixer = mixer if isinstance(mixer, str) else short_pattern(entries)
+        for i, entry in enumerate(entries):
+            layer = self.layer(i)
+            try:
+                layer._check_fields()
+                MIXERS[layer.mixer].check(layer)
+            except ValueError as error:
+                raise ValueError(f"mixer[{i}], {entry['mixer']}: {error}" if self.is_hybrid else str(error)) from None
+        if self.is_hybrid and all(entry == entries[0] for entry in entries):
+            vars(self).update(entries[0])
+        self._check_options()
+
+    def _check_fields(self) -> None:
+        """Raise ValueError for a value that no mixer could have."""
+        for name in SIZES:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer; got {value!r}")
+        for name in OPTIONAL_SIZES:
+            size = getattr(self, name)
+            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+                raise ValueError(f"{name} must be a positive integer or null; got {size!r}")
+        epsilon = self.gated_norm_eps
+        if epsilon is not None and (type(epsilon) not in (int, float) or epsilon < 0):
+            raise ValueError(f"gated_norm_eps must be a number that is not negative, or null; got {epsilon!r}")
+        if self.norm_position not in NORM_POSITIONS:
+            raise ValueError(f"norm_position {self.norm_position!r} is not one of {', '.join(NORM_POSITIONS)}")
+        if self.num_householder > 4:
+            raise ValueError(f"num_householder must be 1, 2, 3 or 4; got {self.num_householder}")
+        if self.delta_rule_precision not in DELTA_RULE_PRECISIONS:
+            raise ValueError(
+                f"delta_rule_precision {self.delta_rule_precision!r} is not one of {', '.join(DELTA_RULE_PRECISIONS)}"
+            )
+
+    def _check_options(self) -> None:
+        """Raise ValueError if an option is set that no layer reads."""
+        from .mixers import MIXERS
+
         for name, default in OPTIONS.items():
-            if getattr(self, name) != default and name not in (*MIXERS[mixer].options, *BLOCK_OPTIONS):
-                able = ", ".join(other for other in MIXERS if name in MIXERS[other].options)
-                raise ValueError(f"{name} = {getattr(self, name)!r} is for the mixers {able}, not for {mixer}")
-        MIXERS[mixer].check(self)
+            if getattr(self, name) != default and not any(name in options_of(mixer) for mixer in self.mixers):
+                able = ", ".join(mixer for mixer in MIXERS if name in options_of(mixer))
+                layers = ", ".join(dict.fromkeys(self.mixers))
+                raise ValueError(f"{name} = {getattr(self, name)!r} is for the mixers {able}, not for {layers}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as config.json has them: without options at their default."""

@@ -27,7 +27,8 @@ class Mixer(nn.Module):
     ranges: Ranges | None = None  # what `allow_neg_eigval` chooses; None if it has no eigenvalue range
     begins_with_zeros = False  # whether its state is one tensor, which is zero ahead of the first token
     fla_model_type: str | None = None  # the model of `fla` that has the same parameters and computes the same
-    options: tuple[str, ...] = ()  # fields among OPTIONS of the configuration that it reads
+    # Fields of the configuration that it reads beside those that every block reads; an entry of a pattern may set them.
+    options: tuple[str, ...] = ("num_heads", "head_dim")
     matrices: tuple[str, ...] = ()  # names of its own parameters that are linear maps: they alone have weight decay
     noted_eigenvalue = "eigenvalue of the state transition"  # what `note_eigenvalues` is given, for axes of plots
     cost: Callable[[LrnnConfig], Cost]  # a static or class method

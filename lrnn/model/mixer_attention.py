@@ -12,8 +12,7 @@ from .rotary import positions, rotate
 QK_NORMS = ("head", "projection")
 
 
-@register("transformer")  # its name in lrnn 0.1.0
-@register("attention")
+@register("attention", "transformer")  # the second is its name in lrnn 0.1.0
 class Attention(Mixer):
     """Causal softmax attention (arXiv 1706.03762), with what models since have added, each of it an option:
 
@@ -28,7 +27,7 @@ class Attention(Mixer):
 
     title, paper = "Softmax attention", "1706.03762"
     kind = "transformer"
-    options = ("num_kv_heads", "rope_theta", "qk_norm", "sliding_window", "attention_gate")
+    options = ("num_heads", "head_dim", "num_kv_heads", "rope_theta", "qk_norm", "sliding_window", "attention_gate")
 
     @staticmethod
     def cost(config: LrnnConfig) -> Cost:

@@ -56,9 +56,18 @@ class DeltaNet(Mixer):
     """
 
     title, paper = "DeltaNet", "2406.06484"
+    options = (
+        "num_heads",
+        "head_dim",
+        "num_value_heads",
+        "head_v_dim",
+        "gated_norm_eps",
+        "allow_neg_eigval",
+        "conv_size",
+        "delta_rule_precision",
+    )
     ranges = Ranges(negative="beta = 2 sigmoid", positive="beta = sigmoid")
     begins_with_zeros = True
-    options = ("num_value_heads", "head_v_dim", "gated_norm_eps")
     noted_eigenvalue = "eigenvalue 1 - beta"  # one for each factor
     fla_model_type: str | None = "delta_net"
     gated = False  # a gate alpha on the state, and one on the output
@@ -199,6 +208,7 @@ class DeltaProduct(DeltaNet):
     title, paper = "DeltaProduct", "2502.10297"
     fla_model_type = None
     several_factors = True
+    options = (*DeltaNet.options, "num_householder")
 
 
 @register("gated_deltaproduct")
@@ -209,3 +219,4 @@ class GatedDeltaProduct(DeltaNet):
     fla_model_type = None
     gated = True
     several_factors = True
+    options = (*DeltaNet.options, "num_householder")

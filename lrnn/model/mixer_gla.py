@@ -23,7 +23,7 @@ class GatedLinearAttention(Mixer):
     """
 
     title, paper = "Gated linear attention", "2312.06635"
-    options = ("gated_norm_eps",)
+    options = ("num_heads", "head_dim", "allow_neg_eigval", "gated_norm_eps")
     ranges = Ranges(negative="decay 2 a - 1", positive="decay a")
     begins_with_zeros = True
 

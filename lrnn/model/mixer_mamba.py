@@ -24,6 +24,7 @@ class Mamba(Mixer):
     """
 
     title, paper = "Mamba", "2312.00752"
+    options = ("num_heads", "head_dim", "allow_neg_eigval", "conv_size", "state_size")
     ranges = Ranges(negative="decay 2 exp(dt A) - 1", positive="decay exp(dt A)")
     begins_with_zeros = True
 

@@ -23,7 +23,7 @@ class Mamba2(Mixer):
     """
 
     title, paper = "Mamba-2", "2405.21060"
-    options = ("gated_norm_eps",)
+    options = ("num_heads", "head_dim", "allow_neg_eigval", "conv_size", "gated_norm_eps")
     ranges = Ranges(negative="decay 2 a - 1", positive="decay a")
     begins_with_zeros = True
 

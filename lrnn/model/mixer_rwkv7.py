@@ -35,7 +35,7 @@ class RWKV7(Mixer):
     """
 
     title, paper = "RWKV-7", "2503.14456"
-    options = ("gated_norm_eps",)
+    options = ("num_heads", "head_dim", "allow_neg_eigval", "gated_norm_eps")
     ranges = Ranges(
         negative="in-context rate times 1 + min(w)",
         positive="in-context rate a; with decay w down to min(w) - 1",

@@ -24,7 +24,7 @@ class SLSTM(Mixer):
     """
 
     title, paper = "sLSTM", "2405.04517"
-    options = ("gated_norm_eps",)
+    options = ("num_heads", "head_dim", "gated_norm_eps")
     kind = "non-linear rnn"
     matrices = ("recurrent",)
 

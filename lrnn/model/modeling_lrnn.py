@@ -102,7 +102,7 @@ class LrnnModel(LrnnPreTrainedModel):
     def __init__(self, config: LrnnConfig):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LrnnBlock(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(LrnnBlock(config.layer(i), i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()

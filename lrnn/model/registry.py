@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 DECLARED = ("title", "paper", "cost")  # what every mixer has to declare
 
 MIXERS: dict[str, Any] = {}  # classes of mixers by name; `lrnn.model.mixers` fills it
+ALIASES: dict[str, str] = {}  # names of mixers by other names that configurations may have
 
 M = TypeVar("M", bound=type)
 
@@ -39,8 +40,13 @@ class Cost:
     cache_per_token: int = 0  # numbers that each token of a sequence adds to what it carries, in the model's dtype
 
 
-def register(name: str) -> Callable[[M], M]:
-    """Return a class decorator that registers a mixer under `name`.
+def canonical_name(name: str) -> str:
+    """Return the name under which a mixer is registered, given that name or an alias. Others are returned unchanged."""
+    return ALIASES.get(name, name)
+
+
+def register(name: str, *aliases: str) -> Callable[[M], M]:
+    """Return a class decorator that registers a mixer under `name`. Configurations may name it by an alias too.
 
     Raises:
         TypeError: the class does not declare its title, paper or cost.
@@ -56,6 +62,7 @@ def register(name: str) -> Callable[[M], M]:
         if known is not None and (known.__module__, known.__qualname__) != (mixer.__module__, mixer.__qualname__):
             raise ValueError(f"mixer {name!r} is already {known.__qualname__} of {known.__module__}")
         MIXERS[name] = mixer
+        ALIASES.update(dict.fromkeys(aliases, name))
         return mixer
 
     return add

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pydantic import Field
 from lrnn import LrnnConfig, shipped
 from lrnn.errors import UserError
 from lrnn.model.mixers import MIXERS
+from lrnn.model.pattern import read_pattern
 from lrnn.model_config import model_config_from
 from lrnn.paths import IsPath
 from lrnn.settings import Section, Unit, load, validate
@@ -165,9 +167,9 @@ def _check_state_passing(task: Task, train: TrainSettings, config: LrnnConfig, o
     if task.answer_table is None:
         able = "parity, group_word, modular_arithmetic and modular_arithmetic_brackets"
         raise UserError(f"{origin}: train.state_passing is for {able}, whose sequences can be joined")
-    if not MIXERS[config.mixer].begins_with_zeros:
+    for unable in (name for name in config.mixers if not MIXERS[name].begins_with_zeros):
         names = ", ".join(name for name, mixer in MIXERS.items() if mixer.begins_with_zeros)
-        raise UserError(f"{origin}: train.state_passing is for the mixers {names}, not for {config.mixer}")
+        raise UserError(f"{origin}: train.state_passing is for the mixers {names}, not for {unable}")
 
 
 def _settings_said(train: TrainSettings) -> dict[str, Any]:
@@ -194,9 +196,7 @@ def _cells(grid: GridConfig, origin: str) -> Iterator[Cell]:
             fields = dict(fields)
             train = _train_settings(grid, fields.pop("train", {}), f"{origin}: models.{model_name}.train")
             curriculum = tuple(_curriculum(task, parameters, train, origin))
-            mixer = MIXERS.get(fields.get("mixer", LrnnConfig().mixer))  # an unknown one is refused below
-            has_range = mixer is None or mixer.ranges is not None
-            for range_ in grid.ranges if has_range else [NO_RANGE]:
+            for range_ in grid.ranges if _has_range(fields, f"{origin}: models.{model_name}") else [NO_RANGE]:
                 # No id of a task is special to the model: each may be an input or an answer.
                 fixed: dict[str, Any] = {"vocab_size": task.vocab_size, "allow_neg_eigval": range_ == "negative"}
                 fixed |= {"bos_token_id": None, "eos_token_id": None, "max_position_embeddings": grid.train.max_length}
@@ -212,6 +212,22 @@ def _cells(grid: GridConfig, origin: str) -> Iterator[Cell]:
                         task_name, model_name, range_, seed, task, config, train, grid.test, curriculum, folder,
                         fingerprint,
                     )  # fmt: skip
+
+
+def _has_range(fields: dict[str, Any], origin: str) -> bool:
+    """Return whether a model's fields name a mixer that has a range of eigenvalues.
+
+    Raises:
+        UserError: the range of some layers is given, although the grid sets it. The message begins with `origin`.
+    """
+    try:
+        entries = read_pattern(fields.get("mixer", LrnnConfig().mixer), num_layers=sys.maxsize)
+    except ValueError:
+        return True  # refused where the configuration is made
+    for i, entry in enumerate(entries):
+        if "allow_neg_eigval" in entry:
+            raise UserError(f"{origin}.mixer[{i}].allow_neg_eigval is set by the grid; remove it")
+    return any(MIXERS[entry["mixer"]].ranges is not None for entry in entries)
 
 
 def _train_settings(grid: GridConfig, own: Any, origin: str) -> TrainSettings:

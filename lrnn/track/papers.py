@@ -14,7 +14,7 @@ from lrnn.track.grid import NO_RANGE
 
 OTHER_PROTOCOL = " (another protocol)"
 REPORTED: dict[tuple[str, str, str], str] = {
-    ("parity", "transformer", NO_RANGE): ".022",
+    ("parity", "attention", NO_RANGE): ".022",
     ("parity", "mlstm", "positive"): ".087",
     ("parity", "slstm", NO_RANGE): "1.000",
     ("parity", "mamba", "positive"): ".000",
@@ -22,7 +22,7 @@ REPORTED: dict[tuple[str, str, str], str] = {
     ("parity", "deltanet", "positive"): ".017",
     ("parity", "deltanet", "negative"): "1.000 [.999]",
     ("parity", "gated_deltanet", "negative"): "1.000" + OTHER_PROTOCOL,
-    ("modular_arithmetic", "transformer", NO_RANGE): ".031",
+    ("modular_arithmetic", "attention", NO_RANGE): ".031",
     ("modular_arithmetic", "mlstm", "positive"): ".040",
     ("modular_arithmetic", "slstm", NO_RANGE): ".787 [.124]",
     ("modular_arithmetic", "mamba", "positive"): ".095",
@@ -30,7 +30,7 @@ REPORTED: dict[tuple[str, str, str], str] = {
     ("modular_arithmetic", "deltanet", "positive"): ".314 [.214]",
     ("modular_arithmetic", "deltanet", "negative"): ".971 [.826]",
     ("modular_arithmetic", "gated_deltanet", "negative"): ".993" + OTHER_PROTOCOL,
-    ("modular_arithmetic_brackets +-*", "transformer", NO_RANGE): ".067",
+    ("modular_arithmetic_brackets +-*", "attention", NO_RANGE): ".067",
     ("modular_arithmetic_brackets +-*", "mlstm", "positive"): ".114",
     ("modular_arithmetic_brackets +-*", "slstm", NO_RANGE): ".178",
     ("modular_arithmetic_brackets +-*", "mamba", "positive"): ".123",
@@ -38,7 +38,7 @@ REPORTED: dict[tuple[str, str, str], str] = {
     ("modular_arithmetic_brackets +-*", "deltanet", "positive"): ".194",
     ("modular_arithmetic_brackets +-*", "deltanet", "negative"): ".260 [.227]",
     ("modular_arithmetic_brackets +-*", "gated_deltanet", "negative"): ".935" + OTHER_PROTOCOL,
-    ("modular_arithmetic_brackets +-", "transformer", NO_RANGE): ".025",
+    ("modular_arithmetic_brackets +-", "attention", NO_RANGE): ".025",
     ("modular_arithmetic_brackets +-", "mlstm", "positive"): ".034",
     ("modular_arithmetic_brackets +-", "slstm", NO_RANGE): ".173",
     ("modular_arithmetic_brackets +-", "mamba", "positive"): ".092",

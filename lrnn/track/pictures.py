@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lrnn.model.layers import Mixer
 from lrnn.model.mixers import MIXERS
 from lrnn.records import read_metrics
 from lrnn.track.grid import RANGE_NAMES, Cell
@@ -80,7 +81,9 @@ def draw_eigenvalues(of_task: Results) -> "Figure | None":
         shares = np.array([np.mean(by_step[step]["histogram"], axis=0) for step in steps]).T  # [bins, steps]
         centers = np.linspace(-1, 1, shares.shape[0] * 2 + 1)[1::2]
         image = axis.pcolormesh(steps, centers, shares, vmin=0, cmap="viridis", shading="nearest")
-        name = MIXERS[cell.model_config.mixer].noted_eigenvalue
+        watched = [MIXERS[name] for name in cell.model_config.mixers if MIXERS[name].ranges is not None]
+        names = {mixer.noted_eigenvalue for mixer in watched}
+        name = names.pop() if len(names) == 1 else Mixer.noted_eigenvalue
         axis.set(title=f"{cell.model_name} {RANGE_NAMES[cell.range]}, seed {cell.seed}", xlabel="step", ylabel=name)
         figure.colorbar(image, ax=axis, label="share")
     return figure

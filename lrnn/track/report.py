@@ -75,7 +75,7 @@ def _summary(by_task: dict[str, Results]) -> str:
 
 def _eigenvalues(cell: Cell) -> str:
     """Return the name of the range, with a mark if it is not exact; `_notes` explains the mark."""
-    is_exact = (cell.model_config.mixer, cell.range) != ("rwkv7", "positive")
+    is_exact = cell.range != "positive" or "rwkv7" not in cell.model_config.mixers
     return RANGE_NAMES[cell.range] + ("" if is_exact else " (1)")
 
 
@@ -126,14 +126,19 @@ def _table(grid: GridConfig, task: str, of_task: Results) -> str:
         scores = [result["scaled_accuracy"] for _, result in members]
         last = [list(result["by_length"].values())[-1] for _, result in members]
         cell = members[0][0]
-        config = cell.model_config
-        paper = reported(grid.tasks[task], config.mixer, cell.range, config.num_householder, config.num_hidden_layers)
+        paper = "-" if cell.model_config.is_hybrid else _reported(grid.tasks[task], cell)
         holds = [holds_to(result["by_length"]) for _, result in members]
         lines.append(
             f"| {model} | {_eigenvalues(cell)} | {_best(scores)} | {_best(last)} | {max(holds)} [{median(holds):.0f}] "
             f"| {paper} | {_speed(result for _, result in members)} |"
         )
     return "\n".join(lines + _notes(lines)) + "\n"
+
+
+def _reported(parameters: dict[str, Any], cell: Cell) -> str:
+    """Return the papers' finding for a task and the mixer that all layers have."""
+    layer = cell.model_config.layer(0)
+    return reported(parameters, layer.mixer, cell.range, layer.num_householder, layer.num_hidden_layers)
 
 
 def _curriculum_lines(grid: GridConfig) -> list[str]:

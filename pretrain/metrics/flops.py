@@ -14,10 +14,15 @@ def train_flops_per_token(config: LrnnConfig) -> float:
         the products of the recurrence with the state or with the other tokens, see `Cost`. This is what the recurrence
         needs for any chunk size; the chunkwise form and recomputation do more, which does not count.
     """
-    cost = MIXERS[config.mixer].cost(config)
-    mlp = 3 * config.hidden_size * config.intermediate_size
-    layer = cost.weights + mlp + cost.channels * config.conv_size + cost.recurrence
-    return 3 * 2 * float(config.num_hidden_layers * layer + config.vocab_size * config.hidden_size)
+    layers = sum(_products_of(config.layer(i)) for i in range(config.num_hidden_layers))
+    return 3 * 2 * float(layers + config.vocab_size * config.hidden_size)
+
+
+def _products_of(layer: LrnnConfig) -> int:
+    """Return the multiply-adds of a layer for one token, forward."""
+    cost = MIXERS[layer.mixer].cost(layer)
+    mlp = 3 * layer.hidden_size * layer.intermediate_size
+    return cost.weights + mlp + cost.channels * layer.conv_size + cost.recurrence
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -55,7 +55,9 @@ class ModelSizes:
     @classmethod
     def of(cls, config: LrnnConfig) -> "ModelSizes":
         """Return the sizes of a model."""
-        mixer = MIXERS[config.mixer]
+        if config.is_hybrid:
+            raise UserError(f"lrnn plan is for models of one mixer; this one has {config.mixer}")
+        mixer = MIXERS[config.mixers[0]]
         is_delta = issubclass(mixer, DeltaNet)
         return cls(
             layers=config.num_hidden_layers,

@@ -24,6 +24,7 @@ from lrnn.eval.export import write as export_write
 from lrnn.eval.state_tracking.documents import documents
 from lrnn.eval.state_tracking.tasks import TEXT_TASKS
 from lrnn.model.mixers import MIXERS
+from lrnn.model.registry import canonical_name
 from lrnn.pretrain import train  # noqa: F401  what the command imports, before the fork
 from lrnn.pretrain.corpus.reader import TokenCorpus
 from lrnn.pretrain.data.order import MixedOrder, window_index
@@ -35,7 +36,7 @@ RECORDED = (  # mixers in the record; one that is added later has tests of its o
     "gated_deltanet", "deltanet", "gated_deltaproduct", "deltaproduct", "gla", "mamba2", "mamba", "mlstm", "rwkv7",
     "slstm", "transformer",
 )  # fmt: skip
-HAS_RANGE = {name: MIXERS[name].ranges is not None for name in RECORDED}
+HAS_RANGE = {name: MIXERS[canonical_name(name)].ranges is not None for name in RECORDED}
 TRACK_TASKS = tuple(TASKS)
 TEXT_TASK_NAMES = tuple(TEXT_TASKS)
 EXPORT_LRNN, EXPORT_FLA = ("--format", "hf"), ("--format", "fla")

@@ -143,7 +143,7 @@ def results(model: LrnnForCausalLM, x: dict[str, torch.Tensor], device: str, aut
         out = model(**x, use_cache="cu_seqlens" not in x, num_items_in_batch=T)
     out.loss.backward()
     found = {"logits": out.logits.detach()} | {n: p.grad for n, p in model.named_parameters()}
-    if out.past_key_values is not None and model.config.mixer != "transformer":
+    if out.past_key_values is not None and model.config.mixer != "attention":
         state = out.past_key_values.layers[0].state
         found |= {f"state {i}": s.detach() for i, s in enumerate(state if isinstance(state, tuple) else (state,))}
     if "attention_mask" in x:

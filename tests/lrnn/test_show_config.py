@@ -137,5 +137,8 @@ def test_types_bounds_and_units():
     assert {"enum": [1, 2, 3], "type": "integer"} in zero["anyOf"]
     assert schema["$defs"]["CorpusSource"]["required"] == ["path"]  # lists are replaced, not merged
     text, fields = schema["properties"]["model"]["anyOf"]
-    assert text == {"type": "string"} and "gated_deltanet" in fields["properties"]["mixer"]["enum"]
+    name, pattern = fields["properties"]["mixer"]["anyOf"]
+    assert text == {"type": "string"} and {"gated_deltanet", "transformer"} <= set(name["enum"])
+    entries = {entry["properties"]["mixer"]["enum"][0]: entry for entry in pattern["items"]["anyOf"][1:]}
+    assert "state_size" in entries["mamba"]["properties"] and "state_size" not in entries["gla"]["properties"]
     assert fields["properties"]["hidden_size"]["type"] == "integer" and "base" in fields["properties"]

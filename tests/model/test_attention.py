@@ -149,7 +149,7 @@ def test_what_attention_cannot_have_is_refused(fields, message):
 
 
 def test_another_mixer_refuses_the_options_of_attention():
-    with pytest.raises(ValueError, match="sliding_window = 64 is for the mixers attention, transformer, not for gla"):
+    with pytest.raises(ValueError, match="sliding_window = 64 is for the mixers attention, not for gla"):
         LrnnConfig(mixer="gla", sliding_window=64)
 
 

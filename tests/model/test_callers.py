@@ -89,7 +89,7 @@ def test_hidden_states_of_padded_rows_are_in_their_columns(model):
 # ---- packed documents
 
 
-@pytest.mark.parametrize("variant", ["gated_deltanet", "mlstm", "transformer"])
+@pytest.mark.parametrize("variant", ["gated_deltanet", "mlstm", "attention"])
 @pytest.mark.parametrize("options", [{}, {"return_seq_idx": True}, {"return_flash_attn_kwargs": True}])
 def test_documents_that_transformers_packs_are_apart(variant, options):
     model = make_model(variant, num_hidden_layers=2)
@@ -178,7 +178,7 @@ def test_unknown_keywords_are_refused_and_neutral_ones_are_not(model):
 # ---- caches
 
 
-@pytest.mark.parametrize("variant", ["gated_deltanet", "gla", "transformer"])
+@pytest.mark.parametrize("variant", ["gated_deltanet", "gla", "attention"])
 def test_a_dynamic_cache_of_the_caller_is_filled(variant):
     model = make_model(variant, num_hidden_layers=2)
     for cache in (DynamicCache(), DynamicCache(config=model.config)):

@@ -84,7 +84,7 @@ def test_no_fill_is_computed_that_is_overwritten(runs):
 
 
 def test_nothing_is_filled_that_will_be_loaded(runs):
-    build_model(config(mixer="transformer"), 0, False, fill=False)
+    build_model(config(mixer="attention"), 0, False, fill=False)
     assert runs == []
 
 

@@ -38,7 +38,7 @@ def test_sizes_above_those_of_the_kernels_are_refused(sizes, named, got):
 
 
 def test_other_mixers_do_not_use_these_kernels():
-    check_kernels(LrnnConfig(mixer="transformer", head_dim=256), torch.float32, ADA)
+    check_kernels(LrnnConfig(mixer="attention", head_dim=256), torch.float32, ADA)
 
 
 def test_every_gpu_that_can_be_planned_for_is_known_to_the_kernels():

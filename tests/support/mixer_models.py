@@ -5,6 +5,7 @@ import torch
 
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.model.mixers import MIXERS
+from lrnn.model.registry import canonical_name
 
 SIZE = {"vocab_size": 97, "hidden_size": 32, "num_heads": 2, "head_dim": 16, "intermediate_size": 48, "state_size": 5}
 PRODUCTS = [name for name, mixer in MIXERS.items() if getattr(mixer, "several_factors", False)]
@@ -17,9 +18,11 @@ MORE_SIZES = {
     "deltanet_sizes": {"mixer": "deltanet", "num_value_heads": 6, "head_v_dim": 5},
     "gated_deltaproduct2_sizes": {"mixer": "gated_deltaproduct", "num_householder": 2, **SIZES_OF_THEIR_OWN},
 }
-# "transformer", its other name, has the options at their defaults.
+VARIANTS["transformer"] = {"mixer": "transformer"}  # its older name, with the options at their defaults
 VARIANTS["attention"] |= {"num_kv_heads": 1, "qk_norm": "head", "sliding_window": 9, "attention_gate": True}
-WITHOUT_RANGE = [variant for variant, fields in VARIANTS.items() if MIXERS[fields["mixer"]].ranges is None]
+WITHOUT_RANGE = [
+    variant for variant, fields in VARIANTS.items() if MIXERS[canonical_name(fields["mixer"])].ranges is None
+]
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 every_case = pytest.mark.parametrize(

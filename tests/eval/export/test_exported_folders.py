@@ -30,7 +30,7 @@ EXPORTED = {"gated-tied": "bfloat16", "mlstm": "bfloat16"}
 NOT_RELOADED = {
     "deltanet": "float32",
     "gated_deltaproduct": "float32",
-    "transformer": "float32",
+    "attention": "float32",
     "deltaproduct": "float32",
     "gla": "bfloat16",
     "mamba": "bfloat16",
@@ -214,8 +214,8 @@ def test_contents_of_the_folder(exported, sentencepiece_model):
     product = (exported / "gated_deltaproduct" / "README.md").read_text()
     assert "2502.10297" in product and "factors per token | 3 |" in product
     assert "forget gate 2 f - 1" in (exported / "mlstm" / "README.md").read_text()
-    transformer = (exported / "transformer" / "README.md").read_text()
-    assert "eigenvalues" not in transformer and "no attention" not in transformer
+    attention = (exported / "attention" / "README.md").read_text()
+    assert "eigenvalues" not in attention and "no attention" not in attention
     repository = Path(lrnn.__file__).parent
     for name in ("modeling_lrnn.py", "configuration_lrnn.py"):  # followed by the names of the other files
         assert (folder / name).read_text().startswith((repository / "model" / name).read_text())

@@ -60,16 +60,16 @@ def compare(plain, fused, micro_batches=1, bar=2e-5):
         ("gated_deltanet", False, {"recompute_mlp": True}),
         ("gated_deltanet", True, {"partitioned": True}),
         ("deltanet", True, {}),
-        ("transformer", False, {}),
-        ("transformer", False, {"norm_position": "post"}),
-        ("transformer", True, {"norm_position": "post", "recompute_mlp": True}),
+        ("attention", False, {}),
+        ("attention", False, {"norm_position": "post"}),
+        ("attention", True, {"norm_position": "post", "recompute_mlp": True}),
     ],
 )
 def test_loss_and_gradients(mixer, packed, options, monkeypatch):
     """Two micro-batches, the second of which adds to the gradients of the first, and a loss in several pieces."""
     monkeypatch.setattr(fused_loss, "CHUNK", 24)
     plain, fused = pair(mixer, **options)
-    assert (fused.model.layers[0].fused.fused_mixer is None) == (mixer == "transformer")
+    assert (fused.model.layers[0].fused.fused_mixer is None) == (mixer == "attention")
     cu_seqlens = torch.tensor([0, 3, 20, 40], dtype=torch.int32) if packed else None
     assert run(fused, 2, cu_seqlens) == pytest.approx(run(plain, 1, cu_seqlens), rel=1e-6)
     compare(plain, fused, 2)
