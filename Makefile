@@ -27,7 +27,8 @@ torture: setup
 	LRNN_TORTURE=1 $(BIN)/pytest -q -s tests/pretrain/test_torture.py tests/track/test_workers.py tests/slurm \
 		tests/eval/export/test_transformers_versions.py tests/eval/suites/test_state_tracking_suite.py \
 		tests/eval/export/test_oracle.py tests/lrnn/test_packaging.py tests/lrnn/test_whole_job.py \
-		tests/model/test_compiled.py tests/kernels/test_compile.py tests/kernels/test_architectures.py
+		tests/lrnn/test_lazy_import.py tests/model/test_compiled.py tests/kernels/test_compile.py \
+		tests/kernels/test_architectures.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -47,15 +47,19 @@ def cases():
 
 CASES = cases()
 RECORDING = bool(os.environ.get("RECORD_COMPILE_LIMITS"))
-# The kernels that take most of a training step of a gated DeltaNet on a Hopper GPU.
-ALWAYS = ("chunk_inverse_hopper", "forward_states_hopper_2", "scan_backward_hopper_2", "chunk_backward_hopper")
+# The kernels that take most of a training step of a gated DeltaNet on a Hopper GPU, and branches that depend on two
+# constants at a time.
+ALWAYS = (
+    *("chunk_inverse_hopper", "forward_states_hopper_2", "scan_backward_hopper_2", "chunk_backward_hopper"),
+    *("forward_hopper_2", "forward_states_hopper_1_plain", "scan_backward_hopper_1_plain"),
+)
 
 
 def chosen():
     """Return the names of the cases to compile.
 
     By default, each kernel takes every value of each constant and every type of each argument that it takes in any
-    case, so every branch is compiled. Of two cases that add as many, the one with fewer absent arguments is compiled.
+    case. Of two cases that add as many, the one with fewer absent arguments is compiled.
     """
     if RECORDING or os.environ.get("LRNN_TORTURE") == "1":
         return list(CASES)
