@@ -17,7 +17,7 @@ examples:
   lrnn bench data --corpus corpora/linux --seq-len 8192 --micro-batch-size 4
   lrnn bench loop configs/340m.yaml global_batch_size=16
   lrnn bench kernels --shapes 8x4096 2x4096 --breakdown
-  lrnn bench kernels --json kernels.json
+  lrnn bench kernels --heads 30 --head-size 96 --value-size 192 --json kernels.json
   lrnn bench step configs/340m.yaml
   lrnn bench step configs/1.3b.yaml precision=fp8 --only-ours --verbose
 """
@@ -59,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     kernels.add_argument("--heads", type=int, default=16, help="heads (default 16)")
     kernels.add_argument("--head-size", type=int, default=128, help="size of keys and values per head (default 128)")
+    kernels.add_argument("--value-heads", type=int, help="value heads, a multiple of --heads (default --heads)")
+    kernels.add_argument("--value-size", type=int, help="size of values per head (default --head-size)")
     kernels.add_argument("--only-ours", action="store_true", help="leave out the peers, whose first calls take minutes")
     kernels.add_argument("--breakdown", action="store_true", help="also print the time of each of our kernels")
     kernels.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")

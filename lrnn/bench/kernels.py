@@ -17,6 +17,8 @@ from torch import Tensor
 
 from lrnn.bench.peers import Contender, Inputs, find_peers, fla_guard_lifted
 from lrnn.errors import UserError
+from lrnn.kernels.delta_rule.heads import check_sizes
+from lrnn.model.mixer_deltanet import HeadSizes
 
 
 @dataclass
@@ -35,23 +37,39 @@ class Measurement:
     error: str = ""
 
 
-def make_inputs(batch_size: int, seq_len: int, heads: int, size: int, device: str = "cuda", seed: int = 0) -> Inputs:
+def make_inputs(
+    batch_size: int,
+    seq_len: int,
+    heads: int,
+    size: int,
+    device: str = "cuda",
+    seed: int = 0,
+    *,
+    value_heads: int | None = None,
+    value_size: int | None = None,
+) -> Inputs:
     """Return a layer's raw projections in bf16.
 
-    They are q, k, v [B, T, H, D], the logits a, b [B, T, H] of gates and step sizes, and A_log, dt_bias [H]. Gates are
-    those of the start of training: A is uniform in (0, 16), and steps are log-uniform in [0.001, 0.1].
+    They are q, k [B, T, H, K], v [B, T, HV, V], the logits a, b [B, T, HV] of gates and step sizes, and A_log, dt_bias
+    [HV]. Gates are those of the start of training: A is uniform in (0, 16), and steps are log-uniform in [0.001, 0.1].
     """
+    value_heads, value_size = value_heads or heads, value_size or size
     r = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.empty(shape, device=device, dtype=torch.bfloat16).normal_(generator=r)
 
-    steps = torch.empty(heads, device=device).uniform_(-6.9, -2.3, generator=r).exp()
-    x = {name: normal(batch_size, seq_len, heads, size) for name in ("q", "k", "v")}
-    x |= {name: normal(batch_size, seq_len, heads) for name in ("a", "b")}
-    x["A_log"] = torch.empty(heads, device=device).uniform_(1e-4, 16, generator=r).log()
+    steps = torch.empty(value_heads, device=device).uniform_(-6.9, -2.3, generator=r).exp()
+    x = {name: normal(batch_size, seq_len, heads, size) for name in ("q", "k")}
+    x["v"] = normal(batch_size, seq_len, value_heads, value_size)
+    x |= {name: normal(batch_size, seq_len, value_heads) for name in ("a", "b")}
+    x["A_log"] = torch.empty(value_heads, device=device).uniform_(1e-4, 16, generator=r).log()
     x["dt_bias"] = steps + torch.log(-torch.expm1(-steps))  # the inverse of softplus
     return x
+
+
+def _inputs_of(batch_size: int, seq_len: int, heads: HeadSizes) -> Inputs:
+    return make_inputs(batch_size, seq_len, heads.H, heads.K, value_heads=heads.HV, value_size=heads.V)
 
 
 def ours(x: Inputs, **options: Any) -> Tensor:
@@ -107,12 +125,12 @@ def as_graph(run: Callable[[], Any]) -> Callable[[], None]:
     return graph.replay
 
 
-def measure(contender: Contender, batch_size: int, seq_len: int, heads: int, size: int) -> Measurement:
+def measure(contender: Contender, batch_size: int, seq_len: int, heads: HeadSizes) -> Measurement:
     """Time one contender at one shape. If a peer fails, its error is in the result."""
     from triton.testing import do_bench
 
     result = Measurement(contender.name, batch_size, seq_len)
-    x = make_inputs(batch_size, seq_len, heads, size)
+    x = _inputs_of(batch_size, seq_len, heads)
     if contender.prepare is not None:
         x = contender.prepare(x)
     quantiles = [0.5, 0.2, 0.8]
@@ -144,23 +162,21 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / (do_bench(lambda: target.copy_(source), quantiles=[0.5]) / 1e3)
 
 
-def floor_milliseconds(tokens: int, heads: int, size: int, bandwidth: float) -> tuple[float, float]:
+def floor_milliseconds(tokens: int, heads: HeadSizes, bandwidth: float) -> tuple[float, float]:
     """Return the time to read every input and write every result once, in bf16: forward, and both passes.
 
     Forward reads q, k, v, a, b and writes o. Backward reads q, k, v, a, b, do and writes dq, dk, dv, da, db.
     """
-    forward = tokens * heads * 2 * (4 * size + 2)
-    backward = tokens * heads * 2 * (7 * size + 4)
+    forward = tokens * 2 * (2 * heads.keys + 2 * heads.values + 2 * heads.HV)
+    backward = tokens * 2 * (4 * heads.keys + 3 * heads.values + 4 * heads.HV)
     return 1e3 * forward / bandwidth, 1e3 * (forward + backward) / bandwidth
 
 
-def breakdown(
-    batch_size: int, seq_len: int, heads: int, size: int, repeats: int = 10
-) -> list[tuple[str, float, float]]:
+def breakdown(batch_size: int, seq_len: int, heads: HeadSizes, repeats: int = 10) -> list[tuple[str, float, float]]:
     """Return name, milliseconds and launches of each GPU kernel of one forward and backward pass of lrnn."""
     from torch.profiler import ProfilerActivity, profile
 
-    _, both = passes(ours, make_inputs(batch_size, seq_len, heads, size))
+    _, both = passes(ours, _inputs_of(batch_size, seq_len, heads))
     both()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as record:
@@ -218,29 +234,50 @@ def parse_shape(text: str) -> tuple[int, int]:
     return sizes
 
 
+def parse_heads(args: argparse.Namespace) -> HeadSizes:
+    """Return the heads that the options ask for. Raises UserError for sizes that the kernels do not take."""
+    value_heads, value_size = args.value_heads, args.value_size
+    heads = HeadSizes(
+        H=args.heads,
+        HV=args.heads if value_heads is None else value_heads,
+        K=args.head_size,
+        V=args.head_size if value_size is None else value_size,
+    )
+    if min(heads) < 1:
+        raise UserError("--heads, --value-heads, --head-size and --value-size should be at least 1")
+    if heads.HV % heads.H:
+        raise UserError(f"--value-heads {heads.HV} should be a multiple of --heads {heads.H}")
+    try:
+        check_sizes(heads.K, heads.V)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return heads
+
+
 def bench_kernels(args: argparse.Namespace) -> None:
     """Print the tables of `lrnn bench kernels`."""
-    shapes = [parse_shape(shape) for shape in args.shapes]
+    shapes, heads = [parse_shape(shape) for shape in args.shapes], parse_heads(args)
     if not torch.cuda.is_available():
         raise UserError("lrnn bench kernels needs a GPU, and PyTorch finds none here")
     env = environment()
     print("\n".join(f"{name:22}{value}" for name, value in env.items()))
     peers, lines = ([], ["fla, FlashQLA: left out (--only-ours)"]) if args.only_ours else find_peers()
     print("\n".join(lines))
-    results = _bench_shapes(shapes, [*(Contender(name, run) for name, run in OURS.items()), *peers], args)
+    contenders = [*(Contender(name, run) for name, run in OURS.items()), *peers]
+    results = _bench_shapes(shapes, heads, contenders, args)
     if args.json:
         args.json.write_text(json.dumps({"environment": env, "notes": lines, "kernels": results}, indent=1) + "\n")
 
 
 def _bench_shapes(
-    shapes: list[tuple[int, int]], contenders: list[Contender], args: argparse.Namespace
+    shapes: list[tuple[int, int]], heads: HeadSizes, contenders: list[Contender], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Print a table of every contender at every shape, and return its rows for JSON."""
     bandwidth = copy_bandwidth()
     print(
         f"device copy: {bandwidth / 1e12:.2f} TB/s, read and written; the floor is every input and result once at that"
     )
-    print(f"\nbf16, H {args.heads}, K = V = {args.head_size}; milliseconds, median (20% to 80%); MiB beyond the inputs")
+    print(f"\nbf16, {_named(heads)}; milliseconds, median (20% to 80%); MiB beyond the inputs")
     print(
         f"{'shape':12} {'':16} {'forward':>21} {'forward + backward':>24} {'to lrnn':>13} {'MiB':>15} "
         f"{'first call':>11}"
@@ -249,21 +286,25 @@ def _bench_shapes(
     for batch_size, seq_len in shapes:
         rows: list[Measurement] = []
         for contender in contenders:
-            rows.append(measure(contender, batch_size, seq_len, args.heads, args.head_size))
+            rows.append(measure(contender, batch_size, seq_len, heads))
             torch.cuda.empty_cache()
             row = rows[-1]
             print(f"{f'B{batch_size} T{seq_len}':12} {row.contender:16} {_figures(row, rows[0])}", flush=True)
             if not row.error:
                 print(f"{'':12} {'- graph':16} {_graph_figures(row, rows[0])}", flush=True)
-        floor = floor_milliseconds(batch_size * seq_len, args.heads, args.head_size, bandwidth)
+        floor = floor_milliseconds(batch_size * seq_len, heads, bandwidth)
         print(f"{'':12} {'floor':16} {floor[0]:21.3f} {floor[1]:24.3f}")
         results += [asdict(row) for row in rows]
         results.append({"contender": "floor", "batch_size": batch_size, "seq_len": seq_len, "forward": [floor[0]]})
         results[-1]["forward_backward"] = [floor[1]]
         if args.breakdown:
-            for name, milliseconds, launches in breakdown(batch_size, seq_len, args.heads, args.head_size):
+            for name, milliseconds, launches in breakdown(batch_size, seq_len, heads):
                 print(f"{'':12} {milliseconds:8.3f} ms {launches:5.1f} x  {name[:80]}")
     return results
+
+
+def _named(heads: HeadSizes) -> str:
+    return ", ".join(f"{name} {number}" for name, number in heads._asdict().items())
 
 
 def _spread(times: list[float]) -> str:

@@ -6,11 +6,20 @@ import torch
 from lrnn.bench import kernels as bench_kernels
 from lrnn.bench import peers
 from lrnn.cli import main
+from lrnn.model.mixer_deltanet import HeadSizes
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would start the measurement")
 @pytest.mark.parametrize(
-    ("options", "message"), [([], "GPU"), (["--shapes", "8y4096"], "8x4096"), (["--shapes", "0x64"], "'0x64'")]
+    ("options", "message"),
+    [
+        ([], "GPU"),
+        (["--shapes", "8y4096"], "8x4096"),
+        (["--shapes", "0x64"], "'0x64'"),
+        (["--heads", "2", "--value-heads", "3"], "--value-heads 3 should be a multiple of --heads 2"),
+        (["--value-heads", "0"], "should be at least 1"),
+        (["--value-size", "257"], "head sizes up to 256; got 128 for keys and 257 for values"),
+    ],
 )
 def test_refusals(options, message, capsys):
     assert main(["bench", "kernels", *options]) == 2
@@ -20,7 +29,7 @@ def test_refusals(options, message, capsys):
 
 @pytest.mark.parametrize("run", [bench_kernels.ours, bench_kernels.ours_split, bench_kernels.ours_saved])
 def test_both_passes_reach_every_input(run):
-    x = bench_kernels.make_inputs(1, 20, 2, 64, device="cpu")
+    x = bench_kernels.make_inputs(1, 20, 2, 12, device="cpu", value_heads=4, value_size=24)
     forward, both = bench_kernels.passes(run, x)
     assert forward().shape == x["v"].shape
     assert [dx.shape for dx in both()] == [y.shape for y in x.values()]
@@ -38,7 +47,7 @@ def test_log_inputs_are_the_same_function():
 
 def test_the_floor():
     """At 3 TB/s and the first shape, reading q, k, v and writing o takes 0.18 ms, and backward takes 0.31 ms."""
-    forward, both = bench_kernels.floor_milliseconds(8 * 4096, 16, 128, 3e12)
+    forward, both = bench_kernels.floor_milliseconds(8 * 4096, HeadSizes.equal(16, 128), 3e12)
     assert forward == pytest.approx(0.18, abs=0.005) and both - forward == pytest.approx(0.31, abs=0.01)
 
 
