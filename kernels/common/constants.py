@@ -3,7 +3,7 @@
 import triton.language as tl
 
 CHUNK = 64  # tokens per chunk: the rows of one Hopper warpgroup; a system of 64 x 64 is solved for each chunk
-HEAD_SIZES = (64, 128, 256)  # sizes of keys and values that the delta-rule kernels support; others are padded
+HEAD_SIZES = (64, 128, 256)  # sizes of keys that the delta-rule kernels support; others are padded
 
 # Below this step size x is not recovered from beta x (`step_and_back`).
 SMALL_BETA = tl.constexpr(1e-4)

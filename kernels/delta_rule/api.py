@@ -7,9 +7,9 @@ This is gated DeltaNet (arXiv 2412.06464, equation 10) or, without a gate, Delta
 factor has the eigenvalue 1 - beta along k. With beta in (0, 2) it reaches [-1, 1], which state tracking needs (arXiv
 2411.12537).
 
-On CUDA there is no other path: inputs that the kernels do not support raise an error. The kernels are written for heads
-of 64, 128 and 256. Heads of another size are padded with zeros to the next of these, which changes no result. With
-TRITON_INTERPRET=1 the kernels run on the CPU, for tests.
+On CUDA there is no other path: inputs that the kernels do not support raise an error. The kernels are written for keys
+of 64, 128 and 256, and for values of multiples of 64 up to 256. Other sizes are padded with zeros to the next of these,
+which changes no result. With TRITON_INTERPRET=1 the kernels run on the CPU, for tests.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from torch import Tensor
 from lrnn.kernels.common.architecture import Architecture
 from lrnn.kernels.common.dispatch import use_kernels
 from lrnn.kernels.common.dtypes import DTYPES
-from lrnn.kernels.delta_rule.heads import check_sizes, pad_heads, padded_size
+from lrnn.kernels.delta_rule.heads import check_sizes, pad_heads, padded_sizes
 from lrnn.kernels.delta_rule.operator import gated_delta_rule_forward, gated_delta_rule_recurrent
 from lrnn.kernels.delta_rule.settings import choose_settings
 from lrnn.kernels.reference import delta_rule as reference
@@ -59,7 +59,7 @@ def check_gpu(K: int, V: int, dtype: torch.dtype, gpu: Architecture) -> None:
         ValueError: a size is above 256, or the GPU's shared memory or its compute capability is too small.
     """
     check_sizes(K, V)
-    choose_settings(padded_size(K), dtype, gpu)
+    choose_settings(padded_sizes(K, V)[0], dtype, gpu)
 
 
 def gated_delta_rule(
@@ -81,7 +81,7 @@ def gated_delta_rule(
 
     Args:
         q, k: queries and keys [B, T, H, K]; on CUDA K and V are each at most 256, and q, k, v have one dtype,
-            bfloat16, float16 or float32. A size costs as much as the next of 64, 128 and 256.
+            bfloat16, float16 or float32. K costs as much as the next of 64, 128 and 256, V as the next multiple of 64.
         v: values [B, T, HV, V], HV a multiple of H: value head h uses query and key head h // (HV // H).
         g: log-gates [B, T, HV], at most 0, any float dtype; None for no gate.
         beta: step sizes [B, T, HV], in [0, 2], any float dtype.
@@ -247,8 +247,9 @@ def _run(
             f"got {q.dtype}, {k.dtype}, {v.dtype}"
         )
     scale = K**-0.5 if scale is None else float(scale)
-    q, k, v = pad_heads(q), pad_heads(k), pad_heads(v)
-    more_k, more_v = q.shape[3] - K, v.shape[3] - V
+    padded_k, padded_v = padded_sizes(K, V)
+    more_k, more_v = padded_k - K, padded_v - V
+    q, k, v = pad_heads(q, padded_k), pad_heads(k, padded_k), pad_heads(v, padded_v)
     if initial_state is not None and (more_k or more_v):
         initial_state = F.pad(initial_state, (0, more_v, 0, more_k))
     tensors, options = (q, k, v, gate, beta, A_log, dt_bias), (beta_range, scale, normalize_qk)

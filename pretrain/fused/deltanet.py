@@ -9,7 +9,7 @@ from torch import Tensor
 from lrnn.kernels import gated_rms_norm
 from lrnn.kernels.common.constants import HEAD_SIZES
 from lrnn.kernels.delta_rule.api import is_saving
-from lrnn.kernels.delta_rule.heads import pad_heads
+from lrnn.kernels.delta_rule.heads import pad_heads, padded_sizes
 from lrnn.kernels.delta_rule.operator import gated_delta_rule_backward, gated_delta_rule_forward
 from lrnn.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from lrnn.kernels.short_conv import operator as short_conv
@@ -43,6 +43,7 @@ class FusedDeltaNet:
         self.products = [*self.inner, self.out]
         self.convolutions = [mixer.q_conv1d, mixer.k_conv1d, mixer.v_conv1d]
         self.scale = mixer.heads[1] ** -0.5
+        self.padded = padded_sizes(mixer.heads[1], mixer.value_heads[1])
 
     @staticmethod
     def fits(mixer: Mixer) -> bool:
@@ -85,9 +86,9 @@ class FusedDeltaNet:
 
     def as_heads(self, qkv: list[Tensor]) -> list[Tensor]:
         """Return q, k [B, T, H, K] and v [B, T, HV, V], padded to the sizes of the kernels."""
-        q, k, v = qkv
-        heads, value_heads = self.mixer.heads, self.mixer.value_heads
-        return [pad_heads(x.unflatten(-1, n)) for x, n in ((q, heads), (k, heads), (v, value_heads))]
+        (K, V), mixer = self.padded, self.mixer
+        kinds = zip(qkv, (mixer.heads, mixer.heads, mixer.value_heads), (K, K, V), strict=True)
+        return [pad_heads(x.unflatten(-1, heads), size) for x, heads, size in kinds]
 
     def as_columns(self, dq: Tensor, dk: Tensor, dv: Tensor) -> list[Tensor]:
         """Return [B, T, columns] of gradients of what `as_heads` returns."""
@@ -138,7 +139,20 @@ class _FusedDeltaNet(torch.autograd.Function):
         do, d_o_norm = gated_rms_norm.write_gradients(dgate, n, dn, o, gate, o_norm.weight, o_norm.eps)
         d_out = layer.out.weight_gradients(dx_rows, n.flatten(-2).flatten(0, 1))
         dq, dk, dv, da, db, d_gates, _ = gated_delta_rule_backward(
-            pad_heads(do), None, q, k, v, a, b, A_log, dt_bias, *ctx.options, None, cu_seqlens, mixer.precision, *kept
+            pad_heads(do, layer.padded[1]),
+            None,
+            q,
+            k,
+            v,
+            a,
+            b,
+            A_log,
+            dt_bias,
+            *ctx.options,
+            None,
+            cu_seqlens,
+            mixer.precision,
+            *kept,
         )
         db_column.copy_(db)
         gates = []

@@ -9,7 +9,7 @@ from lrnn import LrnnConfig
 from lrnn.errors import UserError
 from lrnn.kernels.common.architecture import COMPILED
 from lrnn.kernels.common.constants import HEAD_SIZES
-from lrnn.kernels.delta_rule.heads import padded_size
+from lrnn.kernels.delta_rule.heads import padded_sizes
 from lrnn.kernels.short_conv.api import TAPS
 from lrnn.model.mixer_deltanet import DeltaNet, HeadSizes
 from lrnn.model.mixers import MIXERS
@@ -75,7 +75,8 @@ class ModelSizes:
     @property
     def padded(self) -> HeadSizes:
         """The heads as the kernels of the delta rule compute them; see `lrnn.kernels.delta_rule.heads`."""
-        return self.heads._replace(K=padded_size(self.heads.K), V=padded_size(self.heads.V))
+        K, V = padded_sizes(self.heads.K, self.heads.V)
+        return self.heads._replace(K=K, V=V)
 
     @property
     def projected(self) -> int:

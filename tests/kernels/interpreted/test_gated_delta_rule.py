@@ -43,7 +43,7 @@ def test_rows_of_a_batch_are_independent():
 
 
 @pytest.mark.parametrize(
-    ("K", "V", "T", "dtype"), [(128, 128, 70, FP16), (64, 128, 65, FP16), (256, 64, 20, FP16), (256, 64, 20, FP32)]
+    ("K", "V", "T", "dtype"), [(128, 128, 70, FP16), (64, 192, 65, FP16), (256, 64, 20, FP16), (256, 64, 20, FP32)]
 )
 def test_head_sizes(K, V, T, dtype):
     compare(inputs.random(1, T, H=1, K=K, V=V, dtype=dtype), BARS[dtype], f"K {K}, V {V}", normalize_qk=True)
@@ -60,7 +60,7 @@ def test_head_sizes_that_are_padded(K, V, T, dtype):
 
 @pytest.mark.parametrize("T", [1, 9])
 def test_padded_heads_token_by_token(T):
-    x = inputs.random(2, T, K=32, V=16)
+    x = inputs.random(2, T, K=32, V=150)
     o_true, final_true = truth.gated_delta_rule(**x, normalize_qk=True, output_final_state=True)
     with torch.no_grad():
         o, final = gated_delta_rule(**x, normalize_qk=True, output_final_state=True)
