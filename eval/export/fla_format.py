@@ -4,7 +4,9 @@ Names and shapes of the parameters are the same as in lrnn. Only the configurati
 """
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -79,28 +81,45 @@ def _read_config(folder: Path) -> LrnnConfig:
         if getattr(fla, field) != value:
             raise UserError(f"{path}: {field} is {getattr(fla, field)!r}; lrnn supports only {value!r}")
     fields = {name: getattr(fla, name) for name in SHARED}
-    if kind == "gated_deltanet":
-        if fla.num_v_heads not in (None, fla.num_heads):
-            raise UserError(f"{path}: num_v_heads is {fla.num_v_heads}; it must equal num_heads, {fla.num_heads}")
-        if fla.output_gate_activation not in ("swish", "silu"):
-            raise UserError(
-                f"{path}: output_gate_activation is {fla.output_gate_activation!r}; lrnn supports only 'swish'"
-            )
-        head_dim = fla.head_dim
-    else:
-        if fla.expand_k != fla.expand_v:
-            raise UserError(f"{path}: expand_v is {fla.expand_v}; it must equal expand_k, {fla.expand_k}")
-        head_dim = round(fla.hidden_size * fla.expand_k) // fla.num_heads
+    if kind == "gated_deltanet" and fla.output_gate_activation not in ("swish", "silu"):
+        raise UserError(f"{path}: output_gate_activation is {fla.output_gate_activation!r}; lrnn supports only 'swish'")
+    fields |= _heads(fla, kind, path)
     if fla.intermediate_size is None:  # fla's rule: 2/3 hidden_ratio hidden_size, rounded up to a multiple of 256
         ratio = 4 if fla.hidden_ratio is None else fla.hidden_ratio
         fields["intermediate_size"] = 256 * -(-int(fla.hidden_size * ratio * 2 / 3) // 256)
     kept = getattr(fla, "lrnn_training", None)
     try:
-        return LrnnConfig(
-            mixer=MIXER_OF[kind], head_dim=head_dim, **fields, **({} if kept is None else {"lrnn_training": kept})
-        )
+        return LrnnConfig(mixer=MIXER_OF[kind], **fields, **({} if kept is None else {"lrnn_training": kept}))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _heads(fla: Any, kind: str, path: Path) -> dict[str, int]:
+    """Return `head_dim` and, where they differ from those of keys, the number and size of value heads.
+
+    Raises:
+        UserError: a number or size of heads is not whole, or value heads are no multiple of key heads.
+    """
+    H = HV = fla.num_heads
+    if kind == "gated_deltanet":
+        HV = H if fla.num_v_heads is None else fla.num_v_heads
+        K = fla.head_dim
+        V = _whole(K * fla.expand_v, f"{path}: expand_v is {fla.expand_v}; head_dim times it")
+    else:
+        K, V = (
+            _whole(fla.hidden_size * factor / H, f"{path}: {name} is {factor}; hidden_size / num_heads times it")
+            for name, factor in (("expand_k", fla.expand_k), ("expand_v", fla.expand_v))
+        )
+    if HV % H:
+        raise UserError(f"{path}: num_v_heads is {HV}; it must be a multiple of num_heads, {H}")
+    return {"head_dim": K} | ({"head_v_dim": V} if V != K else {}) | ({"num_value_heads": HV} if HV != H else {})
+
+
+def _whole(size: float, what: str) -> int:
+    """Return a size that fla computes. Raises UserError, which begins with `what`, if it is not whole."""
+    if not math.isclose(size, round(size), rel_tol=1e-5):
+        raise UserError(f"{what} must be a whole number, not {size:g}")
+    return round(size)
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

@@ -19,9 +19,14 @@ VARIANTS = {
     "deltanet": {"mixer": "deltanet", "allow_neg_eigval": False},
     "deltanet-tied": {"mixer": "deltanet", "tie_word_embeddings": True, "num_heads": 3, "conv_size": 3},
 }
+# Key and value heads of different numbers and sizes, of which fla's DeltaNet has sizes alone.
+SIZES_OF_THEIR_OWN = {
+    "gated-sizes": {"num_value_heads": 4, "head_dim": 12, "head_v_dim": 24},
+    "deltanet-sizes": {"mixer": "deltanet", "head_dim": 12, "head_v_dim": 20},
+}
 OTHER_MIXERS = {
     "gated_deltaproduct": {"mixer": "gated_deltaproduct", "num_householder": 3, "delta_rule_precision": "split"},
-    "deltaproduct": {"mixer": "deltaproduct", "num_householder": 4},
+    "deltaproduct": {"mixer": "deltaproduct", "num_householder": 4, "num_value_heads": 4, "head_v_dim": 24},
 }
 # Every other mixer that fla does not have, as it is.
 OTHER_MIXERS |= {
@@ -29,12 +34,11 @@ OTHER_MIXERS |= {
 }
 
 
-def random_model(variant: str) -> LrnnForCausalLM:
+def random_model(variant: str, **fields) -> LrnnForCausalLM:
     """Return a model in which every parameter affects the logits."""
     torch.manual_seed(0)
-    model = LrnnForCausalLM(
-        LrnnConfig(vocab_size=640, max_position_embeddings=64, **{**SIZE, **(VARIANTS | OTHER_MIXERS)[variant]})
-    )
+    fields = SIZE | (VARIANTS | SIZES_OF_THEIR_OWN | OTHER_MIXERS)[variant] | fields
+    model = LrnnForCausalLM(LrnnConfig(vocab_size=640, max_position_embeddings=64, **fields))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 2:

@@ -85,13 +85,15 @@ class TestRefused:
         [
             ("norm_position", "post", "'post', where fla has 'pre'"),
             ("gated_norm_eps", 1e-5, "1e-05, where fla has 1e-06"),
+            ("num_value_heads", 32, "32, where fla has num_heads, 16"),
         ],
     )
     def test_fla_does_not_have_the_form_of_the_blocks(self, field, value, said):
         with pytest.raises(
             UserError, match=f"the fla format cannot express this model's {field} {said}: use --format hf"
         ):
-            to_fla_config(LrnnConfig(**{field: value}))
+            to_fla_config(LrnnConfig(mixer="deltanet", **{field: value}))
+        assert "num_v_heads" not in to_fla_config(LrnnConfig(mixer="deltanet", num_value_heads=16))
         assert to_fla_config(LrnnConfig(gated_norm_eps=1e-6))["norm_eps"] == 1e-6
 
     def test_neither_run_nor_checkpoint(self, tmp_path, capsys):

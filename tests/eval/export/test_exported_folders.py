@@ -9,14 +9,15 @@ from pathlib import Path
 import clean_process
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 import yaml
-from export_checkpoints import VARIANTS, random_model, sha256, write_checkpoint
+from export_checkpoints import SIZES_OF_THEIR_OWN, VARIANTS, random_model, sha256, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers.cli.serving.model_manager import ModelManager
 
 import lrnn
-from lrnn import LrnnForCausalLM, cli
+from lrnn import LrnnConfig, LrnnForCausalLM, cli
 from lrnn.errors import UserError
 from lrnn.eval.export import check as export_check
 from lrnn.eval.export import write
@@ -244,7 +245,7 @@ def test_weights_are_those_of_the_checkpoint(exported):
     assert torch.equal(mlstm[name], random_model("mlstm").get_parameter(name))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS | SIZES_OF_THEIR_OWN)
 @pytest.mark.filterwarnings("ignore:Triton is not supported")
 def test_names_and_shapes_equal_those_of_fla(variant):
     from fla.models import DeltaNetConfig, DeltaNetForCausalLM, GatedDeltaNetConfig, GatedDeltaNetForCausalLM
@@ -260,10 +261,61 @@ def test_names_and_shapes_equal_those_of_fla(variant):
     assert shapes == {name: tuple(p.shape) for name, p in ours.state_dict().items()}
     assert theirs.config.allow_neg_eigval == ours.config.allow_neg_eigval
     mixer = theirs.model.layers[1].attn
-    assert mixer.allow_neg_eigval == ours.config.allow_neg_eigval and mixer.head_k_dim == mixer.head_v_dim == 16
+    assert mixer.allow_neg_eigval == ours.config.allow_neg_eigval
+    assert (mixer.head_k_dim, mixer.head_v_dim) == (
+        ours.config.head_dim,
+        ours.config.head_v_dim or ours.config.head_dim,
+    )
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("allow_neg_eigval", [True, False])
+def test_logits_of_value_heads_equal_those_of_fla(allow_neg_eigval, monkeypatch):
+    """fla's own layer computes with naive forms of its kernels, which need a GPU."""
+    from fla.layers import gated_deltanet
+    from fla.models import GatedDeltaNetConfig
+    from fla.modules import FusedRMSNormGated, ShortConvolution
+    from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
+
+    def rule(q, k, v, g, beta, A_log, dt_bias, allow_neg_eigval, **_):
+        q, k = (F.normalize(x, dim=-1).repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
+        g = -A_log.exp() * F.softplus(g + dt_bias)
+        return naive_recurrent_gated_delta_rule(q, k, v, (1 + allow_neg_eigval) * beta.sigmoid(), g)
+
+    def convolution(self, x, **_):
+        padded = F.pad(x.transpose(1, 2), (self.kernel_size[0] - 1, 0))
+        return F.silu(F.conv1d(padded, self.weight, groups=x.shape[-1])).transpose(1, 2), None
+
+    def norm(self, x, g):
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps) * F.silu(g)
+
+    monkeypatch.setattr(gated_deltanet, "chunk_gated_delta_rule", rule)
+    monkeypatch.setattr(gated_deltanet.GatedDeltaNet, "_use_fused_qkv_conv", lambda *_, **__: False)
+    monkeypatch.setattr(ShortConvolution, "forward", convolution)
+    monkeypatch.setattr(FusedRMSNormGated, "forward", norm)
+    model = random_model("gated-sizes", allow_neg_eigval=allow_neg_eigval)
+    ours = model.model.layers[0].attn
+    config = GatedDeltaNetConfig(**to_fla_config(model.config))
+    fields = ("expand_v", "head_dim", "num_heads", "num_v_heads", "allow_neg_eigval", "conv_size", "norm_eps")
+    theirs = gated_deltanet.GatedDeltaNet(32, layer_idx=0, **{name: getattr(config, name) for name in fields})
+    theirs.load_state_dict(ours.state_dict())
+    x, dy = torch.randn(2, 2, 40, 32, generator=torch.Generator().manual_seed(0))
+    found = []
+    for layer, arguments in ((ours, (None, None, None, None)), (theirs, ())):
+        y = layer(x.requires_grad_(), *arguments)
+        y = y if isinstance(y, torch.Tensor) else y[0]
+        found.append([y, *torch.autograd.grad(y, [x, *dict(sorted(layer.named_parameters())).values()], dy)])
+    for mine, true in zip(*found, strict=True):
+        assert (mine - true).norm() < 1e-5 * true.norm()
+
+
+def test_sizes_of_values_are_those_that_fla_computes():
+    """fla rounds head_dim times expand_v down, and 7 * (61 / 7) is below 61."""
+    for K, V in ((7, 61), (96, 192), (128, 128), (12, 20)):
+        expand = to_fla_config(LrnnConfig(head_dim=K, head_v_dim=V))["expand_v"]
+        assert int(K * expand) == V and expand == pytest.approx(V / K)
+
+
+@pytest.mark.parametrize("variant", VARIANTS | SIZES_OF_THEIR_OWN)
 def test_round_trip_through_fla_is_bitwise(variant, tmp_path, sentencepiece_model):
     model = random_model(variant)
     run = tmp_path / "run"
@@ -285,7 +337,7 @@ def test_a_model_made_by_fla_is_read(tmp_path, sentencepiece_model):
     from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 
     config = GatedDeltaNetConfig(
-        vocab_size=640, hidden_size=32, num_hidden_layers=2, num_heads=2, head_dim=16, expand_v=1.0
+        vocab_size=640, hidden_size=32, num_hidden_layers=2, num_heads=2, num_v_heads=4, head_dim=16, expand_v=1.5
     )
     torch.manual_seed(0)
     theirs = GatedDeltaNetForCausalLM(config)
@@ -302,8 +354,8 @@ def test_a_model_made_by_fla_is_read(tmp_path, sentencepiece_model):
 @pytest.mark.parametrize(
     "kind, field, value",
     [
-        ("gated_deltanet", "num_v_heads", 4),
-        ("gated_deltanet", "expand_v", 2.0),
+        ("gated_deltanet", "num_v_heads", 3),
+        ("gated_deltanet", "expand_v", 1.3),
         ("gated_deltanet", "use_gate", False),
         ("gated_deltanet", "use_short_conv", False),
         ("gated_deltanet", "attn", {"layers": [0], "num_heads": 2}),
@@ -313,7 +365,7 @@ def test_a_model_made_by_fla_is_read(tmp_path, sentencepiece_model):
         ("delta_net", "qk_activation", "relu"),
         ("delta_net", "use_gate", True),
         ("delta_net", "use_beta", False),
-        ("delta_net", "expand_v", 2.0),
+        ("delta_net", "expand_v", 1.3),
         ("rwkv7", "model_type", "rwkv7"),
     ],
 )
