@@ -20,22 +20,21 @@ class GraphDecoding:
         decoding = GraphDecoding(model)
         model.generate(**inputs, max_new_tokens=256, custom_generate=decoding)
 
-    The tokens are those of `generate` without it. The graph of a batch size is kept until another batch size comes, so
-    the object should be kept as long as the model.
+    The tokens are those of `generate` without it. The graph of a batch size is kept until another batch size or, with
+    attention, a longer text comes, so the object should be kept as long as the model.
 
     Args:
-        model: a `LrnnForCausalLM` whose mixer has a state of fixed size.
+        model: a `LrnnForCausalLM`.
         tokens_per_replay: tokens between two looks at what was generated; default 8 on a GPU, and 1 on a CPU, where
             there is no launch to save.
 
     Raises:
-        ValueError: the state of the model's mixer grows with the text.
+        ValueError: the model is not one of lrnn.
     """
 
     def __init__(self, model: Any, tokens_per_replay: int | None = None):
-        if not has_fixed_state(model):
-            mixer = getattr(model.config, "mixer", model.config.model_type)
-            raise ValueError(f"GraphDecoding needs a model of lrnn with a state of fixed size; {mixer} has none")
+        if not is_of_lrnn(model):
+            raise ValueError(f"GraphDecoding needs a model of lrnn; this one is of {model.config.model_type}")
         self.tokens_per_replay = tokens_per_replay or (TOKENS_PER_REPLAY if model.device.type == "cuda" else 1)
         self._steps: DecodingSteps | None = None
 
@@ -57,13 +56,14 @@ class GraphDecoding:
         refuse_other_modes(logits_processor, generation_config, kwargs)
         out = prefill(model, input_ids, kwargs.get("attention_mask"))
         token = out.logits[:, -1].float().argmax(-1, keepdim=True)
+        text = Text(input_ids, stopping_criteria, generation_config)
+        tokens = text.most_tokens + self.tokens_per_replay
         if self._steps is None or self._steps.batch_size != len(token):
             self._steps = None  # frees the old graph first
-            self._steps = DecodingSteps(model, out.past_key_values, token, self.tokens_per_replay)
+            self._steps = DecodingSteps(model, out.past_key_values, token, self.tokens_per_replay, tokens)
         else:
-            self._steps.start(out.past_key_values, token)
+            self._steps.start(out.past_key_values, token, tokens)
         del out
-        text = Text(input_ids, stopping_criteria, generation_config)
         finished = text.extend(token)
         while not finished:
             finished = text.extend(self._steps.run())
@@ -76,7 +76,8 @@ class Text:
     def __init__(self, prompt: Tensor, criteria: StoppingCriteriaList, config: GenerationConfig):
         self._device, self._criteria = prompt.device, criteria
         self._length = prompt.shape[1]
-        room = (criteria.max_length or 2 * self._length) - self._length
+        self.most_tokens = criteria.max_length or 2 * self._length  # may be exceeded if the criteria set no length
+        room = self.most_tokens - self._length
         self._ids = torch.cat([prompt.cpu(), prompt.new_zeros(prompt.shape[0], room, device="cpu")], 1)
         self._unfinished = torch.ones(prompt.shape[0], dtype=torch.bool)
         # As in `generate`, rows are padded only if something ends them one by one.
@@ -100,6 +101,11 @@ class Text:
     def ids(self) -> Tensor:
         """Return prompts and generated tokens, int64 [B, T + new], on the device of the prompts."""
         return self._ids[:, : self._length].to(self._device)
+
+
+def is_of_lrnn(model: Any) -> bool:
+    """Return whether the model is one of lrnn, with lrnn's own code."""
+    return isinstance(model.config, LrnnConfig)
 
 
 def has_fixed_state(model: Any) -> bool:

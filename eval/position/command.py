@@ -1,9 +1,10 @@
 """Measure perplexity by position, far past the training length, of one or several exported models.
 
 All models read the same documents, each from its beginning, `--piece` tokens at a time with the state passed on.
-Memory therefore does not grow with length, except a transformer's: its cache holds all tokens. A token's position is
-the number of tokens before it. Positions are binned on a logarithmic scale, with the training length as an edge. By
-default all documents are as long as the longest position, so that every bin has the same documents.
+Memory therefore does not grow with length, except with attention without a window, whose cache holds all tokens. A
+token's position is the number of tokens before it. Positions are binned on a logarithmic scale, with the training
+length as an edge. By default all documents are as long as the longest position, so that every bin has the same
+documents.
 
 Bands are 95% intervals of a bootstrap over documents. Further models are compared with the first by a paired bootstrap.
 Results are written to position.csv, difference.csv, position.png, table.md and results.json.

@@ -9,7 +9,7 @@ from transformers import StoppingCriteriaList
 
 from lrnn.errors import UserError
 from lrnn.eval.generation.batch_size import free_memory, largest_batch
-from lrnn.eval.generation.decoding import GraphDecoding, has_fixed_state
+from lrnn.eval.generation.decoding import GraphDecoding, has_fixed_state, is_of_lrnn
 from lrnn.eval.generation.stop_strings import StopStrings
 from lrnn.eval.model_folder import check_export, default_device, says_add_bos
 from lrnn.eval.suites.bos import decide
@@ -91,7 +91,7 @@ class Model(HFLM):
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
         """Return prompts and generated ids, int64 [B, T]. A model of lrnn decodes greedily on CUDA graphs."""
         asked = any(value for name, value in options.items() if name != "attention_mask")
-        if asked or not has_fixed_state(self.model):
+        if asked or not is_of_lrnn(self.model):
             return super()._model_generate(context=context, max_length=max_length, stop=stop, **options)
         if self._decoding is None:
             self._decoding = GraphDecoding(self.model)

@@ -10,8 +10,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 class LrnnCacheLayer(CacheLayerMixin):
     """The state that one layer carries from token to token, in the form of a layer of transformers' caches.
 
-    Except for the Transformer's, its size does not depend on the number of tokens read. It cannot be cropped, because a
-    recurrence cannot be undone.
+    Its size does not depend on the number of tokens read, except for attention without a window (`key_values.py`). It
+    cannot be cropped, because a recurrence cannot be undone.
 
     Attributes:
         conv: the last inputs of the layer's convolutions [B, taps - 1, channels], or None.

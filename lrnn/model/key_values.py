@@ -6,7 +6,8 @@ The state of a layer is a tuple of three tensors:
     length int64 [B]: number of tokens read by each sequence. Padding does not count.
 
 The token at position p of its sequence has slot p. With a window of W tokens it has slot p mod W, so that W slots hold
-the last W tokens, however long the text is. As long as there are slots, a single token is written in place.
+the last W tokens, however long the text is. A single token is written in place, so that the tensors keep their
+addresses as long as there are slots.
 """
 
 import torch
@@ -17,7 +18,7 @@ from .attention import group_queries, ungroup
 
 State = tuple[Tensor, Tensor, Tensor]
 
-GROWTH = 256  # slots beyond the tokens that a cache which was full gets, so that not every token copies it
+GROWTH = 256  # slots that a full cache gets beyond those it needs, so that not every token copies it
 LARGEST_MASK = 2**26  # pairs of a query and a key whose mask exists at a time
 
 
@@ -38,14 +39,23 @@ def first_state(k: Tensor, v: Tensor, mask: Tensor | None, window: int | None) -
 
 
 def with_slots(state: State, tokens: int, window: int | None) -> State:
-    """Return the state with slots for that many tokens per row. One that must grow gets some slots more."""
+    """Return the state with slots for that many tokens per row, those of its tokens included, and no others."""
     keys, values, length = state
-    kept = keys.shape[2]
-    if kept >= (tokens if window is None else min(tokens, window)):
-        return state
-    slots = tokens + GROWTH if window is None else min(tokens + GROWTH, window)
-    keys, values = (F.pad(x, (0, 0, 0, slots - kept)) for x in (keys, values))
+    more = (tokens if window is None else min(tokens, window)) - keys.shape[2]
+    keys, values = (F.pad(x, (0, 0, 0, more)) for x in (keys, values))
     return keys, values, length
+
+
+def with_room(state: State, tokens: int, window: int | None) -> State:
+    """Return the state with slots for at least that many tokens per row. One that must grow gets `GROWTH` more."""
+    room = slots_for(state, window)
+    return state if room is None or room >= tokens else with_slots(state, tokens + GROWTH, window)
+
+
+def slots_for(state: State, window: int | None) -> int | None:
+    """Return the number of tokens per row that the state has slots for; None if it is any number."""
+    slots = state[0].shape[2]
+    return None if slots == window else slots
 
 
 def attend_and_write(

@@ -81,6 +81,16 @@ class Mixer(nn.Module):
         if cache is not None:
             cache.state = state
 
+    def reserve(self, cache: LrnnCacheLayer, tokens: int) -> None:
+        """Give the cache, which has been read into, room for exactly that many tokens per row, those read included.
+
+        Until they are read, its tensors keep their sizes. A state of fixed size needs no room.
+        """
+
+    def room(self, cache: LrnnCacheLayer) -> int | None:
+        """Return the number of tokens per row that the cache has room for; None if it is any number."""
+        return None
+
     def note_eigenvalues(self, compute: Callable[[], Tensor]) -> None:
         if self.on_eigenvalues is not None:
             self.on_eigenvalues(compute)

@@ -3,8 +3,9 @@
 from torch import Tensor, nn
 
 from .attention import attend
+from .cache import LrnnCacheLayer
 from .configuration_lrnn import LrnnConfig
-from .key_values import attend_and_write, first_state, with_slots
+from .key_values import attend_and_write, first_state, slots_for, with_room, with_slots
 from .layers import Mixer, RMSNorm
 from .registry import Cost, register
 from .rotary import positions, rotate
@@ -103,11 +104,17 @@ class Attention(Mixer):
             o = attend(q, k, v, self.window, cu_seqlens)
             state = None if cache is None else first_state(k, v, mask, self.window)
         else:
-            before = with_slots(before, cache.seen_tokens + x.shape[1], self.window)
+            before = with_room(before, cache.seen_tokens + x.shape[1], self.window)
             o, state = attend_and_write(before, q, k, v, mask, self.window)
         self.write_state(cache, state)
         o = o.flatten(-2)
         return self.o_proj(o if self.g_proj is None else o * self.g_proj(x).sigmoid())
+
+    def reserve(self, cache: LrnnCacheLayer, tokens: int) -> None:
+        cache.state = with_slots(cache.state, tokens, self.window)
+
+    def room(self, cache: LrnnCacheLayer) -> int | None:
+        return slots_for(cache.state, self.window)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [B, T, H, D], keys and values [B, T, G, D], queries and keys normed if they are to be."""

@@ -7,7 +7,7 @@ from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.eval.generation.decoding import GraphDecoding
 
 SIZES = {"vocab_size": 500, "hidden_size": 256, "num_hidden_layers": 3, "head_dim": 64, "num_heads": 4}
-MIXERS = ["gated_deltanet", "deltanet", "gated_deltaproduct", "gla", "mamba", "mamba2", "mlstm", "rwkv7"]
+MIXERS = ["gated_deltanet", "deltanet", "gated_deltaproduct", "gla", "mamba", "mamba2", "mlstm", "rwkv7", "attention"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -16,6 +16,8 @@ def test_tokens_are_those_of_generate(mixer, dtype):
     """The kernels are the same, and so are their bits: tokens agree even where the two largest logits are close."""
     torch.manual_seed(0)
     fields = {"num_householder": 2} if "product" in mixer else {}
+    if mixer == "attention":
+        fields = {"num_kv_heads": 2, "qk_norm": "head", "attention_gate": True}
     model = LrnnForCausalLM(LrnnConfig(**SIZES, intermediate_size=512, mixer=mixer, **fields)).cuda().to(dtype).eval()
     decoding = GraphDecoding(model)
     for rows, length in ((4, 200), (4, 64), (1, 300), (4, 130)):  # a graph is recorded, replayed, and recorded again

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from mixer_models import VARIANTS, make_model
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList, StoppingCriteriaList
 
+from lrnn.eval.generation import steps
 from lrnn.eval.generation.batch_size import largest_batch
-from lrnn.eval.generation.decoding import GraphDecoding, has_fixed_state
+from lrnn.eval.generation.decoding import GraphDecoding
 from lrnn.eval.generation.prefill import prefill
 from lrnn.eval.generation.steps import state_tensors
 from lrnn.eval.generation.stop_strings import StopStrings
@@ -37,10 +38,6 @@ def model(request):
 
 
 def test_tokens_are_those_of_generate(model):
-    if not has_fixed_state(model):
-        with pytest.raises(ValueError, match="a state of fixed size; transformer has none"):
-            GraphDecoding(model)
-        return
     decoding = GraphDecoding(model, tokens_per_replay=3)
     for inputs in (prompts(3, 9), prompts(3, 7, seed=1), prompts(1, 1), prompts(3, 9)):  # kept, then new, tensors
         theirs, ours = both(model, decoding, inputs, max_new_tokens=11)
@@ -140,3 +137,54 @@ def test_other_modes_are_refused(gated, options, message):
     config = GenerationConfig(max_new_tokens=2, pad_token_id=PAD, **options)
     with pytest.raises(ValueError, match=message):
         gated.generate(**prompts(1, 3), generation_config=config, custom_generate=GraphDecoding(gated))
+
+
+@pytest.mark.parametrize(("window", "expected"), [(None, [32, 64, 64]), (50, [32, 50, 50]), (5, [5, 5, 5])])
+def test_attention_gets_room_for_longer_texts(window, expected, monkeypatch):
+    """Keys and values have room for 32 tokens, then for more; a shorter window never needs more."""
+    monkeypatch.setattr(steps, "ROOM", 32)
+    model = make_model("transformer", sliding_window=window)
+    decoding = GraphDecoding(model, 3)
+    slots = []
+    for inputs, new in ((prompts(2, 9), 12), (prompts(2, 40, seed=1), 10), (prompts(2, 30), 3)):
+        theirs, ours = both(model, decoding, inputs, max_new_tokens=new, eos_token_id=None)
+        assert torch.equal(theirs, ours)
+        slots.append(state_tensors(decoding._steps._cache)[0].shape[2])
+    assert slots == expected
+
+
+def test_attention_gets_more_room_if_a_text_has_no_largest_length(monkeypatch):
+    monkeypatch.setattr(steps, "ROOM", 8)
+    model, ids = make_model("transformer"), prompts(2, 3)["input_ids"]
+    stop = StoppingCriteriaList([lambda ids, scores: torch.full((2,), ids.shape[1] >= 40)])
+    found = GraphDecoding(model, 3)(model, ids, LogitsProcessorList(), stop, GenerationConfig())
+    assert torch.equal(found, model.generate(ids, do_sample=False, max_length=40, eos_token_id=None))
+
+
+def test_keys_are_written_in_place():
+    """A CUDA graph needs the tensors where they were, and no copy of all keys for a token."""
+    model = make_model("attention", sliding_window=None)
+    decoding = GraphDecoding(model, 3)
+    both(model, decoding, prompts(2, 9), max_new_tokens=4)
+    places = [tensor.data_ptr() for tensor in decoding._steps._kept]
+    held = state_tensors(decoding._steps._cache)
+    assert [tensor.data_ptr() for tensor in held[:2]] == places[:2]
+    both(model, decoding, prompts(2, 30), max_new_tokens=12)
+    assert [tensor.data_ptr() for tensor in decoding._steps._kept] == places
+
+
+def test_a_hybrid_decodes_as_generate_does():
+    pattern = ["gated_deltanet", {"mixer": "attention", "num_kv_heads": 1, "sliding_window": 7}, "gla", "attention"]
+    model = make_model("gated_deltanet", mixer=pattern, num_hidden_layers=4)
+    decoding = GraphDecoding(model, 3)
+    for inputs in (prompts(3, 9), prompts(3, 5, seed=1)):
+        theirs, ours = both(model, decoding, inputs, max_new_tokens=11)
+        assert torch.equal(theirs, ours)
+
+
+def test_another_model_is_refused():
+    model = LlamaForCausalLM(
+        LlamaConfig(hidden_size=8, num_attention_heads=1, intermediate_size=8, num_hidden_layers=1, vocab_size=9)
+    )
+    with pytest.raises(ValueError, match="GraphDecoding needs a model of lrnn; this one is of llama"):
+        GraphDecoding(model)
