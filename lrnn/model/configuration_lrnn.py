@@ -178,7 +178,7 @@ class LrnnConfig(PretrainedConfig):
         if entry == {"mixer": self.mixer}:
             return self
         layer = copy.copy(self)
-        vars(layer).update(entry)
+        layer.__dict__.update(entry)
         return layer
 
     def kinds_of_layers(self) -> list[tuple["LrnnConfig", list[int]]]:
@@ -195,7 +195,7 @@ class LrnnConfig(PretrainedConfig):
         from .mixers import MIXERS  # here, because the mixers import this file
 
         entries = read_pattern(mixer, self.num_hidden_layers)
-        self.mixer = mixer if isinstance(mixer, str) else short_pattern(entries)
+        self.mixer: Any = mixer if isinstance(mixer, str) else short_pattern(entries)
         for i, entry in enumerate(entries):
             layer = self.layer(i)
             try:
@@ -204,7 +204,7 @@ class LrnnConfig(PretrainedConfig):
             except ValueError as error:
                 raise ValueError(f"mixer[{i}], {entry['mixer']}: {error}" if self.is_hybrid else str(error)) from None
         if self.is_hybrid and all(entry == entries[0] for entry in entries):
-            vars(self).update(entries[0])
+            self.__dict__.update(entries[0])
         self._check_options()
 
     def _check_fields(self) -> None:

@@ -38,12 +38,11 @@ class Attention(Mixer):
         # Pairs of a token and one that it sees, in a sequence; each takes a score and a sum.
         pairs = window * (window + 1) // 2 + (T - window) * window
         weights = config.hidden_size * ((2 + config.attention_gate) * inner + 2 * kv)
-        bounded = config.sliding_window is not None
         return Cost(
             weights,
             recurrence=2 * pairs * inner // T,
-            state=2 * kv * config.sliding_window if bounded else None,
-            cache_per_token=0 if bounded else 2 * kv,
+            state=None if config.sliding_window is None else 2 * kv * config.sliding_window,
+            cache_per_token=2 * kv if config.sliding_window is None else 0,
         )
 
     @classmethod

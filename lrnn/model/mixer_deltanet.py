@@ -56,7 +56,7 @@ class DeltaNet(Mixer):
     """
 
     title, paper = "DeltaNet", "2406.06484"
-    options = (
+    options: tuple[str, ...] = (
         "num_heads",
         "head_dim",
         "num_value_heads",

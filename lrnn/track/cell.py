@@ -105,7 +105,7 @@ def _train(
                     "lr": learning_rate(training.step - 1, settings),
                     "grad_norm": values[2].item(),
                     "steps_per_second": round(speed, 2),
-                    "eigenvalues": EigenvalueProbe.describe(values[3]) if len(values) > 3 else {},
+                    "eigenvalues": probe.describe(values[3]) if len(values) > 3 else {},
                     "time": utc_now(),
                 }
                 log.write(json.dumps(record))

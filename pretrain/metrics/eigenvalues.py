@@ -45,20 +45,24 @@ class EigenvalueProbe:
         return note
 
     def counts(self) -> Tensor | None:
-        """Return the eigenvalues in each bin of the last pass that was noted: [layers, bins], float32 on the device."""
+        """Return the eigenvalues in each bin of the last pass that was noted: [watched layers, bins], on the device."""
         return torch.stack([self._counts[i] for i in sorted(self._counts)]) if self._counts else None
 
     def read(self) -> dict[str, Any]:
-        """Return the fraction of each bin and of the negative half by layer, from the last pass that was noted."""
+        """Return the fraction of each bin and of the negative half by layer, from the last pass that was noted.
+
+        The histogram has one row for each layer that the negative half names, in the same order.
+        """
         counts = self.counts()
         return {} if counts is None else self.describe(counts.cpu())
 
-    @staticmethod
-    def describe(counts: Tensor) -> dict[str, Any]:
+    def describe(self, counts: Tensor) -> dict[str, Any]:
         """Return what `read` returns, from `counts` on the CPU."""
         fractions = counts / counts.sum(-1, keepdim=True)
         negative = fractions[:, : EIGENVALUE_BINS // 2].sum(-1)
         return {
-            "negative_fraction": {str(i): round(x, 5) for i, x in enumerate(negative.tolist())},
+            "negative_fraction": {
+                str(i): round(x, 5) for i, x in zip(sorted(self._counts), negative.tolist(), strict=True)
+            },
             "histogram": [[round(x, 5) for x in row] for row in fractions.tolist()],
         }

@@ -90,8 +90,9 @@ def _eigenvalues(figure: Any, axis: Any, by_step: dict[int, dict[str, Any]], nam
     axis.yaxis.get_major_locator().set_params(integer=True)
     if not points:
         return
-    layers = sorted(points[0][1], key=int)
-    shares = np.array([[fractions[layer] for layer in layers] for _, fractions in points]).T
+    layers = range(max(int(layer) for _, fractions in points for layer in fractions) + 1)
+    # A layer whose mixer has no range of eigenvalues stays blank.
+    shares = np.array([[fractions.get(str(layer), np.nan) for layer in layers] for _, fractions in points]).T
     steps = np.array([s for s, _ in points])
     image = axis.pcolormesh(steps, np.arange(len(layers)), shares, vmin=0, vmax=1, cmap="coolwarm", shading="nearest")
     figure.colorbar(image, ax=axis)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 
 from lrnn.pretrain.plan import activations
 from lrnn.pretrain.plan.setup import Setup
+from lrnn.pretrain.plan.sizes import LayerSizes
 
 FLOAT32 = 4
 MAX_LIVE = 1_000_000_000  # DeepSpeed's default of `stage3_max_live_parameters`
@@ -64,7 +65,7 @@ def peak_memory(setup: Setup) -> Memory:
 
 def memory_at_loss(setup: Setup) -> Memory:
     """Return the memory while the loss is computed, when all layers have kept what they need."""
-    kept = setup.model.layers * _stack(setup) + activations.kept_by_ends(setup)
+    kept = sum(_stack(setup, layer) for layer in setup.model.stack) + activations.kept_by_ends(setup)
     return _Held(setup).in_backward(0, kept, LOSS, logits=activations.used_by_loss(setup))
 
 
@@ -72,33 +73,34 @@ def _moments(setup: Setup) -> Iterator[Memory]:
     """Yield the memory at the moments that may be the largest."""
     held = _Held(setup)
     yield memory_at_loss(setup)
-    stack = _stack(setup)
+    below = sum(_stack(setup, layer) for layer in setup.model.stack)
     done = setup.model.vocab * setup.model.hidden  # gradients that the backward pass has computed
-    for layer in range(setup.model.layers - 1, -1, -1):
-        for weights, kept, used in _parts(setup):
-            yield held.in_backward(done, layer * stack + kept, workspace=used)
+    for layer in reversed(setup.model.stack):
+        below -= _stack(setup, layer)
+        for weights, kept, used in _parts(setup, layer):
+            yield held.in_backward(done, below + kept, workspace=used)
             done += weights
     yield from held.after_backward()
 
 
-def _stack(setup: Setup) -> float:
+def _stack(setup: Setup, layer: LayerSizes) -> float:
     """Return the bytes that a layer keeps until its turn in the backward pass comes."""
     if setup.checkpointing == "full":
-        return setup.tokens * activations.kept_by_whole_layer(setup)
-    return setup.tokens * (activations.kept_by_mixer(setup) + activations.kept_by_mlp(setup))
+        return setup.tokens * activations.kept_by_whole_layer(setup, layer)
+    return setup.tokens * (activations.kept_by_mixer(setup, layer) + activations.kept_by_mlp(setup, layer))
 
 
-def _parts(setup: Setup) -> Iterator[tuple[int, float, float]]:
+def _parts(setup: Setup, layer: LayerSizes) -> Iterator[tuple[int, float, float]]:
     """Yield (weights, bytes kept by the layer, bytes used) of the MLP and the mixer, in the order of the backward pass.
 
     A layer that is computed again keeps everything from here on, and its input.
     """
-    m, tokens = setup.model, setup.tokens
-    mixer, mlp = tokens * activations.kept_by_mixer(setup), tokens * activations.kept_by_mlp(setup)
+    tokens = setup.tokens
+    mixer, mlp = tokens * activations.kept_by_mixer(setup, layer), tokens * activations.kept_by_mlp(setup, layer)
     if setup.checkpointing == "full":
-        mixer += tokens * (activations.kept_by_whole_layer(setup) + activations.saved_states(setup))
-    yield m.mlp, mixer + mlp, tokens * activations.used_by_mlp(setup)
-    yield m.cost.weights, mixer, tokens * activations.used_by_mixer(setup)
+        mixer += tokens * (activations.kept_by_whole_layer(setup, layer) + activations.saved_states(setup, layer))
+    yield layer.mlp, mixer + mlp, tokens * activations.used_by_mlp(setup, layer)
+    yield layer.cost.weights, mixer, tokens * activations.used_by_mixer(setup, layer)
 
 
 class _Held:

@@ -145,12 +145,13 @@ def _notes(setup: Setup) -> Iterator[str]:
             "Nothing was measured beyond two GPUs. There, an earlier version was slower than its estimate: 1.16 times "
             "with ZeRO-2, 1.83 times with ZeRO-3 (docs/planning.md)."
         )
-    if not setup.model.factors:
+    others = list(dict.fromkeys(layer.mixer for layer in setup.model.stack if not layer.factors))
+    if others:
         yield (
-            "Memory and speed with this mixer were not measured. Its activations are estimated from its weights, its "
-            "recurrence from its multiply-adds."
+            f"Memory and speed with {' and '.join(others)} were not measured. Activations are estimated from their "
+            "weights, recurrences and attention from their multiply-adds."
         )
-    elif setup.model.factors > 1:
+    if any(layer.factors > 1 for layer in setup.model.stack):
         yield "Memory and speed with several factors per token were not measured."
     if setup.precision != "bfloat16":
         yield f"Memory and speed in {setup.precision} were not measured."

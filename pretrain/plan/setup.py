@@ -8,116 +8,18 @@ import torch
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
 from lrnn.kernels.common.architecture import COMPILED
-from lrnn.kernels.common.constants import HEAD_SIZES
-from lrnn.kernels.delta_rule.heads import padded_sizes
-from lrnn.kernels.short_conv.api import TAPS
-from lrnn.model.mixer_deltanet import DeltaNet, HeadSizes
-from lrnn.model.mixers import MIXERS
-from lrnn.model.registry import Cost
 from lrnn.pretrain.config import Config, load_model_of
 from lrnn.pretrain.deepspeed_config import deepspeed_config
 from lrnn.pretrain.fused.choice import uses_fused_layers
 from lrnn.pretrain.fused.float8 import check_sizes
 from lrnn.pretrain.gpu_check import check_kernels
 from lrnn.pretrain.gpus import Gpu
+from lrnn.pretrain.plan.sizes import ModelSizes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Bus bandwidth of collectives: the share of a link's rate that they reach, and GB/s of a network card of 400 Gb/s.
 LINK_SHARE, NETWORK_CARD = 2 / 3, 45
 DEEPSPEED_BUCKET = 500_000_000  # numbers per collective where a DeepSpeed JSON does not say
-
-
-@dataclass(frozen=True)
-class ModelSizes:
-    """The sizes of a model. Counts of weights are those of one layer unless they say otherwise.
-
-    Attributes:
-        layers, hidden, intermediate, vocab: sizes of the model.
-        heads: heads of the mixer and their sizes.
-        taps: taps of the short convolutions.
-        cost: what the mixer declares.
-        factors: Householder factors per token of a DeltaNet or DeltaProduct mixer; 0 for other mixers.
-        gated: whether such a mixer has gates.
-        tied: whether the head is the embedding.
-    """
-
-    layers: int
-    hidden: int
-    intermediate: int
-    vocab: int
-    heads: HeadSizes
-    taps: int
-    cost: Cost
-    factors: int
-    gated: bool
-    tied: bool
-
-    @classmethod
-    def of(cls, config: LrnnConfig) -> "ModelSizes":
-        """Return the sizes of a model."""
-        if config.is_hybrid:
-            raise UserError(f"lrnn plan is for models of one mixer; this one has {config.mixer}")
-        mixer = MIXERS[config.mixers[0]]
-        is_delta = issubclass(mixer, DeltaNet)
-        return cls(
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
-            vocab=config.vocab_size,
-            heads=mixer.head_sizes(config) if is_delta else HeadSizes.equal(config.num_heads, config.head_dim),
-            taps=config.conv_size,
-            cost=mixer.cost(config),
-            factors=mixer.factors(config) if is_delta else 0,
-            gated=is_delta and mixer.gated,
-            tied=config.tie_word_embeddings,
-        )
-
-    @property
-    def padded(self) -> HeadSizes:
-        """The heads as the kernels of the delta rule compute them; see `lrnn.kernels.delta_rule.heads`."""
-        K, V = padded_sizes(self.heads.K, self.heads.V)
-        return self.heads._replace(K=K, V=V)
-
-    @property
-    def projected(self) -> int:
-        """Rows of the wide projections of a DeltaNet or DeltaProduct mixer: q, k and v of each factor, the gate."""
-        return self.cost.channels + self.gated * self.heads.values
-
-    @property
-    def mlp(self) -> int:
-        """Weights of an MLP."""
-        return 3 * self.hidden * self.intermediate
-
-    def float8_matrices(self) -> list[tuple[int, int]]:
-        """Return [columns, rows] of the weights whose products are in float8 with `precision: fp8`; see `FusedBlock`.
-
-        The projections that step sizes and decays come from are not among them.
-        """
-        mixer = [(self.hidden, self.projected), (self.heads.values, self.hidden)]
-        mlp = [(self.hidden, 2 * self.intermediate), (self.intermediate, self.hidden)]
-        return [*(mixer if self.mixer_is_fused else []), *mlp]
-
-    @property
-    def float8(self) -> int:
-        """Weights whose products are in float8 with `precision: fp8`."""
-        return sum(columns * rows for columns, rows in self.float8_matrices())
-
-    @property
-    def matrices(self) -> int:
-        """Weights of all linear maps, the head included and the embedding not."""
-        return self.layers * (self.cost.weights + self.mlp) + self.vocab * self.hidden
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of the model, without the biases and decays of its mixers, which are a few thousand."""
-        small = self.cost.channels * self.taps + 2 * self.hidden + self.heads.V
-        embedding = 0 if self.tied else self.vocab * self.hidden
-        return self.matrices + embedding + self.layers * small + self.hidden
-
-    @property
-    def mixer_is_fused(self) -> bool:
-        """Whether fused layers compute the mixer too; see `FusedDeltaNet.fits`."""
-        return self.factors == 1 and max(self.heads.K, self.heads.V) <= HEAD_SIZES[-1] and self.taps in TAPS
 
 
 @dataclass(frozen=True)
@@ -237,8 +139,9 @@ def setup_of(
     check_kernels(model, DTYPES[precision], next(kind for kind in COMPILED if kind.capability == gpu.capability))
     sizes = ModelSizes.of(model)
     if config.precision == "fp8":
-        for columns, rows in sizes.float8_matrices():
-            check_sizes(columns, rows)
+        for layer in sizes.kinds:
+            for columns, rows in layer.float8_matrices():
+                check_sizes(columns, rows)
     return Setup(
         model=sizes,
         gpu=gpu,

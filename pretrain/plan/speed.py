@@ -13,6 +13,7 @@ from lrnn.pretrain.gpus import Gpu, find_gpu
 from lrnn.pretrain.plan.activations import has_fused_loss
 from lrnn.pretrain.plan.collectives import Traffic, traffic
 from lrnn.pretrain.plan.setup import Setup
+from lrnn.pretrain.plan.sizes import LayerSizes
 
 MEASURED_ON = "H200"
 # Of a card's peak in products: in bf16 in the step of 1.36B, at the card's limit of 700 W; in float8 from the products
@@ -25,6 +26,7 @@ PLAIN = 0.8  # the same of PyTorch's elementwise kernels, which plain layers run
 # Seconds per multiply-add of the delta rule: 1.36B. On an H100 it takes 1.17 times as long (`docs/results/kernels.md`):
 # part of it follows the peak, the rest the bandwidth.
 RECURRENCE, RECURRENCE_FORWARD, RECURRENCE_BY_PEAK = 4.87e-14, 0.22, 0.6
+ATTENTION = 0.35  # share of a card's peak that attention reaches: FlashAttention-2 on an H100 (arXiv 2407.08608)
 RECURRENCE_PACKED = 1.6  # of this with packed documents: 1.36B, 61,700 tokens/s
 RECURRENCE_PORTABLE = 1.29  # of this where the Hopper kernels do not run
 SMALL_KERNELS = 0.15e-3  # seconds per layer and micro-batch for kernels too small to be bound by anything
@@ -40,7 +42,7 @@ class Speed:
 
     Attributes:
         products: matrix products.
-        recurrence: the delta rule, or the other mixer's recurrence.
+        recurrence: the delta rule, the recurrences of other mixers, and attention.
         kernels: everything else of the passes.
         update: the optimizer, the norm of the gradient, ZeRO's copies.
         collectives: what does not overlap.
@@ -106,38 +108,58 @@ def _products(setup: Setup) -> tuple[float, float]:
     each = 2 * setup.tokens / product_rate(setup.gpu, setup.precision)
     each_float8 = 2 * setup.tokens / _float8_rate(setup.gpu) if setup.float8 else each
     float8 = m.float8 if setup.float8 else 0
-    weights = m.cost.weights + m.mlp
+    weights = sum(layer.matrices for layer in m.stack)
     # The gradient of the inputs takes as long as the forward pass. That of the weights is not in float8.
-    one = m.layers * (each * (weights - float8) + each_float8 * float8)
-    forward, backward = _passes(setup, one, one + m.layers * each * weights)
+    one = each * (weights - float8) + each_float8 * float8
+    forward, backward = _passes(setup, one, one + each * weights)
     if setup.checkpointing == "mlp":
-        backward += each_float8 * m.layers * m.mlp * 2 / 3  # gate and up again
+        backward += each_float8 * sum(layer.mlp for layer in m.stack) * 2 / 3  # gate and up again
     head = each * m.vocab * m.hidden
     return forward + head, backward + (2 if has_fused_loss(setup) else 3) * head  # the plain loss has the logits again
 
 
 def _recurrence(setup: Setup) -> tuple[float, float]:
-    """Return the seconds of a micro-batch's recurrences, forward and backward."""
-    m, reference, gpu = setup.model, find_gpu(MEASURED_ON), setup.gpu
+    """Return the seconds of a micro-batch's recurrences and attention, forward and backward."""
+    forward = backward = 0.0
+    for layer, count in setup.model.kinds.items():
+        one = _attention(setup, layer) if layer.attends else _recurrence_of(setup, layer)
+        forward, backward = forward + count * one[0], backward + count * one[1]
+    return _passes(setup, forward, backward)
+
+
+def _recurrence_of(setup: Setup, layer: LayerSizes) -> tuple[float, float]:
+    """Return the seconds of a layer's recurrence, forward and backward."""
+    reference, gpu = find_gpu(MEASURED_ON), setup.gpu
     slower = RECURRENCE_BY_PEAK * reference.bfloat16 / gpu.bfloat16
     slower += (1 - RECURRENCE_BY_PEAK) * reference.bandwidth / gpu.bandwidth
     if setup.packed:
         slower *= RECURRENCE_PACKED
-    elif gpu.capability[0] != 9 or (m.factors and not m.padded.K == m.padded.V == 128):  # see `Hopper.fits`
+    elif gpu.capability[0] != 9 or (layer.factors and not layer.padded.K == layer.padded.V == 128):  # `Hopper.fits`
         slower *= RECURRENCE_PORTABLE
     if setup.itemsize == 4:
         slower *= 2
-    if m.factors:  # heads that are padded cost what the padded ones do
-        slower *= m.padded.K * m.padded.V / (m.heads.K * m.heads.V)
-    whole = setup.tokens * m.layers * m.cost.recurrence * RECURRENCE * slower
-    return _passes(setup, RECURRENCE_FORWARD * whole, (1 - RECURRENCE_FORWARD) * whole)
+    if layer.factors:  # heads that are padded cost what the padded ones do
+        slower *= layer.padded.K * layer.padded.V / (layer.heads.K * layer.heads.V)
+    whole = setup.tokens * layer.cost.recurrence * RECURRENCE * slower
+    return RECURRENCE_FORWARD * whole, (1 - RECURRENCE_FORWARD) * whole
+
+
+def _attention(setup: Setup, layer: LayerSizes) -> tuple[float, float]:
+    """Return the seconds of a layer's attention, forward and backward, which has five products for two."""
+    rate = product_rate(setup.gpu, setup.precision) * ATTENTION / SUSTAINED
+    forward = 2 * setup.tokens * layer.cost.recurrence / rate
+    return forward, 2.5 * forward
 
 
 def _kernels(setup: Setup) -> tuple[float, float]:
     """Return the seconds of a micro-batch's other kernels, forward and backward."""
     m, rate = setup.model, _copy_rate(setup.gpu)
+    kinds = m.kinds.items()
     forward, backward = (
-        setup.tokens * m.layers * setup.itemsize / rate * sum(kernel[way] / kernel[2] for kernel in _by_bytes(setup))
+        setup.tokens
+        * setup.itemsize
+        / rate
+        * sum(count * sum(kernel[way] / kernel[2] for kernel in _by_bytes(setup, layer)) for layer, count in kinds)
         for way in (0, 1)
     )
     forward, backward = _passes(setup, forward, backward)
@@ -156,38 +178,37 @@ def _kernels(setup: Setup) -> tuple[float, float]:
     return forward + SMALL_KERNELS * m.layers / 3, backward + ends / rate + SMALL_KERNELS * m.layers * 2 / 3
 
 
-def _by_bytes(setup: Setup) -> Iterator[tuple[float, float, float]]:
+def _by_bytes(setup: Setup, layer: LayerSizes) -> Iterator[tuple[float, float, float]]:
     """Yield the kernels of a layer: numbers read and written per token forward and backward, and share of a copy."""
-    m = setup.model
-    convolved = m.cost.channels
-    fused_mixer = setup.fused and m.mixer_is_fused
-    if m.factors:
-        yield *_padding(setup), 1.0
+    convolved = layer.cost.channels
+    fused_mixer = setup.fused and layer.mixer_is_fused
+    if layer.factors:
+        yield *_padding(layer), 1.0
     yield 2 * convolved, 3 * convolved, CONVOLUTION
     if fused_mixer:
-        yield 2 * m.hidden, 5 * m.hidden, NORM
-        yield 3 * m.heads.values, 6 * m.heads.values, GATED_NORM
-        yield 3 * m.hidden, 0, 1.0  # the residual
+        yield 2 * layer.hidden, 5 * layer.hidden, NORM
+        yield 3 * layer.heads.values, 6 * layer.heads.values, GATED_NORM
+        yield 3 * layer.hidden, 0, 1.0  # the residual
     else:
-        yield 9 * m.hidden, 13 * m.hidden, PLAIN  # the norm in float32, and casts
-        yield 3 * m.heads.values, 5 * m.heads.values, GATED_NORM
-        yield 3 * m.hidden, 18 * m.hidden, PLAIN  # the residual, and the sum of the projections' gradients
+        yield 9 * layer.hidden, 13 * layer.hidden, PLAIN  # the norm in float32, and casts
+        yield 3 * layer.heads.values, 5 * layer.heads.values, GATED_NORM
+        yield 3 * layer.hidden, 18 * layer.hidden, PLAIN  # the residual, and the sum of the projections' gradients
     if setup.fused:
-        yield 2 * m.hidden, 5 * m.hidden, NORM
-        yield 3 * m.intermediate, 6 * m.intermediate, SWIGLU
-        yield 3 * m.hidden, 0, 1.0
-        yield from _casts(setup)
+        yield 2 * layer.hidden, 5 * layer.hidden, NORM
+        yield 3 * layer.intermediate, 6 * layer.intermediate, SWIGLU
+        yield 3 * layer.hidden, 0, 1.0
+        yield from _casts(setup, layer)
     else:
-        yield 9 * m.hidden, 13 * m.hidden, PLAIN
-        yield 5 * m.intermediate, 9 * m.intermediate, PLAIN
-        yield 3 * m.hidden, 6 * m.hidden, PLAIN
+        yield 9 * layer.hidden, 13 * layer.hidden, PLAIN
+        yield 5 * layer.intermediate, 9 * layer.intermediate, PLAIN
+        yield 3 * layer.hidden, 6 * layer.hidden, PLAIN
 
 
-def _padding(setup: Setup) -> tuple[float, float]:
+def _padding(layer: LayerSizes) -> tuple[float, float]:
     """Return the numbers that are read and written where heads are padded, forward and backward."""
-    m, heads, padded = setup.model, setup.model.heads, setup.model.padded
+    heads, padded = layer.heads, layer.padded
     keys, values = padded.K > heads.K, padded.V > heads.V
-    qk, v = (1 + m.factors) * keys, m.factors * values
+    qk, v = (1 + layer.factors) * keys, layer.factors * values
     # PyTorch writes a padded tensor twice: zeros, and then what is padded. A slice of it is copied.
     pad = qk * (heads.keys + 2 * padded.keys) + v * (heads.values + 2 * padded.values)
     slices = 2 * qk * heads.keys + 2 * v * heads.values
@@ -195,22 +216,21 @@ def _padding(setup: Setup) -> tuple[float, float]:
     return pad + output, slices + gradient
 
 
-def _casts(setup: Setup) -> Iterator[tuple[float, float, float]]:
+def _casts(setup: Setup, layer: LayerSizes) -> Iterator[tuple[float, float, float]]:
     """Yield the casts to float8 of a layer, as `_by_bytes` does: 1.5 numbers of 16 bits for each that is cast."""
-    m = setup.model
     if not setup.float8:
         return
-    if m.mixer_is_fused:  # norm(x) and the input of the last projection; their gradients
-        yield 1.5 * (m.hidden + m.heads.values), 1.5 * (m.projected + m.hidden), CAST
+    if layer.mixer_is_fused:  # norm(x) and the input of the last projection; their gradients
+        yield 1.5 * (layer.hidden + layer.heads.values), 1.5 * (layer.projected + layer.hidden), CAST
     # norm(x); dz, and what SwiGLU writes in float8 besides. Forward, SwiGLU writes float8 alone.
-    yield 1.5 * m.hidden - 0.5 * m.intermediate, 1.5 * m.hidden + m.intermediate, CAST
+    yield 1.5 * layer.hidden - 0.5 * layer.intermediate, 1.5 * layer.hidden + layer.intermediate, CAST
 
 
 def _update(setup: Setup) -> float:
     """Return the seconds of what happens once per step on the GPU, without collectives."""
     whole, part = setup.model.parameters, setup.model.parameters / setup.gpus
     copied = 32 * (whole + part)  # into buckets and out of them; into this GPU's part, to the update and back
-    float8 = setup.model.layers * setup.model.float8 if setup.float8 else 0
+    float8 = setup.model.float8 if setup.float8 else 0
     # Weights are cast once. For float8, merged weights are made in float32 and cast, and again after transposing them.
     casts = setup.has_copies * (6 * (setup.model.matrices - float8) + (8 + 5 + 8 + 8 + 5) * float8)
     bytes_moved = copied + 4 * part + 28 * part / ADAMW + casts

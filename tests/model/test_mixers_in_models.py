@@ -252,6 +252,17 @@ def test_the_probe_reads_every_mixer_with_a_range(variant):
         assert 0 < negative < 1 and abs(sum(histogram) - 1) < 1e-3
 
 
+def test_the_probe_of_a_hybrid_keeps_the_numbers_of_layers():
+    model = make_model("gated_deltanet", mixer=["attention", "gated_deltanet", "slstm", "gla"], num_hidden_layers=6)
+    probe = EigenvalueProbe(model)
+    probe.arm()
+    with torch.no_grad():
+        model(tokens(2, 30))
+    found = probe.read()
+    assert list(found["negative_fraction"]) == ["1", "3", "5"] and len(found["histogram"]) == 3
+    assert found == probe.describe(probe.counts())
+
+
 @pytest.mark.parametrize("mixer", ["gated_deltanet", "deltanet", "gated_deltaproduct", "deltaproduct"])
 def test_delta_rule_precision_reaches_the_rule(mixer, monkeypatch):
     """The rule is called with the precision. On a CPU nothing is rounded to 16 bits, so the logits are the same."""

@@ -102,6 +102,23 @@ def test_every_mixer(mixer):
     assert choose(plan, 80e9) is not None
 
 
+def test_a_hybrid_is_the_sum_of_its_layers():
+    """Three layers of gated DeltaNet to one of attention, against models that have only one of them."""
+    attention = "{mixer: attention, num_heads: 8, head_dim: 64, num_kv_heads: 2}"
+    mixers = [f"[gated_deltanet, gated_deltanet, gated_deltanet, {attention}]", "gated_deltanet", f"[{attention}]"]
+    configs = [load_config("340m", [f"model.mixer={mixer}"]) for mixer in mixers]
+    estimates = [Estimate(setup_of(config, find_gpu("H200"), 1, 8, LINKS), 80e9) for config in configs]
+    hybrid, delta, attends = estimates
+    for part in ("products", "recurrence", "kernels"):
+        expected = (3 * getattr(delta.speed, part) + getattr(attends.speed, part)) / 4
+        assert getattr(hybrid.speed, part) == pytest.approx(expected)
+    kept, of_delta, of_attention = (estimate.memory_at_loss.activations for estimate in estimates)
+    assert kept == pytest.approx((3 * of_delta + of_attention) / 4)
+    with torch.device("meta"):
+        model = LrnnForCausalLM(load_model_of(configs[0]))
+    assert hybrid.setup.model.parameters == pytest.approx(sum(p.numel() for p in model.parameters()), rel=1e-4)
+
+
 def test_command(capsys):
     assert main(["plan", "1.3b", "--gpus", "8", "--gpu", "h100", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)

@@ -10,7 +10,8 @@ from lrnn.kernels.delta_rule.api import saving_states
 from lrnn.pretrain.fused.layers import fuse
 from lrnn.pretrain.gpus import find_gpu
 from lrnn.pretrain.plan import activations
-from lrnn.pretrain.plan.setup import Links, ModelSizes, Setup
+from lrnn.pretrain.plan.setup import Links, Setup
+from lrnn.pretrain.plan.sizes import ModelSizes
 
 BATCH, TOKENS = 1, 64
 SIZES = {"vocab_size": 32, "hidden_size": 48, "num_hidden_layers": 1, "intermediate_size": 80, "num_heads": 1}
@@ -58,8 +59,9 @@ def test_what_a_layer_keeps(mixer, saving, options):
     """With `saving`, as where the whole layer is computed again just before its backward pass."""
     model, plan = built(mixer, **options)
     x = torch.randn(BATCH, TOKENS, 48, requires_grad=True)
-    expected = activations.kept_by_mixer(plan) + activations.kept_by_mlp(plan)
-    expected += activations.saved_states(plan) if saving else 0
+    (layer,) = plan.model.stack
+    expected = activations.kept_by_mixer(plan, layer) + activations.kept_by_mlp(plan, layer)
+    expected += activations.saved_states(plan, layer) if saving else 0
     with saving_states() if saving else nullcontext():
         found = saved_bytes(lambda: model.model.layers[0].fused(x, None, None), model)
     assert found == BATCH * TOKENS * expected
@@ -69,7 +71,8 @@ def test_what_a_model_keeps():
     """A layer, the final norm and the loss; and the ids, which are not planned."""
     model, plan = built("gated_deltanet")
     ids = torch.randint(0, 32, (BATCH, TOKENS))
-    layer = BATCH * TOKENS * (activations.kept_by_mixer(plan) + activations.kept_by_mlp(plan))
+    (sizes,) = plan.model.stack
+    layer = BATCH * TOKENS * (activations.kept_by_mixer(plan, sizes) + activations.kept_by_mlp(plan, sizes))
     found = saved_bytes(lambda: model(ids, shift_labels=ids, num_items_in_batch=100.0).loss, model)
     # On a CPU, PyTorch's norm keeps its result besides.
     result = BATCH * TOKENS * 48 * 4
