@@ -85,7 +85,8 @@ def test_no_such_configuration(lrnn, tmp_path):
     assert status == 2
     assert stderr == (
         f"lrnn: error: configuration {tmp_path / 'x.yaml'} does not exist; "
-        "give the path of a file, or the name of one that comes with lrnn: valid: 1.3b, 340m, tiny\n"
+        "give the path of a file, or the name of one that comes with lrnn: "
+        "valid: 1.3b, 1.3b-hybrid, 340m, 340m-hybrid, 7b-hybrid, tiny\n"
     )
 
 

@@ -64,7 +64,9 @@ def test_valid(load):
     assert config.schedule.name == "cosine" and config.log.every == 10
 
 
-@pytest.mark.parametrize(("name", "most"), [("tiny", 2), ("340m", 16), ("1.3b", 128)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("tiny", 2), ("340m", 16), ("1.3b", 128), ("1.3b-hybrid", 128), ("7b-hybrid", 512)]
+)
 def test_shipped_configurations(name, most):
     config = load_config(ROOT / "configs" / f"{name}.yaml")
     model = load_model_of(config.model_copy(update={"model": str(ROOT / config.model)}))

@@ -66,11 +66,20 @@ def test_runs_whose_speed_is_missed(config, changes, gpus, speed, memory, ratio)
 
 
 @pytest.mark.parametrize(("gpu", "gpus"), [("H100", 1), ("H100", 8), ("H200", 8)])
-@pytest.mark.parametrize("name", ["1.3b", "340m"])
+@pytest.mark.parametrize("name", ["1.3b", "340m", "1.3b-hybrid", "340m-hybrid"])
 def test_shipped_configurations_are_what_is_suggested(name, gpu, gpus):
     """Within 80 GB."""
     shipped = setup(name, "", gpus, gpu)
     assert choose(shipped, 80e9).setup == shipped
+
+
+def test_the_shipped_7b_is_what_is_suggested():
+    """On 64 GPUs of 80 GB, where nothing but ZeRO-3 fits."""
+    shipped = setup("7b-hybrid", "", 64, "H100")
+    assert choose(shipped, 80e9).setup == shipped
+    with torch.device("meta"):
+        model = LrnnForCausalLM(load_model_of(load_config("7b-hybrid")))
+    assert shipped.model.parameters == pytest.approx(sum(p.numel() for p in model.parameters()), rel=1e-4)
 
 
 def test_zero_3_is_the_last_resort():
