@@ -8,7 +8,7 @@ from .configuration_lrnn import LrnnConfig
 from .key_values import attend_and_write, first_state, slots_for, with_room, with_slots
 from .layers import Mixer, RMSNorm
 from .registry import Cost, register
-from .rotary import positions, rotate
+from .rotary import positions, rotate, turns
 
 QK_NORMS = ("head", "projection")
 
@@ -34,16 +34,14 @@ class Attention(Mixer):
     def cost(config: LrnnConfig) -> Cost:
         inner, kv = config.num_heads * config.head_dim, key_heads(config) * config.head_dim
         T = config.max_position_embeddings
-        window = min(config.sliding_window or T, T)
+        window = min(T, T if config.sliding_window is None else config.sliding_window)
         # Pairs of a token and one that it sees, in a sequence; each takes a score and a sum.
         pairs = window * (window + 1) // 2 + (T - window) * window
         weights = config.hidden_size * ((2 + config.attention_gate) * inner + 2 * kv)
-        return Cost(
-            weights,
-            recurrence=2 * pairs * inner // T,
-            state=None if config.sliding_window is None else 2 * kv * config.sliding_window,
-            cache_per_token=2 * kv if config.sliding_window is None else 0,
-        )
+        recurrence = 2 * pairs * inner // T
+        if config.sliding_window is None:
+            return Cost(weights, recurrence, state=None, cache_per_token=2 * kv)
+        return Cost(weights, recurrence, state=2 * kv * config.sliding_window)
 
     @classmethod
     def details(cls, config: LrnnConfig) -> dict[str, str]:
@@ -98,7 +96,8 @@ class Attention(Mixer):
         before = self.read_state(cache)
         if self.rope_theta is not None:
             position = positions(x, None if before is None else before[2], cu_seqlens, document)
-            q, k = (rotate(y, position, self.rope_theta) for y in (q, k))
+            cos, sin = turns(position, self.heads[1], self.rope_theta)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if before is None:  # padding is behind the tokens, so that none of them sees it
             o = attend(q, k, v, self.window, cu_seqlens)
             state = None if cache is None else first_state(k, v, mask, self.window)

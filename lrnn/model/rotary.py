@@ -20,19 +20,20 @@ def positions(x: Tensor, start: Tensor | None, cu_seqlens: Tensor | None, docume
     return flat - cu_seqlens.long()[document - 1]  # documents are counted from 1
 
 
-def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
-    """Apply rotary positions to x [B, T, H, D].
-
-    Each pair of channels (i, i + D/2) is rotated by the angle position / base^(2i/D).
+def turns(position: Tensor, size: int, base: float) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines of position / base^(2i/size), float32 [1 or B, T, 1, size/2].
 
     Args:
-        x: queries or keys.
         position: int64 [1 or B, T].
+        size: of a head.
         base: theta in the configurations of models.
     """
-    D = x.shape[-1]
-    frequency = base ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
-    angle = position[..., None, None].float() * frequency
-    cos, sin = angle.cos(), angle.sin()
+    channel = torch.arange(0, size, 2, device=position.device, dtype=torch.float32)
+    angle = position[..., None, None].float() * base ** (-channel / size)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return queries or keys x [B, T, H, D], each pair of channels (i, i + D/2) rotated by its angle."""
     first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)

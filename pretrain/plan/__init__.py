@@ -7,7 +7,9 @@ choose          the micro-batch, recomputation and ZeRO stage that are fastest w
 estimate        memory and speed of one setup
 memory          memory by part when it is largest
 activations     what layers keep for their backward pass
+attention       what attention layers keep
 speed           time of a step by part
 collectives     what ZeRO sends, and how long it takes
+sizes           sizes of a model, layer by layer
 setup           what all of these are computed from
 """

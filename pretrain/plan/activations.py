@@ -2,8 +2,8 @@
 
 Counts are those of the tensors that the layers save: `lrnn/pretrain/fused/` for the fused form, `lrnn/model/` under
 autocast for the plain one. They are per token of a micro-batch and per layer, unless a function says otherwise. The
-incomplete chunks at the ends of packed documents are left out. Mixers other than DeltaNet and DeltaProduct are counted
-by their weights, which is an estimate.
+incomplete chunks at the ends of packed documents are left out. Mixers other than DeltaNet, DeltaProduct and attention
+are counted by their weights, which is an estimate.
 """
 
 from lrnn.kernels.common.constants import CHUNK
@@ -20,6 +20,8 @@ LOSS_CHUNK = 4096  # of `lrnn.model.modeling_lrnn`: tokens whose logits exist at
 def kept_by_mixer(setup: Setup, layer: LayerSizes) -> float:
     """Return the bytes that x + mixer(norm(x)) keeps."""
     e = setup.itemsize
+    if layer.attention:
+        return _plain_norm(setup, layer) + layer.attention.kept(e, setup.packed)
     if not layer.factors:
         # Its norm, the inputs and outputs of its projections, and those of what follows the projections.
         return _plain_norm(setup, layer) + e * (2 * layer.cost.weights / layer.hidden + 2 * layer.cost.channels)
@@ -61,6 +63,8 @@ def used_by_mixer(setup: Setup, layer: LayerSizes) -> float:
     again.
     """
     e = setup.itemsize
+    if layer.attention:
+        return e * layer.hidden + layer.attention.used(e, setup.packed)
     if not layer.factors:
         return e * (2 * layer.cost.weights / layer.hidden + layer.hidden)
     heads = layer.padded

@@ -148,8 +148,8 @@ def _notes(setup: Setup) -> Iterator[str]:
     others = list(dict.fromkeys(layer.mixer for layer in setup.model.stack if not layer.factors))
     if others:
         yield (
-            f"Memory and speed with {' and '.join(others)} were not measured. Activations are estimated from their "
-            "weights, recurrences and attention from their multiply-adds."
+            f"Memory and speed with {' and '.join(others)} were not measured. Activations, except those of "
+            "attention, are estimated from weights, recurrences and attention from their multiply-adds."
         )
     if any(layer.factors > 1 for layer in setup.model.stack):
         yield "Memory and speed with several factors per token were not measured."

@@ -7,9 +7,11 @@ from lrnn import LrnnConfig
 from lrnn.kernels.common.constants import HEAD_SIZES
 from lrnn.kernels.delta_rule.heads import padded_sizes
 from lrnn.kernels.short_conv.api import TAPS
+from lrnn.model.mixer_attention import Attention
 from lrnn.model.mixer_deltanet import DeltaNet, HeadSizes
 from lrnn.model.mixers import MIXERS
 from lrnn.model.registry import Cost
+from lrnn.pretrain.plan.attention import AttentionSizes
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class LayerSizes:
         cost: what the mixer declares.
         factors: Householder factors per token of a DeltaNet or DeltaProduct mixer; 0 for other mixers.
         gated: whether such a mixer has gates.
-        attends: whether the mixer is attention.
+        attention: sizes of attention; None for other mixers.
         norms_outputs: whether norms are on what the layer adds; see `norm_position` of `LrnnConfig`.
     """
 
@@ -36,7 +38,7 @@ class LayerSizes:
     cost: Cost
     factors: int
     gated: bool
-    attends: bool
+    attention: AttentionSizes | None
     norms_outputs: bool
 
     @classmethod
@@ -53,7 +55,7 @@ class LayerSizes:
             cost=mixer.cost(config),
             factors=mixer.factors(config) if is_delta else 0,
             gated=is_delta and mixer.gated,
-            attends=mixer.kind == "transformer",
+            attention=AttentionSizes.of(config) if issubclass(mixer, Attention) else None,
             norms_outputs=config.norm_position == "post",
         )
 

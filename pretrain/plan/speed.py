@@ -122,7 +122,7 @@ def _recurrence(setup: Setup) -> tuple[float, float]:
     """Return the seconds of a micro-batch's recurrences and attention, forward and backward."""
     forward = backward = 0.0
     for layer, count in setup.model.kinds.items():
-        one = _attention(setup, layer) if layer.attends else _recurrence_of(setup, layer)
+        one = _attention(setup, layer) if layer.attention else _recurrence_of(setup, layer)
         forward, backward = forward + count * one[0], backward + count * one[1]
     return _passes(setup, forward, backward)
 

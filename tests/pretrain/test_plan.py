@@ -6,12 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
-from lrnn import LrnnForCausalLM
+from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.cli import main
+from lrnn.model.mixer_attention import Attention
 from lrnn.model.mixers import MIXERS
 from lrnn.pretrain.config import load_config, load_model_of
 from lrnn.pretrain.gpus import find_gpu
+from lrnn.pretrain.plan.attention import AttentionSizes
 from lrnn.pretrain.plan.choose import choose
 from lrnn.pretrain.plan.estimate import Estimate
 from lrnn.pretrain.plan.setup import Links, Setup, setup_of
@@ -126,6 +129,28 @@ def test_a_hybrid_is_the_sum_of_its_layers():
     with torch.device("meta"):
         model = LrnnForCausalLM(load_model_of(configs[0]))
     assert hybrid.setup.model.parameters == pytest.approx(sum(p.numel() for p in model.parameters()), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fields", [{}, {"rope_theta": None}, {"qk_norm": "head"}, {"qk_norm": "projection"}])
+@pytest.mark.parametrize("gated", [False, True])
+def test_what_attention_keeps(gated, fields, dtype):
+    """The sizes of the tensors that autograd saves, without the input, what all rows share, and copies of weights."""
+    config = LrnnConfig(mixer="attention", hidden_size=40, num_heads=4, head_dim=16, attention_gate=gated, **fields)
+    mixer, kept = Attention(config, 0), {}
+    x = torch.randn(2, 50, 40, requires_grad=True)
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel() % 100 == 0 and tensor.shape[-1] != 40 and tensor.shape[0] > 1:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), saved_tensors_hooks(note, lambda tensor: tensor):
+        mixer(x.to(dtype), None, None, None, None)
+    bytes_per_token = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 100
+    sizes = AttentionSizes.of(config)
+    more = 4 * (sizes.queries + sizes.keys) if sizes.norms else 0  # on a CPU norms keep what they return, too
+    assert bytes_per_token == sizes.kept(dtype.itemsize, packed=False) + more
 
 
 def test_command(capsys):

@@ -28,6 +28,14 @@ OTHER_MIXERS = {
     "gated_deltaproduct": {"mixer": "gated_deltaproduct", "num_householder": 3, "delta_rule_precision": "split"},
     "deltaproduct": {"mixer": "deltaproduct", "num_householder": 4, "num_value_heads": 4, "head_v_dim": 24},
 }
+ATTENTION = {
+    "num_kv_heads": 1,
+    "qk_norm": "projection",
+    "sliding_window": 9,
+    "attention_gate": True,
+    "rope_theta": None,
+}
+OTHER_MIXERS["attention"] = {"mixer": "attention", **ATTENTION}
 # Every other mixer that fla does not have, as it is.
 OTHER_MIXERS |= {
     name: {"mixer": name} for name, mixer in MIXERS.items() if mixer.fla_model_type is None and name not in OTHER_MIXERS
