@@ -12,6 +12,12 @@ from lrnn import LrnnConfig
 from lrnn.eval.export.architecture import architecture, tags
 
 OLDEST_TRANSFORMERS = "4.57"  # tests/eval/export/test_transformers_versions.py
+LIBRARIES = {"hf": "transformers", "olmo_hybrid": "transformers", "fla": "fla"}
+NEEDS = {
+    "hf": f"transformers {OLDEST_TRANSFORMERS} or newer",
+    "olmo_hybrid": "transformers 5.3 or newer, which has its class, and no code besides",
+    "fla": "[flash-linear-attention](https://github.com/fla-org/flash-linear-attention) and a GPU",
+}
 # `lrnn eval` writes its results between these two lines of a card.
 RESULTS_BEGIN, RESULTS_END = "<!-- results of lrnn eval -->", "<!-- end of results -->"
 
@@ -33,7 +39,7 @@ def model_card(
     Args:
         name: name of the folder, used as the title.
         config: the exported configuration.
-        export_format: "hf" or "fla".
+        export_format: "hf", "fla" or "olmo_hybrid".
         dtype: dtype of the weights, "float32" or "bfloat16".
         num_parameters: number of parameters of the model.
         training: `lrnn_training` of the exported config.json.
@@ -43,7 +49,7 @@ def model_card(
     """
     front = ModelCardData(
         license=license,
-        library_name="transformers" if export_format == "hf" else "fla",
+        library_name=LIBRARIES[export_format],
         pipeline_tag="text-generation",
         tags=[*tags(config), "state-tracking"],
     )
@@ -87,16 +93,14 @@ def _tokens(config: LrnnConfig, first_id: int, training: dict[str, Any]) -> str:
 
 
 def _loading(name: str, export_format: str, dtype: str, first_id: int) -> str:
-    fla = export_format == "fla"
     imports = ["import torch", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
-    needs, trusted = f"transformers {OLDEST_TRANSFORMERS} or newer", ", trust_remote_code=True"
-    if fla:
+    if export_format == "fla":
         imports.insert(0, "import fla  # registers the model")
-        needs, trusted = "[flash-linear-attention](https://github.com/fla-org/flash-linear-attention) and a GPU", ""
+    trusted = ", trust_remote_code=True" if export_format == "hf" else ""
     lines = [
         "## Loading",
         "",
-        f"This folder needs {needs}. It was written by lrnn {lrnn.__version__} with transformers "
+        f"This folder needs {NEEDS[export_format]}. It was written by lrnn {lrnn.__version__} with transformers "
         f"{transformers.__version__} and torch {torch.__version__}.",
         "",
         "```python",
@@ -108,21 +112,38 @@ def _loading(name: str, export_format: str, dtype: str, first_id: int) -> str:
         "print(tokenizer.batch_decode(model.generate(ids, max_new_tokens=64)))",
         "```",
     ]
-    return "\n".join(lines) if fla else "\n".join(lines + _use(name))
+    if export_format == "hf":
+        lines += ["", "After `import lrnn`, no code of this folder is run, and a GPU computes with fused kernels."]
+    if export_format == "olmo_hybrid":
+        lines += _serving(name)
+    return "\n".join(lines if export_format == "fla" else lines + _evaluation(name, trusted.replace(" ", "")))
 
 
-def _use(name: str) -> list[str]:
-    """Return lines on what else can be done with a folder in the hf format."""
+def _serving(name: str) -> list[str]:
+    """Return lines on how vLLM, which has the class, serves the folder."""
     return [
         "",
-        "After `import lrnn`, no code of this folder is run, and a GPU computes with fused kernels.",
+        "## Serving",
+        "",
+        "vLLM has the class too. Keep its states in float32, as in training:",
+        "",
+        "```bash",
+        f"vllm serve {name} --mamba-ssm-cache-dtype float32",
+        "```",
+        "",
+        "Names and shapes of the weights are those that vLLM's class reads; it was not run with this folder.",
+    ]
+
+
+def _evaluation(name: str, trusted: str) -> list[str]:
+    """Return lines on how to evaluate a folder that transformers reads."""
+    return [
         "",
         "## Evaluation",
         "",
         "```bash",
         f"lrnn eval {name} --suite fast  # with lrnn installed; writes its results into this card",
-        f"lm_eval --model hf --model_args pretrained={name},trust_remote_code=True,softmax_dtype=float32 "
-        "--tasks lambada_openai",
+        f"lm_eval --model hf --model_args pretrained={name}{trusted},softmax_dtype=float32 --tasks lambada_openai",
         "```",
     ]
 
@@ -139,5 +160,13 @@ def _limits(export_format: str) -> str:
         )
         lines.append(
             "`transformers serve --trust-remote-code` serves this folder (from 5.23 on), at `/v1/completions`."
+        )
+    if export_format == "olmo_hybrid":
+        lines.append(
+            "The class norms queries and keys x of gated DeltaNet as x / sqrt(|x|^2 + 1e-6), where training had "
+            "x / max(|x|, 1e-6). Outputs of a layer differ by 1e-4 of their size at |x| = 0.1, by 1e-6 at 1."
+        )
+        lines.append(
+            "In bfloat16 the class rounds `dt_bias` too, which was float32 in training; vLLM, `A_log` as well."
         )
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)

@@ -1,4 +1,4 @@
-"""Load an exported folder with transformers alone, and write down its logits and token ids.
+"""Load an exported folder with transformers alone, on a CPU, and write down its logits and token ids.
 
 The exporter runs it as `python -I reload_child.py FOLDER INPUT.safetensors OUTPUT.safetensors TEXTS.json`.
 It trusts only the model's code, which the exporter has just copied from lrnn. The tokenizer has no code.
@@ -20,7 +20,9 @@ def main(folder: str, input_file: str, output_file: str, texts_file: str) -> Non
     logits = {}
     with torch.no_grad():
         logits["native"] = model(given["input_ids"]).logits.float()
-        logits["float32"] = model.float()(given["input_ids"]).logits
+        if model.dtype != torch.float32:  # loaded again, because a class may round what the file has in float32
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
+        logits["float32"] = model(given["input_ids"]).logits
     save_file(logits, output_file)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     with open(texts_file) as f:
@@ -30,5 +32,6 @@ def main(folder: str, input_file: str, output_file: str, texts_file: str) -> Non
 
 
 if __name__ == "__main__":
-    sys.modules["lrnn"] = None  # type: ignore[assignment]  # makes `import lrnn` fail even if it is installed
+    # Imports of lrnn fail even if it is installed, and of kernels that classes would call, although they need a GPU.
+    sys.modules.update(dict.fromkeys(("lrnn", "causal_conv1d", "fla", "mamba_ssm")))  # type: ignore[arg-type]
     main(*sys.argv[1:])

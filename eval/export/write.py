@@ -1,6 +1,7 @@
 """Write the exported folder: weights, configuration, code, tokenizer and model card; and read it back."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,9 +10,10 @@ from huggingface_hub import save_torch_state_dict
 
 from lrnn import LrnnForCausalLM
 from lrnn.errors import UserError
-from lrnn.eval.export.check import check_hf_folder, logits, sample_batch
+from lrnn.eval.export.check import check_class_folder, check_hf_folder, logits, sample_batch
 from lrnn.eval.export.fla_format import check_fla_folder
 from lrnn.eval.export.model_card import model_card
+from lrnn.eval.export.olmo_format import olmo_names, to_olmo_config
 from lrnn.eval.export.read import Trained
 from lrnn.eval.export.tokenizer import export_tokenizer
 from lrnn.files import new_folder, use_default_mode
@@ -33,7 +35,7 @@ def export(
     Args:
         trained: the model and what is known about it.
         out: the folder; must be absent or empty.
-        export_format: "hf" or "fla".
+        export_format: "hf", "fla" or "olmo_hybrid".
         dtype: dtype of the weights, "float32" or "bfloat16".
         license: SPDX identifier for the model card, or None.
 
@@ -43,12 +45,14 @@ def export(
         GPU.
 
     Raises:
-        UserError: `out` is not empty, the tokenizer cannot be converted, or fla's format does not have the mixer.
+        UserError: `out` is not empty, the tokenizer cannot be converted, or the format cannot express the model.
         RuntimeError: the folder does not load, or gives other logits. Nothing is left at `out` then.
     """
     model = trained.model.eval()
     if export_format == "fla":
         to_fla_config(model.config)  # refuses an unknown mixer before anything is written
+    elif export_format == "olmo_hybrid":
+        to_olmo_config(model.config)  # in the same way
     check_out(out)
     with new_folder(out) as folder:
         tokenizer = export_tokenizer(trained.tokenizer, folder)
@@ -58,12 +62,15 @@ def export(
         trained_logits = logits(model, batch)
         round_weights(model, getattr(torch, dtype))
         print(f"writing {model.num_parameters() / 1e6:.1f}M parameters in {dtype}", flush=True)
-        write_weights(model, folder)
+        names = olmo_names(model, to_olmo_config(model.config)) if export_format == "olmo_hybrid" else None
+        write_weights(model, folder, names)
         _write_texts(trained, folder, out.name, tokenizer.pad_token_id, export_format, dtype, license)
         if export_format == "fla":
             print("reloading with fla", flush=True)
             check_fla_folder(folder, model)
             difference = None
+        elif export_format == "olmo_hybrid":
+            difference = check_class_folder(folder, model, trained.tokenizer, trained_logits, batch)
         else:
             difference = check_hf_folder(folder, model, trained.tokenizer, trained_logits, batch)
     if difference is None:
@@ -81,9 +88,16 @@ def round_weights(model: LrnnForCausalLM, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def write_weights(model: LrnnForCausalLM, folder: Path) -> None:
-    """Write model.safetensors, in shards with an index above 5 GB; a tied head is not written a second time."""
-    state = dict(model.named_parameters())  # every tensor once, even under two names
+def write_weights(model: LrnnForCausalLM, folder: Path, names: Mapping[str, str] | None = None) -> None:
+    """Write model.safetensors, in shards with an index above 5 GB; a tied head is not written a second time.
+
+    Args:
+        model: its parameters are written as they are.
+        folder: where to write.
+        names: the name in the file of each parameter, or None for its own.
+    """
+    # Every tensor once, even under two names.
+    state = {name if names is None else names[name]: parameter for name, parameter in model.named_parameters()}
     save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
     for file in folder.glob("*.safetensors"):
         use_default_mode(file)
@@ -99,6 +113,8 @@ def _write_texts(
     config.lrnn_training = trained.training
     if export_format == "fla":
         content = to_fla_config(config) | {"lrnn_training": trained.training}
+    elif export_format == "olmo_hybrid":
+        content = to_olmo_config(config, pad_token_id) | {"lrnn_training": trained.training}
     else:
         config.pad_token_id = pad_token_id
         config.architectures = [type(trained.model).__name__]

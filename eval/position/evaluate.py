@@ -9,6 +9,7 @@ import numpy as np
 from lrnn.errors import UserError
 from lrnn.eval import result_folder
 from lrnn.eval.documents import Document, find_documents, join_documents, load_ids
+from lrnn.eval.model_class import import_class
 from lrnn.eval.model_folder import check_export, default_device, describe_model
 from lrnn.eval.offline import go_offline
 from lrnn.eval.position import report
@@ -168,6 +169,7 @@ def load_model(folder: Path, device: "torch.device", dtype: "torch.dtype") -> An
     """Return the model in eval mode. The folder is untrusted: none of its code is run, and nothing is unpickled."""
     from transformers import AutoModelForCausalLM
 
+    import_class(check_export(folder)["model_type"], device.type)
     print(f"loading {folder} on {device} in {str(dtype).removeprefix('torch.')}", flush=True)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(

@@ -11,6 +11,7 @@ from lrnn.errors import UserError
 from lrnn.eval.generation.batch_size import free_memory, largest_batch
 from lrnn.eval.generation.decoding import GraphDecoding, has_fixed_state, is_of_lrnn
 from lrnn.eval.generation.stop_strings import StopStrings
+from lrnn.eval.model_class import import_class
 from lrnn.eval.model_folder import check_export, default_device, says_add_bos
 from lrnn.eval.suites.bos import decide
 from lrnn.eval.suites.prompts import load_tokenizer
@@ -69,9 +70,10 @@ class Model(HFLM):
                 "batch_size, max_batch_size and max_length, and never runs code of a folder; `--model hf` has others"
             )
         folder = Path(pretrained)
-        check_export(folder)
+        config = check_export(folder)
         self.bos = decide(bos, load_tokenizer(folder), says_add_bos(folder))
         device, dtype = default_device(device, dtype)
+        import_class(config["model_type"], device)
         super().__init__(
             pretrained=str(folder),
             backend="causal",  # no guess

@@ -1,106 +1,100 @@
-"""Compare the forms of blocks with those of Olmo Hybrid's class in transformers, forward and backward, in float32."""
+"""Compare blocks with the layers of Olmo Hybrid's class in transformers, forward and backward, in float32."""
+
+import importlib
 
 import pytest
 import torch
 from torch import nn
-from transformers import OlmoHybridConfig
-from transformers.models.olmo_hybrid import modeling_olmo_hybrid as olmo
 
 from lrnn import LrnnConfig
+from lrnn.eval.model_class import import_class
 from lrnn.model.modeling_lrnn import LrnnBlock
 
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+SIZES = {"hidden_size": 64, "intermediate_size": 96}
 LINEAR = {"input_layernorm": "attn_norm", "linear_attn": "attn", "post_attention_layernorm": "mlp_norm"}
 ATTENTION = {"self_attn": "attn", "post_attention_layernorm": "attn_norm", "post_feedforward_layernorm": "mlp_norm"}
-FUNCTIONS = [
-    "causal_conv1d_fn",
-    "causal_conv1d_update",
-    "torch_chunk_gated_delta_rule",
-    "torch_recurrent_gated_delta_rule",
-]
+JOINED = "linear_attn.conv1d.weight"  # the convolutions of q, k and v
 
 
-@pytest.fixture(autouse=True)
-def in_pytorch(monkeypatch):
-    """Let the class compute with its own functions, where it would call the kernels of an installed fla."""
+@pytest.fixture(scope="module")
+def olmo():
+    """Return the module of the class, which computes with its own functions."""
     torch.set_num_threads(1)
-    for name in FUNCTIONS:
-        monkeypatch.setattr(olmo, name, getattr(olmo, name).__wrapped__)
+    import_class("olmo_hybrid", "cpu")
+    return importlib.import_module("transformers.models.olmo_hybrid.modeling_olmo_hybrid")
 
 
-def olmo_config(allow_neg_eigval: bool) -> OlmoHybridConfig:
-    linear = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_allow_neg_eigval": allow_neg_eigval}
-    layers = {"layer_types": ["linear_attention", "full_attention"], "num_attention_heads": 4}
-    config = OlmoHybridConfig(**SIZES, **linear, **layers, vocab_size=64, pad_token_id=0)
+def config_of(olmo, **fields):
+    """Return a configuration of the class with a linear layer and one of attention."""
+    layers = {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = olmo.OlmoHybridConfig(**SIZES, **layers, **fields, vocab_size=64, pad_token_id=None)
     config._attn_implementation = "sdpa"
     return config
 
 
 def copy_weights(theirs: nn.Module, ours: LrnnBlock, names: dict[str, str]) -> dict[str, str]:
-    """Draw all weights of a layer of the class, and copy them. Return our names of its parameters, but convolutions."""
-    renamed = {}
-    for name, _ in theirs.named_parameters():
-        first, rest = name.split(".", 1)
-        renamed[name] = f"{names.get(first, first)}.{rest}"
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
+    """Draw all weights of a layer of the class, and copy them. Return the names of those that both have."""
+    renamed, state = {}, {}
+    for name, parameter in theirs.named_parameters():
+        with torch.no_grad():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
             elif parameter.ndim > 1:
                 parameter.normal_(std=0.2)
-    state = {renamed[name]: parameter.detach().clone() for name, parameter in theirs.named_parameters()}
-    joined = state.pop("attn.conv1d.weight", None)
-    if joined is not None:
-        sizes = [ours.get_parameter(f"attn.{x}_conv1d.weight").shape[0] for x in "qkv"]
-        state |= {f"attn.{x}_conv1d.weight": y for x, y in zip("qkv", joined.split(sizes), strict=True)}
+        if name == JOINED:
+            sizes = [ours.get_parameter(f"attn.{x}_conv1d.weight").shape[0] for x in "qkv"]
+            parts = parameter.detach().split(sizes)
+            state |= {f"attn.{x}_conv1d.weight": part for x, part in zip("qkv", parts, strict=True)}
+        else:
+            first, rest = name.split(".", 1)
+            renamed[name] = f"{names.get(first, first)}.{rest}"
+            state[renamed[name]] = parameter.detach()
     ours.load_state_dict(state)
-    return {theirs: name for theirs, name in renamed.items() if name != "attn.conv1d.weight"}
+    return renamed
 
 
-def compare(theirs: nn.Module, ours: LrnnBlock, renamed: dict[str, str], **inputs):
-    """Compare outputs and all gradients for the same x and the same gradient of the output."""
-    x = torch.randn(2, 150, 64, generator=torch.Generator().manual_seed(1))
+def compare(theirs: nn.Module, ours: LrnnBlock, names: dict[str, str], **inputs):
+    """Compare outputs and all gradients for the same weights, x and gradient of the output."""
+    renamed = copy_weights(theirs, ours, names)
+    x, dy = torch.randn(2, 2, 150, 64, generator=torch.Generator().manual_seed(1)).unbind()
     xs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
     ys = [theirs(xs[0], **inputs), ours(xs[1], None, None, None, None)]
-    dy = torch.randn(2, 150, 64, generator=torch.Generator().manual_seed(2))
     for y in ys:
         y.backward(dy)
     pairs = {"output": ys, "gradient of x": [x.grad for x in xs]}
     pairs |= {n: [theirs.get_parameter(n).grad, ours.get_parameter(m).grad] for n, m in renamed.items()}
+    if "attn.q_conv1d.weight" in dict(ours.named_parameters()):
+        parts = [ours.get_parameter(f"attn.{x}_conv1d.weight").grad for x in "qkv"]
+        pairs["convolutions"] = [theirs.get_parameter(JOINED).grad, torch.cat(parts)]
     for name, (truth, found) in pairs.items():
         assert (found - truth).norm() < 1e-5 * truth.norm(), name
 
 
+@pytest.mark.parametrize("value_sizes", [{}, {"num_value_heads": 4, "head_v_dim": 24}])
 @pytest.mark.parametrize("allow_neg_eigval", [True, False])
-def test_the_layer_of_gated_deltanet(allow_neg_eigval):
+def test_gated_deltanet(olmo, allow_neg_eigval, value_sizes):
     torch.manual_seed(0)
-    theirs = olmo.OlmoHybridLinearAttentionDecoderLayer(olmo_config(allow_neg_eigval), 0)
-    heads = {"num_heads": 4, "head_dim": 16, "allow_neg_eigval": allow_neg_eigval}
-    ours = LrnnBlock(LrnnConfig(**SIZES, **heads, gated_norm_eps=1e-5), 0)
-    compare(theirs, ours, copy_weights(theirs, ours, LINEAR))
+    fields = {"num_heads": 2, "head_dim": 16, **value_sizes, "allow_neg_eigval": allow_neg_eigval}
+    sizes = {"key": (2, 16), "value": (value_sizes.get("num_value_heads", 2), value_sizes.get("head_v_dim", 16))}
+    linear = {f"linear_num_{kind}_heads": heads for kind, (heads, _) in sizes.items()}
+    linear |= {f"linear_{kind}_head_dim": size for kind, (_, size) in sizes.items()}
+    config = config_of(olmo, **linear, linear_allow_neg_eigval=allow_neg_eigval)
+    ours = LrnnBlock(LrnnConfig(**SIZES, **fields, gated_norm_eps=1e-5), 0)
+    compare(olmo.OlmoHybridLinearAttentionDecoderLayer(config, 0), ours, LINEAR)
 
 
-class Mixed(nn.Module):
-    """A mixer of lrnn in the place of the class's own."""
-
-    def __init__(self, mixer):
-        super().__init__()
-        self.mixer = mixer
-
-    def forward(self, hidden_states, **options):
-        return self.mixer(hidden_states, None, None, None, None), None
-
-
-def test_norms_of_outputs():
-    """The class has them around attention; here both layers have the same mixer, which is another one."""
+@pytest.mark.parametrize(("rope_theta", "groups"), [(None, 4), (500.0, 2)])
+def test_attention(olmo, rope_theta, groups):
     torch.manual_seed(0)
-    theirs = olmo.OlmoHybridAttentionDecoderLayer(olmo_config(True), 1)
-    ours = LrnnBlock(LrnnConfig(**SIZES, mixer="transformer", num_heads=4, head_dim=16, norm_position="post"), 1)
-    theirs.self_attn = ours.attn
-    copied = copy_weights(theirs, ours, ATTENTION)
-    theirs.self_attn = Mixed(LrnnBlock(LrnnConfig(**SIZES, mixer="transformer", num_heads=4, head_dim=16), 1).attn)
-    theirs.self_attn.mixer.load_state_dict(ours.attn.state_dict())
-    compare(theirs, ours, {n.replace("self_attn.", "self_attn.mixer."): m for n, m in copied.items()})
+    positions = {"rope_parameters": {"rope_type": "default", "rope_theta": rope_theta}}
+    config = config_of(olmo, num_key_value_heads=groups, **positions)
+    fields = {"mixer": "attention", "num_heads": 4, "head_dim": 16, "num_kv_heads": groups, "rope_theta": rope_theta}
+    ours = LrnnBlock(LrnnConfig(**SIZES, **fields, qk_norm="projection", norm_position="post"), 1)
+    angles = None
+    if rope_theta is not None:
+        angles = olmo.OlmoHybridRotaryEmbedding(config)(torch.zeros(()), torch.arange(150)[None])
+    theirs = olmo.OlmoHybridAttentionDecoderLayer(config, 1)
+    compare(theirs, ours, ATTENTION, position_embeddings=angles)
 
 
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
@@ -111,3 +105,15 @@ def test_fields_of_plain_models_stay_as_they_were(norm_position, tmp_path):
     assert again.to_dict() == config.to_dict() and again.norm_position == norm_position
     assert ("norm_position" in config.to_dict()) == (norm_position == "post")
     assert "gated_norm_eps" not in LrnnConfig().to_dict()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("norm_position", "both", "norm_position 'both' is not one of pre, post"),
+        ("gated_norm_eps", "1e-5", "gated_norm_eps must be a number that is not negative, or null; got '1e-5'"),
+    ],
+)
+def test_bad_forms(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        LrnnConfig(**{field: value})

@@ -33,13 +33,16 @@ def folder_of(tiny_model, config, path):
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_numbers_and_texts_are_those_of_hflm(tiny_model, tmp_path, name):
+def test_numbers_and_texts_are_those_of_hflm(tiny_model, tmp_path, name, monkeypatch):
     kind, size, length = SIZES[name]
     vocab_size = json.loads((tiny_model / "config.json").read_text())["vocab_size"]
     folder = folder_of(tiny_model, kind(vocab_size=vocab_size, **TOKENS, **size), tmp_path / name)
     assert model_folder.describe_model(folder)["model_type"] == name
     assert context_length(folder, load_tokenizer(folder)) == length
+    imported = []
+    monkeypatch.setattr("lrnn.eval.suites.model.import_class", lambda *given: imported.append(given))
     ours = Model(folder, device="cpu", batch_size=2)
+    assert imported == [(name, "cpu")]
     theirs = HFLM(str(folder), device="cpu", dtype="float32", batch_size=2)
     pairs = [SimpleNamespace(args=pair) for pair in (("def f", "(x) return"), ("x", "y"))]
     found, expected = (lm.loglikelihood(pairs, disable_tqdm=True) for lm in (ours, theirs))
