@@ -1,4 +1,4 @@
-"""RMS norm over the hidden dimension, for layers that compute their own backward pass.
+"""RMS norm over the hidden dimension: for layers that compute their own backward pass, and without gradients.
 
     r = rsqrt(mean(x^2) + eps)       n = r x       y = n weight
 
@@ -18,11 +18,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lrnn.kernels.common.dispatch import runs_without_gradients
+from lrnn.kernels.common.dtypes import DTYPES
 from lrnn.kernels.common.launch import launch
+from lrnn.kernels.reference import rms_norm as reference
 
 MAX_SIZE = 8192
 WARPS, TILE = 8, 4096  # elements at a time
 ROWS = 16  # rows per program of the backward pass, each of which computes one part of dweight
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return rms_norm(x) * weight over the last dimension, computed in float32.
+
+    One kernel computes it on a GPU if no gradient is needed, as in evaluation and generation. PyTorch computes it
+    otherwise.
+
+    Args:
+        x: [..., D], any float dtype.
+        weight: [D], any float dtype.
+        eps: added to the mean of the squares.
+
+    Returns:
+        [..., D] in the dtype of x.
+    """
+    if runs_without_gradients(x, weight) and x.dtype in DTYPES and x.shape[-1] <= MAX_SIZE:
+        return torch.ops.lrnn.rms_norm(x, weight, eps)
+    return reference.rms_norm(x, weight, eps)
 
 
 @triton.jit(do_not_specialize=["R", "eps"])
@@ -89,6 +111,17 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     sizes, rows = _sizes(x)
     _launch(rms_norm_forward_kernel, x, rows, x, weight, y, x.numel() // x.shape[-1], eps, **sizes, BR=rows)
     return y
+
+
+@torch.library.custom_op("lrnn::rms_norm", mutates_args=())
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    with torch.cuda.device_of(x):  # does nothing for CPU tensors, in Triton's interpreter
+        return rms_norm_forward(x.contiguous(), weight.contiguous(), eps)
+
+
+@_rms_norm.register_fake
+def _(x, weight, eps):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def rms_norm_backward(

@@ -1,12 +1,13 @@
-"""SwiGLU, silu(gate) * up, of the two halves of one product, for layers that compute their own backward pass.
+"""SwiGLU, silu(gate) * up: for layers that compute their own backward pass, and without gradients.
 
     h = silu(a) b       da = dh b silu'(a)       db = dh silu(a)       silu'(a) = s (1 + a (1 - s)), s = sigmoid(a)
 
-Both kernels are bound by memory. The backward pass also returns h, so that only the product has to be kept. Where the
-next product is in float8, they write its operand: h in the forward pass, and the gradient of ab in the backward pass.
+Both kernels are bound by memory. The layers have a and b as the two halves of one product. The backward pass also
+returns h, so that only the product has to be kept. Where the next product is in float8, they write its operand: h in
+the forward pass, and the gradient of ab in the backward pass.
 
-Symbols of the kernels: R rows of 2 D elements, a ahead of b. A program takes BD elements of one row of a and of b, or
-the whole row where it computes the row's scale in float8.
+Symbols of the kernels: R rows of D elements of a and of b, which start S elements apart. A program takes BD elements of
+one row of each, or the whole row where it computes the row's scale in float8.
 """
 
 from collections.abc import Iterator
@@ -17,27 +18,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lrnn.kernels.common.dispatch import runs_without_gradients
+from lrnn.kernels.common.dtypes import DTYPES
 from lrnn.kernels.common.launch import launch
 from lrnn.kernels.float8 import Float8Rows, row_scale
+from lrnn.kernels.reference import swiglu as reference
 
 BLOCK = 2048  # elements of a row per program
 MAX_FLOAT8_SIZE = 16384  # of D
 
 
 @triton.jit
-def _halves(ab, D: tl.constexpr, BD: tl.constexpr):
+def _load(a, b, S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     # Positions in a row of h, their mask, and float32 a and b.
     i_r = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     mask = o_d < D
-    b_a = tl.load(ab + i_r * (2 * D) + o_d, mask=mask, other=0.0).to(tl.float32)
-    b_b = tl.load(ab + i_r * (2 * D) + D + o_d, mask=mask, other=0.0).to(tl.float32)
+    b_a = tl.load(a + i_r * S + o_d, mask=mask, other=0.0).to(tl.float32)
+    b_b = tl.load(b + i_r * S + o_d, mask=mask, other=0.0).to(tl.float32)
     return i_r, o_d, mask, b_a, b_b
 
 
 @triton.jit
-def swiglu_forward_kernel(ab, h, scales, D: tl.constexpr, BD: tl.constexpr):
-    i_r, o_d, mask, b_a, b_b = _halves(ab, D, BD)
+def swiglu_forward_kernel(a, b, h, scales, S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    i_r, o_d, mask, b_a, b_b = _load(a, b, S, D, BD)
     b_h = b_a * tl.sigmoid(b_a) * b_b
     if scales is not None:
         b_scale = row_scale(tl.max(tl.abs(b_h), 0))
@@ -48,7 +52,7 @@ def swiglu_forward_kernel(ab, h, scales, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def swiglu_backward_kernel(ab, dh, dab, h, dab8, scales, D: tl.constexpr, BD: tl.constexpr):
-    i_r, o_d, mask, b_a, b_b = _halves(ab, D, BD)
+    i_r, o_d, mask, b_a, b_b = _load(ab, ab + D, 2 * D, D, BD)
     b_dh = tl.load(dh + i_r * D + o_d, mask=mask, other=0.0).to(tl.float32)
     b_s = tl.sigmoid(b_a)
     tl.store(h + i_r * D + o_d, (b_a * b_s * b_b).to(h.dtype.element_ty), mask=mask)
@@ -64,6 +68,31 @@ def swiglu_backward_kernel(ab, dh, dab, h, dab8, scales, D: tl.constexpr, BD: tl
         tl.store(dab8 + p + D, (b_db / b_scale).to(tl.float8e4nv), mask=mask)
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) * up for two tensors [..., D] of one shape and dtype.
+
+    One kernel computes it on a GPU if no gradient is needed, as in evaluation and generation: in float32, rounded once.
+    PyTorch computes it otherwise.
+    """
+    if runs_without_gradients(gate, up) and gate.dtype in DTYPES:
+        return torch.ops.lrnn.swiglu(gate, up)
+    return reference.swiglu(gate, up)
+
+
+@torch.library.custom_op("lrnn::swiglu", mutates_args=())
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    D = gate.shape[-1]
+    h = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    with torch.cuda.device_of(h):  # does nothing for CPU tensors, in Triton's interpreter
+        _launch(swiglu_forward_kernel, h.numel() // D, D, gate.contiguous(), up.contiguous(), h, None, S=D)
+    return h
+
+
+@_swiglu.register_fake
+def _(gate, up):
+    return torch.empty_like(gate, memory_format=torch.contiguous_format)
+
+
 def swiglu_forward(ab: Tensor) -> Tensor:
     """Return silu(a) * b, [R, D] in the dtype of ab, for ab [R, 2 D] contiguous: a in the first D columns, then b.
 
@@ -71,7 +100,7 @@ def swiglu_forward(ab: Tensor) -> Tensor:
     """
     R, D = ab.shape[0], ab.shape[1] // 2
     h = ab.new_empty(R, D)
-    _launch(swiglu_forward_kernel, R, D, ab, h, None)
+    _launch(swiglu_forward_kernel, R, D, ab, ab[:, D:], h, None, S=2 * D)
     return h
 
 
@@ -79,7 +108,7 @@ def swiglu_forward_float8(ab: Tensor) -> Float8Rows:
     """Return what `swiglu_forward` does, [R, D] in float8, for D up to 16384."""
     R, D = ab.shape[0], ab.shape[1] // 2
     h = Float8Rows.empty(R, D, ab.device)
-    _launch(swiglu_forward_kernel, R, D, ab, *h)
+    _launch(swiglu_forward_kernel, R, D, ab, ab[:, D:], *h, S=2 * D)
     return h
 
 
@@ -99,7 +128,7 @@ def swiglu_backward_float8(dh: Tensor, ab: Tensor) -> tuple[Tensor, Tensor, Floa
     return dab, h, dab8
 
 
-def _launch(kernel, R: int, D: int, *arguments: Tensor | None) -> None:
+def _launch(kernel, R: int, D: int, *arguments: Tensor | None, **constants: int) -> None:
     """Launch one of the kernels, whose last argument is given where it writes float8."""
     whole = arguments[-1] is not None
     if whole and D > MAX_FLOAT8_SIZE:
@@ -107,7 +136,7 @@ def _launch(kernel, R: int, D: int, *arguments: Tensor | None) -> None:
     if R:
         BD = triton.next_power_of_2(D)
         BD, warps = (BD, _float8_warps(BD)) if whole else (min(BLOCK, BD), 8)
-        launch(kernel, (R, triton.cdiv(D, BD), 1), *arguments, D=D, BD=BD, num_warps=warps, num_stages=1)
+        launch(kernel, (R, triton.cdiv(D, BD), 1), *arguments, **constants, D=D, BD=BD, num_warps=warps, num_stages=1)
 
 
 def _float8_warps(BD: int) -> int:
@@ -127,5 +156,6 @@ def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
                 constants |= {n: None for n in types if n in kernel.arg_names}
             elif name == "forward":
                 types["h"] = "*fp8e4nv"
+            constants |= {"S": 2 * 5632} if name == "forward" else {}
             signature = {n: types.get(n, "*bf16") for n in kernel.arg_names if n not in constants}
             yield f"swiglu_{name}_{dtype}", kernel, signature, constants, warps, 1

@@ -5,12 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import LrnnCacheLayer
 from .configuration_lrnn import LrnnConfig
-from .ops import gated_rms_norm, plain_short_conv, short_conv, signed_decay, use_kernels
+from .ops import gated_rms_norm, plain_short_conv, rms_norm, short_conv, signed_decay, use_kernels
 from .registry import Cost, Ranges
 
 
@@ -135,8 +134,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class GatedRMSNorm(RMSNorm):
@@ -161,18 +159,19 @@ class ShortConvolution(nn.Module):
         bound = self.weight.shape[-1] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
 
-    def read_weight(self) -> Tensor:
-        """Return the weight. If accelerate keeps it in a file or in other memory, it is fetched.
 
-        accelerate does so in `forward`, which is not called, because one kernel applies several convolutions.
-        """
-        hook = getattr(self, "_hf_hook", None)
-        if hook is None:
-            return self.weight
-        hook.pre_forward(self)
-        weight = self.weight
-        hook.post_forward(self, None)
-        return weight
+def read_weight(module: "ShortConvolution | RMSNorm") -> Tensor:
+    """Return the weight of a module that is not called, because one kernel computes what several modules do.
+
+    If accelerate keeps it in a file or in other memory, it is fetched, as accelerate does where a module is called.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        return module.weight
+    hook.pre_forward(module)
+    weight = module.weight
+    hook.post_forward(module, None)
+    return weight
 
 
 def convolve(
@@ -195,7 +194,7 @@ def convolve(
         Tensors [B, T, D_i], on CPU in float32, on CUDA in the dtype of the inputs, where one kernel computes them all.
     """
     before: Sequence[Tensor] | None = None
-    weights = [convolution.read_weight() for convolution in convolutions]
+    weights = [read_weight(convolution) for convolution in convolutions]
     taps = weights[0].shape[-1]
     if cache is not None:
         window = cache.conv

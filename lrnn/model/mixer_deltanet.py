@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cache import LrnnCacheLayer
 from .configuration_lrnn import LrnnConfig
-from .layers import GatedRMSNorm, Mixer, ShortConvolution, convolve, zero_at_padding
-from .ops import fused_gated_delta_rule, gated_delta_product
+from .layers import GatedRMSNorm, Mixer, ShortConvolution, convolve, read_weight, zero_at_padding
+from .ops import fused_gated_delta_rule, gated_delta_product, next_token, use_kernels
 from .registry import Cost, Ranges, register
 
 
@@ -143,13 +144,11 @@ class DeltaNet(Mixer):
             self.set_fresh_steps("dt_bias")
 
     def forward(self, x, cache, mask, cu_seqlens, document) -> Tensor:
+        if self._is_next_token(x, cache, mask):
+            return self._next_token(x, cache)
         x = zero_at_padding(x, mask)
         q, k, v = convolve(
-            (self.q_conv1d, self.k_conv1d, self.v_conv1d),
-            (self.q_proj(x), self.k_proj(x), self.v_proj(x)),
-            cache,
-            mask,
-            cu_seqlens,
+            self._convolutions(), (self.q_proj(x), self.k_proj(x), self.v_proj(x)), cache, mask, cu_seqlens
         )
         b = self.b_proj(x)
         a = self.a_proj(x) if self.gated else None
@@ -172,6 +171,37 @@ class DeltaNet(Mixer):
         self.write_state(cache, state)
         gate = self.g_proj(x).unflatten(-1, self.value_heads) if self.gated else None
         return self.o_proj(self.o_norm(o, gate, x.dtype).flatten(-2))
+
+    def _convolutions(self) -> tuple[ShortConvolution, ShortConvolution, ShortConvolution]:
+        return self.q_conv1d, self.k_conv1d, self.v_conv1d
+
+    def _is_next_token(self, x: Tensor, cache: LrnnCacheLayer | None, mask: Tensor | None) -> bool:
+        """Return whether `next_token` computes what lies between the projections: in generation on a GPU."""
+        if cache is None or cache.state is None or mask is not None or x.shape[1] > 1 or torch.is_grad_enabled():
+            return False
+        return use_kernels(x) and self.num_householder == 1 and self.on_eigenvalues is None
+
+    def _next_token(self, x: Tensor, cache: LrnnCacheLayer) -> Tensor:
+        qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        a, gate = (self.a_proj(x), self.g_proj(x)) if self.gated else (None, None)
+        A_log, dt_bias = (self.A_log, self.dt_bias) if self.gated else (None, None)
+        assert cache.conv is not None
+        cache.state = cache.state.contiguous()  # is overwritten
+        y, cache.conv = next_token(
+            qkv,
+            a,
+            self.b_proj(x),
+            gate,
+            [read_weight(convolution) for convolution in self._convolutions()],
+            cache.conv,
+            cache.state,
+            A_log,
+            dt_bias,
+            read_weight(self.o_norm),
+            self.o_norm.eps,
+            self.beta_range,
+        )
+        return self.o_proj(y)
 
     def _eigenvalues(self, b: Tensor) -> Tensor:
         return 1 - self.beta_range * b.float().sigmoid()

@@ -27,6 +27,7 @@ from .configuration_lrnn import LrnnConfig
 from .inputs import Layout, check_cache_position, read_layout, refuse_keywords, selected_states
 from .layers import Mixer, RMSNorm, ShortConvolution
 from .mixers import MIXERS
+from .ops import swiglu
 from .renamed import accepts_cache
 
 logger = logging.get_logger(__name__)
@@ -43,7 +44,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class LrnnBlock(GradientCheckpointingLayer):

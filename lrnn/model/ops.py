@@ -10,12 +10,15 @@ from torch import Tensor
 try:
     from lrnn.kernels.common.dispatch import use_kernels
     from lrnn.kernels.delta_rule.api import fused_gated_delta_rule, gated_delta_product
+    from lrnn.kernels.delta_rule.next_token import next_token
     from lrnn.kernels.gated_rms_norm import gated_rms_norm
     from lrnn.kernels.recurrences import diagonal_recurrence, rwkv7_recurrence, selective_scan
     from lrnn.kernels.reference.diagonal import signed_decay
     from lrnn.kernels.reference.documents import document_ids, document_starts
     from lrnn.kernels.reference.short_conv import short_conv as plain_short_conv
+    from lrnn.kernels.rms_norm import rms_norm
     from lrnn.kernels.short_conv.api import short_conv
+    from lrnn.kernels.swiglu import swiglu
 except ImportError:  # an exported folder, loaded where lrnn is not installed
     from .delta_rule import (  # type: ignore[no-redef]
         fused_gated_delta_rule,
@@ -24,8 +27,11 @@ except ImportError:  # an exported folder, loaded where lrnn is not installed
     from .diagonal import diagonal_recurrence, signed_decay  # type: ignore[no-redef]
     from .documents import document_ids, document_starts  # type: ignore[no-redef]
     from .gated_rms_norm import gated_rms_norm  # type: ignore[no-redef]
+    from .next_token import next_token  # type: ignore[no-redef]
+    from .rms_norm import rms_norm  # type: ignore[no-redef]
     from .short_conv import short_conv  # type: ignore[no-redef]
     from .steps import rwkv7_recurrence, selective_scan  # type: ignore[no-redef]
+    from .swiglu import swiglu  # type: ignore[no-redef]
 
     plain_short_conv = short_conv
 
@@ -40,10 +46,13 @@ __all__ = [
     "fused_gated_delta_rule",
     "gated_delta_product",
     "gated_rms_norm",
+    "next_token",
     "plain_short_conv",
+    "rms_norm",
     "rwkv7_recurrence",
     "selective_scan",
     "short_conv",
     "signed_decay",
+    "swiglu",
     "use_kernels",
 ]

@@ -7,8 +7,10 @@ from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.kernels.delta_rule.portable.backend import Portable
 from lrnn.kernels.reference import delta_rule as delta_rule_reference
 from lrnn.kernels.reference import gated_rms_norm as gated_rms_norm_reference
+from lrnn.kernels.reference import rms_norm as rms_norm_reference
+from lrnn.kernels.reference import swiglu as swiglu_reference
 from lrnn.kernels.short_conv.api import short_conv
-from lrnn.model import layers, mixer_deltanet
+from lrnn.model import layers, mixer_deltanet, modeling_lrnn
 from lrnn.model.cache import LrnnCacheLayer
 from lrnn.pretrain.engine import build_model
 
@@ -20,7 +22,10 @@ def in_pytorch(monkeypatch):
     """Return a function that makes models run in plain PyTorch."""
 
     def switch():
-        monkeypatch.setattr(layers, "use_kernels", lambda x: False)
+        for module in (layers, mixer_deltanet):
+            monkeypatch.setattr(module, "use_kernels", lambda x: False)
+        monkeypatch.setattr(layers, "rms_norm", rms_norm_reference.rms_norm)
+        monkeypatch.setattr(modeling_lrnn, "swiglu", swiglu_reference.swiglu)
         monkeypatch.setattr(layers, "gated_rms_norm", gated_rms_norm_reference.gated_rms_norm)
         monkeypatch.setattr(mixer_deltanet, "fused_gated_delta_rule", delta_rule_reference.fused_gated_delta_rule)
         monkeypatch.setattr(mixer_deltanet, "gated_delta_product", delta_rule_reference.gated_delta_product)
