@@ -5,6 +5,8 @@ Names and shapes of the parameters are the same as in lrnn. Only the configurati
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from torch import Tensor
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.errors import UserError
 from lrnn.eval.export.check import check_loading_info
-from lrnn.fla_config import ARCHITECTURES, FIXED, MIXER_OF, SHARED
+from lrnn.fla_config import ARCHITECTURES, ATTENTION, FIXED, MIXER_OF, SHARED
+from lrnn.model.configuration_lrnn import OPTIONS
 
 
 def from_fla(folder: Path) -> tuple[LrnnConfig, dict[str, Tensor]]:
@@ -53,7 +56,8 @@ def check_fla_folder(folder: Path, model: torch.nn.Module) -> None:
     import fla  # noqa: F401  registers its models
     from transformers import AutoModelForCausalLM
 
-    loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    with _attention_without_flash_attn():
+        loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     check_loading_info(info, "fla")
     theirs = dict(loaded.named_parameters())
     for name, parameter in model.named_parameters():
@@ -61,6 +65,19 @@ def check_fla_folder(folder: Path, model: torch.nn.Module) -> None:
             raise RuntimeError(f"the export is wrong: fla reads other values of {name}")
     if theirs:
         raise RuntimeError(f"the export is wrong: fla has a parameter {min(theirs)} that the trained model lacks")
+
+
+@contextmanager
+def _attention_without_flash_attn() -> Iterator[None]:
+    """Let fla build attention where flash-attn, which only its forward pass calls, is not installed."""
+    from fla.layers import attn
+
+    installed = attn.flash_attn_func
+    attn.flash_attn_func = installed or _attention_without_flash_attn
+    try:
+        yield
+    finally:
+        attn.flash_attn_func = installed
 
 
 def _read_config(folder: Path) -> LrnnConfig:
@@ -89,9 +106,29 @@ def _read_config(folder: Path) -> LrnnConfig:
         fields["intermediate_size"] = 256 * -(-int(fla.hidden_size * ratio * 2 / 3) // 256)
     kept = getattr(fla, "lrnn_training", None)
     try:
-        return LrnnConfig(mixer=MIXER_OF[kind], **fields, **({} if kept is None else {"lrnn_training": kept}))
+        mixer = _pattern(fla, kind, fields, path)
+        return LrnnConfig(mixer=mixer, **fields, **({} if kept is None else {"lrnn_training": kept}))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _pattern(fla: Any, kind: str, fields: dict[str, Any], path: Path) -> list[str | dict[str, Any]]:
+    """Return the mixers of the layers, as short a pattern as there is. Raises UserError for attention with biases."""
+    entries: list[str | dict[str, Any]] = [MIXER_OF[kind]] * fla.num_hidden_layers
+    for spec in [fla.attn] if isinstance(fla.attn, dict) else fla.attn or []:
+        H, G = spec["num_heads"], spec["num_kv_heads"]
+        if spec["qkv_bias"]:
+            raise UserError(f"{path}: attn.qkv_bias is True; lrnn supports only False")
+        if fla.hidden_size % H:
+            raise UserError(f"{path}: attn.num_heads is {H}; it must divide hidden_size, {fla.hidden_size}")
+        options = {"num_heads": H, "head_dim": fla.hidden_size // H, "num_kv_heads": G if G != H else None}
+        options |= {"sliding_window": spec["window_size"], "rope_theta": spec["rope_theta"]}
+        given = {name: x for name, x in options.items() if x != fields.get(name, OPTIONS.get(name))}
+        for number in spec["layers"]:
+            entries[number] = {"mixer": ATTENTION, **given}
+    lengths = range(1, len(entries) + 1)
+    shortest = next(n for n in lengths if all(entry == entries[i % n] for i, entry in enumerate(entries)))
+    return entries[:shortest]
 
 
 def _heads(fla: Any, kind: str, path: Path) -> dict[str, int]:

@@ -61,7 +61,7 @@ def model_card(
         architecture(config, dtype, num_parameters),
         _training(training, data, run),
         _tokens(config, first_id, training),
-        _loading(name, export_format, dtype, first_id),
+        _loading(name, config, export_format, dtype, first_id),
         f"{RESULTS_BEGIN}\n{RESULTS_END}",
         _limits(export_format),
     ]
@@ -92,15 +92,18 @@ def _tokens(config: LrnnConfig, first_id: int, training: dict[str, Any]) -> str:
     return text
 
 
-def _loading(name: str, export_format: str, dtype: str, first_id: int) -> str:
+def _loading(name: str, config: LrnnConfig, export_format: str, dtype: str, first_id: int) -> str:
     imports = ["import torch", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
     if export_format == "fla":
         imports.insert(0, "import fla  # registers the model")
+    needs = NEEDS[export_format]
+    if export_format == "fla" and "attention" in config.mixers:
+        needs += ", and [flash-attn](https://github.com/Dao-AILab/flash-attention) for its attention"
     trusted = ", trust_remote_code=True" if export_format == "hf" else ""
     lines = [
         "## Loading",
         "",
-        f"This folder needs {NEEDS[export_format]}. It was written by lrnn {lrnn.__version__} with transformers "
+        f"This folder needs {needs}. It was written by lrnn {lrnn.__version__} with transformers "
         f"{transformers.__version__} and torch {torch.__version__}.",
         "",
         "```python",

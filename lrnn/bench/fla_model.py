@@ -23,8 +23,8 @@ def reason_without(config: LrnnConfig, world_size: int) -> str | None:
         return "it is measured on one GPU only"
     if importlib.util.find_spec("fla") is None:
         return "it is not installed"
-    if config.mixer not in MIXER_OF.values():
-        return f"it has no model with the parameters of mixer {config.mixer}"
+    if not set(config.mixers) <= {*MIXER_OF.values()}:
+        return f"it has no model with the parameters of mixer {', '.join(dict.fromkeys(config.mixers))}"
     if (form := not_in_fla(config)) is not None:
         return f"it cannot express {form}"
     try:

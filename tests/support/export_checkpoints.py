@@ -24,6 +24,21 @@ SIZES_OF_THEIR_OWN = {
     "gated-sizes": {"num_value_heads": 4, "head_dim": 12, "head_v_dim": 24},
     "deltanet-sizes": {"mixer": "deltanet", "head_dim": 12, "head_v_dim": 20},
 }
+# Attention beside a recurrent mixer: grouped keys and a window of its own, in two kinds of layers.
+HYBRIDS = {
+    "gated-hybrid": {
+        "mixer": ["gated_deltanet", {"mixer": "attention", "num_heads": 4, "head_dim": 8, "num_kv_heads": 2}],
+        "num_hidden_layers": 3,
+    },
+    "deltanet-hybrid": {
+        "mixer": [
+            {"mixer": "attention", "rope_theta": 500.0},
+            "deltanet",
+            {"mixer": "attention", "num_heads": 1, "head_dim": 32, "sliding_window": 5},
+        ],
+        "num_hidden_layers": 3,
+    },
+}
 OTHER_MIXERS = {
     "gated_deltaproduct": {"mixer": "gated_deltaproduct", "num_householder": 3, "delta_rule_precision": "split"},
     "deltaproduct": {"mixer": "deltaproduct", "num_householder": 4, "num_value_heads": 4, "head_v_dim": 24},
@@ -45,7 +60,7 @@ OTHER_MIXERS |= {
 def random_model(variant: str, **fields) -> LrnnForCausalLM:
     """Return a model in which every parameter affects the logits."""
     torch.manual_seed(0)
-    fields = SIZE | (VARIANTS | SIZES_OF_THEIR_OWN | OTHER_MIXERS)[variant] | fields
+    fields = SIZE | (VARIANTS | SIZES_OF_THEIR_OWN | HYBRIDS | OTHER_MIXERS)[variant] | fields
     model = LrnnForCausalLM(LrnnConfig(vocab_size=640, max_position_embeddings=64, **fields))
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -96,6 +96,32 @@ class TestRefused:
         assert "num_v_heads" not in to_fla_config(LrnnConfig(mixer="deltanet", num_value_heads=16))
         assert to_fla_config(LrnnConfig(gated_norm_eps=1e-6))["norm_eps"] == 1e-6
 
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            ({"rope_theta": None}, "rope_theta 'null' of layer 1, where fla has rotary positions"),
+            ({"qk_norm": "head"}, "qk_norm 'head' of layer 1, where fla has none"),
+            ({"attention_gate": True}, "attention_gate True of layer 1, where fla has none"),
+            ({"num_heads": 2}, "head_dim 16 of layer 1, where fla has hidden_size / num_heads, 32"),
+            ({"norm_position": "post"}, "norm_position 'post' of layer 1, where fla has 'pre'"),
+        ],
+    )
+    def test_fla_does_not_have_the_form_of_attention(self, options, said):
+        attention = {"mixer": "attention", "num_heads": 4, "head_dim": 16} | options
+        config = LrnnConfig(hidden_size=64, mixer=["gated_deltanet", attention])
+        with pytest.raises(UserError, match=f"^the fla format cannot express this model's {said}: use --format hf$"):
+            to_fla_config(config)
+
+    def test_fla_has_one_recurrent_mixer(self):
+        for pattern, named in (
+            (["gated_deltanet", "deltanet"], "gated_deltanet, deltanet"),
+            (["deltanet", {"mixer": "deltanet", "num_heads": 3}], "deltanet, deltanet"),
+        ):
+            with pytest.raises(
+                UserError, match=f"one recurrent mixer, the same in all layers; this model's are {named}"
+            ):
+                to_fla_config(LrnnConfig(mixer=pattern))
+
     def test_neither_run_nor_checkpoint(self, tmp_path, capsys):
         (tmp_path / "corpus").mkdir()
         (tmp_path / "corpus" / "manifest.json").write_text("{}")

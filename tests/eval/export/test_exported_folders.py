@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 import yaml
-from export_checkpoints import SIZES_OF_THEIR_OWN, VARIANTS, random_model, sha256, write_checkpoint
+from export_checkpoints import HYBRIDS, SIZES_OF_THEIR_OWN, VARIANTS, random_model, sha256, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers.cli.serving.model_manager import ModelManager
 
@@ -21,7 +21,7 @@ from lrnn import LrnnConfig, LrnnForCausalLM, cli
 from lrnn.errors import UserError
 from lrnn.eval.export import check as export_check
 from lrnn.eval.export import write
-from lrnn.eval.export.fla_format import from_fla
+from lrnn.eval.export.fla_format import _attention_without_flash_attn, from_fla
 from lrnn.fla_config import to_fla_config
 from lrnn.model.code_files import AUTO_MAP
 from lrnn.tokenizer import load_tokenizer
@@ -38,6 +38,8 @@ NOT_RELOADED = {
     "mamba2": "float32",
     "rwkv7": "float32",
     "slstm": "bfloat16",
+    "gated-hybrid": "float32",
+    "deltanet-hybrid": "bfloat16",
 }
 DTYPES = EXPORTED | NOT_RELOADED
 
@@ -245,22 +247,22 @@ def test_weights_are_those_of_the_checkpoint(exported):
     assert torch.equal(mlstm[name], random_model("mlstm").get_parameter(name))
 
 
-@pytest.mark.parametrize("variant", VARIANTS | SIZES_OF_THEIR_OWN)
+@pytest.mark.parametrize("variant", VARIANTS | SIZES_OF_THEIR_OWN | HYBRIDS)
 @pytest.mark.filterwarnings("ignore:Triton is not supported")
 def test_names_and_shapes_equal_those_of_fla(variant):
     from fla.models import DeltaNetConfig, DeltaNetForCausalLM, GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 
     ours = random_model(variant)
     config = to_fla_config(ours.config)
-    with torch.device("meta"):
+    with torch.device("meta"), _attention_without_flash_attn():
         if config["model_type"] == "gated_deltanet":
             theirs = GatedDeltaNetForCausalLM(GatedDeltaNetConfig(**config))
         else:
             theirs = DeltaNetForCausalLM(DeltaNetConfig(**config))
-    shapes = {name: tuple(p.shape) for name, p in theirs.state_dict().items()}
+    shapes = {name: tuple(p.shape) for name, p in theirs.state_dict().items() if "rotary" not in name}
     assert shapes == {name: tuple(p.shape) for name, p in ours.state_dict().items()}
     assert theirs.config.allow_neg_eigval == ours.config.allow_neg_eigval
-    mixer = theirs.model.layers[1].attn
+    mixer = theirs.model.layers[0 if variant == "gated-hybrid" else 1].attn
     assert mixer.allow_neg_eigval == ours.config.allow_neg_eigval
     assert (mixer.head_k_dim, mixer.head_v_dim) == (
         ours.config.head_dim,
@@ -308,6 +310,33 @@ def test_logits_of_value_heads_equal_those_of_fla(allow_neg_eigval, monkeypatch)
         assert (mine - true).norm() < 1e-5 * true.norm()
 
 
+@pytest.mark.parametrize(("variant", "layer"), [("gated-hybrid", 1), ("deltanet-hybrid", 0), ("deltanet-hybrid", 2)])
+def test_outputs_of_attention_equal_those_of_fla(variant, layer, monkeypatch):
+    """fla's own layer computes with forms of flash-attn and of its rotary kernel that need no GPU."""
+    from fla.layers import attn
+    from fla.modules.rotary import ops as rotary
+
+    def rotate(x, cos, sin, interleaved, *_, **__):
+        return rotary.rotary_embedding_ref(x, cos[: x.shape[1]], sin[: x.shape[1]], interleaved)
+
+    def flash_attn(q, k, v, causal, window_size):
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+        ahead = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])
+        sees = (ahead >= 0) & ((ahead <= window_size[0]) if window_size[0] >= 0 else True)
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=sees).transpose(1, 2)
+
+    monkeypatch.setattr(rotary, "rotary_embedding", rotate)
+    monkeypatch.setattr(attn, "flash_attn_func", flash_attn)
+    model = random_model(variant)
+    specs = to_fla_config(model.config)["attn"]
+    (spec,) = (spec for spec in ([specs] if isinstance(specs, dict) else specs) if layer in spec["layers"])
+    theirs = attn.Attention(32, **{name: value for name, value in spec.items() if name != "layers"}, layer_idx=layer)
+    theirs.load_state_dict(model.model.layers[layer].attn.state_dict(), strict=False)
+    x = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(0))
+    ours = model.model.layers[layer].attn(x, None, None, None, None)
+    assert (ours - theirs(x)[0]).abs().max() < 1e-5 * ours.abs().max()
+
+
 def test_sizes_of_values_are_those_that_fla_computes():
     """fla rounds head_dim times expand_v down, and 7 * (61 / 7) is below 61."""
     for K, V in ((7, 61), (96, 192), (128, 128), (12, 20)):
@@ -315,7 +344,7 @@ def test_sizes_of_values_are_those_that_fla_computes():
         assert int(K * expand) == V and expand == pytest.approx(V / K)
 
 
-@pytest.mark.parametrize("variant", VARIANTS | SIZES_OF_THEIR_OWN)
+@pytest.mark.parametrize("variant", VARIANTS | SIZES_OF_THEIR_OWN | HYBRIDS)
 def test_round_trip_through_fla_is_bitwise(variant, tmp_path, sentencepiece_model):
     model = random_model(variant)
     run = tmp_path / "run"
@@ -358,7 +387,8 @@ def test_a_model_made_by_fla_is_read(tmp_path, sentencepiece_model):
         ("gated_deltanet", "expand_v", 1.3),
         ("gated_deltanet", "use_gate", False),
         ("gated_deltanet", "use_short_conv", False),
-        ("gated_deltanet", "attn", {"layers": [0], "num_heads": 2}),
+        ("gated_deltanet", "attn", {"layers": [0], "num_heads": 2, "qkv_bias": True}),
+        ("gated_deltanet", "attn", [{"layers": [0], "num_heads": 2}, {"layers": [1], "num_heads": 3}]),
         ("gated_deltanet", "output_gate_activation", "sigmoid"),
         ("gated_deltanet", "hidden_act", "powlu"),
         ("delta_net", "qk_norm", "sum"),
