@@ -96,7 +96,7 @@ class _NormedOutput(torch.autograd.Function):
             y = mlp.out(ab)
         else:
             ab, y = kept
-        dy, d_norm, _ = rms_norm_backward(dz_rows, y, mlp.norm.weight, mlp.norm.eps)
+        dy, d_norm = rms_norm_backward(dz_rows, y, mlp.norm.weight, mlp.norm.eps)[:2]
         dab, dx, h = mlp.gradients(dy, ab)
         d_down = mlp.down.weight_gradients(dy, h)
         d_inner = mlp.inner.weight_gradients(dab, rows)

@@ -37,11 +37,12 @@ def kept_by_mixer(setup: Setup, layer: LayerSizes) -> float:
 
 
 def kept_by_mlp(setup: Setup, layer: LayerSizes) -> float:
-    """Return the bytes that x + mlp(norm(x)) keeps."""
+    """Return the bytes that x + mlp(norm(x)) or x + norm(mlp(x)) keeps."""
     e = setup.itemsize
     if not setup.fused:  # gate, up, silu(gate), and the product of the last two
         return _plain_norm(setup, layer) + 4 * e * layer.intermediate
-    return e * (layer.hidden + (0 if setup.checkpointing == "mlp" else 2 * layer.intermediate))
+    kept = 2 * layer.intermediate + layer.norms_outputs * layer.hidden  # gate and up, and an output that is normed
+    return e * (layer.hidden + (0 if setup.checkpointing == "mlp" else kept))
 
 
 def kept_by_whole_layer(setup: Setup, layer: LayerSizes) -> float:

@@ -31,6 +31,7 @@ def gradients(model, ids, labels, cu_seqlens, autocast):
         ("gated_deltanet", {"num_value_heads": 4}),
         ("deltanet", {}),
         ("gla", {}),
+        ("attention", {"norm_position": "post", "qk_norm": "projection"}),
     ],
 )
 def test_as_exact_as_the_plain_layers(mixer, heads, packed):

@@ -1,6 +1,7 @@
 """Test exports as transformers' class `olmo_hybrid`: names and keys, logits, generation, and what is refused."""
 
 import json
+import math
 import os
 import sys
 from contextlib import nullcontext
@@ -13,11 +14,12 @@ from export_checkpoints import random_model, write_checkpoint
 from safetensors.torch import load_file
 from transformers import OlmoHybridConfig
 
-from lrnn import LrnnConfig, LrnnForCausalLM, cli
+from lrnn import LrnnConfig, LrnnForCausalLM, cli, shipped
 from lrnn.errors import UserError
 from lrnn.eval import model_class
 from lrnn.eval.export import check, write
 from lrnn.eval.export.olmo_format import olmo_names, olmo_shapes, to_olmo_config
+from lrnn.model_config import load_model_config
 from lrnn.tokenizer import load_tokenizer
 
 ATTENTION = {"mixer": "attention", "num_heads": 4, "head_dim": 8, "num_kv_heads": 2, "rope_theta": 500}
@@ -158,6 +160,17 @@ def test_keys_are_all_of_the_class_and_those_that_vllm_reads():
     assert content.keys() >= READ_BY_VLLM
     again = OlmoHybridConfig(**content)
     assert {name: getattr(again, name) for name in content} == content
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "parameters"),
+    # The last is the number of parameters of Olmo Hybrid 7B.
+    [("340m-hybrid", 328, 338_650_224), ("1.3b-hybrid", 364, 1_334_387_360), ("7b-hybrid", 523, 7_430_870_688)],
+)
+def test_shipped_hybrids_can_be_expressed(name, tensors, parameters):
+    config = load_model_config(shipped.find(name, shipped.MODELS, "model configuration"))
+    shapes = olmo_shapes(to_olmo_config(config))
+    assert (len(shapes), sum(map(math.prod, shapes.values()))) == (tensors, parameters)
 
 
 def test_names_and_shapes_are_those_of_the_class():

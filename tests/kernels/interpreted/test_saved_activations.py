@@ -1,6 +1,7 @@
 """Count what fused layers keep for their backward pass, and compare it with what `lrnn plan` counts."""
 
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -33,9 +34,9 @@ def saved_bytes(compute, model) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
-def built(mixer: str, heads: dict[str, int] | None = None, **options) -> tuple[LrnnForCausalLM, Setup]:
+def built(mixer: str, fields: dict[str, Any] | None = None, **options) -> tuple[LrnnForCausalLM, Setup]:
     """Return a model with fused layers, and the same for the planner."""
-    config = LrnnConfig(**{**SIZES, "head_dim": 64, **(heads or {})}, mixer=mixer)
+    config = LrnnConfig(**{**SIZES, "head_dim": 64, **(fields or {})}, mixer=mixer)
     model = LrnnForCausalLM(config).train()
     fuse(model, torch.float32, **options)
     plan = Setup(
@@ -52,7 +53,7 @@ def built(mixer: str, heads: dict[str, int] | None = None, **options) -> tuple[L
     [
         ("deltanet", True, {}),
         ("gated_deltanet", False, {"recompute_mlp": True, "float8": True}),
-        ("gated_deltanet", False, {"heads": {"num_value_heads": 2, "head_dim": 12, "head_v_dim": 80}}),
+        ("gated_deltanet", False, {"fields": {"num_value_heads": 2, "head_dim": 12, "head_v_dim": 80}}),
     ],
 )
 def test_what_a_layer_keeps(mixer, saving, options):
@@ -65,6 +66,15 @@ def test_what_a_layer_keeps(mixer, saving, options):
     with saving_states() if saving else nullcontext():
         found = saved_bytes(lambda: model.model.layers[0].fused(x, None, None), model)
     assert found == BATCH * TOKENS * expected
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_an_mlp_keeps_whose_output_is_normed(recompute):
+    model, plan = built("attention", {"norm_position": "post"}, recompute_mlp=recompute)
+    x = torch.randn(BATCH, TOKENS, 48, requires_grad=True)
+    (layer,) = plan.model.stack
+    found = saved_bytes(lambda: model.model.layers[0].fused.mlp(x), model)
+    assert found == BATCH * TOKENS * activations.kept_by_mlp(plan, layer)
 
 
 def test_what_a_model_keeps():
