@@ -19,7 +19,7 @@ test: setup
 	$(MAKE) --no-print-directory --output-sync=target -j 2 lint docs
 	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-# Runs 300 kills instead of 12, twenty endings of a job instead of three, and other numbers of processes, in some 50
+# Runs 300 kills instead of 9, twenty endings of a job instead of two, and other numbers of processes, in some 50
 # minutes. The jobs need root and Debian, because they start their own SLURM. Exports of every mixer are used in five
 # versions of transformers. Plain lm-eval reads its own tasks too, and every solution of HumanEval runs.
 # The whole job runs from a wheel for every form of data and kind of tokenizer, published ones among them (see the file).

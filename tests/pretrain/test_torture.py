@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fork_server import run_program
 
-KILLS = 200 if os.environ.get("LRNN_TORTURE") == "1" else 8  # and half as many with checkpoints in the background
+KILLS = 200 if os.environ.get("LRNN_TORTURE") == "1" else 6  # and half as many with checkpoints in the background
 PROGRAM = Path(__file__).with_name("torture.py")
 
 

@@ -18,8 +18,8 @@ from training_group import losses, run_group
 from lrnn.pretrain.config import load_config
 
 torture = pytest.mark.skipif(not TORTURE, reason="takes minutes: make torture")
-# The short form has one ending for each way in which signals are delivered; a time limit takes a minute more.
-SHORT = ["usr1 --full", "requeue", "pre-empted"]
+# By default, one ending sends SIGUSR1 and one SIGTERM, each to the batch script and to the tasks.
+SHORT = ["usr1 --full", "pre-empted"]
 STEPS_BETWEEN = 8
 
 

@@ -1,7 +1,8 @@
 """Test exported folders in other versions of transformers, each in an environment of its own, without lrnn.
 
-LRNN_TORTURE=1 takes every mixer through all versions (`make torture`); otherwise one model is used in two versions. The
-versions are fetched from the package registry once. Without it these tests fail: nothing else covers other versions.
+LRNN_TORTURE=1 takes every mixer through all versions (`make torture`); otherwise one model is used in the oldest, since
+the installed version is one of the newest. The versions are fetched from the package registry once. Without it these
+tests fail: nothing else covers other versions.
 """
 
 import json
@@ -60,7 +61,7 @@ def unigram(tmp_path_factory, exports):
     return tokenizer, root / "folder"
 
 
-@pytest.fixture(scope="module", params=VERSIONS if TORTURE else ["4.57.6", "5.24.0"])
+@pytest.fixture(scope="module", params=VERSIONS if TORTURE else ["4.57.6"])
 def used(request, exports, unigram, sentencepiece_model, tmp_path_factory):
     """Return what a process with one version found, by variant, its logits, what it was given, and the unigram ids."""
     work = tmp_path_factory.mktemp("work")
