@@ -4,7 +4,10 @@ from typing import Any
 
 import torch
 
+from lrnn import LrnnConfig
 from lrnn.eval.generation.prefill import CHUNK, PIECE_TOKENS
+from lrnn.kernels.delta_rule.heads import padded_sizes
+from lrnn.model.mixer_deltanet import DeltaNet
 from lrnn.model.registry import MIXERS
 
 LARGEST = 1024  # beyond it the state's bytes exceed the weights' many times, and the speed per sequence is constant
@@ -22,13 +25,30 @@ def largest_batch(model: Any, free_bytes: int) -> int:
     config = model.config
     itemsize = model.dtype.itemsize
     layers = [config.layer(i) for i in range(config.num_hidden_layers)]
-    state = sum(MIXERS[layer.mixer].cost(layer).state for layer in layers) * torch.float32.itemsize
+    state = sum(_state(layer) for layer in layers) * torch.float32.itemsize
     # Windows of convolutions, a chunk of activations in the widest layer, and logits, also in float32.
-    activations = CHUNK * (8 * config.hidden_size + 3 * config.intermediate_size) * itemsize
+    widest = max(_width(layer) for layer in layers)
+    activations = CHUNK * (widest + 3 * config.intermediate_size) * itemsize
     logits = config.vocab_size * (itemsize + torch.float32.itemsize)
     per_sequence = COPIES * state + activations + logits
-    piece = PIECE_TOKENS * (8 * config.hidden_size + 3 * config.intermediate_size) * itemsize
+    piece = PIECE_TOKENS * (widest + 3 * config.intermediate_size) * itemsize
     return int(min(max((KEPT * free_bytes - piece) // per_sequence, 1), LARGEST))
+
+
+def _state(layer: LrnnConfig) -> int:
+    """Return the numbers that a sequence's state takes in a layer, with the zeros by which kernels pad heads."""
+    mixer = MIXERS[layer.mixer]
+    if not issubclass(mixer, DeltaNet):
+        return mixer.cost(layer).state
+    heads = mixer.head_sizes(layer)
+    K, V = padded_sizes(heads.K, heads.V)
+    return heads.HV * K * V
+
+
+def _width(layer: LrnnConfig) -> int:
+    """Return the numbers per token that a mixer computes: its projections, their convolutions, and its output."""
+    cost = MIXERS[layer.mixer].cost(layer)
+    return max(8 * layer.hidden_size, cost.weights // layer.hidden_size + cost.channels)
 
 
 def free_memory(device: torch.device) -> int:

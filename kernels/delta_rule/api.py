@@ -22,7 +22,7 @@ from torch import Tensor
 from lrnn.kernels.common.architecture import Architecture
 from lrnn.kernels.common.dispatch import use_kernels
 from lrnn.kernels.common.dtypes import DTYPES
-from lrnn.kernels.delta_rule.heads import check_sizes, pad_heads, padded_sizes
+from lrnn.kernels.delta_rule.heads import pad_heads, padded_sizes
 from lrnn.kernels.delta_rule.operator import gated_delta_rule_forward, gated_delta_rule_recurrent
 from lrnn.kernels.delta_rule.settings import choose_settings
 from lrnn.kernels.reference import delta_rule as reference
@@ -58,7 +58,6 @@ def check_gpu(K: int, V: int, dtype: torch.dtype, gpu: Architecture) -> None:
     Raises:
         ValueError: a size is above 256, or the GPU's shared memory or its compute capability is too small.
     """
-    check_sizes(K, V)
     choose_settings(padded_sizes(K, V)[0], dtype, gpu)
 
 
@@ -240,14 +239,13 @@ def _run(
     precision, save_states,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     K, V = q.shape[3], v.shape[3]
-    check_sizes(K, V)
+    padded_k, padded_v = padded_sizes(K, V)
     if v.dtype not in DTYPES or q.dtype != v.dtype or k.dtype != v.dtype:
         raise ValueError(
             "the kernels support q, k and v of one dtype, bfloat16, float16 or float32; "
             f"got {q.dtype}, {k.dtype}, {v.dtype}"
         )
     scale = K**-0.5 if scale is None else float(scale)
-    padded_k, padded_v = padded_sizes(K, V)
     more_k, more_v = padded_k - K, padded_v - V
     q, k, v = pad_heads(q, padded_k), pad_heads(k, padded_k), pad_heads(v, padded_v)
     if initial_state is not None and (more_k or more_v):

@@ -20,7 +20,8 @@ def check_sizes(K: int, V: int) -> None:
 
 
 def padded_sizes(K: int, V: int) -> tuple[int, int]:
-    """Return the sizes that the kernels compute keys of size K and values of size V with, each at most 256."""
+    """Return the sizes that the kernels compute keys of size K and values of size V with; see also `check_sizes`."""
+    check_sizes(K, V)
     return next(size for size in HEAD_SIZES if size >= K), -(-V // COLUMNS) * COLUMNS
 
 
