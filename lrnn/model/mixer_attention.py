@@ -7,8 +7,9 @@ from .cache import LrnnCacheLayer
 from .configuration_lrnn import LrnnConfig
 from .key_values import attend_and_write, first_state, slots_for, with_room, with_slots
 from .layers import Mixer, RMSNorm
+from .ops import rotate
+from .positions import positions, turns
 from .registry import Cost, register
-from .rotary import positions, rotate, turns
 
 QK_NORMS = ("head", "projection")
 

@@ -17,6 +17,7 @@ try:
     from lrnn.kernels.reference.documents import document_ids, document_starts
     from lrnn.kernels.reference.short_conv import short_conv as plain_short_conv
     from lrnn.kernels.rms_norm import rms_norm
+    from lrnn.kernels.rotary import rotate
     from lrnn.kernels.short_conv.api import short_conv
     from lrnn.kernels.swiglu import swiglu
 except ImportError:  # an exported folder, loaded where lrnn is not installed
@@ -29,6 +30,7 @@ except ImportError:  # an exported folder, loaded where lrnn is not installed
     from .gated_rms_norm import gated_rms_norm  # type: ignore[no-redef]
     from .next_token import next_token  # type: ignore[no-redef]
     from .rms_norm import rms_norm  # type: ignore[no-redef]
+    from .rotary import rotate  # type: ignore[no-redef]
     from .short_conv import short_conv  # type: ignore[no-redef]
     from .steps import rwkv7_recurrence, selective_scan  # type: ignore[no-redef]
     from .swiglu import swiglu  # type: ignore[no-redef]
@@ -49,6 +51,7 @@ __all__ = [
     "next_token",
     "plain_short_conv",
     "rms_norm",
+    "rotate",
     "rwkv7_recurrence",
     "selective_scan",
     "short_conv",

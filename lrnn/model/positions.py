@@ -1,4 +1,4 @@
-"""Rotary positions (arXiv 2104.09864), computed in float32. Copied into exported folders."""
+"""Positions of tokens, and the angles of rotary positions in float32. Copied into exported folders."""
 
 import torch
 from torch import Tensor
@@ -31,9 +31,3 @@ def turns(position: Tensor, size: int, base: float) -> tuple[Tensor, Tensor]:
     channel = torch.arange(0, size, 2, device=position.device, dtype=torch.float32)
     angle = position[..., None, None].float() * base ** (-channel / size)
     return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return queries or keys x [B, T, H, D], each pair of channels (i, i + D/2) rotated by its angle."""
-    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
