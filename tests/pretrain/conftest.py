@@ -99,6 +99,16 @@ def model_json(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def hybrid_json(tmp_path_factory, model_json):
+    """Return the file of a model of gated DeltaNet and attention, which has keys and heads of its own."""
+    path = tmp_path_factory.mktemp("hybrid") / "config.json"
+    attention = {"mixer": "attention", "num_heads": 4, "head_dim": 8, "num_kv_heads": 2, "sliding_window": 40}
+    fields = {"num_hidden_layers": 2, "mixer": ["gated_deltanet", attention]}
+    path.write_text(json.dumps(json.loads(model_json.read_text()) | fields))
+    return path
+
+
+@pytest.fixture(scope="session")
 def config_in(corpora, model_json):
     """`config_in(folder)` returns a copy of the configuration of a run in `folder/run`, which may be changed."""
 

@@ -10,11 +10,10 @@ KILLS = 200 if os.environ.get("LRNN_TORTURE") == "1" else 6  # and half as many 
 PROGRAM = Path(__file__).with_name("torture.py")
 
 
-def test_every_kill_is_survived(base, tmp_path):
+def test_every_kill_is_survived(base, hybrid_json, tmp_path):
     """After every kill, losses are bitwise those of an undisturbed run, and at most one interval is repeated."""
-    config = base(
-        steps=40, global_batch_size=4, checkpoint={"every": 5, "keep_last": 2}, log={"every": 1, "tensorboard": False}
-    )
+    changes = {"model": str(hybrid_json), "checkpoint": {"every": 5, "keep_last": 2}}
+    config = base(steps=40, global_batch_size=4, log={"every": 1, "tensorboard": False}, **changes)
     config["data"] |= {"seq_len": 32}
     spec = tmp_path / "spec.json"
     spec.write_text(json.dumps({"config": config, "folder": str(tmp_path), "kills": KILLS, "seed": 0}))

@@ -21,18 +21,10 @@ STEPS = 6
 FEW = 16  # tokens per sample in bfloat16, with which many CPUs compute many times as slowly
 
 
-@pytest.fixture
-def two_layers(model_json, tmp_path) -> str:
-    """Return the file of a model of two layers."""
-    path = tmp_path / "two_layers.json"
-    path.write_text(json.dumps(json.loads(model_json.read_text()) | {"num_hidden_layers": 2}))
-    return str(path)
-
-
 @pytest.mark.parametrize(("stage", "precision"), [(1, "float32"), (2, "float32"), (3, "bfloat16")])
-def test_stop_and_resume_is_bitwise_the_same(base, two_layers, tmp_path, stage, precision):
-    """Compare a run that is stopped after every single step with one that never stopped."""
-    changes = {"model": two_layers, "precision": precision}
+def test_stop_and_resume_is_bitwise_the_same(base, hybrid_json, tmp_path, stage, precision):
+    """Compare a run that is stopped after every single step with one that never stopped. The model is a hybrid."""
+    changes = {"model": str(hybrid_json), "precision": precision}
     if precision == "bfloat16":
         changes["data"] = base()["data"] | {"seq_len": FEW}
     straight, stopped = base("straight", stage, **changes), base("stopped", stage, **changes)
