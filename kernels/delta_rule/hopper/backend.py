@@ -18,13 +18,11 @@ class Hopper:
     def fits(call: Call) -> bool:
         """Return whether the kernels are made for the call.
 
-        They are not made for other GPUs, head sizes other than 128, float32, several factors per token, or sequences
-        with a chunk that is not full. Nor are they used with an assembler that may miscompile them: the portable
-        kernels have been tested with one, these have not.
+        They are not made for other GPUs, head sizes other than 128, float32, or sequences with a chunk that is not
+        full. Nor are they used with an assembler that may miscompile them: the portable kernels have been tested with
+        one, these have not.
         """
         if INTERPRETED or call.K != 128 or call.V != 128 or call.dtype == torch.float32 or not call.is_full:
-            return False
-        if call.factors > 1:
             return False
         if torch.version.hip is not None or torch.cuda.get_device_capability(call.device)[0] != 9:
             return False

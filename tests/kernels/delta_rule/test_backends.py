@@ -14,7 +14,6 @@ from lrnn.kernels.delta_rule.portable.backend import Portable
 def a_call(**changes):
     """Return the part of a call that determines the backend."""
     fields = {"K": 128, "V": 128, "dtype": torch.bfloat16, "is_full": True, "device": torch.device("cuda")}
-    fields["factors"] = 1
     return SimpleNamespace(**fields | changes)
 
 
@@ -33,7 +32,7 @@ def test_hopper_is_chosen_for_calls_that_its_kernels_support(machine):
     machine((9, 0), (13, 5))
     for call in (a_call(), a_call(dtype=torch.float16)):
         assert Hopper.fits(call) and backends.choose_backend(call) is Hopper
-    for change in ({"K": 64, "V": 64}, {"V": 256}, {"dtype": torch.float32}, {"is_full": False}, {"factors": 2}):
+    for change in ({"K": 64, "V": 64}, {"V": 256}, {"dtype": torch.float32}, {"is_full": False}):
         assert not Hopper.fits(a_call(**change)) and backends.choose_backend(a_call(**change)) is Portable
 
 
