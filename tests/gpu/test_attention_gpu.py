@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from lrnn.kernels.reference import rotary
+from lrnn.kernels.rotary import rotate
 from lrnn.model.attention import attend
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -61,3 +63,19 @@ def test_documents_and_windows_take_no_matrix_of_scores(window):
     before = torch.cuda.memory_allocated()
     attend(q, k, v, window, cu_seqlens).square().sum().backward()
     assert torch.cuda.max_memory_allocated() - before < 2**30  # a bit per pair is 2 GB
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize(("heads", "head_dim", "rows"), [(16, 128, 1), (30, 128, 4), (3, 20, 4), (1, 64, 1)])
+def test_rotation(heads, head_dim, rows, dtype):
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, 4, 1000, heads, head_dim, device="cuda", dtype=dtype).unbind()
+    angle = 1000 * torch.rand(rows, 1000, 1, head_dim // 2, device="cuda")
+    results = []
+    for function, inputs in ((rotate, x), (rotary.rotate, x.double())):
+        leaf = inputs.clone().requires_grad_()
+        y = function(leaf, angle.cos(), angle.sin())
+        y.backward(dy.to(y.dtype))
+        results.append((y, leaf.grad))
+    for found, true in zip(*results, strict=True):
+        assert found.dtype == dtype and error(found, true) < {BF16: 4e-3, FP16: 5e-4, FP32: 1e-6}[dtype]
