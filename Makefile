@@ -28,7 +28,7 @@ torture: setup
 		tests/eval/export/test_transformers_versions.py tests/eval/suites/test_state_tracking_suite.py \
 		tests/eval/export/test_oracle.py tests/lrnn/test_packaging.py tests/lrnn/test_whole_job.py \
 		tests/lrnn/test_lazy_import.py tests/model/test_compiled.py tests/kernels/test_compile.py \
-		tests/kernels/test_architectures.py
+		tests/kernels/test_architectures.py tests/kernels/test_interpreted.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -10,8 +10,7 @@ FOLDER = Path(__file__).parent / "interpreted"
 
 
 def test_kernels_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-rp", "-p", "no:cacheprovider", "-n", "2"]
-    # Use two processes, since this is the longest test and ends long after all others that run beside it.
+    command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-rp", "-p", "no:cacheprovider"]
     # Most of the time goes into NumPy calls on small arrays, where more threads would only wait for each other.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     for name in [n for n in environment if n == "PYTEST_ADDOPTS" or n.startswith("PYTEST_XDIST")]:

@@ -1,6 +1,7 @@
 """Test the fused layers in float32 against the plain layers of the model."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lrnn.pretrain.fused.float8 import Float8Product
 from lrnn.pretrain.fused.layers import FusedBlock, fuse, refresh
 from lrnn.pretrain.metrics.eigenvalues import EigenvalueProbe
 
+TORTURE = os.environ.get("LRNN_TORTURE") == "1"  # also run the cases that only combine again what others contain
 SIZES = {"vocab_size": 50, "hidden_size": 48, "num_hidden_layers": 1, "intermediate_size": 40, "num_heads": 1}
 IDS, LABELS = torch.randint(0, 50, (2, 2, 20), generator=torch.Generator().manual_seed(0)).unbind()
 LABELS[0, 5:9] = -100
@@ -189,7 +191,7 @@ def test_products_in_float8():
         Float8Product([torch.zeros(20000, 32)] * 2, torch.float32)
 
 
-@pytest.mark.parametrize("mixer", ["gated_deltanet", "deltanet"])
+@pytest.mark.parametrize("mixer", ["gated_deltanet", *(["deltanet"] if TORTURE else [])])
 def test_layers_in_float8(mixer):
     """Loss and gradients differ by what float8 rounds; gates, head and embeddings are not among what is rounded."""
     sizes = SIZES | {"intermediate_size": 48}
