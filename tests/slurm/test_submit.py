@@ -3,12 +3,12 @@
 import os
 import shlex
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from fork_server import start_lrnn
 
 from lrnn import sbatch
 from lrnn.cli import main
@@ -147,12 +147,11 @@ def test_two_commands_at_once_submit_one_job(submit, tmp_path):
         "for i in $(seq 300); do [ -e go ] && break; sleep 0.1; done\n"
         f"echo '4711|PENDING|Priority|lrnn run_dir={run}' >> queue\necho 4711\n"
     )
-    command = [sys.executable, "-m", "lrnn.cli", "submit", CONFIG, f"run_dir={run}", "--gpus-per-node", "2"]
+    command = ["submit", CONFIG, f"run_dir={run}", "--gpus-per-node", "2"]
     outputs = [tmp_path / f"out-{i}" for i in range(2)]
-    processes = []
     for output in outputs:
-        with output.open("w") as file:
-            processes.append(subprocess.Popen(command, stdout=file, stderr=file))
+        output.touch()
+    processes = [start_lrnn(command, output) for output in outputs]
 
     def both_are_there() -> bool:
         n_calls = len(calls.read_text().splitlines()) if calls.exists() else 0
@@ -161,16 +160,18 @@ def test_two_commands_at_once_submit_one_job(submit, tmp_path):
     try:
         deadline = time.monotonic() + 60
         while not both_are_there():
-            assert time.monotonic() < deadline and None in [p.poll() for p in processes], [
+            assert time.monotonic() < deadline and None in [p.exitcode for p in processes], [
                 o.read_text() for o in outputs
             ]
             time.sleep(0.05)
         (tmp_path / "go").touch()
-        statuses = [process.wait(timeout=60) for process in processes]
+        for process in processes:
+            process.join(60)
     finally:
         (tmp_path / "go").touch()
         for process in processes:
             process.kill()
+    statuses = [process.exitcode for process in processes]
     assert sorted(statuses) == [0, 2] and calls.read_text() == "called\n"
     first, second = (outputs[statuses.index(status)].read_text() for status in (0, 2))
     assert "submitted job 4711" in first and "waiting" not in first

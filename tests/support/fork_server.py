@@ -31,6 +31,26 @@ def run_program(program: Path, output: Path, *arguments: object) -> int:
     return process.exitcode
 
 
+def start_lrnn(arguments: list[str], output: Path) -> multiprocessing.process.BaseProcess:
+    """Start a command line of `lrnn` in a fork, with the folder and environment of this process.
+
+    Its output goes to the file `output`.
+    """
+    process = CONTEXT.Process(target=_run_lrnn, args=(arguments, output, Path.cwd(), dict(os.environ)))
+    process.start()
+    return process
+
+
+def _run_lrnn(arguments: list[str], output: Path, folder: Path, environment: dict[str, str]) -> None:
+    from lrnn.cli import main
+
+    redirect_output(output)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.exit(main(arguments))
+
+
 def _become(program: Path, output: Path, arguments: list[str]) -> None:
     redirect_output(output)
     sys.path.insert(0, str(program.parent))
