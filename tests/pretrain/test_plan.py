@@ -165,6 +165,14 @@ def test_command(capsys):
     assert any("scaled" in note for note in record["notes"])
 
 
+def test_sizes_of_heads_that_were_not_measured_are_noted(capsys):
+    notes = {}
+    for name in ("1.3b-hybrid", "7b-hybrid"):
+        assert main(["plan", name, "--gpus", "64", "--gpu", "H200", "--json"]) == 0
+        notes[name] = [note for note in json.loads(capsys.readouterr().out)["notes"] if "other sizes than 128" in note]
+    assert not notes["1.3b-hybrid"] and len(notes["7b-hybrid"]) == 1
+
+
 def test_links_are_parameters(capsys):
     """Twice the time at half the rate; nodes are joined by what is slower."""
 
