@@ -15,17 +15,19 @@ COPIES = 3  # of the state: the fixed one, the one after the prompt, and the one
 KEPT = 0.8  # share of the free memory that is planned for; the rest is for fragments and for libraries
 
 
-def largest_batch(model: Any, free_bytes: int) -> int:
+def largest_batch(model: Any, free_bytes: int, tokens: int) -> int:
     """Return how many sequences a model of lrnn can generate at once, between 1 and 1,024.
 
     Args:
-        model: a model whose state has a fixed size, on its device.
+        model: a model of lrnn, on its device.
         free_bytes: memory that is free beside the model, in bytes.
+        tokens: tokens of the longest sequence, prompt included, for whose keys and values attention needs memory.
     """
     config = model.config
     itemsize = model.dtype.itemsize
     layers = [config.layer(i) for i in range(config.num_hidden_layers)]
     state = sum(_state(layer) for layer in layers) * torch.float32.itemsize
+    state += sum(MIXERS[layer.mixer].cost(layer).cache_per_token for layer in layers) * tokens * itemsize
     # Windows of convolutions, a chunk of activations in the widest layer, and logits, also in float32.
     widest = max(_width(layer) for layer in layers)
     activations = CHUNK * (widest + 3 * config.intermediate_size) * itemsize
@@ -36,10 +38,10 @@ def largest_batch(model: Any, free_bytes: int) -> int:
 
 
 def _state(layer: LrnnConfig) -> int:
-    """Return the numbers that a sequence's state takes in a layer, with the zeros by which kernels pad heads."""
+    """Return the numbers that a sequence's state of fixed size takes in a layer, with the zeros that pad heads."""
     mixer = MIXERS[layer.mixer]
     if not issubclass(mixer, DeltaNet):
-        return mixer.cost(layer).state
+        return mixer.cost(layer).state or 0
     heads = mixer.head_sizes(layer)
     K, V = padded_sizes(heads.K, heads.V)
     return heads.HV * K * V

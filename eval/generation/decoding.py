@@ -9,7 +9,6 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from lrnn.eval.generation.prefill import prefill
 from lrnn.eval.generation.steps import DecodingSteps
 from lrnn.model.configuration_lrnn import LrnnConfig
-from lrnn.model.mixers import MIXERS
 
 TOKENS_PER_REPLAY = 8  # a row that is finished computes up to as many tokens in vain
 
@@ -106,15 +105,6 @@ class Text:
 def is_of_lrnn(model: Any) -> bool:
     """Return whether the model is one of lrnn, with lrnn's own code."""
     return isinstance(model.config, LrnnConfig)
-
-
-def has_fixed_state(model: Any) -> bool:
-    """Return whether the model is lrnn's and its state does not grow with the text."""
-    config = model.config
-    if not isinstance(config, LrnnConfig):
-        return False
-    layers = (config.layer(i) for i in range(config.num_hidden_layers))
-    return all(MIXERS[layer.mixer].cost(layer).state is not None for layer in layers)
 
 
 def refuse_other_modes(processors: LogitsProcessorList, config: GenerationConfig, kwargs: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from transformers import StoppingCriteriaList
 
 from lrnn.errors import UserError
 from lrnn.eval.generation.batch_size import free_memory, largest_batch
-from lrnn.eval.generation.decoding import GraphDecoding, has_fixed_state, is_of_lrnn
+from lrnn.eval.generation.decoding import GraphDecoding, is_of_lrnn
 from lrnn.eval.generation.stop_strings import StopStrings
 from lrnn.eval.model_class import import_class
 from lrnn.eval.model_folder import check_export, default_device, says_add_bos
@@ -111,9 +111,9 @@ class Model(HFLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Return the generated texts. With the batch size "auto", a batch is as large as the memory allows."""
         size = self.batch_size_per_gpu
-        if size != "auto" or self.device.type != "cuda" or not has_fixed_state(self.model):
+        if size != "auto" or self.device.type != "cuda" or not is_of_lrnn(self.model):
             return super().generate_until(requests, disable_tqdm=disable_tqdm)
-        self.batch_size_per_gpu = largest_batch(self.model, free_memory(self.device))
+        self.batch_size_per_gpu = largest_batch(self.model, free_memory(self.device), self.max_length)
         try:
             return super().generate_until(requests, disable_tqdm=disable_tqdm)
         finally:

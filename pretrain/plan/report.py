@@ -12,6 +12,8 @@ from lrnn.pretrain.plan.memory import Memory
 from lrnn.pretrain.plan.setup import Setup
 from lrnn.pretrain.plan.speed import MEASURED_ON
 
+FLOAT32, BFLOAT16 = 4, 2  # bytes of a number
+
 PARTS_OF_MEMORY = {
     "parameters": "parameters",
     "optimizer": "optimizer",
@@ -62,6 +64,8 @@ def plan(config: Config, setups: list[Setup], capacity: float) -> tuple[dict[str
         "gpu": _gpu_record(setup, capacity),
         "gpus": setup.gpus,
         "parameters": setup.model.parameters,
+        "state_numbers": setup.model.state,
+        "cache_numbers_per_token": setup.model.cache_per_token,
         "tokens": config.steps * setup.tokens_per_step,
         "configured": None if configured is None else _record(configured, config.steps),
         "suggested": None if suggested is None else _record(suggested, config.steps),
@@ -126,6 +130,9 @@ def _head(config: Config, setup: Setup, capacity: float, counts: bool = True) ->
     number = f"{setup.gpus} x " if counts else ""
     links = "" if counts and setup.gpus == 1 else f"; {_links(setup)}"
     yield f"{number}{setup.gpu.name}, {capacity / GB:g} GB{links}"
+    if setup.model.cache_per_token:
+        state, cache = setup.model.state * FLOAT32 / 1e6, setup.model.cache_per_token * BFLOAT16 / 1e3
+        yield f"in generation, a text carries {state:,.1f} MB of state, and {cache:,.1f} KB per token in bfloat16"
 
 
 def _links(setup: Setup) -> str:

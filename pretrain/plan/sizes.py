@@ -142,6 +142,16 @@ class ModelSizes:
         return Counter(self.stack)
 
     @property
+    def state(self) -> int:
+        """Numbers of fixed count that a text carries in generation."""
+        return sum(layer.cost.state or 0 for layer in self.stack)
+
+    @property
+    def cache_per_token(self) -> int:
+        """Numbers that each token adds to them: its keys and values."""
+        return sum(layer.cost.cache_per_token for layer in self.stack)
+
+    @property
     def float8(self) -> int:
         """Weights of all layers whose products are in float8 with `precision: fp8`."""
         return sum(layer.float8 for layer in self.stack)

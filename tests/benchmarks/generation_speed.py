@@ -51,7 +51,8 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, {model.num_parameters() / 1e6:.0f}M parameters in {model.dtype}")
     if device.type == "cuda":
-        print(f"largest batch by memory: {largest_batch(model, free_memory(device))}")
+        longest = max(map(int, args.prompts.split(","))) + args.new
+        print(f"largest batch by memory: {largest_batch(model, free_memory(device), longest)}")
     print("batch  prompt  loop    prompt s  ms/token  tokens/s  peak GB  equal tokens")
     for batch in map(int, args.batches.split(",")):
         for length in map(int, args.prompts.split(",")):

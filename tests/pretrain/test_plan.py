@@ -153,6 +153,17 @@ def test_what_attention_keeps(gated, fields, dtype):
     assert bytes_per_token == sizes.kept(dtype.itemsize, packed=False) + more
 
 
+def test_what_a_text_carries_in_generation(capsys):
+    """Of four layers, three have 8 states of 64 x 64, and one keeps two keys and two values of 64 numbers per token."""
+    mixer = "[gated_deltanet, gated_deltanet, gated_deltanet, {mixer: attention, num_kv_heads: 2}]"
+    arguments = ["plan", "340m", "model.num_hidden_layers=4", "model.head_dim=64", f"model.mixer={mixer}"]
+    assert main([*arguments, "--gpu", "H200", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["state_numbers"], record["cache_numbers_per_token"]) == (3 * 8 * 64 * 64, 2 * 2 * 64)
+    assert main([*arguments, "--gpu", "H200"]) == 0
+    assert "MB of state, and 0.5 KB per token in bfloat16" in capsys.readouterr().out
+
+
 def test_command(capsys):
     assert main(["plan", "1.3b", "--gpus", "8", "--gpu", "h100", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)

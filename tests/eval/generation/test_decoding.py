@@ -88,11 +88,23 @@ def test_a_batch_fits_into_the_memory(heads, padded):
     model = make_model("gated_deltanet", **heads)
     cache = model(**prompts(1, 5), use_cache=True).past_key_values
     state = sum(tensor.nbytes for tensor in state_tensors(cache) if tensor.ndim == 4)
-    least, most = largest_batch(model, 0), largest_batch(model, 2**60)
+    least, most = largest_batch(model, 0, 99), largest_batch(model, 2**60, 99)
     assert (least, most) == (1, 1024) and state <= 4 * padded
-    free = next(free for free in range(0, 2**34, 2**28) if largest_batch(model, free) > 1)
-    added = largest_batch(model, free + 2**28) - largest_batch(model, free)
+    free = next(free for free in range(0, 2**34, 2**28) if largest_batch(model, free, 99) > 1)
+    added = largest_batch(model, free + 2**28, 99) - largest_batch(model, free, 99)
     assert 30 < added < 2**28 / (3 * 4 * padded)
+
+
+def test_a_batch_leaves_room_for_keys_and_values():
+    """Three copies of the keys and values of the longest text, as the cache of a hybrid holds them."""
+    attention = {"mixer": "attention", "num_kv_heads": 1}
+    model = make_model("gated_deltanet", mixer=["gated_deltanet", attention], num_hidden_layers=4)
+    cache = model(**prompts(1, 5), use_cache=True).past_key_values
+    of_a_token = sum(tensor.nbytes for layer in cache.layers[1::2] for tensor in layer.state[:2]) / 5
+    tokens, free = 2**22, 2**36
+    per_sequence = free * 0.8 / largest_batch(model, free, tokens)
+    assert per_sequence == pytest.approx(3 * tokens * of_a_token, rel=0.05)
+    assert largest_batch(model, free, 99) == 1024
 
 
 class Letters:
