@@ -99,7 +99,7 @@ class DeltaNet(Mixer):
     def cost(cls, config: LrnnConfig) -> Cost:
         heads, factors = cls.head_sizes(config), cls.factors(config)
         channels = (1 + factors) * heads.keys + factors * heads.values  # q, and k and v of each factor
-        # They, the output gate and o; b of each factor, and a.
+        # All rows of projections: these, the output gate, b of each factor and a; and the columns of o.
         rows = channels + (1 + cls.gated) * heads.values + (factors + cls.gated) * heads.HV
         state = heads.keys * heads.V * heads.HV // heads.H
         recurrence = (2 * factors + 1) * state
