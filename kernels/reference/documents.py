@@ -24,3 +24,13 @@ def document_starts(document: Tensor) -> Tensor:
     """
     first = torch.ones_like(document[:, :1], dtype=torch.bool)
     return torch.cat([first, document[:, 1:] != document[:, :-1]], 1)
+
+
+def note_longest(cu_seqlens: Tensor, longest: int) -> None:
+    """Note the length of the longest document on its boundaries, so that nothing has to read them from a GPU."""
+    cu_seqlens.longest = longest  # type: ignore[attr-defined]
+
+
+def longest_document(cu_seqlens: Tensor, seq_len: int) -> int:
+    """Return the length of the longest document that was noted, or `seq_len`, that of a row, which bounds it."""
+    return getattr(cu_seqlens, "longest", seq_len)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ops import longest_document
+
 varlen_attn: Any
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -86,6 +88,7 @@ def _repeat(x: Tensor, heads: int) -> Tensor:
 def _varlen(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None) -> Tensor:
     """Return `attend` by FlashAttention."""
     B, T, H, _ = q.shape
+    longest = T if cu_seqlens is None else longest_document(cu_seqlens, T)  # a smaller bound launches fewer blocks
     if cu_seqlens is None:
         cu_seqlens = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
     options = {}
@@ -96,9 +99,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Ten
             k, v = (_repeat(x, H) for x in (k, v))
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     cu_seqlens = cu_seqlens.int()
-    # No document is longer than a row. To read the longest would wait for the GPU.
     sizes = (-1 if window is None else window - 1, 0)  # tokens before and behind, the token itself not counted
-    o = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, T, T, window_size=sizes, **options)
+    o = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=sizes, **options)
     return o.unflatten(0, (B, T))
 
 

@@ -14,7 +14,7 @@ try:
     from lrnn.kernels.gated_rms_norm import gated_rms_norm
     from lrnn.kernels.recurrences import diagonal_recurrence, rwkv7_recurrence, selective_scan
     from lrnn.kernels.reference.diagonal import signed_decay
-    from lrnn.kernels.reference.documents import document_ids, document_starts
+    from lrnn.kernels.reference.documents import document_ids, document_starts, longest_document
     from lrnn.kernels.reference.short_conv import short_conv as plain_short_conv
     from lrnn.kernels.rms_norm import rms_norm
     from lrnn.kernels.rotary import rotate
@@ -26,7 +26,7 @@ except ImportError:  # an exported folder, loaded where lrnn is not installed
         gated_delta_product,
     )
     from .diagonal import diagonal_recurrence, signed_decay  # type: ignore[no-redef]
-    from .documents import document_ids, document_starts  # type: ignore[no-redef]
+    from .documents import document_ids, document_starts, longest_document  # type: ignore[no-redef]
     from .gated_rms_norm import gated_rms_norm  # type: ignore[no-redef]
     from .next_token import next_token  # type: ignore[no-redef]
     from .rms_norm import rms_norm  # type: ignore[no-redef]
@@ -48,6 +48,7 @@ __all__ = [
     "fused_gated_delta_rule",
     "gated_delta_product",
     "gated_rms_norm",
+    "longest_document",
     "next_token",
     "plain_short_conv",
     "rms_norm",

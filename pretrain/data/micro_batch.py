@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lrnn.kernels.reference.documents import note_longest
+
 IGNORED = -100  # the label that the loss leaves out
 
 
@@ -45,7 +47,10 @@ def model_inputs(batch: MicroBatch, device: torch.device) -> dict[str, Tensor]:
     tensors = {"input_ids": batch.input_ids, "shift_labels": batch.labels}
     if batch.cu_seqlens is not None:
         tensors["cu_seqlens"] = batch.cu_seqlens
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    if batch.cu_seqlens is not None:
+        note_longest(inputs["cu_seqlens"], int(batch.cu_seqlens.diff().max()))
+    return inputs
 
 
 def build_micro_batch(

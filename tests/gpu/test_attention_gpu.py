@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lrnn.kernels.reference import rotary
+from lrnn.kernels.reference.documents import note_longest
 from lrnn.kernels.rotary import rotate
 from lrnn.model.attention import attend
 
@@ -52,6 +53,14 @@ def test_outputs_and_gradients(packed, window, kv_heads, head_dim, dtype):
             assert x.abs().max() < bound
         else:
             assert error(x, y) < bound, name
+
+
+def test_a_noted_length_changes_nothing():
+    q, k, v = torch.randn(3, 2, 1000, 4, 64, device="cuda", dtype=BF16).unbind()
+    cu_seqlens = torch.tensor(PACKED, dtype=torch.int32, device="cuda")
+    expected = attend(q, k, v, None, cu_seqlens)
+    note_longest(cu_seqlens, 998)  # of the document from token 1,001 to 1,999
+    assert torch.equal(attend(q, k, v, None, cu_seqlens), expected)
 
 
 @pytest.mark.parametrize("window", [None, 1000])

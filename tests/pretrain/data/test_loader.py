@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from lrnn.errors import UserError
+from lrnn.kernels.reference.documents import longest_document
 from lrnn.pretrain.batching import Batching
 from lrnn.pretrain.corpus import shard_writer, source
 from lrnn.pretrain.corpus.reader import TokenCorpus
 from lrnn.pretrain.data import loader as loader_module
 from lrnn.pretrain.data.heldout import heldout_batches
 from lrnn.pretrain.data.loader import Loader
+from lrnn.pretrain.data.micro_batch import model_inputs
 from lrnn.pretrain.data.order import MixedOrder
 from lrnn.pretrain.data.samples import CorpusData
 
@@ -84,6 +86,8 @@ def test_every_window_and_every_boundary(corpora):
     assert np.array_equal(np.flatnonzero(labels == -100) + 1, firsts[(firsts > 0) & (firsts < used)])
     assert np.array_equal(labels[labels != -100], np.delete(flat[1:], firsts[(firsts > 0) & (firsts < used)] - 1))
     lengths = np.diff(batch.cu_seqlens.numpy())
+    moved = model_inputs(batch, torch.device("cpu"))["cu_seqlens"]
+    assert longest_document(moved, SEQ_LEN) == lengths.max()  # for attention on a GPU
     assert lengths.min() >= 1 and lengths.max() <= SEQ_LEN and lengths.sum() == batch.input_ids.numel()
 
 
