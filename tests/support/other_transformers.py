@@ -24,6 +24,7 @@ VERSIONS = {
     "5.17.0": HUB_1,
     "5.24.0": (),
 }
+OLMO_HYBRID = {"5.3.0": (*HUB_1, "tokenizers==0.22.2")}  # the first version that has this class
 PEFT = ("peft==0.21.2",)
 
 
@@ -46,5 +47,5 @@ def fetched(*packages: str) -> Path:
 
 def environment(version: str, *more: Path) -> dict[str, str]:
     """Return the variables of a process that has a version of transformers, and perhaps other folders of packages."""
-    folders = [fetched(f"transformers=={version}", *VERSIONS[version]), *more]
+    folders = [fetched(f"transformers=={version}", *(VERSIONS | OLMO_HYBRID)[version]), *more]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), "HF_HUB_OFFLINE": "1"}

@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import clean_process
+import other_transformers
 import pytest
 import torch
 from export_checkpoints import random_model, write_checkpoint
@@ -92,6 +94,11 @@ for folder in sys.argv[2:]:
 """
 
 
+def results(done: subprocess.CompletedProcess) -> list[dict]:
+    lines = done.stdout.splitlines()
+    return [json.loads(line.removeprefix("RESULT ")) for line in lines if line.startswith("RESULT ")]
+
+
 @pytest.fixture(scope="module")
 def used(exported, tmp_path_factory):
     """Return what a process without lrnn found, by name."""
@@ -99,8 +106,7 @@ def used(exported, tmp_path_factory):
     command = [sys.executable, "-I", "-c", USE, json.dumps(PROMPTS), *(str(exported / name) for name in MODELS)]
     done = clean_process.run(command, cwd=tmp_path_factory.mktemp("work"), env=env)
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    return dict(zip(MODELS, map(json.loads, lines), strict=True))
+    return dict(zip(MODELS, results(done), strict=True))
 
 
 def trained(name: str) -> LrnnForCausalLM:
@@ -133,6 +139,21 @@ def test_generation_with_left_padding(used, exported, name):
     alone = [model.generate(row, **free)[0, row.shape[1] :].tolist() for row in rows]
     assert used[name]["generated"] == alone
     assert len({token for row in alone for token in row}) > 4  # otherwise equality says little
+
+
+@pytest.mark.skipif(os.environ.get("LRNN_TORTURE") != "1", reason="long: LRNN_TORTURE=1 (make torture)")
+@pytest.mark.parametrize("version", ["5.3.0", "5.17.0", "5.24.0"])
+def test_other_versions_of_transformers(used, exported, version, tmp_path):
+    folders = [str(exported / name) for name in MODELS]
+    env = environment(tmp_path) | other_transformers.environment(version)
+    code = f"{USE}\nimport transformers; assert transformers.__version__ == {version!r}"
+    command = [sys.executable, "-P", "-c", code, json.dumps(PROMPTS), *folders]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, found in zip(MODELS, results(done), strict=True):
+        assert {**found, "logits": None} == {**used[name], "logits": None}
+        difference = torch.tensor(found["logits"]) - torch.tensor(used[name]["logits"])
+        assert difference.abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", MODELS)
