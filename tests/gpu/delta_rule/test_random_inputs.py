@@ -83,15 +83,17 @@ def test_gradient_of_one_result_alone(of):
     check(found, expected, BARS[BF16], f"{of} alone", floors(expected, do))
 
 
+@pytest.mark.parametrize("T", [300, 320])  # with 320, all chunks are full
 @pytest.mark.parametrize("n_h", [2, 3, 4])
-def test_product(n_h):
-    T = 300
+def test_product(n_h, T):
     x = random(2, T * n_h)
     x |= {n: x[n].unflatten(1, (T, n_h)) for n in ("k", "v", "beta")} | {n: x[n][:, :T] for n in ("q", "g")}
     do, dstate = inputs.arriving(x)
     do = do[:, :, 0]
     expected = evaluate_truth(truth.gated_delta_product, x, do, dstate, normalize_qk=True)
-    check(evaluate(gated_delta_product, x, do, dstate, normalize_qk=True), expected, BARS[BF16], f"{n_h} factors")
+    check(
+        evaluate(gated_delta_product, x, do, dstate, normalize_qk=True), expected, BARS[BF16], f"{n_h} factors, T {T}"
+    )
 
 
 def test_long_sequence_in_segments():
