@@ -112,28 +112,26 @@ def _attend_many(state: State, q: Tensor, k: Tensor, v: Tensor, window: int | No
     keys, values, length = state
     B, T, H, _ = q.shape
     G, S = keys.shape[1:3]
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
-    kept = _positions(S, length, window)  # -1 in empty slots
-    new = torch.arange(T, device=q.device)
+    keys, values = torch.cat([keys, k.transpose(1, 2)], 2), torch.cat([values, v.transpose(1, 2)], 2)
+    new = length[:, None] + torch.arange(T, device=q.device)
+    position = torch.cat([_positions(S, length, window), new], 1)  # of each key, -1 in empty slots
     size = max(LARGEST_MASK // (B * H // G * (S + T)), 1)
     outputs = []
     for start in range(0, T, size):
-        tokens = new[start : start + size]
-        first, stop = 0 if window is None else max(start - window + 1, 0), start + len(tokens)
-        behind = tokens[:, None] - new[first:stop]
-        sees_new = (behind >= 0).expand(B, -1, -1)
-        sees_kept = (kept >= 0)[:, None].expand(-1, len(tokens), -1)
+        stop = min(start + size, T)
+        # If the first query is past the window, none sees the cache.
+        seen = slice(0 if window is None or start < window else S + start - window + 1, S + stop)
+        behind = new[:, start:stop, None] - position[:, None, seen]
+        sees = (position[:, None, seen] >= 0) & (behind >= 0)
         if window is not None:
-            sees_new = sees_new & (behind < window)
-            sees_kept = sees_kept & (length[:, None, None] + tokens[:, None] - kept[:, None] < window)
-        sees = torch.cat([sees_kept, sees_new], 2).repeat(1, H // G, 1)[:, None]
+            sees = sees & (behind < window)
         o = F.scaled_dot_product_attention(
             group_queries(q[:, start:stop], G),
-            torch.cat([keys, k[:, :, first:stop]], 2),
-            torch.cat([values, v[:, :, first:stop]], 2),
-            attn_mask=sees,
+            keys[:, :, seen],
+            values[:, :, seen],
+            attn_mask=sees.repeat(1, H // G, 1)[:, None],
         )
-        outputs.append(ungroup(o, len(tokens)))
+        outputs.append(ungroup(o, stop - start))
     return torch.cat(outputs, 1)
 
 

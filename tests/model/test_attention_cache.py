@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from mixer_models import largest, make_model, tokens
 
+from lrnn.model import key_values
 from lrnn.model.cache import LrnnCache
 
 HYBRID = [
@@ -40,8 +41,13 @@ def test_texts_of_a_padded_batch_are_those_of_each_alone(model, beams):
 
 
 @pytest.mark.parametrize("cuts", [[4, 3, 13], [1, 18, 1], [2, 2, 2, 14]])
-def test_a_padded_prompt_in_pieces(model, cuts):
-    """Pieces shorter and longer than the window. The first may be nothing but padding in a row."""
+@pytest.mark.parametrize("largest_mask", [2**26, 400])
+def test_a_padded_prompt_in_pieces(model, cuts, largest_mask, monkeypatch):
+    """Pieces shorter and longer than the window. The first may be nothing but padding in a row.
+
+    With small masks, blocks have one to five queries, the last of which do not see the cache through the window.
+    """
+    monkeypatch.setattr(key_values, "LARGEST_MASK", largest_mask)
     ids, mask = tokens(3, 20), torch.ones(3, 20, dtype=torch.long)
     mask[0, :4], mask[1, :3] = 0, 0
     cache, logits = None, []
