@@ -14,7 +14,7 @@ from lrnn import LrnnConfig
 from lrnn.errors import UserError
 
 LINEAR, FULL = "linear_attention", "full_attention"
-KINDS = {"gated_deltanet": LINEAR, "attention": FULL, "transformer": FULL}
+KINDS = {"gated_deltanet": LINEAR, "attention": FULL}
 # Fields that the class does not have, with the only value that it computes.
 ONLY: dict[str, dict[str, Any]] = {
     LINEAR: {"norm_position": "pre", "gated_norm_eps": 1e-5},
@@ -36,7 +36,7 @@ SAME = (  # fields with the same meaning and name in both
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"),
     *("bos_token_id", "eos_token_id", "tie_word_embeddings", "initializer_range", "use_cache"),
 )
-# Values that lrnn has always, among them those that begin a training of the class.
+# Keys that lrnn has no field for. Those of A and dt are read only where a training of the class begins, as in lrnn.
 FIXED = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -47,7 +47,7 @@ FIXED = {
     "linear_dt_max": 0.1,
     "linear_dt_init_floor": 1e-4,
 }
-# What a None stands for.
+# Fields whose None means the value of another.
 DEFAULTS = {
     "num_value_heads": "num_heads",
     "head_v_dim": "head_dim",
