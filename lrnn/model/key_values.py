@@ -94,8 +94,8 @@ def _write_one(state: State, k: Tensor, v: Tensor, mask: Tensor | None, window: 
         new = new.transpose(1, 2)
         if mask is not None:
             new = torch.where(mask[:, :, None, None], new, kept.gather(2, index))
-        # A backward pass needs the tensor as it was.
-        written.append(kept.scatter(2, index, new) if torch.is_grad_enabled() else kept.scatter_(2, index, new))
+        followed = torch.is_grad_enabled() or kept.requires_grad  # a backward pass needs the tensor as it was
+        written.append(kept.scatter(2, index, new) if followed else kept.scatter_(2, index, new))
     return written[0], written[1], length + (1 if mask is None else mask[:, 0].long())
 
 
