@@ -18,7 +18,7 @@ def architecture(config: LrnnConfig, dtype: str, num_parameters: int) -> str:
     }
     if config.is_hybrid:
         rows = {
-            f"layers {in_words(numbers)}": "; ".join(
+            f"layer{'s' * (len(numbers) > 1)} {in_words(numbers)}": "; ".join(
                 [_mixer(layer), *(f"{name}: {value}" for name, value in (_range(layer) | _heads(layer)).items())]
             )
             for layer, numbers in config.kinds_of_layers()
@@ -27,7 +27,8 @@ def architecture(config: LrnnConfig, dtype: str, num_parameters: int) -> str:
     else:
         layer = config.layer(0)
         rows = {"token mixer": _mixer(layer)} | _range(layer) | sizes | _heads(layer)
-    state = sum(_state(config.layer(i)) or 0 for i in range(config.num_hidden_layers))
+    layers = [config.layer(i) for i in range(config.num_hidden_layers)]
+    state = sum(_state(layer) or 0 for layer in layers if not _attends(layer))
     if state:
         rows["recurrent state"] = f"{state:,} numbers per sequence"
     rows |= {
@@ -65,6 +66,14 @@ def _sentence(config: LrnnConfig) -> str:
             f"This is a hybrid: the cache of {growing} of its {config.num_hidden_layers} layers grows with the text, "
             "the others keep a state of fixed size."
         )
+    attends = sum(_attends(config.layer(i)) for i in range(config.num_hidden_layers))
+    if attends == config.num_hidden_layers:
+        return f"This is a {kind}, trained for comparison with linear RNNs. Its cache holds a window of the text."
+    if attends:
+        return (
+            f"This is a hybrid: {attends} of its {config.num_hidden_layers} layers attend to a window of the text, the "
+            "others keep a state of fixed size."
+        )
     if config.is_hybrid:
         return "This is a hybrid of RNNs: it keeps a state of fixed size and has no attention."
     return f"This is a {kind}: it keeps a state of fixed size and has no attention."
@@ -89,6 +98,10 @@ def _heads(layer: LrnnConfig) -> dict[str, str]:
     if mixer.cost(layer).channels:
         rows["short convolution"] = f"{layer.conv_size} taps"
     return rows
+
+
+def _attends(layer: LrnnConfig) -> bool:
+    return MIXERS[layer.mixer].kind == "transformer"
 
 
 def _state(layer: LrnnConfig) -> int | None:

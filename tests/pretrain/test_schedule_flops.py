@@ -131,6 +131,16 @@ def test_flops(mixer, sizes):
     assert train_flops_per_token(config) == counted_flops(config)
 
 
+def test_flops_of_a_hybrid():
+    """Five layers of a pattern of three, each with its own heads, against models that have one of them five times."""
+    sizes = dict(vocab_size=11, hidden_size=40, num_hidden_layers=5, head_dim=16, intermediate_size=31)
+    entries = [{"mixer": "gla", "num_heads": 3}, {"mixer": "mamba", "conv_size": 3}, {"mixer": "attention"}]
+    plain = [counted_flops(LrnnConfig(**{**sizes, **entry})) for entry in entries]
+    head = 6 * 11 * 40
+    expected = (2 * (plain[0] - head) + 2 * (plain[1] - head) + plain[2] - head) / 5 + head
+    assert train_flops_per_token(LrnnConfig(mixer=entries, **sizes)) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("window", [None, 1, 511, 512, 4096])
 def test_flops_of_attention_with_options(window):
     sizes = dict(vocab_size=11, hidden_size=40, num_hidden_layers=1, num_heads=4, head_dim=16, intermediate_size=31)

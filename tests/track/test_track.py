@@ -207,7 +207,8 @@ def test_every_architecture_takes_the_same_path(grid_file, tmp_path):
         "deltaproduct",
     ]
     short = {
-        "models": {mixer: model | {"mixer": mixer, "num_householder": 4} for mixer in mixers},
+        "models": {mixer: model | {"mixer": mixer, "num_householder": 4} for mixer in mixers}
+        | {"hybrid": model | {"mixer": ["deltanet", "attention", "mamba"], "num_hidden_layers": 4}},
         "test": GRID["test"] | {"samples": 8},
         "train": GRID["train"] | {"steps": 2, "batch_size": 4},
     }  # fmt: skip
@@ -215,10 +216,13 @@ def test_every_architecture_takes_the_same_path(grid_file, tmp_path):
     lines = (tmp_path / "out/table.md").read_text().splitlines()
     found = {tuple(cell.strip() for cell in line.split("|")[1:3]): line for line in lines if line.startswith("| ")}
     ranges = {mixer: ["-"] if mixer in ("slstm", "transformer") else ["[-1, 1]", "[0, 1]"] for mixer in mixers}
-    ranges["rwkv7"] = ["[-1, 1]", "[0, 1] (1)"]  # as in its docstring
-    assert set(found) == {("model", "eigenvalues")} | {(m, r) for m in mixers for r in ranges[m]}
+    ranges |= {"rwkv7": ["[-1, 1]", "[0, 1] (1)"], "hybrid": ["[-1, 1]", "[0, 1]"]}  # the first as in its docstring
+    assert set(found) == {("model", "eigenvalues")} | {(m, r) for m in ranges for r in ranges[m]}
     assert sum(line.startswith("(1) Where RWKV-7 forgets") and "-0.46" in line for line in lines) == 1
     assert "| 1.000 | " in found["slstm", "-"] and "| .000 | " in found["mamba", "[0, 1]"]
+    assert "| .022 | " in found["transformer", "-"] and "| - | " in found["hybrid", "[-1, 1]"]
+    record = read_metrics(tmp_path / "out/parity/hybrid/negative/seed-0")[-1]
+    assert list(record["eigenvalues"]["negative_fraction"]) == ["0", "2", "3"]
 
 
 def test_word_problems_are_measured_by_prefix(grid_file, tmp_path):
@@ -244,6 +248,11 @@ def test_word_problems_are_measured_by_prefix(grid_file, tmp_path):
         ({"tasks": {"p": {"task": "paritty"}}}, "unknown task 'paritty'"),
         ({"tasks": {"p": {"kind": "parity"}}}, "tasks.p should have a key task"),
         ({"models": {"m": {"mixer": "deltanett"}}}, "models.m: mixer 'deltanett' is not one of"),
+        ({"models": {"m": {"mixer": ["gla", "deltanett"]}}}, "models.m: mixer[1] 'deltanett' is not one of"),
+        (
+            {"models": {"m": {"mixer": ["gla", {"mixer": "gla", "allow_neg_eigval": True}]}}},
+            "models.m.mixer[1].allow_neg_eigval is set by the grid",
+        ),
         ({"models": {"m": {"vocab_size": 7}}}, "models.m.vocab_size is set by the grid"),
         ({"models": {"m": {"heads": 7}}}, "models.m: unknown field heads"),
         ({"models": {"m": {"train": {"lrr": 1}}}}, "models.m.train: unknown key lrr; did you mean lr?"),

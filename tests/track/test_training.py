@@ -383,6 +383,14 @@ def test_resuming_from_a_state_with_its_sequences_is_bitwise(tiny_cells, tmp_pat
             "is for parity, group_word, modular_arithmetic and modular_arithmetic_brackets",
         ),
         ({"models": {"m": PASSING["models"]["deltaproduct"] | {"mixer": "mlstm"}}}, "mamba, mamba2, not for mlstm"),
+        (
+            {
+                "models": {
+                    "m": PASSING["models"]["deltaproduct"] | {"mixer": ["gla", "attention"], "num_hidden_layers": 2}
+                }
+            },
+            "mamba, mamba2, not for attention",
+        ),
         ({"train": PASSING["train"] | {"state_passing": 1.0}}, "state_passing = 1.0"),
     ],
 )

@@ -219,6 +219,12 @@ def test_contents_of_the_folder(exported, sentencepiece_model):
     assert "forget gate 2 f - 1" in (exported / "mlstm" / "README.md").read_text()
     attention = (exported / "attention" / "README.md").read_text()
     assert "eigenvalues" not in attention and "no attention" not in attention
+    hybrid = (exported / "gated-hybrid" / "README.md").read_text()
+    assert yaml.safe_load(hybrid.split("---")[1])["tags"][:3] == ["hybrid", "gated_deltanet", "attention"]
+    assert "the cache of 1 of its 3 layers grows with the text" in hybrid and "| 1,024 numbers per sequence |" in hybrid
+    first, second = (line for line in hybrid.splitlines() if line.startswith("| layer") and ";" in line)
+    assert first.startswith("| layers 0, 2 | Gated DeltaNet (arXiv:2412.06464); eigenvalues") and "[-1, 1]" in first
+    assert second.startswith("| layer 1 | Softmax attention") and "heads, head dimension: 4, 8" in second
     repository = Path(lrnn.__file__).parent
     for name in ("modeling_lrnn.py", "configuration_lrnn.py"):  # followed by the names of the other files
         assert (folder / name).read_text().startswith((repository / "model" / name).read_text())
