@@ -15,12 +15,12 @@ PATTERNS = {
     "norm of the gradient": r"lpnorm|normtwo",
     "gated norm": r"gated_rms_norm|layer_norm_gated",
     "RMS norm": r"rms_?norm|layer_?norm",
-    "short convolution": r"short_conv|conv1d|conv_depthwise",
+    "short convolution": r"short_conv|conv1d|conv_depthwise|^next_inputs",
     "SwiGLU": r"swiglu|silu",
-    "attention": r"flash|fmha|sdpa|attention",
+    "attention": r"flash|fmha|sdpa|attention|^rotate_",
     # The core of every other mixer: its gates, normalised keys and scans.
     "recurrence": r"(chunk|packed)_(forward|backward|inverse|scan|table)|segment_(scan|reach)|gate_backward|recurrent"
-    r"|delta_(rule|product)|gdn_gate|_kkt_|solve_tril|_inverse_kernel|w_u_fwd|wy_repr|l2norm|beta_sigmoid"
+    r"|next_state|delta_(rule|product)|gdn_gate|_kkt_|solve_tril|_inverse_kernel|w_u_fwd|wy_repr|l2norm|beta_sigmoid"
     r"|chunk_(fwd|bwd)_kernel|cumsum|chunk_transform_qk|selective_scan|gla_|dplr|rwkv|mamba|ssd_|fused_chunk",
     "loss": r"cross_entropy|nll_loss|softmax|logsumexp|^elementwise_mul",
     "products": r"nvjet|gemm|gemv|cutlass|cublas|splitk|xmma",

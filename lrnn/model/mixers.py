@@ -13,3 +13,8 @@ __all__ = ["MIXERS"]
 
 for _file in sorted(Path(__file__).parent.glob("mixer_*.py")):
     importlib.import_module(f".{_file.stem}", __package__)
+
+# Their order is that of the files, whichever of them was imported first.
+_in_order = sorted(MIXERS.items(), key=lambda item: item[1].__module__)
+MIXERS.clear()
+MIXERS.update(_in_order)

@@ -1,6 +1,7 @@
 """Patterns of mixers: which layer has what, what is written, and what is refused."""
 
 import copy
+import importlib
 import json
 import re
 
@@ -10,6 +11,7 @@ from mixer_models import SIZE, tokens
 
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.errors import UserError
+from lrnn.model import mixers
 from lrnn.model.mixers import MIXERS
 from lrnn.model_config import model_config_from
 
@@ -19,6 +21,14 @@ PATTERN = ["gated_deltanet", "mamba", ATTENTION]
 
 def config(mixer, layers: int = 5, **fields) -> LrnnConfig:
     return LrnnConfig(**{**SIZE, "num_hidden_layers": layers, "mixer": mixer, **fields})
+
+
+def test_the_order_of_mixers_is_that_of_their_files_whichever_was_imported_first():
+    order = list(MIXERS)
+    MIXERS["attention"] = MIXERS.pop("attention")
+    assert list(MIXERS) != order
+    importlib.reload(mixers)
+    assert list(MIXERS) == order and order == sorted(order, key=lambda name: MIXERS[name].__module__)
 
 
 def test_a_pattern_is_repeated_over_the_layers():

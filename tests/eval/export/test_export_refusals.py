@@ -169,8 +169,8 @@ def test_the_newest_intact_checkpoint_of_a_run(tmp_path, sentencepiece_model, ca
 def test_a_wrong_export_is_found_and_removed(harm, message, checkpoint, tmp_path, monkeypatch):
     write_weights = write.write_weights
 
-    def write_and_harm(model, folder):
-        write_weights(model, folder)
+    def write_and_harm(model, folder, names):
+        write_weights(model, folder, names)
         file = folder / "model.safetensors"
         state = load_file(file)
         name = "model.layers.1.attn.b_proj.weight"
