@@ -5,6 +5,7 @@ Nothing here needs the other processes: how they agree on anything is in `distri
 
 import ctypes
 import os
+import random
 import re
 import signal
 import socket
@@ -19,6 +20,8 @@ STOPPED = 75  # exit status of a run that a signal stopped and that can be resum
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LAUNCHER = "LRNN_LAUNCHER"  # in the environment of launched processes: the process ID of their launcher
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+PORTS = range(20_000, 32_768)  # Linux gives ports from 32,768 on to sockets that ask for any
+PORT_TRIES = 100
 
 
 def is_worker() -> bool:
@@ -191,10 +194,20 @@ def local_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Return a port of this host that nothing listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """Return a port of this host that nothing listens on.
+
+    It is below those that the system gives to sockets without a port of their own. Such a socket could take the port
+    before the main process listens on it.
+    """
+    for _ in range(PORT_TRIES):
+        port = random.SystemRandom().choice(PORTS)  # processes that ask at once, with equal seeds, get different ones
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port))
+            except OSError:  # in use
+                continue
+            return port
+    raise UserError(f"found no free port of 127.0.0.1 among {PORT_TRIES} from {PORTS[0]} to {PORTS[-1]}")
 
 
 class StopRequest:

@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import os
 import resource
-import socket
 import sys
 import tempfile
 import time
@@ -83,9 +82,9 @@ def _places(count: int) -> list[dict[str, str]]:
     """Return a process's place in a group of `count`, as torchrun would set it. A single process has none."""
     if count == 1:
         return [{}]
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    from lrnn.pretrain.launch import free_port
+
+    group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 

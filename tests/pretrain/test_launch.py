@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -68,6 +69,20 @@ def command(tmp_path):
 def signals(folder: Path, rank: int) -> list[str]:
     file = folder / f"signals-{rank}"
     return file.read_text().split() if file.exists() else []
+
+
+def test_a_free_port_is_below_those_that_the_system_gives_away(monkeypatch):
+    ports = {launch_module.free_port() for _ in range(8)}
+    assert len(ports) > 1 and max(ports) < 32_768
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(launch_module, "PORTS", range(port, port + 2))
+        assert {launch_module.free_port() for _ in range(8)} == {port + 1}
+        monkeypatch.setattr(launch_module, "PORTS", range(port, port + 1))
+        with pytest.raises(UserError, match=rf"no free port of 127.0.0.1 among 100 from {port} to {port}"):
+            launch_module.free_port()
 
 
 def test_environment_of_the_workers(command, tmp_path, monkeypatch):

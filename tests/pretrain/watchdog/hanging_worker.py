@@ -13,7 +13,6 @@ one that was left over], "seconds": from the first action to the last end}.
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -27,7 +26,7 @@ import torch
 from lrnn.pretrain.config import parse_config
 from lrnn.pretrain.data.loader import Loader
 from lrnn.pretrain.distributed import init_ranks
-from lrnn.pretrain.launch import StopRequest
+from lrnn.pretrain.launch import StopRequest, free_port
 from lrnn.pretrain.train import train
 
 DEADLINE_S = 90
@@ -99,9 +98,7 @@ class Run:
         self.last_end = 0.0
         self.paused_at: float | None = None
         folder.mkdir()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.processes = []
         for rank in range(len(self.actions)):
             process = os.fork()
