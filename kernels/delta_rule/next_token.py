@@ -138,6 +138,7 @@ def next_state_kernel(
     tl.store(y + row * V + o_v, b_y.to(y.dtype.element_ty), mask=m_v)
 
 
+@torch.library.custom_op("lrnn::next_token", mutates_args=("state",))
 def next_token(
     qkv: Sequence[Tensor],
     a: Tensor | None,
@@ -171,25 +172,6 @@ def next_token(
     Returns:
         The output [B, 1, HV * V] in the dtype of v, and the window [B, taps - 1, channels] ahead of the next token.
     """
-    y, new_window = _next_token([*qkv], a, b, gate, [*taps], window, state, A_log, dt_bias, norm, eps, beta_range)
-    return y, new_window
-
-
-@torch.library.custom_op("lrnn::next_token", mutates_args=("state",))
-def _next_token(
-    qkv: list[Tensor],
-    a: Tensor | None,
-    b: Tensor,
-    gate: Tensor | None,
-    taps: list[Tensor],
-    window: Tensor,
-    state: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    norm: Tensor,
-    eps: float,
-    beta_range: float,
-) -> list[Tensor]:
     B, HV, K, V = state.shape
     q, k, v = (x.contiguous() for x in qkv)
     a, gate = (None if x is None else x.contiguous() for x in (a, gate))
@@ -213,12 +195,12 @@ def _next_token(
             **_tile(K, V),
             num_stages=1,
         )
-    return [y, new_window]
+    return y, new_window
 
 
-@_next_token.register_fake
+@next_token.register_fake
 def _(qkv, a, b, gate, taps, window, state, A_log, dt_bias, norm, eps, beta_range):
-    return [torch.empty_like(qkv[2]), torch.empty_like(window)]
+    return torch.empty_like(qkv[2]), torch.empty_like(window)
 
 
 def _tile(K: int, V: int) -> dict[str, int]:

@@ -152,11 +152,13 @@ def _notes(setup: Setup) -> Iterator[str]:
             "Nothing was measured beyond two GPUs. There, an earlier version was slower than its estimate: 1.16 times "
             "with ZeRO-2, 1.83 times with ZeRO-3 (docs/planning.md)."
         )
-    others = list(dict.fromkeys(layer.mixer for layer in setup.model.stack if not layer.factors))
+    if any(layer.attention for layer in setup.model.stack):
+        yield "Attention was measured in one model, 340m-hybrid (docs/planning.md)."
+    others = list(dict.fromkeys(x.mixer for x in setup.model.stack if not x.factors and not x.attention))
     if others:
         yield (
-            f"Memory and speed with {' and '.join(others)} were not measured. Activations, except those of "
-            "attention, are estimated from weights, recurrences and attention from their multiply-adds."
+            f"Memory and speed with {' and '.join(others)} were not measured. They are estimated from weights and "
+            "multiply-adds."
         )
     if any(layer.factors > 1 for layer in setup.model.stack):
         yield "Memory and speed with several factors per token were not measured."
