@@ -7,7 +7,8 @@
 This is equation 10 of arXiv 2412.06464. The first kernel computes the convolutions and moves their window on by a
 token. A program of the second owns one sequence and one value head with its whole state, which is read once and written
 once, in its place. That is the floor: at K = V = 128 a state is 64 KiB, everything else of a head about 4. All is
-computed in float32. In one kernel, Triton gives the state the layout of the convolutions, which takes twice the time.
+computed in float32. In one kernel, Triton gave the state the layout of the convolutions: 1.3 to 2
+times as long.
 
 Symbols of the kernels: C channels of q, k and v together, W taps; a tile has BK >= K rows and BV >= V columns.
 """
