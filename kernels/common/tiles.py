@@ -1,5 +1,7 @@
 """Tiles of matrices for the TMA (the tensor memory accelerator of Hopper and later GPUs)."""
 
+import math
+
 import torch
 from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
@@ -38,6 +40,22 @@ class Tiles(TensorDescriptor):
         self.kind = (x.dtype, rows, columns)  # what a compiled kernel depends on
 
 
+class SpacedTiles(Tiles):
+    """Tiles [rows, columns] of a tensor [B, T, H, D] in which `factors` - 1 rows of zeros follow each of its rows.
+
+    Neither are the zeros read, nor is what a kernel has in their place stored. For the TMA a tile is a block [rows /
+    factors, factors, columns] whose second dimension has size 1 in memory: it fills what lies outside with zeros, and
+    stores nothing there. A block to be stored must not begin outside, so the zeros come last.
+    """
+
+    def __init__(self, x: Tensor, rows: int, columns: int, factors: int):
+        super().__init__(x, rows, columns)
+        (count, width), (stride, _) = self.shape, self.strides
+        self.shape, self.strides = (count, 1, width), (stride, stride, 1)
+        self.block_shape = [rows // factors, factors, columns]
+        self.kind: tuple = (*self.kind, factors)
+
+
 class GluonTiles(GluonTensorDescriptor):
     """Tiles as a kernel in Gluon is compiled for them, with their layout in shared memory.
 
@@ -48,4 +66,6 @@ class GluonTiles(GluonTensorDescriptor):
     def __init__(self, tiles: Tiles):
         self.base, self.shape, self.strides = tiles.base, tiles.shape, tiles.strides
         self.block_shape = tiles.block_shape
-        self.layout = NVMMASharedLayout(128 if tiles.block_shape[0] >= 8 else 0, tiles.base.element_size() * 8, rank=2)
+        *rows, _ = tiles.block_shape
+        swizzle, bits = 128 if math.prod(rows) >= 8 else 0, tiles.base.element_size() * 8
+        self.layout = NVMMASharedLayout(swizzle, bits, rank=len(tiles.block_shape))

@@ -27,7 +27,8 @@ from lrnn.kernels.delta_rule.operator import gated_delta_rule_forward, gated_del
 from lrnn.kernels.delta_rule.settings import choose_settings
 from lrnn.kernels.reference import delta_rule as reference
 
-SHORT = 16  # tokens up to which the recurrence is faster, if no gradient is needed
+MOST_FACTORS = 16  # factors per token: with more, a chunk would have fewer queries than products take rows
+SHORT = 16  # steps up to which the recurrence is faster, if no gradient is needed
 _saving = False  # the default of `save_states`
 
 
@@ -208,30 +209,100 @@ def gated_delta_product(
         S_t = prod_j (I - beta_tj k_tj k_tj^T) alpha_t S_{t-1} + what the factors write        o_t = scale S_t^T q_t
 
     It is the gated delta rule on n_h steps per token, with the gate on the first and the output after the last. Each
-    factor has its own eigenvalue 1 - beta in [-1, 1].
+    factor has its own eigenvalue 1 - beta in [-1, 1]. There are no outputs after the other steps.
 
     Args:
         q: [B, T, H, K].
-        k: keys of the factors [B, T, n_h, H, K].
+        k: keys of the factors [B, T, n_h, H, K]; on CUDA n_h is at most 16.
         v: [B, T, n_h, HV, V].
         g: [B, T, HV] or None.
         beta: [B, T, n_h, HV].
 
     The other arguments, the results and the errors are those of `gated_delta_rule`; `cu_seqlens` counts tokens.
     """
-    *steps, bounds = reference.factors_as_steps(q, k, v, g, beta, cu_seqlens)
-    o, state = gated_delta_rule(
-        *steps,
-        scale=scale,
-        normalize_qk=normalize_qk,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        cu_seqlens=bounds,
-        precision=precision,
-        save_states=save_states,
-    )
+    reference.check_factors(q, k, v, g, beta, cu_seqlens)
+    reference.check_shapes(q, k[:, :, 0], v[:, :, 0], g, beta[:, :, 0], initial_state, cu_seqlens, scale)
+    reference.check_precision(precision)
+    if not use_kernels(q):
+        return reference.gated_delta_product(
+            q,
+            k,
+            v,
+            g,
+            beta,
+            scale=scale,
+            normalize_qk=normalize_qk,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+            precision=precision,
+        )
+    options = (initial_state, output_final_state, cu_seqlens, precision, save_states)
+    return _run_factors(q, k, v, g, beta, None, None, None, scale, normalize_qk, *options)
+
+
+def fused_gated_delta_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    *,
+    beta_range: float | None = 2.0,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    precision: str = "standard",
+    save_states: bool | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Apply gated DeltaProduct to raw projections, as `fused_gated_delta_rule` applies the rule.
+
+    Args:
+        q, k, v: as in `gated_delta_product`, before normalisation.
+        a: raw gates [B, T, HV], one per token; None, with A_log and dt_bias, for no gate.
+        b: logits of the step sizes [B, T, n_h, HV].
+
+    The other arguments, the results and the errors are those of `fused_gated_delta_rule`; `cu_seqlens` counts tokens.
+    """
+    reference.check_factors(q, k, v, a, b, cu_seqlens, names=("a", "b"))
+    reference.check_shapes(q, k[:, :, 0], v[:, :, 0], a, b[:, :, 0], initial_state, cu_seqlens, scale, names=("a", "b"))
+    reference.check_gate(a, A_log, dt_bias, v[:, :, 0])
+    reference.check_beta_range(beta_range)
+    reference.check_precision(precision)
+    if not use_kernels(q):
+        return reference.fused_gated_delta_product(
+            q,
+            k,
+            v,
+            a,
+            b,
+            A_log,
+            dt_bias,
+            beta_range=beta_range,
+            scale=scale,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+            precision=precision,
+        )
+    options = (initial_state, output_final_state, cu_seqlens, precision, save_states)
+    return _run_factors(q, k, v, a, b, A_log, dt_bias, beta_range, scale, True, *options)
+
+
+def _run_factors(
+    q, k, v, gate, beta, A_log, dt_bias, beta_range, scale, normalize_qk, initial_state, output_final_state, cu_seqlens,
+    precision, save_states,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     n_h = k.shape[2]
-    return o[:, n_h - 1 :: n_h], state
+    if n_h > MOST_FACTORS:
+        raise ValueError(f"the kernels support up to {MOST_FACTORS} factors per token; got {n_h}")
+    k, v, beta = k.flatten(1, 2), v.flatten(1, 2), beta.flatten(1, 2)  # by step
+    bounds = None if cu_seqlens is None else cu_seqlens * n_h
+    options = (initial_state, output_final_state, bounds, precision, save_states)
+    return _run(q, k, v, gate, beta, A_log, dt_bias, beta_range, scale, normalize_qk, *options)
 
 
 def _run(

@@ -16,7 +16,8 @@ from lrnn.kernels.delta_rule.portable.backend import Portable
 class Backend(Protocol):
     """Launchers of the four kernels that each family of GPUs may implement. A class with static methods is a backend.
 
-    Below, N is the number of sequences that are scanned: `Call.chunks.sequences`.
+    Below, N is the number of sequences that are scanned: `Call.chunks.sequences`. q, gate, o, do and dq are by token,
+    [B, T / factors, ...], and all others by step.
     """
 
     def fits(self, call: Call) -> bool:

@@ -13,6 +13,7 @@ import torch
 from lrnn.kernels.common.architecture import HOPPER, Architecture
 from lrnn.kernels.common.constants import CHUNK, HEAD_SIZES
 from lrnn.kernels.common.dtypes import DTYPES, matrix_dtype
+from lrnn.kernels.delta_rule.cut import query_rows
 from lrnn.kernels.delta_rule.settings import Settings, choose_settings
 
 Case = tuple[str, Any, dict[str, str], dict[str, Any], int, int]
@@ -30,6 +31,7 @@ class Variant:
         dtype: of queries, keys and values.
         gate, normalize, split: as in `Call`.
         packed: whether documents are packed.
+        factors: steps per token.
         only: the constant that a kernel must have for its case to differ enough from another variant's.
         gpu: what the kernels are compiled for.
     """
@@ -41,6 +43,7 @@ class Variant:
     normalize: bool = True
     packed: bool = False
     split: bool = False
+    factors: int = 1
     only: str = "HV"
     gpu: Architecture = HOPPER
 
@@ -70,6 +73,7 @@ class Variant:
         constants: dict[str, Any] = {
             **{"H": HEADS, "HV": HEADS, "K": self.size, "V": self.size, "BT": CHUNK},
             **{"NORMALIZE": self.normalize, "IS_VARLEN": self.packed, "IS_FULL": not self.packed},
+            **{"FACTORS": self.factors, "BQ": query_rows(self.factors)},
             **{"PRECISION": self.settings.precision, "SPLIT": self.split},
             **{"GATE": self.gate, "RAW_BETA": self.gate == "raw"},
         }
@@ -97,16 +101,22 @@ class Variant:
         types = {n: {**scalars, **types}.get(n, "*fp32") for n in kernel.arg_names if n not in known}
         return name + self.suffix, kernel, types, known, warps, stages
 
+    def includes(self, case: Case) -> bool:
+        """Return whether a kernel is compiled: if it has `only`, and not for several factors if it reads no queries."""
+        _, kernel, _, constants, *_ = case
+        return self.only in kernel.arg_names and (self.factors == 1 or constants.get("q", "") is not None)
+
 
 # Gated training in bf16 with raw gates and normalised keys, the same on packed documents, and the variant that differs
 # most from it: no gate, and step sizes and keys as given. Then the scans that split the values that enter their state,
-# and, in float32 at the smallest heads, the scans and the backward pass inside chunks.
+# and, in float32 at the smallest heads, the scans and the backward pass inside chunks. Last, two factors per token.
 VARIANTS = (
     Variant(""),
     Variant("_packed", packed=True),
     Variant("_plain", gate="none", normalize=False),
     Variant("_split", split=True, only="SPLIT"),
     Variant("_fp32", size=64, dtype=torch.float32, only="STAGES"),
+    Variant("_product", factors=2, only="FACTORS"),
 )
 
 

@@ -4,7 +4,9 @@ The inputs, the matrix C of each chunk (`chunk_inverse`) and four numbers per to
 pass. The states of the chunks and the errors Y are recomputed unless `save_states` is set. They would be two thirds of
 the memory that a layer keeps.
 
-Operators take their arguments by position, in the order of `lrnn.kernels.delta_rule.api`, which checks them.
+Operators take their arguments by position, in the order of `lrnn.kernels.delta_rule.api`, which checks them. Keys,
+values and step sizes are by step, [B, T, ...], and queries, gates and outputs by token: with n_h factors per token,
+they are [B, T / n_h, ...] (`Call`).
 """
 
 import contextlib
@@ -57,7 +59,7 @@ def _forward_results(
         return call.empty(*(shape if wanted else (0,)), dtype=dtype)
 
     return (
-        call.empty(call.B, call.T, call.HV, call.V, dtype=call.dtype),
+        call.empty(call.B, call.tokens, call.HV, call.V, dtype=call.dtype),
         empty_if(output_final_state, call.states, call.HV, call.K, call.V),
         call.empty(call.B * call.T, call.HV * CHUNK, dtype=matrix_dtype(call.dtype, call.normalize_qk)),
         call.empty(4 * call.HV, call.R),
@@ -101,7 +103,7 @@ def gated_delta_rule_forward(
         transitions (`find_starts`); with `save_states` (where `can_save_states`) Y and the states of the chunks, as
         `Backend.forward_scan` fills them. Results that are not requested are empty.
     """
-    call = Call.of(k, v, gate, A_log, beta_range, scale, normalize_qk, cu_seqlens, precision)
+    call = Call.of(q, k, v, gate, A_log, beta_range, scale, normalize_qk, cu_seqlens, precision)
     results = _forward_results(call, output_final_state, save_states)
     o, final, c, vectors, starts, segment_ends, y, states = results
     backend, operands = choose_backend(call), Operands(call, q, k, v, c, vectors)
@@ -125,7 +127,7 @@ def _(
     q, k, v, gate, beta, A_log, dt_bias, beta_range, scale, normalize_qk, initial_state, output_final_state, cu_seqlens,
     precision, save_states,
 ):  # fmt: skip
-    call = Call.of(k, v, gate, A_log, beta_range, scale, normalize_qk, cu_seqlens, precision)
+    call = Call.of(q, k, v, gate, A_log, beta_range, scale, normalize_qk, cu_seqlens, precision)
     return _forward_results(call, output_final_state, save_states)
 
 
@@ -156,7 +158,7 @@ def gated_delta_rule_backward(
     """Compute the gradients of q, k, v, gate, beta, A_log and dt_bias [2, HV], and the initial state.
 
     Args:
-        do: gradient of the output [B, T, HV, V].
+        do: gradient of the output, by token.
         dfinal: gradient of the final state [N, HV, K, V] float32, or None for zeros.
         c, vectors, starts, segment_ends, y, states: what the forward operator returned.
 
@@ -166,17 +168,17 @@ def gated_delta_rule_backward(
         Contiguous gradients of the shapes of their inputs, empty where there is no such input. Those of A_log, dt_bias
         and the initial state are float32, the others have the dtypes of their inputs.
     """
-    call = Call.of(k, v, gate, A_log, beta_range, scale, normalize_qk, cu_seqlens, precision)
+    call = Call.of(q, k, v, gate, A_log, beta_range, scale, normalize_qk, cu_seqlens, precision)
     backend, operands = choose_backend(call), Operands(call, q, k, v, c, vectors)
     do = with_rows(do)
     dlast = None if dfinal is None else dfinal.contiguous()
-    by_token, by_chunk = (call.B * call.T, call.HV * call.V), (call.chunks.count * call.HV * call.V, call.K)
+    by_step, by_chunk = (call.B * call.T, call.HV * call.V), (call.chunks.count * call.HV * call.V, call.K)
     dv = call.empty(call.B, call.T, call.HV, call.V, dtype=call.dtype)
     dstates = call.empty(*by_chunk, dtype=call.dtype)
     dinitial = None if initial_state is None else call.empty(*initial_state.shape)
 
     if not states.numel():
-        y, states = (call.empty(*shape, dtype=call.dtype) for shape in (by_token, by_chunk))
+        y, states = (call.empty(*shape, dtype=call.dtype) for shape in (by_step, by_chunk))
         initial = starts if call.segments > 1 else None if initial_state is None else initial_state.contiguous()
         backend.forward_scan(call, operands, initial, None, y=y, states=states)
     if call.segments > 1:
@@ -185,7 +187,7 @@ def gated_delta_rule_backward(
     else:
         backend.backward_scan(call, operands, do, dlast, dinitial, dv, dstates)
 
-    dq, dk = (call.empty(call.B, call.T, call.HV, call.K, dtype=call.dtype) for _ in range(2))
+    dq, dk = (call.empty(call.B, T, call.HV, call.K, dtype=call.dtype) for T in (call.tokens, call.T))
     dbeta_used, dot_q, dot_k = call.empty(3, call.HV, call.R).unbind()
     backend.chunk_backward(call, operands, do, dv, y, states, dstates, dq, dk, dbeta_used, dot_q, dot_k)
     # The gradients of A_log and dt_bias are one result, because results must not alias.
@@ -223,7 +225,7 @@ class _GatedDeltaRule(torch.autograd.Function):
     def backward(ctx, do, dfinal, *unused):
         q, k, v, *numbers, initial_state, cu_seqlens, c, vectors, starts, segment_ends, y, states = ctx.saved_tensors
         if do is None:
-            do = torch.zeros_like(v)
+            do = v.new_zeros(*q.shape[:2], *v.shape[2:])
         if dfinal is not None and dfinal.numel() == 0:
             dfinal = None
         with contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd():
@@ -269,7 +271,7 @@ def gated_delta_rule_recurrent(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute o and the final state token by token, without gradients. Arguments are those of the forward operator."""
-    call = Call.of(k, v, gate, A_log, beta_range, scale, normalize_qk, cu_seqlens)
+    call = Call.of(q, k, v, gate, A_log, beta_range, scale, normalize_qk, cu_seqlens)
     return launch_recurrent(call, q, k, v, gate, beta, A_log, dt_bias, initial_state)
 
 
@@ -277,4 +279,4 @@ def gated_delta_rule_recurrent(
 def _(q, k, v, gate, beta, A_log, dt_bias, beta_range, scale, normalize_qk, initial_state, cu_seqlens):
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = v.new_empty([sequences, v.shape[2], q.shape[3], v.shape[3]], dtype=torch.float32)
-    return v.new_empty(v.shape), final
+    return v.new_empty([*q.shape[:2], *v.shape[2:]]), final

@@ -114,12 +114,7 @@ def fused_gated_delta_rule(
     check_shapes(q, k, v, a, b, initial_state, cu_seqlens, scale, names=("a", "b"))
     check_gate(a, A_log, dt_bias, v)
     check_beta_range(beta_range)
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    with torch.autocast(q.device.type, enabled=False):
-        beta = b if beta_range is None else beta_range * b.to(dtype).sigmoid()
-        g = None
-        if a is not None and A_log is not None and dt_bias is not None:
-            g = -A_log.to(dtype).exp() * F.softplus(a.to(dtype) + dt_bias.to(dtype))
+    g, beta = _gates_and_steps(a, b, A_log, dt_bias, beta_range, v)
     return gated_delta_rule(
         q,
         k,
@@ -164,6 +159,56 @@ def gated_delta_product(
     return o[:, n_h - 1 :: n_h], state
 
 
+def fused_gated_delta_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    *,
+    beta_range: float | None = 2.0,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    precision: str = "standard",
+) -> tuple[Tensor, Tensor | None]:
+    """Apply gated DeltaProduct to raw projections, as `fused_gated_delta_rule` applies the rule.
+
+    Args:
+        a: [B, T, HV] or None, b: [B, T, n_h, HV]. The others are those of `gated_delta_product`.
+    """
+    check_factors(q, k, v, a, b, cu_seqlens, names=("a", "b"))
+    check_gate(a, A_log, dt_bias, v[:, :, 0])
+    check_beta_range(beta_range)
+    g, beta = _gates_and_steps(a, b, A_log, dt_bias, beta_range, v)
+    return gated_delta_product(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale=scale,
+        normalize_qk=True,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        precision=precision,
+    )
+
+
+def _gates_and_steps(a, b, A_log, dt_bias, beta_range, v):
+    """Return the log-gates, or None, and the step sizes of raw ones."""
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    with torch.autocast(v.device.type, enabled=False):
+        beta = b if beta_range is None else beta_range * b.to(dtype).sigmoid()
+        if a is None:
+            return None, beta
+        return -A_log.to(dtype).exp() * F.softplus(a.to(dtype) + dt_bias.to(dtype)), beta
+
+
 def factors_as_steps(q, k, v, g, beta, cu_seqlens):
     """Turn n_h factors per token into n_h steps of the rule, with the gate on the first and the query on the last.
 
@@ -179,8 +224,22 @@ def factors_as_steps(q, k, v, g, beta, cu_seqlens):
         The arguments in the same order for T n_h steps. The output of token t is that of step t n_h + n_h - 1.
 
     Raises:
-        ValueError: If the shapes do not fit, or `cu_seqlens` does not fit the tokens. It is raised here because later
-            checks would name the shapes of steps, which the caller never passed.
+        ValueError: If the shapes do not fit, or `cu_seqlens` does not fit the tokens (`check_factors`).
+    """
+    check_factors(q, k, v, g, beta, cu_seqlens)
+    n_h = k.shape[2]
+    # [B, T, n_h, ...] -> [B, T n_h, ...]
+    q = F.pad(q.unsqueeze(2), (0, 0, 0, 0, n_h - 1, 0)).flatten(1, 2)
+    if g is not None:
+        g = F.pad(g.unsqueeze(2), (0, 0, 0, n_h - 1)).flatten(1, 2)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens * n_h
+    return q, k.flatten(1, 2), v.flatten(1, 2), g, beta.flatten(1, 2), cu_seqlens
+
+
+def check_factors(q, k, v, g, beta, cu_seqlens, names=("g", "beta")):
+    """Raise ValueError if the shapes of `gated_delta_product` do not fit, or `cu_seqlens` does not fit the tokens.
+
+    Later checks would name the shapes of steps, which the caller never passed. g and beta go by `names`.
     """
     fits = q.ndim == 4 and k.ndim == v.ndim == 5 and k.shape[:3] == v.shape[:3] and k.shape[:2] == q.shape[:2]
     if not fits or k.shape[3:] != q.shape[2:] or k.shape[2] == 0:
@@ -190,17 +249,11 @@ def factors_as_steps(q, k, v, g, beta, cu_seqlens):
         )
     B, T, n_h, HV, _ = v.shape
     if g is not None and list(g.shape) != [B, T, HV]:
-        raise ValueError(f"g must be [B, T, HV] = {[B, T, HV]}, one gate a token; got {list(g.shape)}")
+        raise ValueError(f"{names[0]} must be [B, T, HV] = {[B, T, HV]}, one gate per token; got {list(g.shape)}")
     if list(beta.shape) != [B, T, n_h, HV]:
-        raise ValueError(f"beta must be [B, T, n_h, HV] = {[B, T, n_h, HV]}; got {list(beta.shape)}")
+        raise ValueError(f"{names[1]} must be [B, T, n_h, HV] = {[B, T, n_h, HV]}; got {list(beta.shape)}")
     if cu_seqlens is not None:
         check_documents(cu_seqlens, q.device, B * T)
-    # [B, T, n_h, ...] -> [B, T n_h, ...]
-    q = F.pad(q.unsqueeze(2), (0, 0, 0, 0, n_h - 1, 0)).flatten(1, 2)
-    if g is not None:
-        g = F.pad(g.unsqueeze(2), (0, 0, 0, n_h - 1)).flatten(1, 2)
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens * n_h
-    return q, k.flatten(1, 2), v.flatten(1, 2), g, beta.flatten(1, 2), cu_seqlens
 
 
 def check_precision(precision: str):

@@ -4,13 +4,12 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import LrnnCacheLayer
 from .configuration_lrnn import LrnnConfig
 from .layers import GatedRMSNorm, Mixer, ShortConvolution, convolve, read_weight, zero_at_padding
-from .ops import fused_gated_delta_rule, gated_delta_product, next_token, use_kernels
+from .ops import fused_gated_delta_product, fused_gated_delta_rule, next_token, use_kernels
 from .registry import Cost, Ranges, register
 
 
@@ -156,13 +155,22 @@ class DeltaNet(Mixer):
         if mask is not None:  # a padded step is the identity on the state: beta = 0 and a log-gate of 0
             b = b.masked_fill(~mask[..., None], float("-inf"))
             a = None if a is None else a.masked_fill(~mask[..., None], float("-inf"))
-        rule = self._one_factor if self.num_householder == 1 else self._several_factors
+        rule = fused_gated_delta_rule
+        by_factor: tuple[int, ...] = ()
+        if self.num_householder > 1:
+            rule, by_factor = fused_gated_delta_product, (self.num_householder,)
+        q, k = q.unflatten(-1, self.heads), k.unflatten(-1, (*by_factor, *self.heads))
+        v, b = v.unflatten(-1, (*by_factor, *self.value_heads)), b.unflatten(-1, (*by_factor, self.value_heads[0]))
+        A_log, dt_bias = (self.A_log, self.dt_bias) if self.gated else (None, None)
         o, state = rule(
             q,
             k,
             v,
             a,
             b,
+            A_log,
+            dt_bias,
+            beta_range=self.beta_range,
             initial_state=self.read_state(cache),
             output_final_state=cache is not None,
             cu_seqlens=cu_seqlens,
@@ -205,21 +213,6 @@ class DeltaNet(Mixer):
 
     def _eigenvalues(self, b: Tensor) -> Tensor:
         return 1 - self.beta_range * b.float().sigmoid()
-
-    def _one_factor(self, q, k, v, a, b, **options) -> tuple[Tensor, Tensor | None]:
-        q, k, v = q.unflatten(-1, self.heads), k.unflatten(-1, self.heads), v.unflatten(-1, self.value_heads)
-        A_log, dt_bias = (self.A_log, self.dt_bias) if self.gated else (None, None)
-        return fused_gated_delta_rule(q, k, v, a, b, A_log, dt_bias, beta_range=self.beta_range, **options)
-
-    def _several_factors(self, q, k, v, a, b, **options) -> tuple[Tensor, Tensor | None]:
-        factors = self.num_householder
-        q, k = q.unflatten(-1, self.heads), k.unflatten(-1, (factors, *self.heads))
-        v = v.unflatten(-1, (factors, *self.value_heads))
-        with torch.autocast(q.device.type, enabled=False):
-            beta = self.beta_range * b.float().sigmoid().unflatten(-1, (factors, self.value_heads[0]))
-            g = None if a is None else -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())
-        o, state = gated_delta_product(q, k, v, g, beta, normalize_qk=True, **options)
-        return o.contiguous(), state
 
 
 @register("gated_deltanet")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 try:
     from lrnn.kernels.common.dispatch import use_kernels
-    from lrnn.kernels.delta_rule.api import fused_gated_delta_rule, gated_delta_product
+    from lrnn.kernels.delta_rule.api import fused_gated_delta_product, fused_gated_delta_rule
     from lrnn.kernels.delta_rule.next_token import next_token
     from lrnn.kernels.gated_rms_norm import gated_rms_norm
     from lrnn.kernels.recurrences import diagonal_recurrence, rwkv7_recurrence, selective_scan
@@ -22,8 +22,8 @@ try:
     from lrnn.kernels.swiglu import swiglu
 except ImportError:  # an exported folder, loaded where lrnn is not installed
     from .delta_rule import (  # type: ignore[no-redef]
+        fused_gated_delta_product,
         fused_gated_delta_rule,
-        gated_delta_product,
     )
     from .diagonal import diagonal_recurrence, signed_decay  # type: ignore[no-redef]
     from .documents import document_ids, document_starts, longest_document  # type: ignore[no-redef]
@@ -45,8 +45,8 @@ __all__ = [
     "diagonal_recurrence",
     "document_ids",
     "document_starts",
+    "fused_gated_delta_product",
     "fused_gated_delta_rule",
-    "gated_delta_product",
     "gated_rms_norm",
     "longest_document",
     "next_token",

@@ -4,7 +4,7 @@ The plain form is in `lrnn.model`. Both compute the same up to rounding.
 
 choice          whether a run trains with them
 layers          put them into a model
-deltanet        x + mixer(norm(x)) for (gated) DeltaNet
+deltanet        x + mixer(norm(x)) for DeltaNet and DeltaProduct, gated or not
 mlp             x + mlp(norm(x))
 loss            the head and the cross-entropy
 product         products with the weights of several linear layers

@@ -1,4 +1,7 @@
-"""x + mixer(norm(x)) for (gated) DeltaNet, with its own backward pass. The plain form is in `mixer_deltanet.py`."""
+"""x + mixer(norm(x)) for (gated) DeltaNet and DeltaProduct, with its own backward pass.
+
+The plain form is in `mixer_deltanet.py`.
+"""
 
 from functools import partial
 from typing import Any
@@ -50,7 +53,6 @@ class FusedDeltaNet:
         """Return whether the mixer is one of those that can be computed so."""
         return (
             isinstance(mixer, DeltaNet)
-            and mixer.num_householder == 1
             and max(mixer.heads[1], mixer.value_heads[1]) <= HEAD_SIZES[-1]
             and mixer.q_conv1d.weight.shape[-1] in TAPS
         )
@@ -72,6 +74,15 @@ class FusedDeltaNet:
         matrices = [weight for product in self.products for weight in product.weights]
         return [self.norm.weight, mixer.o_norm.weight, *gates, *convolutions, *matrices]
 
+    def by_step(self, x: Tensor) -> Tensor:
+        """Return x [B, T, n_h * D], with the columns of n_h factors, as a view [B, T * n_h, D]."""
+        return x.unflatten(-1, (self.mixer.num_householder, -1)).flatten(1, 2)
+
+    def step_bounds(self, cu_seqlens: Tensor | None) -> Tensor | None:
+        """Return the boundaries of documents in steps."""
+        factors = self.mixer.num_householder
+        return cu_seqlens if cu_seqlens is None or factors == 1 else cu_seqlens * factors
+
     def gates(self) -> tuple[Tensor | None, Tensor | None]:
         """Return A_log and dt_bias."""
         return (self.mixer.A_log, self.mixer.dt_bias) if self.mixer.gated else (None, None)
@@ -85,15 +96,16 @@ class FusedDeltaNet:
         return [q, k, v], gate.unflatten(-1, self.mixer.value_heads), a, b
 
     def as_heads(self, qkv: list[Tensor]) -> list[Tensor]:
-        """Return q, k [B, T, H, K] and v [B, T, HV, V], padded to the sizes of the kernels."""
-        (K, V), mixer = self.padded, self.mixer
-        kinds = zip(qkv, (mixer.heads, mixer.heads, mixer.value_heads), (K, K, V), strict=True)
+        """Return q [B, T, H, K], and k and v [B, T * n_h, ...] by step, padded to the sizes of the kernels."""
+        (K, V), mixer, (q, k, v) = self.padded, self.mixer, qkv
+        by_step = (q, self.by_step(k), self.by_step(v))
+        kinds = zip(by_step, (mixer.heads, mixer.heads, mixer.value_heads), (K, K, V), strict=True)
         return [pad_heads(x.unflatten(-1, heads), size) for x, heads, size in kinds]
 
     def as_columns(self, dq: Tensor, dk: Tensor, dv: Tensor) -> list[Tensor]:
         """Return [B, T, columns] of gradients of what `as_heads` returns."""
         K, V = self.mixer.heads[1], self.mixer.value_heads[1]
-        return [d[..., :size].flatten(-2) for d, size in ((dq, K), (dk, K), (dv, V))]
+        return [d[..., :size].reshape(*dq.shape[:2], -1) for d, size in ((dq, K), (dk, K), (dv, V))]
 
     def gated_norm(self, o: Tensor, gate: Tensor | None) -> Tensor:
         """Return the normed output of the delta rule as rows [B * T, HV * V]."""
@@ -114,9 +126,10 @@ class _FusedDeltaNet(torch.autograd.Function):
         mixer.note_eigenvalues(partial(mixer._eigenvalues, b))
         weights: list[Tensor] = [c.weight for c in layer.convolutions]
         q, k, v = layer.as_heads(short_conv.compute(qkv, weights, [], cu_seqlens))
-        options = (mixer.beta_range, layer.scale, True)
+        b, options = layer.by_step(b), (mixer.beta_range, layer.scale, True)
+        bounds = layer.step_bounds(cu_seqlens)
         o, _, *kept = gated_delta_rule_forward(
-            q, k, v, a, b, *layer.gates(), *options, None, False, cu_seqlens, mixer.precision, is_saving()
+            q, k, v, a, b, *layer.gates(), *options, None, False, bounds, mixer.precision, is_saving()
         )
         o = o[..., : mixer.value_heads[1]].contiguous()
         ctx.layer, ctx.options = layer, options
@@ -150,11 +163,11 @@ class _FusedDeltaNet(torch.autograd.Function):
             dt_bias,
             *ctx.options,
             None,
-            cu_seqlens,
+            layer.step_bounds(cu_seqlens),
             mixer.precision,
             *kept,
         )
-        db_column.copy_(db)
+        db_column.copy_(db.view_as(db_column))
         gates = []
         if da_column is not None and A_log is not None and dt_bias is not None:
             da_column.copy_(da)

@@ -89,7 +89,7 @@ class LayerSizes:
     def mixer_is_fused(self) -> bool:
         """Whether fused layers compute the mixer too; see `FusedBlock`."""
         fits = max(self.heads.K, self.heads.V) <= HEAD_SIZES[-1] and self.taps in TAPS
-        return self.factors == 1 and fits and not self.norms_outputs
+        return self.factors > 0 and fits and not self.norms_outputs
 
     def float8_matrices(self) -> list[tuple[int, int]]:
         """Return [columns, rows] of the weights whose products are in float8 with `precision: fp8`; see `FusedBlock`.

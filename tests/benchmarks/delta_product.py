@@ -18,7 +18,7 @@ from triton.testing import do_bench
 
 from lrnn.bench.kernels import environment, make_inputs, parse_shape, peak_memory
 from lrnn.bench.peers import Inputs, fla_guard, fla_guard_lifted
-from lrnn.kernels.delta_rule.api import fused_gated_delta_rule, gated_delta_product
+from lrnn.kernels.delta_rule.api import fused_gated_delta_product, fused_gated_delta_rule
 
 HEAD = 128
 
@@ -40,8 +40,7 @@ def ours(x: Inputs) -> Tensor:
     if k.shape[2] == 1:
         k, v, b = (y[:, :, 0] for y in (k, v, x["b"]))
         return fused_gated_delta_rule(q, k, v, x["a"], b, x["A_log"], x["dt_bias"])[0]
-    g, beta = gates_and_steps(x)
-    return gated_delta_product(q, k, v, g, beta, normalize_qk=True)[0].contiguous()
+    return fused_gated_delta_product(q, k, v, x["a"], x["b"], x["A_log"], x["dt_bias"])[0]
 
 
 def fla(x: Inputs) -> Tensor:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from mixer_models import MORE_SIZES, WITHOUT_RANGE, every_case, largest, make_model, tokens
 
 from lrnn import LrnnForCausalLM
+from lrnn.model import mixer_deltanet
 from lrnn.model.mixer_deltanet import DeltaNet
 from lrnn.model.mixer_mlstm import stabilizer
 from lrnn.model.mixers import MIXERS
@@ -302,6 +303,10 @@ def test_stabilizer_of_the_mlstm():
 @pytest.mark.parametrize("gate", ["gated_", ""])
 @both_ranges
 def test_one_factor_is_deltanet(gate, allow_neg_eigval, monkeypatch):
+    def as_product(q, k, v, a, b, *gates, **options):
+        k, v, b = (x.unsqueeze(2) for x in (k, v, b))
+        return mixer_deltanet.fused_gated_delta_product(q, k, v, a, b, *gates, **options)
+
     product = make_model(f"{gate}deltaproduct1", allow_neg_eigval)
     plain = make_model(f"{gate}deltanet", allow_neg_eigval)
     plain.load_state_dict(product.state_dict())
@@ -310,5 +315,5 @@ def test_one_factor_is_deltanet(gate, allow_neg_eigval, monkeypatch):
         logits = plain(ids).logits
         assert torch.equal(product(ids).logits, logits)
         # Both run the same rule. The one for several factors agrees with it.
-        monkeypatch.setattr(DeltaNet, "_one_factor", DeltaNet._several_factors)
+        monkeypatch.setattr(mixer_deltanet, "fused_gated_delta_rule", as_product)
         assert largest(product(ids).logits - logits) < 1e-5

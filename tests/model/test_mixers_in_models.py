@@ -266,7 +266,7 @@ def test_the_probe_of_a_hybrid_keeps_the_numbers_of_layers():
 @pytest.mark.parametrize("mixer", ["gated_deltanet", "deltanet", "gated_deltaproduct", "deltaproduct"])
 def test_delta_rule_precision_reaches_the_rule(mixer, monkeypatch):
     """The rule is called with the precision. On a CPU nothing is rounded to 16 bits, so the logits are the same."""
-    name = "gated_delta_product" if mixer.endswith("product") else "fused_gated_delta_rule"
+    name = "fused_gated_delta_product" if mixer.endswith("product") else "fused_gated_delta_rule"
     rule, asked = getattr(mixer_deltanet, name), []
 
     def note(*args, **options):

@@ -46,12 +46,14 @@ class BackendCall:
         gate: str = "none",
         beta_range: float | None = None,
         split: bool = False,
+        factors: int = 1,
     ):
         B, T, H, K = k.shape
         self.backend, self.vectors = backend, vectors
         self.call = Call(
             B=B, T=T, H=H, HV=v.shape[2], K=K, V=v.shape[3], dtype=v.dtype, device=v.device, gate=gate,
             beta_range=beta_range, scale=scale, normalize_qk=normalize_qk, cu_seqlens=None, split=split,
+            factors=factors,
         )  # fmt: skip
         self.operands = Operands(self.call, q, k, v, c, vectors)
 

@@ -19,8 +19,8 @@ class Hopper:
         """Return whether the kernels are made for the call.
 
         They are not made for other GPUs, head sizes other than 128, float32, or sequences with a chunk that is not
-        full. Nor are they used with an assembler that may miscompile them: the portable kernels have been tested with
-        one, these have not.
+        full, as those of three factors per token are not. Nor are they used with an assembler that may miscompile them:
+        the portable kernels have been tested with one, these have not.
         """
         if INTERPRETED or call.K != 128 or call.V != 128 or call.dtype == torch.float32 or not call.is_full:
             return False

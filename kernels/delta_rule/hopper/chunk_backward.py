@@ -39,9 +39,13 @@ from lrnn.kernels.delta_rule.hopper.parts import (
     allocate_barriers,
     as_vector,
     is_kept_small,
+    last_steps,
+    load_by_token,
     part_barrier,
+    store_by_token,
     tma_load,
     tma_store,
+    token_tiles,
 )
 from lrnn.kernels.delta_rule.portable.chunk_backward import FLOORED
 
@@ -75,6 +79,7 @@ class Constants:
     K: gl.constexpr
     V: gl.constexpr
     BT: gl.constexpr
+    FACTORS: gl.constexpr
     NORMALIZE: gl.constexpr
 
 
@@ -178,7 +183,7 @@ def _load_tiles(q, k, do, dx, y, states, dstates, vector_rows, ring, vectors, wo
             mbarrier.expect(bar, k.block_type.nbytes)
             state_row = (i_c * HV + i_h) * V
             if number == DO:
-                tma_load(do, [i_c * BT, i_h * V], bar, tile)
+                load_by_token(do, i_c * BT, i_h * V, bar, tile, const.FACTORS)
             elif number == Y:
                 tma_load(y, [i_c * BT, i_h * V], bar, tile)
             elif number == DX:
@@ -186,7 +191,7 @@ def _load_tiles(q, k, do, dx, y, states, dstates, vector_rows, ring, vectors, wo
             elif number == K_TILE:
                 tma_load(k, [i_c * BT, i_h // (HV // H) * K], bar, tile)
             elif number == Q_TILE:
-                tma_load(q, [i_c * BT, i_h // (HV // H) * K], bar, tile)
+                load_by_token(q, i_c * BT, i_h // (HV // H) * K, bar, tile, const.FACTORS)
             elif number < K_TILE:
                 tma_load(states, [state_row + (number - S) * 64, 0], bar, tile)
             else:
@@ -198,6 +203,7 @@ def _query_part(to_dq, p_dot_q, ring, vectors, between, work, R, scale, const):
     # Four warps: dP', dq and <S, dS'>.
     K: gl.constexpr = const.K
     BT: gl.constexpr = const.BT
+    FACTORS: gl.constexpr = const.FACTORS
     NORMALIZE: gl.constexpr = const.NORMALIZE
     tile: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])  # [BT, BT]
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])  # [BT, K]
@@ -230,7 +236,7 @@ def _query_part(to_dq, p_dot_q, ring, vectors, between, work, R, scale, const):
         rq = vectors.factor(i, LOG_RQ, const, by_row_wide)
         vectors.free.arrive(i)
         gamma_last = gl.exp2(gl.sum(gl.where(columns == BT - 1, g_column, 0.0), 0))
-        mask = rows[:, None] >= columns[None, :]
+        mask = last_steps(rows, FACTORS)[:, None] >= columns[None, :]
         decay = gl.convert_layout(g_row, by_row)[:, None] - g_column[None, :]
         decay = gl.exp2(gl.where(mask, decay, 0.0))
         b_dp = warpgroup_mma_wait(2, [b_dp])
@@ -260,14 +266,18 @@ def _query_part(to_dq, p_dot_q, ring, vectors, between, work, R, scale, const):
         mbarrier.arrive(between.k_done, count=1)
         dot = gl.sum(b_q * b_dq, 1)
         head = i_h.to(gl.int64) * R + i_c * BT
-        gl.store(p_dot_q + head + t, dot + gl.where(t == BT - 1, ss * gamma_last, 0.0))
+        if FACTORS == 1:
+            gl.store(p_dot_q + head + t, dot + gl.where(t == BT - 1, ss * gamma_last, 0.0))
+        else:  # at the tokens' last steps
+            dot_q = dot + gl.where(t == BT - FACTORS, ss * gamma_last, 0.0)
+            gl.store(p_dot_q + head + last_steps(t, FACTORS), dot_q, mask=t % FACTORS == 0)
         if NORMALIZE:
             b_dq = b_dq - b_q * (rq * rq * gl.where(rq < FLOORED, dot, 0.0))[:, None]
         mbarrier.wait(between.q_done, i & 1)
         q_tile.store(b_dq.to(dtype))
         fence_async_shared()
         part_barrier()
-        tma_store(to_dq, [i_c * BT, i_h * K], q_tile)
+        store_by_token(to_dq, i_c * BT, i_h * K, q_tile, const.FACTORS)
     tma.store_wait(0)
 
 
@@ -383,14 +393,14 @@ def _key_part(to_dk, dv, p_dbeta, p_dot_k, ring, vectors, between, work, R, cons
 @gluon.jit(do_not_specialize=["chunks", "R", "scale"])
 def chunk_backward_hopper_kernel(
     q, k, do, dx, y, states, dstates, dq, dk, dv, dbeta, dot_q, dot_k, vector_rows, chunks, R, scale,
-    H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BT: gl.constexpr, NORMALIZE: gl.constexpr,
-    RING: gl.constexpr, KEY_REGISTERS: gl.constexpr,
+    H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BT: gl.constexpr, FACTORS: gl.constexpr,
+    NORMALIZE: gl.constexpr, RING: gl.constexpr, KEY_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     # The heads of a chunk are taken side by side: those that share K and Q find them in the second-level cache.
     first = gl.program_id(0)
     step = gl.num_programs(0)
     work = Work(first, step, (chunks * HV - first + step - 1) // step)
-    const = Constants(H, HV, K, V, BT, NORMALIZE)
+    const = Constants(H, HV, K, V, BT, FACTORS, NORMALIZE)
 
     tiles = gl.allocate_shared_memory(k.dtype, [RING, BT, K], k.layout)
     dp = gl.allocate_shared_memory(k.dtype, [BT, BT], k.layout)
@@ -442,9 +452,12 @@ def launch_chunk_backward(
     launch(
         chunk_backward_hopper_kernel,
         (min(call.chunks.count * call.HV, multiprocessors(call.device)), 1, 1),
-        operands.q,
+        token_tiles(call, operands.queries, call.K),
         operands.k,
-        *(Tiles(x, CHUNK, call.K) for x in (do, dv, y, states, dstates, dq, dk)),
+        token_tiles(call, do, call.K),
+        *(Tiles(x, CHUNK, call.K) for x in (dv, y, states, dstates)),
+        token_tiles(call, dq, call.K),
+        Tiles(dk, CHUNK, call.K),
         dv,
         dbeta,
         dot_q,
@@ -454,6 +467,7 @@ def launch_chunk_backward(
         call.R,
         call.scale,
         V=call.V,
+        FACTORS=call.factors,
         NORMALIZE=call.normalize_qk,
         num_warps=4,
         **hopper_chunk_settings()._asdict(),

@@ -37,11 +37,15 @@ from lrnn.kernels.delta_rule.hopper.parts import (
     aggregate,
     as_vector,
     inverse_step,
+    last_steps,
+    load_by_token,
     make_scan_barriers,
     part_barrier,
     step_and_back_prepared,
+    store_by_token,
     tma_load,
     tma_store,
+    token_tiles,
     weigh_keys,
 )
 
@@ -89,6 +93,7 @@ class Constants:
     V: gl.constexpr
     WIDTH: gl.constexpr  # columns of state, as in `chunk_forward`
     BT: gl.constexpr
+    FACTORS: gl.constexpr
     HALVES: gl.constexpr
     STAGES: gl.constexpr
     NORMALIZE: gl.constexpr
@@ -173,7 +178,7 @@ def _load_tiles(q, k, v, c, vector_rows, shared, barriers, place, const):
         for j in gl.static_range(HALVES):
             tma_load(v, [row, place.v_column + j * 64], bar, shared.v.index(HALVES * s + j))
         if const.OUTPUT:
-            tma_load(q, [row, place.qk_column], bar, shared.q.index(s))
+            load_by_token(q, row, place.qk_column, bar, shared.q.index(s), const.FACTORS)
         barriers.free.wait_for_previous(i)
         tma_load(k, [row, place.qk_column], bar, shared.k.index(s))
         tma_load(c, [row, place.c_column], bar, shared.c.index(s))
@@ -216,7 +221,8 @@ def _prepare(shared, barriers, p_log_rq, log_scale, chunks, writes_norm, const):
                 to_query += log_rq
             shared.prepared_vector(slot, TO_QUERY).store(gl.exp2(to_query))
             from_key = g_tile.load(by_column) - log_rk_tile.load(by_column)
-            p = weigh_keys(q_tile, shared.k.index(s), to_query, from_key, rows, columns, tile, BT)
+            last = last_steps(rows, const.FACTORS)
+            p = weigh_keys(q_tile, shared.k.index(s), to_query, from_key, last, columns, tile, BT)
             shared.p.index(slot).store(p.to(shared.p.dtype))
             fence_async_shared()
         barriers.early.arrive(i)
@@ -326,7 +332,9 @@ def _carry_state(results, shared, barriers, place, const, half: gl.constexpr):
             fence_async_shared()
             part_barrier()
         if OUTPUT:
-            tma_store(results.o, [place.row + i * BT, place.head_column + first], shared.o.index(half))
+            store_by_token(
+                results.o, place.row + i * BT, place.head_column + first, shared.o.index(half), const.FACTORS
+            )
         if SAVE_STATES:
             tma_store(results.y, [place.row + i * BT, place.head_column + first], shared.y.index(half))
     tma.store_wait(0)
@@ -347,9 +355,9 @@ def _allocate(q, k, v, c, o, y, states, vector_rows, const):
     prepared_s = gl.allocate_shared_memory(gl.float32, [2 * PREPARED, BT], FLAT)
     q_s, p_s, o_s, y_s, state_s = None, None, None, None, None
     if const.OUTPUT:
-        q_s = gl.allocate_shared_memory(q.dtype, [STAGES, BT, const.K], q.layout)
+        q_s = gl.allocate_shared_memory(q.dtype, [STAGES, BT, const.K], k.layout)
         p_s = gl.allocate_shared_memory(q.dtype, [2, BT, BT], c.layout)
-        o_s = gl.allocate_shared_memory(o.dtype, [HALVES, BT, 64], o.layout)
+        o_s = gl.allocate_shared_memory(o.dtype, [HALVES, BT, 64], v.layout)
     if const.SAVE_STATES:
         y_s = gl.allocate_shared_memory(y.dtype, [HALVES, BT, 64], y.layout)
         state_s = gl.allocate_shared_memory(states.dtype, [HALVES, 64, const.K], states.layout)
@@ -359,15 +367,15 @@ def _allocate(q, k, v, c, o, y, states, vector_rows, const):
 @gluon.jit(do_not_specialize=["T", "R", "scale"])
 def chunk_forward_hopper_kernel(
     q, k, v, c, o, y, states, vectors, vector_rows, initial_state, final_state, reach, T, R, scale,
-    H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BT: gl.constexpr, HALVES: gl.constexpr,
-    NORMALIZE: gl.constexpr, OUTPUT: gl.constexpr, SAVE_STATES: gl.constexpr, TRANSITION: gl.constexpr,
-    HAS_INITIAL: gl.constexpr, SAVE_FINAL: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
-    STATE_REGISTERS: gl.constexpr, PREPARE_REGISTERS: gl.constexpr,
+    H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BT: gl.constexpr, FACTORS: gl.constexpr,
+    HALVES: gl.constexpr, NORMALIZE: gl.constexpr, OUTPUT: gl.constexpr, SAVE_STATES: gl.constexpr,
+    TRANSITION: gl.constexpr, HAS_INITIAL: gl.constexpr, SAVE_FINAL: gl.constexpr, SPLIT: gl.constexpr,
+    STAGES: gl.constexpr, STATE_REGISTERS: gl.constexpr, PREPARE_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     WIDTH: gl.constexpr = V + K if TRANSITION else V
     BV: gl.constexpr = 64 * HALVES
-    const = Constants(HV, K, V, WIDTH, BT, HALVES, STAGES, NORMALIZE, OUTPUT, SAVE_STATES, TRANSITION, HAS_INITIAL,
-                      SAVE_FINAL, SPLIT)  # fmt: skip
+    const = Constants(HV, K, V, WIDTH, BT, FACTORS, HALVES, STAGES, NORMALIZE, OUTPUT, SAVE_STATES, TRANSITION,
+                      HAS_INITIAL, SAVE_FINAL, SPLIT)  # fmt: skip
     pid = gl.program_id(0)
     i_v = pid % (WIDTH // BV)
     i_h = (pid // (WIDTH // BV)) % HV
@@ -440,11 +448,12 @@ def launch_chunk_forward(
     launch(
         chunk_forward_hopper_kernel,
         ((call.V + call.K * transition) // (64 * settings.HALVES) * heads, 1, 1),
-        operands.q if o is not None else None,
+        None if o is None else token_tiles(call, operands.queries, call.K),
         operands.k,
         operands.v,
         operands.c,
-        *(None if x is None else Tiles(x, CHUNK, call.columns) for x in (o, y)),
+        None if o is None else token_tiles(call, o, call.columns),
+        None if y is None else Tiles(y, CHUNK, call.columns),
         None if states is None else Tiles(states, call.columns, call.K),
         operands.vectors,
         operands.vector_rows,
@@ -462,6 +471,7 @@ def launch_chunk_forward(
         SAVE_FINAL=final is not None,
         SPLIT=call.split,
         V=call.V,
+        FACTORS=call.factors,
         num_warps=4,
         **settings._asdict(),
         **call.sizes,

@@ -73,16 +73,18 @@ def _add(a, b):
 
 
 @gluon.jit
-def _log_gates(gate, A_log, dt_bias, row, i_h, HV: gl.constexpr, GATE: gl.constexpr):
-    # log-gates (base 2)
+def _log_gates(gate, A_log, dt_bias, row, i_h, HV: gl.constexpr, FACTORS: gl.constexpr, GATE: gl.constexpr):
+    # log-gates (base 2); 0 after a token's first step
     if GATE == "none":
         return gl.zeros([64], gl.float32, _TOKENS)
     else:
-        b_g = gl.load(gate + row * HV + i_h).to(gl.float32)
+        b_g = gl.load(gate + row // FACTORS * HV + i_h).to(gl.float32)
         if GATE == "raw":
             b_a = b_g + gl.load(dt_bias + i_h).to(gl.float32)
             softplus = gl.maximum(b_a, 0.0) + gl.log(1.0 + gl.exp(-gl.abs(b_a)))
             b_g = -gl.exp(gl.load(A_log + i_h).to(gl.float32)) * softplus
+        if FACTORS > 1:
+            b_g = gl.where(row % FACTORS == 0, b_g, 0.0)
         return b_g * 1.4426950408889634
 
 
@@ -234,7 +236,7 @@ def _store_diagonal(tile, c_s, zero):
 @gluon.jit(do_not_specialize=["R", "beta_range"])
 def chunk_inverse_hopper_kernel(
     k, gate, beta, A_log, dt_bias, c_out, vectors, R, beta_range, H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr,
-    BT: gl.constexpr, GATE: gl.constexpr, RAW_BETA: gl.constexpr, NORMALIZE: gl.constexpr,
+    BT: gl.constexpr, FACTORS: gl.constexpr, GATE: gl.constexpr, RAW_BETA: gl.constexpr, NORMALIZE: gl.constexpr,
 ):  # fmt: skip
     # The heads of a chunk are computed side by side: their numbers are neighbours in memory, so they are read and
     # written together.
@@ -255,7 +257,7 @@ def chunk_inverse_hopper_kernel(
     b_beta = gl.load(beta + row * HV + i_h).to(gl.float32)
     if RAW_BETA:
         b_beta = beta_range / (1.0 + gl.exp(-b_beta))
-    g = gl.associative_scan(_log_gates(gate, A_log, dt_bias, row, i_h, HV, GATE), 0, _add)
+    g = gl.associative_scan(_log_gates(gate, A_log, dt_bias, row, i_h, HV, FACTORS, GATE), 0, _add)
     p_g = vectors + 4 * i_h.to(gl.int64) * R + first
     gl.store(p_g + t, g)
     gl.store(p_g + R + t, b_beta)
@@ -340,6 +342,7 @@ def launch_chunk_inverse(
         call.R,
         call.beta_range or 0.0,
         NORMALIZE=call.normalize_qk,
+        FACTORS=call.factors,
         GATE=call.gate,
         RAW_BETA=call.beta_range is not None,
         **HOPPER_INVERSE_LAUNCH,

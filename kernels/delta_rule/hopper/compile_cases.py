@@ -15,17 +15,25 @@ from lrnn.kernels.delta_rule.hopper.scan_backward import chunk_scan_backward_hop
 
 
 def compile_cases() -> Iterator[Case]:
-    """Yield the kernels in every variant that they are made for; the scans with one and with two halves of the values
-    per program."""
+    """Yield the kernels in every variant that they are made for.
+
+    The scans have one half of the values per program, or two; with several factors two.
+    """
     for variant in VARIANTS:
         if variant.size == 128 and not variant.packed and variant.dtype != torch.float32:
             for cases in (_matrices, _forward_scans, _backward_scans, _inside_chunks):
-                yield from (case for case in cases(variant) if variant.only in case[1].arg_names)
+                yield from filter(variant.includes, cases(variant))
 
 
-def _tile(element: str, rows: int, columns: int) -> str:
-    layout = NVMMASharedLayout(128 if rows >= 8 else 0, 32 if element == "fp32" else 16, rank=2)
-    return f"tensordesc<{element}[{rows}, {columns}],{layout!r}>"
+def _tile(element: str, *shape: int) -> str:
+    layout = NVMMASharedLayout(128 if shape[0] >= 8 else 0, 32 if element == "fp32" else 16, rank=len(shape))
+    return f"tensordesc<{element}{list(shape)},{layout!r}>"
+
+
+def _token_tile(variant: Variant, columns: int) -> str:
+    """Return the type of `token_tiles`."""
+    rows = (CHUNK,) if variant.factors == 1 else (CHUNK // variant.factors, variant.factors)
+    return _tile(variant.element, *rows, columns)
 
 
 def _matrices(variant: Variant) -> Iterator[Case]:
@@ -39,8 +47,9 @@ def _matrices(variant: Variant) -> Iterator[Case]:
 def _scan_types(variant: Variant) -> dict[str, str]:
     types = {"c": _tile(variant.matrix, CHUNK, CHUNK), "vector_rows": _tile("fp32", 1, CHUNK)}
     types |= dict.fromkeys(("states", "dstates"), _tile(variant.element, 64, 128))
-    types |= dict.fromkeys(("q", "k"), _tile(variant.element, CHUNK, 128))
-    return types | dict.fromkeys(("v", "o", "y", "do", "dv"), _tile(variant.element, CHUNK, 64))
+    types |= {"q": _token_tile(variant, 128), "k": _tile(variant.element, CHUNK, 128)}
+    types |= dict.fromkeys(("o", "do"), _token_tile(variant, 64))
+    return types | dict.fromkeys(("v", "y", "dv"), _tile(variant.element, CHUNK, 64))
 
 
 def _forward_scans(variant: Variant) -> Iterator[Case]:
@@ -56,7 +65,7 @@ def _forward_scans(variant: Variant) -> Iterator[Case]:
         | no_output
         | nothing_saved,
     }
-    for full in (False, True):
+    for full in (False, True) if variant.factors == 1 else (True,):
         for name, form in forms.items():
             flags = nothing | form
             launch = hopper_settings(full, flags["OUTPUT"], flags["SAVE_STATES"], variant.split)
@@ -70,7 +79,7 @@ def _backward_scans(variant: Variant) -> Iterator[Case]:
     saving |= dict.fromkeys(("dfinal", "dinitial", "reach"))
     start: dict[str, Any] = {"SAVE_STATES": False, "SAVE_INITIAL": True, "REACH": True}
     start |= dict.fromkeys(("dfinal", "dv", "dstates"))
-    for full in (False, True):
+    for full in (False, True) if variant.factors == 1 else (True,):
         for name, flags in (("scan_backward_hopper", saving), ("start_gradient_hopper", start)):
             launch = hopper_backward_settings(full, flags["SAVE_STATES"])
             constants = {"HAS_FINAL": False} | flags | launch._asdict()
@@ -78,8 +87,8 @@ def _backward_scans(variant: Variant) -> Iterator[Case]:
 
 
 def _inside_chunks(variant: Variant) -> Iterator[Case]:
-    tiles = ("q", "k", "do", "dx", "y", "states", "dstates", "dq", "dk")
-    types = dict.fromkeys(tiles, _tile(variant.element, CHUNK, 128))
+    types = dict.fromkeys(("k", "dx", "y", "states", "dstates", "dk"), _tile(variant.element, CHUNK, 128))
+    types |= dict.fromkeys(("q", "do", "dq"), _token_tile(variant, 128))
     types |= {"dv": f"*{variant.element}", "vector_rows": _tile("fp32", 1, CHUNK)}
     settings = hopper_chunk_settings()._asdict()
     yield variant.case("chunk_backward_hopper", chunk_backward_hopper_kernel, settings, types, 4)

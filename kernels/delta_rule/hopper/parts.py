@@ -10,11 +10,14 @@ is compiled its fields are separate values, so it costs nothing. Its methods are
 
 from typing import Any, TypeAlias, TypeVar, dataclass_transform
 
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
-from lrnn.kernels.common.constants import LEAST_KEPT, LEAST_KEPT_FP16, SMALL_BETA
+from lrnn.kernels.common.constants import CHUNK, LEAST_KEPT, LEAST_KEPT_FP16, SMALL_BETA
+from lrnn.kernels.common.tiles import SpacedTiles, Tiles
+from lrnn.kernels.delta_rule.call import Call
 
 T = TypeVar("T")
 
@@ -152,10 +155,52 @@ def as_vector(tile, BT: gl.constexpr):
     return reinterpret(tile, gl.float32, [BT], FLAT)
 
 
+def token_tiles(call: Call, x: Tensor, columns: int) -> Tiles:
+    """Return the tiles of a tensor by token, [B, T / factors, H, D], for `load_by_token` and `store_by_token`."""
+    if call.factors == 1:
+        return Tiles(x, CHUNK, columns)
+    return SpacedTiles(x, CHUNK, columns, call.factors)
+
+
+@gluon.jit
+def _by_token(tile, matrix, FACTORS: gl.constexpr):
+    tokens: gl.constexpr = tile.shape[0] // FACTORS
+    columns: gl.constexpr = tile.shape[1]
+    layout: gl.constexpr = matrix.layout  # Triton 3.6 passes on no layout that is not a constant
+    return reinterpret(tile, matrix.dtype, [tokens, FACTORS, columns], layout)
+
+
+@gluon.jit
+def load_by_token(matrix, row, column, bar, tile, FACTORS: gl.constexpr):
+    # The rows of a chunk's tokens to the tile's rows of their first steps, and zeros to the others. `row` is a step's.
+    if FACTORS == 1:
+        tma_load(matrix, [row, column], bar, tile)
+    else:
+        tma_load(matrix, [row // FACTORS, 0, column], bar, _by_token(tile, matrix, FACTORS))
+
+
+@gluon.jit
+def store_by_token(matrix, row, column, tile, FACTORS: gl.constexpr):
+    # The tile's rows of the tokens' first steps. The others are not stored.
+    if FACTORS == 1:
+        tma_store(matrix, [row, column], tile)
+    else:
+        tma_store(matrix, [row // FACTORS, 0, column], _by_token(tile, matrix, FACTORS))
+
+
+@gluon.jit
+def last_steps(rows, FACTORS: gl.constexpr):
+    # The last step of each row's token, after which its query reads. The gates up to there are those up to the row.
+    if FACTORS == 1:
+        return rows
+    else:
+        return rows // FACTORS * FACTORS + (FACTORS - 1)
+
+
 @gluon.jit
 def weigh_keys(q_tile, k_tile, to_query, from_key, rows, columns, tile: gl.constexpr, BT: gl.constexpr):
-    # P = scale tril(G . Q^ K^T r): all factors but Q K^T as exponents, by row `to_query`, by column `-from_key`. The
-    # exponent is masked, since above the diagonal it would overflow.
+    # P = scale tril(G . Q^ K^T r): all factors but Q K^T as exponents, by row `to_query`, by column `-from_key`. `rows`
+    # are `last_steps`. The exponent is masked, since above the diagonal it would overflow.
     qk = warpgroup_mma(q_tile, k_tile.permute((1, 0)), gl.zeros([BT, BT], gl.float32, tile), use_acc=False)
     exponent = gl.where(rows[:, None] >= columns[None, :], to_query[:, None] - from_key[None, :], float("-inf"))
     return qk * gl.exp2(exponent)

@@ -36,11 +36,14 @@ from lrnn.kernels.delta_rule.hopper.parts import (
     as_vector,
     inverse_step,
     is_kept_small,
+    last_steps,
+    load_by_token,
     make_scan_barriers,
     part_barrier,
     step_and_back_prepared,
     tma_load,
     tma_store,
+    token_tiles,
     weigh_keys,
 )
 
@@ -63,6 +66,7 @@ class Constants:
     K: gl.constexpr
     V: gl.constexpr
     BT: gl.constexpr
+    FACTORS: gl.constexpr
     HALVES: gl.constexpr
     STAGES: gl.constexpr
     SAVE_STATES: gl.constexpr
@@ -135,12 +139,12 @@ def _load_tiles(q, k, c, do, vector_rows, shared, barriers, place, const):
         bar = barriers.ready.of(i)
         mbarrier.expect(bar, size)
         row = place.row + i_t * const.BT
-        tma_load(q, [row, place.qk_column], bar, shared.q.index(s))
+        load_by_token(q, row, place.qk_column, bar, shared.q.index(s), const.FACTORS)
         for j in gl.static_range(LOADED):
             tma_load(vector_rows, [place.vector_row + j, place.token + i_t * const.BT], bar,
                      shared.vectors.index(LOADED * s + j))  # fmt: skip
         for j in gl.static_range(HALVES):
-            tma_load(do, [row, place.v_column + j * 64], bar, shared.do.index(HALVES * s + j))
+            load_by_token(do, row, place.v_column + j * 64, bar, shared.do.index(HALVES * s + j), const.FACTORS)
         barriers.free.wait_for_previous(i)
         tma_load(k, [row, place.qk_column], bar, shared.k.index(s))
         tma_load(c, [row, place.c_column], bar, shared.c.index(s))
@@ -174,7 +178,8 @@ def _prepare(shared, barriers, log_scale, chunks, const):
         shared.prepared_vector(slot, TO_QUERY).store(gl.exp2(to_query))  # scale gamma r_q
         shared.prepared_vector(slot, KEPT).store(gl.where(is_kept_small(beta, shared.k.dtype), 1.0, beta))
         from_key = g_tile.load(by_column) - log_rk_tile.load(by_column)
-        p = weigh_keys(shared.q.index(s), shared.k.index(s), to_query, from_key, rows, columns, tile, BT)
+        last = last_steps(rows, const.FACTORS)
+        p = weigh_keys(shared.q.index(s), shared.k.index(s), to_query, from_key, last, columns, tile, BT)
         shared.p.index(slot).store(p.to(shared.p.dtype))
         fence_async_shared()
         barriers.early.arrive(i)
@@ -268,10 +273,10 @@ def _allocate(q, k, c, do, dv, dstates, vector_rows, const):
     STAGES: gl.constexpr = const.STAGES
     HALVES: gl.constexpr = const.HALVES
     BT: gl.constexpr = const.BT
-    q_s = gl.allocate_shared_memory(q.dtype, [STAGES, BT, const.K], q.layout)
+    q_s = gl.allocate_shared_memory(q.dtype, [STAGES, BT, const.K], k.layout)
     k_s = gl.allocate_shared_memory(k.dtype, [STAGES, BT, const.K], k.layout)
     c_s = gl.allocate_shared_memory(c.dtype, [STAGES, BT, BT], c.layout)
-    do_s = gl.allocate_shared_memory(do.dtype, [STAGES * HALVES, BT, 64], do.layout)
+    do_s = gl.allocate_shared_memory(do.dtype, [STAGES * HALVES, BT, 64], k.layout)
     vec_s = gl.allocate_shared_memory(gl.float32, [STAGES * LOADED, 1, BT], vector_rows.layout)
     p_s = gl.allocate_shared_memory(q.dtype, [2, BT, BT], c.layout)
     prepared_s = gl.allocate_shared_memory(gl.float32, [2 * PREPARED, BT], FLAT)
@@ -285,12 +290,13 @@ def _allocate(q, k, c, do, dv, dstates, vector_rows, const):
 @gluon.jit(do_not_specialize=["T", "R", "scale"])
 def chunk_scan_backward_hopper_kernel(
     q, k, c, do, dv, dstates, vectors, vector_rows, dfinal, dinitial, reach, T, R, scale,
-    H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BT: gl.constexpr, SAVE_STATES: gl.constexpr,
-    HAS_FINAL: gl.constexpr, SAVE_INITIAL: gl.constexpr, REACH: gl.constexpr, SPLIT: gl.constexpr,
-    HALVES: gl.constexpr, STAGES: gl.constexpr, STATE_REGISTERS: gl.constexpr, PREPARE_REGISTERS: gl.constexpr,
+    H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BT: gl.constexpr, FACTORS: gl.constexpr,
+    SAVE_STATES: gl.constexpr, HAS_FINAL: gl.constexpr, SAVE_INITIAL: gl.constexpr, REACH: gl.constexpr,
+    SPLIT: gl.constexpr, HALVES: gl.constexpr, STAGES: gl.constexpr, STATE_REGISTERS: gl.constexpr,
+    PREPARE_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     BV: gl.constexpr = 64 * HALVES
-    const = Constants(HV, K, V, BT, HALVES, STAGES, SAVE_STATES, HAS_FINAL, SAVE_INITIAL, SPLIT)
+    const = Constants(HV, K, V, BT, FACTORS, HALVES, STAGES, SAVE_STATES, HAS_FINAL, SAVE_INITIAL, SPLIT)
     pid = gl.program_id(0)
     i_v = pid % (V // BV)
     i_h = (pid // (V // BV)) % HV
@@ -352,10 +358,10 @@ def launch_scan_backward(
     launch(
         chunk_scan_backward_hopper_kernel,
         (call.V // (64 * settings.HALVES) * heads, 1, 1),
-        operands.q,
+        token_tiles(call, operands.queries, call.K),
         operands.k,
         operands.c,
-        Tiles(do, CHUNK, call.columns),
+        token_tiles(call, do, call.columns),
         None if dv is None else Tiles(dv, CHUNK, call.columns),
         None if dstates is None else Tiles(dstates, call.columns, call.K),
         operands.vectors,
@@ -372,6 +378,7 @@ def launch_scan_backward(
         REACH=reach is not None,
         SPLIT=call.split,
         V=call.V,
+        FACTORS=call.factors,
         num_warps=4,
         **settings._asdict(),
         **call.sizes,

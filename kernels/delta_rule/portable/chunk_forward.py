@@ -12,6 +12,10 @@ With k^ = r k (r = 1/|k|), q^ likewise, gamma_i = exp(g_i), rho_i = exp(g_C - g_
 Only beta X is rounded, and X is recovered from it. With one key and beta = 2 the values written then cancel in pairs
 without any error, and a reflection is carried over any number of tokens. See arXiv 2412.06464, section 3.3.
 
+With several factors per token, a chunk has 64 steps but fewer queries, each of which reads after the last step of its
+token. Q, O and the rows of Q^ K^T are then those of the tokens, and G_ij of row i is that of the step after which it
+reads.
+
 With several keys the rounding of rho r N adds up in the state. With SPLIT it is a sum of two numbers of 16 bits, high
 and low, each with a product of its own: S' = gamma_C S + K^T high + K^T low.
 """
@@ -24,8 +28,11 @@ from lrnn.kernels.common.launch import launch
 from lrnn.kernels.common.tiles import Tiles
 from lrnn.kernels.delta_rule.call import Call, Operands
 from lrnn.kernels.delta_rule.portable.parts import (
+    at_queries,
     decay_between,
+    query_steps,
     result_tiles,
+    rows_left,
     sequence_position,
     step_and_back,
     store_result,
@@ -57,6 +64,8 @@ def chunk_forward_kernel(
     V: tl.constexpr,
     BT: tl.constexpr,
     BV: tl.constexpr,
+    BQ: tl.constexpr,
+    FACTORS: tl.constexpr,
     NORMALIZE: tl.constexpr,
     OUTPUT: tl.constexpr,
     SAVE_STATES: tl.constexpr,
@@ -78,12 +87,14 @@ def chunk_forward_kernel(
     i_h = (pid // COLUMNS) % HV
     i_n = pid // (COLUMNS * HV)
     i_hk = i_h // (HV // H)
-    bos, length, first_chunk = sequence_position(i_n, cu_seqlens, chunk_starts, T, BT, IS_VARLEN)
+    STEPS: tl.constexpr = BT // FACTORS * FACTORS
+    bos, length, first_chunk = sequence_position(i_n, cu_seqlens, chunk_starts, T, STEPS, IS_VARLEN)
     is_value = i_v < V // BV
     p_g = vectors + 4 * i_h.to(tl.int64) * R + first_chunk * BT
     dtype = k.dtype
 
     o_t = tl.arange(0, BT)
+    q_t = query_steps(BQ, FACTORS)
     o_k = tl.arange(0, K)
     o_v = i_v * BV + tl.arange(0, BV)
     width = COLUMNS * BV
@@ -98,15 +109,16 @@ def chunk_forward_kernel(
         is_one = (o_v[:, None] - V == o_k[None, :]) & (first == 0)  # if nothing is left of it, no chunk is scanned
         b_s = tl.where(is_value, b_s, tl.where(is_one, 1.0, 0.0))
 
-    for i_t in tl.range(first, tl.cdiv(length, BT), num_stages=STAGES):
-        t = i_t * BT + o_t
-        m_t = o_t < (BT if IS_FULL else length - i_t * BT)
-        row = bos + i_t * BT
+    for i_t in tl.range(first, tl.cdiv(length, STEPS), num_stages=STAGES):
+        left = rows_left(length, i_t, STEPS, BT, IS_FULL)
+        m_t = o_t < left
+        row = bos + i_t * STEPS
+        q_row = row // FACTORS
         column = (first_chunk + i_t) * BT
         b_k = k.load([row, i_hk * K])
         b_c = c.load([row, i_h * BT])
         if OUTPUT:
-            b_q = q.load([row, i_hk * K])
+            b_q = q.load([q_row, i_hk * K])
         b_v = v.load([row, i_h * V + tl.where(is_value, i_v, 0) * BV])
         b_g = tl.reshape(vector_rows.load([4 * i_h, column]), [BT])
         b_beta = tl.reshape(vector_rows.load([4 * i_h + 1, column]), [BT])
@@ -114,27 +126,28 @@ def chunk_forward_kernel(
         # Norms are kept as logarithms (base 2) and join the gates in the exponent: a vector along the columns of an
         # accumulator takes 16 registers, so as few as possible of them are made.
         log_rk = tl.zeros([BT], tl.float32)
-        log_rq = tl.zeros([BT], tl.float32)
+        log_rq = tl.zeros([BQ], tl.float32)
         if NORMALIZE:
             log_rk = tl.reshape(vector_rows.load([4 * i_h + 2, column]), [BT])
             if OUTPUT:
-                if STAGES > 1:
+                if STAGES > 1 and FACTORS == 1:
                     # |q|^2 is on the diagonal of Q Q^T: the tensor cores are idle, registers are not.
                     b_qq = tl.dot(b_q, tl.trans(b_q), input_precision=PRECISION)
                     b_qq = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_qq, 0.0), 1)
-                else:  # Triton 3.6 fails on that product if the load of q is not pipelined
+                else:  # Triton 3.6 fails on that product if the load of q is not pipelined; fewer rows cost less
                     b_qq = tl.sum(b_q.to(tl.float32) * b_q.to(tl.float32), 1)
                 log_rq = -0.5 * tl.log2(tl.maximum(b_qq, 1e-12))
                 if i_v == 0:
-                    tl.store(p_g + 3 * R + t, log_rq)
+                    tl.store(p_g + 3 * R + i_t * BT + q_t, log_rq, mask=None if FACTORS == 1 else q_t < BT)
         b_sh = b_s.to(dtype)
         if OUTPUT:
             # P = scale tril(G . Q^ K^T r)
             log_rq += log_scale
-            decay = decay_between(o_t[:, None] >= o_t[None, :], b_g, log_rq, log_rk, PRECISION)
+            g_q = at_queries(b_g, BQ, FACTORS)
+            decay = decay_between(q_t[:, None] >= o_t[None, :], g_q, b_g, log_rq, log_rk, PRECISION)
             b_p = (tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * decay).to(dtype)
             # O^T = (S^T Q^T) scale gamma + N^T P^T
-            b_o = tl.dot(b_sh, tl.trans(b_q), input_precision=PRECISION) * tl.exp2(b_g + log_rq)[None, :]
+            b_o = tl.dot(b_sh, tl.trans(b_q), input_precision=PRECISION) * tl.exp2(g_q + log_rq)[None, :]
         if SAVE_STATES:
             states.store([((first_chunk + i_t) * HV + i_h) * V + i_v * BV, 0], b_sh)
 
@@ -157,7 +170,7 @@ def chunk_forward_kernel(
         if OUTPUT:
             # + N^T P^T, N = beta Y
             b_o = tl.dot((b_y * b_beta[None, :]).to(dtype), tl.trans(b_p), b_o, input_precision=PRECISION)
-            store_result(o, tl.trans(b_o.to(dtype)), row, i_h * V + i_v * BV, HV * V, m_t, IS_FULL)
+            store_result(o, tl.trans(b_o.to(dtype)), q_row, i_h * V + i_v * BV, HV * V, q_t < left, IS_FULL)
         # S'^T = gamma_C S^T + (rho r N)^T K
         rho = tl.exp2(g_last - b_g + log_rk) * b_beta  # beta is 0 past the end of the sequence
         b_n = b_y * rho[None, :]
@@ -192,7 +205,7 @@ def launch_chunk_forward(
         operands.k,
         operands.v,
         operands.c,
-        result_tiles(call, o),
+        result_tiles(call, o, call.query_rows),
         result_tiles(call, y),
         None if states is None else Tiles(states, settings.BV, call.K),
         operands.vectors,
@@ -205,6 +218,7 @@ def launch_chunk_forward(
         call.chunks.seq_len,
         call.R,
         call.scale,
+        BQ=call.query_rows,
         OUTPUT=o is not None,
         SAVE_STATES=states is not None,
         TRANSITION=transition,
@@ -213,6 +227,7 @@ def launch_chunk_forward(
         SPLIT=call.split,
         V=call.V,
         **settings.constants(),
+        FACTORS=call.factors,
         **call.sizes,
         **call.flags,
     )

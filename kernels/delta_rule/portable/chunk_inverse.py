@@ -21,16 +21,20 @@ from torch import Tensor
 
 from lrnn.kernels.common.launch import launch
 from lrnn.kernels.delta_rule.call import Call, Operands
-from lrnn.kernels.delta_rule.portable.parts import chunk_position
+from lrnn.kernels.delta_rule.portable.parts import chunk_position, rows_left
 
 INVERSE_LAUNCH = {"num_warps": 1, "num_stages": 3}  # the blocks of 16 x 16 are one warp's work
 
 
 @triton.jit
-def _log_gates(gate, A_log, dt_bias, row, m, i_h, HV: tl.constexpr, GATE: tl.constexpr):
-    # Return the log-gates (base 2) of some tokens; 0, which is no decay, where m is false.
+def _log_gates(gate, A_log, dt_bias, row, m, i_h, HV: tl.constexpr, FACTORS: tl.constexpr, GATE: tl.constexpr):
+    # Return the log-gates (base 2) of some steps; 0, which is no decay, where m is false and after a token's first
+    # step.
     b_g = tl.zeros([row.shape[0]], tl.float32)
     if GATE != "none":
+        if FACTORS > 1:
+            m &= row % FACTORS == 0
+            row = row // FACTORS
         b_g += tl.load(gate + row * HV + i_h, mask=m, other=0.0).to(tl.float32)
         if GATE == "raw":
             b_a = b_g + tl.load(dt_bias + i_h).to(tl.float32)
@@ -42,7 +46,7 @@ def _log_gates(gate, A_log, dt_bias, row, m, i_h, HV: tl.constexpr, GATE: tl.con
 
 @triton.jit
 def _step_sizes(beta, row, m, i_h, beta_range, HV: tl.constexpr, RAW_BETA: tl.constexpr):
-    # Return the step sizes of some tokens; 0, which is the identity, where m is false.
+    # Return the step sizes of some steps; 0, which is the identity, where m is false.
     b_beta = tl.load(beta + row * HV + i_h, mask=m, other=0.0).to(tl.float32)
     if RAW_BETA:
         b_beta = beta_range * tl.sigmoid(b_beta)
@@ -126,6 +130,7 @@ def chunk_inverse_kernel(
     K: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
+    FACTORS: tl.constexpr,
     GATE: tl.constexpr,
     RAW_BETA: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -134,15 +139,16 @@ def chunk_inverse_kernel(
     PRECISION: tl.constexpr,
 ):
     i_c, i_h = tl.program_id(0), tl.program_id(1)
-    i_n, i_t, bos, length = chunk_position(i_c, cu_seqlens, chunk_table, T, BT, IS_VARLEN)
+    STEPS: tl.constexpr = BT // FACTORS * FACTORS
+    i_n, i_t, bos, length = chunk_position(i_c, cu_seqlens, chunk_table, T, STEPS, IS_VARLEN)
     o_t = tl.arange(0, BT)
     p_g = vectors + 4 * i_h.to(tl.int64) * R + i_c * BT
     if i_n < 0:  # there is no such chunk, but nothing that is returned stays unwritten
         for i in range(4):
             tl.store(p_g + i * R + o_t, tl.zeros([BT], tl.float32))
         return
-    first = bos + i_t * BT
-    left = BT if IS_FULL else length - i_t * BT  # tokens of this chunk
+    first = bos + i_t * STEPS
+    left = rows_left(length, i_t, STEPS, BT, IS_FULL)
     o_r = tl.arange(0, 16)
     row = (first + o_r).to(tl.int64)
 
@@ -151,10 +157,10 @@ def chunk_inverse_kernel(
     beta1 = _step_sizes(beta, row + 16, o_r + 16 < left, i_h, beta_range, HV, RAW_BETA)
     beta2 = _step_sizes(beta, row + 32, o_r + 32 < left, i_h, beta_range, HV, RAW_BETA)
     beta3 = _step_sizes(beta, row + 48, o_r + 48 < left, i_h, beta_range, HV, RAW_BETA)
-    g0 = tl.cumsum(_log_gates(gate, A_log, dt_bias, row, o_r < left, i_h, HV, GATE), 0)
-    g1 = tl.cumsum(_log_gates(gate, A_log, dt_bias, row + 16, o_r + 16 < left, i_h, HV, GATE), 0)
-    g2 = tl.cumsum(_log_gates(gate, A_log, dt_bias, row + 32, o_r + 32 < left, i_h, HV, GATE), 0)
-    g3 = tl.cumsum(_log_gates(gate, A_log, dt_bias, row + 48, o_r + 48 < left, i_h, HV, GATE), 0)
+    g0 = tl.cumsum(_log_gates(gate, A_log, dt_bias, row, o_r < left, i_h, HV, FACTORS, GATE), 0)
+    g1 = tl.cumsum(_log_gates(gate, A_log, dt_bias, row + 16, o_r + 16 < left, i_h, HV, FACTORS, GATE), 0)
+    g2 = tl.cumsum(_log_gates(gate, A_log, dt_bias, row + 32, o_r + 32 < left, i_h, HV, FACTORS, GATE), 0)
+    g3 = tl.cumsum(_log_gates(gate, A_log, dt_bias, row + 48, o_r + 48 < left, i_h, HV, FACTORS, GATE), 0)
     g1 += tl.sum(tl.where(o_r == 15, g0, 0.0), 0)
     g2 += tl.sum(tl.where(o_r == 15, g1, 0.0), 0)
     g3 += tl.sum(tl.where(o_r == 15, g2, 0.0), 0)
@@ -290,6 +296,7 @@ def launch_chunk_inverse(
         GATE=call.gate,
         RAW_BETA=call.beta_range is not None,
         **INVERSE_LAUNCH,
+        FACTORS=call.factors,
         **call.sizes,
         **call.flags,
     )

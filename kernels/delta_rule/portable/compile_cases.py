@@ -8,6 +8,7 @@ import torch
 from lrnn.kernels.common.constants import CHUNK
 from lrnn.kernels.delta_rule.call import can_save_states
 from lrnn.kernels.delta_rule.compile_cases import VARIANTS, Case, Variant
+from lrnn.kernels.delta_rule.cut import query_rows
 from lrnn.kernels.delta_rule.portable.chunk_backward import chunk_backward_kernel
 from lrnn.kernels.delta_rule.portable.chunk_forward import chunk_forward_kernel
 from lrnn.kernels.delta_rule.portable.chunk_inverse import INVERSE_LAUNCH, chunk_inverse_kernel
@@ -24,7 +25,7 @@ def compile_cases(variants: Iterable[Variant] = VARIANTS) -> Iterator[Case]:
     """Yield the kernels of training in every variant, and that of generation in bf16."""
     for variant in variants:
         for cases in (_matrices, _forward_scans, _backward_scans, _inside_chunks, _gates, _segments):
-            yield from (case for case in cases(variant) if variant.only in case[1].arg_names)
+            yield from filter(variant.includes, cases(variant))
     yield _recurrent(GENERATION)
 
 
@@ -43,10 +44,13 @@ def _scan_types(variant: Variant, columns: int) -> dict[str, str]:
     """Return the types of the arguments of both scans."""
     element, K = variant.element, variant.size
     values = _tile(element, CHUNK, columns)
-    result = f"*{element}" if variant.packed or variant.dtype == torch.float32 else values
-    types = {"q": _tile(element, CHUNK, K), "k": _tile(element, CHUNK, K), "c": _tile(variant.matrix, CHUNK, CHUNK)}
-    types |= {"vector_rows": _tile("fp32", 1, CHUNK), "states": _tile(element, columns, K)}
-    return types | dict.fromkeys(("v", "do"), values) | dict.fromkeys(("o", "y", "dv"), result)
+    by_pointer = variant.packed or variant.dtype == torch.float32
+    result = f"*{element}" if by_pointer else values
+    queries = query_rows(variant.factors)
+    types = {"q": _tile(element, queries, K), "k": _tile(element, CHUNK, K), "c": _tile(variant.matrix, CHUNK, CHUNK)}
+    types |= {"vector_rows": _tile("fp32", 1, CHUNK), "states": _tile(element, columns, K), "v": values}
+    types |= {"do": _tile(element, queries, columns), "o": result if by_pointer else _tile(element, queries, columns)}
+    return types | dict.fromkeys(("y", "dv"), result)
 
 
 def _forward_scans(variant: Variant) -> Iterator[Case]:
@@ -88,7 +92,7 @@ def _backward_scans(variant: Variant) -> Iterator[Case]:
 def _inside_chunks(variant: Variant) -> Iterator[Case]:
     launch = variant.settings.inside_chunks
     types = _scan_types(variant, launch.BV) | dict.fromkeys(("dq", "dk", "dv"), f"*{variant.element}")
-    types |= dict.fromkeys(("do", "dx", "y"), _tile(variant.element, CHUNK, launch.BV))
+    types |= dict.fromkeys(("dx", "y"), _tile(variant.element, CHUNK, launch.BV))
     types |= dict.fromkeys(("states", "dstates"), _tile(variant.element, launch.BV, variant.size))
     constants = {"BV": launch.BV, "STAGES": launch.stages}
     yield variant.case("chunk_backward", chunk_backward_kernel, constants, types, launch.warps, launch.stages)

@@ -10,15 +10,16 @@ from lrnn.kernels.delta_rule.call import Call
 
 
 @triton.jit
-def chunk_position(i_c, cu_seqlens, chunk_table, T, BT: tl.constexpr, IS_VARLEN: tl.constexpr):
-    # Return (sequence, chunk in it, its first row, its length) of the i_c-th chunk; sequence -1 past the last chunk.
+def chunk_position(i_c, cu_seqlens, chunk_table, T, STEPS: tl.constexpr, IS_VARLEN: tl.constexpr):
+    # Return (sequence, chunk in it, its first row, its length) of the i_c-th chunk, where chunks have STEPS rows;
+    # sequence -1 past the last chunk.
     if IS_VARLEN:
         i_n = tl.load(chunk_table + 2 * i_c)
         i_t = tl.load(chunk_table + 2 * i_c + 1)
         bos = tl.load(cu_seqlens + tl.maximum(i_n, 0)).to(tl.int32)
         length = tl.load(cu_seqlens + tl.maximum(i_n, 0) + 1).to(tl.int32) - bos
     else:
-        n_chunks = tl.cdiv(T, BT)
+        n_chunks = tl.cdiv(T, STEPS)
         i_n = i_c // n_chunks
         i_t = i_c % n_chunks
         bos = i_n * T
@@ -27,8 +28,8 @@ def chunk_position(i_c, cu_seqlens, chunk_table, T, BT: tl.constexpr, IS_VARLEN:
 
 
 @triton.jit
-def sequence_position(i_n, cu_seqlens, chunk_starts, T, BT: tl.constexpr, IS_VARLEN: tl.constexpr):
-    # Return (first row, length, number of its first chunk) of the i_n-th sequence.
+def sequence_position(i_n, cu_seqlens, chunk_starts, T, STEPS: tl.constexpr, IS_VARLEN: tl.constexpr):
+    # Return (first row, length, number of its first chunk) of the i_n-th sequence, where chunks have STEPS rows.
     if IS_VARLEN:
         bos = tl.load(cu_seqlens + i_n).to(tl.int32)
         length = tl.load(cu_seqlens + i_n + 1).to(tl.int32) - bos
@@ -36,8 +37,19 @@ def sequence_position(i_n, cu_seqlens, chunk_starts, T, BT: tl.constexpr, IS_VAR
     else:
         bos = i_n * T
         length = T
-        first_chunk = i_n * tl.cdiv(T, BT)
+        first_chunk = i_n * tl.cdiv(T, STEPS)
     return bos, length, first_chunk
+
+
+@triton.jit
+def rows_left(length, i_t, STEPS: tl.constexpr, BT: tl.constexpr, IS_FULL: tl.constexpr):
+    # Return how many rows of the tiles of a sequence's i_t-th chunk are the chunk's; maybe more where STEPS is BT.
+    if IS_FULL:
+        return BT
+    left = length - i_t * STEPS
+    if STEPS < BT:
+        left = tl.minimum(left, STEPS)
+    return left
 
 
 @triton.jit
@@ -80,23 +92,39 @@ def is_kept_small(beta, dtype: tl.constexpr):
 
 
 @triton.jit
-def decay_between(mask, g, log_q, log_k, PRECISION: tl.constexpr):
-    # Return exp2(g_i - g_j + log_q_i + log_k_j) [BT, BT] where the mask is true, else 0. The exponent is masked because
-    # it would overflow above the diagonal. Norms join the gates first, which saves an addition for each element. But
-    # large gates then take away the norms' last bits, which float32 needs.
+def query_steps(BQ: tl.constexpr, FACTORS: tl.constexpr):
+    # Return the step of a chunk after which each of its queries reads.
+    return tl.arange(0, BQ) * FACTORS + FACTORS - 1
+
+
+@triton.jit
+def at_queries(x, BQ: tl.constexpr, FACTORS: tl.constexpr):
+    # Return those of a chunk's numbers x [BT] that belong to `query_steps`, and 0 past the last query.
+    if FACTORS == 1:
+        return x
+    o_t = tl.arange(0, x.shape[0])
+    return tl.sum(tl.where(query_steps(BQ, FACTORS)[:, None] == o_t[None, :], x[None, :], 0.0), 1)
+
+
+@triton.jit
+def decay_between(mask, g_q, g, log_q, log_k, PRECISION: tl.constexpr):
+    # Return exp2(g_q_i - g_j + log_q_i + log_k_j) [BQ, BT] where the mask is true, else 0. The exponent is masked
+    # because it would overflow above the diagonal. Norms join the gates first, which saves an addition for each
+    # element. But large gates then take away the norms' last bits, which float32 needs.
     if PRECISION != "tf32":
-        exponent = (g[:, None] - g[None, :]) + (log_q[:, None] + log_k[None, :])
+        exponent = (g_q[:, None] - g[None, :]) + (log_q[:, None] + log_k[None, :])
     else:
-        exponent = (g + log_q)[:, None] - (g - log_k)[None, :]
+        exponent = (g_q + log_q)[:, None] - (g - log_k)[None, :]
     return tl.exp2(tl.where(mask, exponent, float("-inf")))
 
 
-def result_tiles(call: Call, matrix: Tensor | None) -> Tensor | Tiles | None:
-    """Return a result [rows, columns] or [B, T, H, D] in the form in which `store_result` takes it.
+def result_tiles(call: Call, matrix: Tensor | None, rows: int = CHUNK) -> Tensor | Tiles | None:
+    """Return a result [rows, columns] or [B, T, H, D] in the form in which `store_result` takes it, with `rows` per
+    chunk.
 
     These are its tiles, unless a chunk may have fewer rows than a tile, or the elements are float32, for which shared
     memory has no buffer left.
     """
     if matrix is None or not call.is_full or matrix.element_size() != 2:
         return matrix
-    return Tiles(matrix, CHUNK, call.columns)
+    return Tiles(matrix, rows, call.columns)

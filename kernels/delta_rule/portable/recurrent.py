@@ -6,7 +6,6 @@ This is equation 10 of arXiv 2412.06464. A program owns one sequence, one value 
 computes everything in float32, without tensor cores.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -42,6 +41,7 @@ def recurrent_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     BV: tl.constexpr,
+    FACTORS: tl.constexpr,
     NORMALIZE: tl.constexpr,
     GATE: tl.constexpr,
     RAW_BETA: tl.constexpr,
@@ -64,25 +64,28 @@ def recurrent_kernel(
     if GATE == "raw":
         rate = -tl.exp(tl.load(A_log + i_h).to(tl.float32))
         bias = tl.load(dt_bias + i_h).to(tl.float32)
-    for i in range(0, length):
-        row = (bos + i).to(tl.int64)
-        b_k = tl.load(k + (row * H + i_hk) * K + o_k).to(tl.float32)
+    for i in range(0, length // FACTORS):
+        row = (bos // FACTORS + i).to(tl.int64)
         b_q = tl.load(q + (row * H + i_hk) * K + o_k).to(tl.float32)
-        b_v = tl.load(v + (row * HV + i_h) * V + o_v).to(tl.float32)
         if NORMALIZE:
-            b_k = b_k * tl.rsqrt(tl.maximum(tl.sum(b_k * b_k), 1e-12))
             b_q = b_q * tl.rsqrt(tl.maximum(tl.sum(b_q * b_q), 1e-12))
-        b_beta = tl.load(beta + row * HV + i_h).to(tl.float32)
-        if RAW_BETA:
-            b_beta = beta_range * tl.sigmoid(b_beta)
         if GATE != "none":
             b_g = tl.load(gate + row * HV + i_h).to(tl.float32)
             if GATE == "raw":
                 b_a = b_g + bias
                 b_g = rate * (tl.maximum(b_a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_a))))
             b_s = b_s * tl.exp(b_g)
-        b_n = b_beta * (b_v - tl.sum(b_s * b_k[:, None], 0))
-        b_s = b_s + b_k[:, None] * b_n[None, :]
+        for j in tl.static_range(FACTORS):
+            step = row * FACTORS + j
+            b_k = tl.load(k + (step * H + i_hk) * K + o_k).to(tl.float32)
+            b_v = tl.load(v + (step * HV + i_h) * V + o_v).to(tl.float32)
+            if NORMALIZE:
+                b_k = b_k * tl.rsqrt(tl.maximum(tl.sum(b_k * b_k), 1e-12))
+            b_beta = tl.load(beta + step * HV + i_h).to(tl.float32)
+            if RAW_BETA:
+                b_beta = beta_range * tl.sigmoid(b_beta)
+            b_n = b_beta * (b_v - tl.sum(b_s * b_k[:, None], 0))
+            b_s = b_s + b_k[:, None] * b_n[None, :]
         b_o = tl.sum(b_s * b_q[:, None], 0) * scale
         tl.store(o + (row * HV + i_h) * V + o_v, b_o.to(o.dtype.element_ty))
     tl.store(final_state + p_state, b_s)
@@ -99,8 +102,8 @@ def launch_recurrent(
     dt_bias: Tensor | None,
     initial: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output [B, T, HV, V] in the dtype of v, and the final states [N, HV, K, V] float32."""
-    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    """Return the output by token, [B, tokens, HV, V] in the dtype of v, and the final states [N, HV, K, V] float32."""
+    o = call.empty(call.B, call.tokens, call.HV, call.V, dtype=call.dtype)
     final = call.empty(call.states, call.HV, call.K, call.V)
     settings = recurrent_launch(call.K)
     launch(
@@ -124,6 +127,7 @@ def launch_recurrent(
         HV=call.HV,
         K=call.K,
         V=call.V,
+        FACTORS=call.factors,
         NORMALIZE=call.normalize_qk,
         GATE=call.gate,
         RAW_BETA=call.beta_range is not None,

@@ -10,21 +10,24 @@ of the state that leaves a chunk in float32 registers. In the notation of `chunk
 Only beta dN is rounded, and dN is recovered from it, as X is in the forward scan. dS' of each chunk is stored for
 `chunk_backward`, and so is dX = beta dW, the gradient of V, from which dW is recovered. Where beta is too small for
 that (`is_kept_small`), dW is stored in its place. With SPLIT, gamma r beta dW is a sum of two numbers of 16 bits, as
-rho r N is in the forward scan.
+rho r N is in the forward scan. With several factors per token the rows of dO, Q and P are those of the tokens, as
+there.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrnn.kernels.common.constants import CHUNK
 from lrnn.kernels.common.launch import launch
 from lrnn.kernels.common.tiles import Tiles
 from lrnn.kernels.delta_rule.call import Call, Operands
 from lrnn.kernels.delta_rule.portable.parts import (
+    at_queries,
     decay_between,
     is_kept_small,
+    query_steps,
     result_tiles,
+    rows_left,
     sequence_position,
     step_and_back,
     store_result,
@@ -55,6 +58,8 @@ def chunk_scan_backward_kernel(
     V: tl.constexpr,
     BT: tl.constexpr,
     BV: tl.constexpr,
+    BQ: tl.constexpr,
+    FACTORS: tl.constexpr,
     NORMALIZE: tl.constexpr,
     SAVE_STATES: tl.constexpr,
     HAS_FINAL: tl.constexpr,
@@ -71,11 +76,13 @@ def chunk_scan_backward_kernel(
     i_h = (pid // (V // BV)) % HV
     i_n = pid // (V // BV * HV)
     i_hk = i_h // (HV // H)
-    bos, length, first_chunk = sequence_position(i_n, cu_seqlens, chunk_starts, T, BT, IS_VARLEN)
+    STEPS: tl.constexpr = BT // FACTORS * FACTORS
+    bos, length, first_chunk = sequence_position(i_n, cu_seqlens, chunk_starts, T, STEPS, IS_VARLEN)
     p_g = vectors + 4 * i_h.to(tl.int64) * R + first_chunk * BT
     dtype = k.dtype
 
     o_t = tl.arange(0, BT)
+    q_t = query_steps(BQ, FACTORS)
     o_k = tl.arange(0, K)
     o_v = i_v * BV + tl.arange(0, BV)
     p_state = (i_n * HV + i_h).to(tl.int64) * K * V + o_k[None, :] * V + o_v[:, None]
@@ -84,27 +91,30 @@ def chunk_scan_backward_kernel(
         b_ds += tl.load(dfinal + p_state).to(tl.float32)
 
     log_scale = tl.log2(scale)
-    n_chunks = tl.cdiv(length, BT)
+    n_chunks = tl.cdiv(length, STEPS)
     if REACH:
         n_chunks = tl.load(reach + 3 * (i_n * HV + i_h) + 2)
     for i in tl.range(0, n_chunks, num_stages=STAGES):
         i_t = n_chunks - 1 - i
-        m_t = o_t < (BT if IS_FULL else length - i_t * BT)
-        row = bos + i_t * BT
+        left = rows_left(length, i_t, STEPS, BT, IS_FULL)
+        m_t = o_t < left
+        m_q = q_t < left
+        row = bos + i_t * STEPS
+        q_row = row // FACTORS
         column = (first_chunk + i_t) * BT
-        b_q = q.load([row, i_hk * K])
+        b_q = q.load([q_row, i_hk * K])
         b_k = k.load([row, i_hk * K])
         b_c = c.load([row, i_h * BT])
-        b_do = do.load([row, i_h * V + i_v * BV])
+        b_do = do.load([q_row, i_h * V + i_v * BV])
         b_g = tl.reshape(vector_rows.load([4 * i_h, column]), [BT])
         b_beta = tl.reshape(vector_rows.load([4 * i_h + 1, column]), [BT])
         g_last = tl.load(p_g + i_t * BT + BT - 1)
         # As in the forward scan, logarithms of norms join the gates in the exponent.
         log_rk = tl.zeros([BT], tl.float32)
-        log_rq = tl.zeros([BT], tl.float32)
+        log_rq = tl.zeros([BQ], tl.float32)
         if NORMALIZE:
             log_rk = tl.reshape(vector_rows.load([4 * i_h + 2, column]), [BT])
-            log_rq = tl.reshape(vector_rows.load([4 * i_h + 3, column]), [BT])
+            log_rq = at_queries(tl.reshape(vector_rows.load([4 * i_h + 3, column]), [BT]), BQ, FACTORS)
         log_rq += log_scale
         b_dsh = b_ds.to(dtype)
         if SAVE_STATES:
@@ -115,8 +125,9 @@ def chunk_scan_backward_kernel(
             dstates.store([state_row, K // 2], right)
 
         # dN^T = (dS'^T K^T) rho r + dO^T P. Rows of P past the end would bring in another sequence's dO.
-        m_p = (o_t[:, None] >= o_t[None, :]) & m_t[:, None]
-        decay = decay_between(m_p, b_g, log_rq, log_rk, PRECISION)
+        g_q = at_queries(b_g, BQ, FACTORS)
+        m_p = (q_t[:, None] >= o_t[None, :]) & m_q[:, None]
+        decay = decay_between(m_p, g_q, b_g, log_rq, log_rk, PRECISION)
         b_p = (tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * decay).to(dtype)
         rho = tl.where(m_t, tl.exp2(g_last - b_g + log_rk), 0.0)
         b_dn = tl.dot(b_dsh, tl.trans(b_k), input_precision=PRECISION) * rho[None, :]
@@ -137,7 +148,7 @@ def chunk_scan_backward_kernel(
         if SPLIT:
             b_low = (b_du - b_high.to(tl.float32)).to(dtype)
             b_ds = tl.dot(b_low, b_k, b_ds, input_precision=PRECISION)
-        gamma = tl.where(m_t, tl.exp2(b_g + log_rq), 0.0)
+        gamma = tl.where(m_q, tl.exp2(g_q + log_rq), 0.0)
         b_doq = (tl.trans(b_do).to(tl.float32) * gamma[None, :]).to(dtype)
         b_ds = tl.dot(b_doq, b_q, b_ds, input_precision=PRECISION)
 
@@ -163,7 +174,7 @@ def launch_scan_backward(
         operands.q,
         operands.k,
         operands.c,
-        Tiles(do, CHUNK, settings.BV),
+        Tiles(do, call.query_rows, settings.BV),
         result_tiles(call, dv),
         # The states are stored by halves: a buffer for whole ones would leave too little memory.
         None if dstates is None else Tiles(dstates, settings.BV, call.K // 2),
@@ -177,6 +188,7 @@ def launch_scan_backward(
         call.chunks.seq_len,
         call.R,
         call.scale,
+        BQ=call.query_rows,
         SAVE_STATES=dstates is not None,
         HAS_FINAL=dfinal is not None,
         SAVE_INITIAL=dinitial is not None,
@@ -184,6 +196,7 @@ def launch_scan_backward(
         SPLIT=call.split,
         V=call.V,
         **settings.constants(),
+        FACTORS=call.factors,
         **call.sizes,
         **call.flags,
     )

@@ -93,6 +93,6 @@ def test_a_call_takes_the_settings_of_its_gpu(monkeypatch):
     k = torch.zeros(1, 8192, 1, 128)
     for gpu, segments, columns, precision in ((HOPPER, 8, 64, "tf32x3"), (ADA, 1, 32, "ieee")):
         monkeypatch.setattr(call, "architecture", lambda device, gpu=gpu: gpu)
-        described = Call.of(k, k, None, None, None, 1.0, True, None)
+        described = Call.of(k, k, k, None, None, None, 1.0, True, None)
         found = described.segments, described.columns, described.flags["PRECISION"]
         assert found == (segments, columns, precision)

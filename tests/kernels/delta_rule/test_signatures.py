@@ -10,7 +10,7 @@ from delta_rule_truth import relative_error
 from lrnn.kernels.delta_rule import api, operator
 from lrnn.kernels.reference import delta_rule as reference
 
-FUNCTIONS = ["gated_delta_rule", "fused_gated_delta_rule", "gated_delta_product"]
+FUNCTIONS = ["gated_delta_rule", "fused_gated_delta_rule", "gated_delta_product", "fused_gated_delta_product"]
 # The raw names of a fused call, and the names of its tensors where they may be raw or not.
 GATE_AND_STEP = {"g": "gate", "a": "gate", "b": "beta"}
 
@@ -28,7 +28,7 @@ def test_the_reference_takes_the_arguments_of_the_public_function(name):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_options_are_given_by_name(name):
     kinds = [p.kind for p in parameters(getattr(api, name)).values()]
-    tensors = 7 if name == "fused_gated_delta_rule" else 5
+    tensors = 7 if name.startswith("fused") else 5
     assert kinds == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * tensors + [inspect.Parameter.KEYWORD_ONLY] * (
         len(kinds) - tensors
     )

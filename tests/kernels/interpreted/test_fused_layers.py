@@ -61,7 +61,7 @@ def compare(plain, fused, micro_batches=1, bar=2e-5):
     [
         ("gated_deltanet", False, {"recompute_mlp": True}),
         ("gated_deltanet", True, {"partitioned": True}),
-        ("deltanet", True, {}),
+        ("deltaproduct", True, {}),
         ("attention", False, {}),
         ("attention", False, {"norm_position": "post"}),
         ("attention", True, {"norm_position": "post", "recompute_mlp": True}),

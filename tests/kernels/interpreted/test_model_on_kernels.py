@@ -31,7 +31,7 @@ def in_pytorch(monkeypatch):
         monkeypatch.setattr(modeling_lrnn, "swiglu", swiglu_reference.swiglu)
         monkeypatch.setattr(layers, "gated_rms_norm", gated_rms_norm_reference.gated_rms_norm)
         monkeypatch.setattr(mixer_deltanet, "fused_gated_delta_rule", delta_rule_reference.fused_gated_delta_rule)
-        monkeypatch.setattr(mixer_deltanet, "gated_delta_product", delta_rule_reference.gated_delta_product)
+        monkeypatch.setattr(mixer_deltanet, "fused_gated_delta_product", delta_rule_reference.fused_gated_delta_product)
 
     return switch
 

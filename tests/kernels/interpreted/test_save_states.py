@@ -105,7 +105,7 @@ def test_nothing_is_kept_without_gradients(mode, forward_scans):
 def test_results_of_the_operator():
     x = inputs.random(2, 70, H=1, HV=2, K=64, V=128, dtype=FP16)
     arguments = (x["q"], x["k"], x["v"], x["g"], x["beta"], None, None, None, 1.0, True, None, False, None, "standard")
-    call = Call.of(x["k"], x["v"], x["g"], None, None, 1.0, True, None, "standard")
+    call = Call.of(x["q"], x["k"], x["v"], x["g"], None, None, 1.0, True, None, "standard")
     for run in (
         lambda saves: delta_rule_op.gated_delta_rule_forward(*arguments, saves)[-2:],
         lambda saves: delta_rule_op._forward_results(call, False, saves)[-2:],

@@ -185,14 +185,16 @@ class _Machine:
 
     def begin_load(self, descriptor: Descriptor, at: Sequence[Any], barrier: Barrier, result: Memory) -> None:
         self.scheduler.step("a turn to copy")
-        tile, size = descriptor.tile(at), descriptor.block_type.nbytes
-        assert result.dtype == tile.dtype and result.values.numel() == tile.numel()
+        (part, places), size = descriptor.inside(at), descriptor.block_type.nbytes
+        assert result.dtype == part.dtype and result.values.nbytes == size
         result.check_unused()
         result.check_fenced()
         result.values.fill_(torch.nan)
         result.users += 1
 
         def finish() -> None:
+            tile = part.new_zeros(descriptor.block_shape)
+            tile[places] = part
             result.values.copy_(tile.reshape(result.shape))
             result.users -= 1
             barrier.receive(size)
@@ -201,10 +203,10 @@ class _Machine:
 
     def begin_store(self, descriptor: Descriptor, at: Sequence[Any], source: Memory) -> None:
         self.scheduler.step("a turn to copy")
-        tile = descriptor.tile(at)
-        assert source.dtype == tile.dtype and source.shape == tile.shape, (source.shape, tile.shape)
+        part, places = descriptor.inside(at)
+        assert source.dtype == part.dtype and [*source.shape] == descriptor.block_shape
         release = _use([source])
-        self.scheduler.current.copies.append(Operation("store", lambda: tile.copy_(source.read()), release))
+        self.scheduler.current.copies.append(Operation("store", lambda: part.copy_(source.read()[places]), release))
 
     def wait_stores(self, pending: int) -> None:
         self.scheduler.wait_for_operations(self.scheduler.current.copies, pending)

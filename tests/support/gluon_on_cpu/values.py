@@ -1,5 +1,6 @@
 """The values that a kernel computes with: tensors in registers, pointers, shared memory, and tiles of a matrix."""
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -184,19 +185,24 @@ class Memory:
 
 
 class Descriptor:
-    """Tiles of a matrix."""
+    """Tiles of a matrix, or of a tensor [rows, 1, columns] whose tiles end beyond its dimension of size 1."""
 
     def __init__(self, tiles: Tiles):
         self.matrix = tiles.base.as_strided(tiles.shape, tiles.strides)
         self.block_shape = tiles.block_shape
         self.dtype, self.layout = tiles.base.dtype, None
-        rows, columns = tiles.block_shape
-        self.block_type = SimpleNamespace(nbytes=rows * columns * tiles.base.element_size())
+        self.block_type = SimpleNamespace(nbytes=math.prod(self.block_shape) * tiles.base.element_size())
 
-    def tile(self, at: Sequence[Any]) -> torch.Tensor:
-        tile = self.matrix
+    def inside(self, at: Sequence[Any]) -> tuple[torch.Tensor, tuple[slice, ...]]:
+        """Return the part of the matrix that is in the tile there, and its place in the tile."""
+        part, places = self.matrix, []
         for dim, (start, length) in enumerate(zip(at, self.block_shape, strict=True)):
             start = operator.index(start)
-            assert 0 <= start <= tile.shape[dim] - length, f"a tile from {start} on is outside {self.matrix.shape}"
-            tile = tile.narrow(dim, start, length)
-        return tile
+            first, end = max(start, 0), min(start + length, part.shape[dim])
+            may_reach_beyond = len(self.block_shape) == 3 and dim == 1
+            assert first == start < end and (may_reach_beyond or end - first == length), (
+                f"a tile from {start} on is outside {self.matrix.shape}"
+            )
+            part = part.narrow(dim, first, end - first)
+            places.append(slice(first - start, end - start))
+        return part, tuple(places)
