@@ -33,7 +33,8 @@ def check_changes(saved: Path, config: Config, allow_change: bool) -> Changes:
         allow_change: accept changes of the results.
 
     Raises:
-        UserError: a key that changes the results is not what it was, and `allow_change` is false.
+        UserError: a key that changes the results is not what it was, and `allow_change` is false; or the optimizer is
+            another one, whose state the checkpoint lacks.
     """
     file = saved / "run.yaml"
     before = parse_yaml(file.read_text(encoding="utf-8"), str(file)).value
@@ -42,6 +43,12 @@ def check_changes(saved: Path, config: Config, allow_change: bool) -> Changes:
     copy = saved / COPY  # older checkpoints have none
     engine = read_json(copy, "DeepSpeed configuration") if copy.exists() else None
     changes = find_changes(old_config.convert(before, str(file)), config, engine)
+    if "optim.name" in changes:
+        old, new = changes["optim.name"]
+        raise UserError(
+            f"{saved} holds the state of optim.name = {old!r}, and {new!r} cannot continue from it; restore "
+            f"{old!r}, or choose another run_dir and start from these weights with init_from"
+        )
     refused = {key: values for key, values in changes.items() if changes_results(key)}
     if refused and not allow_change:
         listing = ", ".join(f"{key} = {old!r} (now {new!r})" for key, (old, new) in refused.items())

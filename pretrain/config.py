@@ -83,9 +83,28 @@ class DataConfig(Section):
         return self
 
 
-class OptimConfig(Section):
-    """AdamW."""
+class MuonConfig(Section):
+    """Muon, which `optim.name: muon` uses for matrices. `lr` and `weight_decay` are those of `optim`."""
 
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate of the matrices; `null` for `optim.lr`."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """Decay of the moving average of the gradient."""
+    nesterov: bool = True
+    """Orthogonalize the average with the gradient of the step added once more."""
+    adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Factor of a matrix's learning rate: `match_rms_adamw` is 0.2 sqrt(max(rows, columns)), with which updates are as
+    large as those of AdamW (Moonlight); `original` is sqrt(max(1, rows / columns)), which takes a larger `lr`."""
+    per_head: bool = False
+    """Orthogonalize the rows of each head of a projection by themselves, and the columns of each head of `o_proj`."""
+
+
+class OptimConfig(Section):
+    """The optimizer."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon` updates the matrices of blocks with Muon, and embeddings, head, norms, gates, decays, biases and
+    convolutions with AdamW."""
     lr: float = Field(gt=0)
     """Peak learning rate."""
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.95], min_length=2, max_length=2)
@@ -94,8 +113,12 @@ class OptimConfig(Section):
     """Added to the root of the second moment."""
     weight_decay: float = Field(0.01, ge=0)
     """Decoupled weight decay, on the weights of linear maps only."""
+    decay_embeddings: bool = True
+    """Whether embeddings count as linear maps. A head that is tied to them is treated as they are."""
     clip: float = Field(1.0, ge=0)
     """Largest norm of the gradient over all parameters; a larger one is scaled down to it. 0 turns clipping off."""
+    muon: MuonConfig = MuonConfig()
+    """Settings of Muon, read if `name` is `muon`."""
 
 
 class ScheduleConfig(Section):

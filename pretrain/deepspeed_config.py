@@ -41,7 +41,24 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     raw["gradient_accumulation_steps"] = config.batching(0, world_size).accumulation_steps
     raw["train_batch_size"] = config.global_batch_size
     raw.setdefault("steps_per_print", 10**9)
+    if config.optim.name == "muon":
+        _allow_muon(raw, config)
     return raw
+
+
+def _allow_muon(raw: dict[str, Any], config: Config) -> None:
+    """Make DeepSpeed accept Muon, which is none of the optimizers that it knows.
+
+    Raises:
+        UserError: the optimizer's state would be in the host's memory.
+    """
+    raw["zero_allow_untested_optimizer"] = True
+    offload = raw["zero_optimization"].get("offload_optimizer") or {}
+    if offload.get("device", "none") != "none":
+        raise UserError(
+            f"{config.deepspeed}: zero_optimization.offload_optimizer.device is {offload['device']!r}, but "
+            "optim.name = 'muon' keeps its state on the GPU; remove offload_optimizer, or use adamw"
+        )
 
 
 def _read_deepspeed_json(path: str, config: Config) -> dict[str, Any]:

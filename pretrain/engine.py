@@ -16,15 +16,17 @@ from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.fused.choice import uses_fused_layers
 from lrnn.pretrain.fused.layers import fuse
 from lrnn.pretrain.gradient_norm import read_once
-from lrnn.pretrain.optim import build_optimizer, parameter_groups
+from lrnn.pretrain.muon.optimizer import MuonAdamW
+from lrnn.pretrain.optim import build_optimizer
 from lrnn.pretrain.weights.lazy_fills import LazyFills
+from lrnn.pretrain.zero_layout import slices
 
 
 class ZeroOptimizer(Protocol):
     """The members of DeepSpeed's ZeRO optimizers that a run uses. `checkpoint.zero_state` also knows their insides."""
 
     param_groups: list[dict[str, Any]]
-    optimizer: torch.optim.Optimizer  # AdamW over this rank's slices
+    optimizer: torch.optim.Optimizer  # AdamW or Muon over this rank's slices
 
     def zero_grad(self) -> None: ...
 
@@ -104,7 +106,7 @@ def _check_finite(model: nn.Module) -> None:
 
 
 def build_engine(model: LrnnForCausalLM, config: Config, ranks: Ranks, decay_by_shape: bool = False) -> Engine:
-    """Wrap the model in a DeepSpeed engine with ZeRO and AdamW, whose state is float32.
+    """Wrap the model in a DeepSpeed engine with ZeRO and the optimizer, whose state is float32.
 
     With `decay_by_shape` the parameters with weight decay are those of earlier versions, see `parameter_groups`.
 
@@ -121,9 +123,10 @@ def build_engine(model: LrnnForCausalLM, config: Config, ranks: Ranks, decay_by_
         fuse(model, dtype, partitioned=stage == 3, **options)
         if stage == 3:  # A block reads the weights of the modules inside of it, so they are gathered together.
             deepspeed.utils.set_z3_leaf_modules(model, [LrnnBlock])
-    groups = parameter_groups(model, config.optim.weight_decay, decay_by_shape)
-    optimizer = build_optimizer(groups, config.optim, ranks.device)
+    optimizer = build_optimizer(model, config.optim, ranks.device, dtype, decay_by_shape)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    if isinstance(optimizer, MuonAdamW):
+        optimizer.bind(slices(engine.optimizer, stage))
     if stage < 3 and ranks.device.type == "cuda":
         read_once(engine.optimizer)
     return engine

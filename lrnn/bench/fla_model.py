@@ -12,7 +12,7 @@ from lrnn.bench.peers import fla_guard, fla_guard_lifted
 from lrnn.fla_config import MIXER_OF, not_in_fla, to_fla_config
 from lrnn.pretrain.config import Config
 from lrnn.pretrain.data.micro_batch import MicroBatch, model_inputs
-from lrnn.pretrain.optim import build_optimizer, parameter_groups
+from lrnn.pretrain.optim import build_optimizer
 
 DTYPES = (torch.float32, torch.bfloat16)  # of the parameters; both run under autocast to bf16
 
@@ -73,8 +73,7 @@ def training_step(model: nn.Module, config: Config, batches: list[MicroBatch], d
     """
     if config.activation_checkpointing == "full":
         model.gradient_checkpointing_enable()  # type: ignore[operator]
-    groups = parameter_groups(model, config.optim.weight_decay)
-    optimizer = build_optimizer(groups, config.optim.model_copy(update={"lr": 0.0}), device)
+    optimizer = build_optimizer(model, config.optim.model_copy(update={"name": "adamw", "lr": 0.0}), device)
 
     def step() -> None:
         with fla_guard_lifted():

@@ -29,6 +29,8 @@ class Mixer(nn.Module):
     # Fields of the configuration that it reads beside those that every block reads; an entry of a pattern may set them.
     options: tuple[str, ...] = ("num_heads", "head_dim")
     matrices: tuple[str, ...] = ()  # names of its own parameters that are linear maps: they alone have weight decay
+    # Its linear layers that make gates, decays or step sizes, and are narrow or of low rank: Muon leaves them to AdamW.
+    gates: tuple[str, ...] = ()
     noted_eigenvalue = "eigenvalue of the state transition"  # what `note_eigenvalues` is given, for axes of plots
     cost: Callable[[LrnnConfig], Cost]  # a static or class method
     # If set, it is called in every forward pass with a function that returns the eigenvalues of the state transitions.
@@ -89,6 +91,15 @@ class Mixer(nn.Module):
     def room(self, cache: LrnnCacheLayer) -> int | None:
         """Return the number of tokens per row that the cache has room for; None if it is any number."""
         return None
+
+    def merged_rows(self) -> dict[str, list[int]]:
+        """Return the rows of each matrix in the weights that hold several, one below the other, by linear layer."""
+        return {}
+
+    def head_widths(self) -> dict[str, int]:
+        """Return the rows per head of the weights of linear layers, and the columns per head of that of `o_proj`."""
+        names = ("q_proj", "k_proj", "v_proj", "r_proj", "g_proj", "o_proj")
+        return {name: self.heads[1] for name in names if isinstance(getattr(self, name, None), nn.Linear)}
 
     def note_eigenvalues(self, compute: Callable[[], Tensor]) -> None:
         if self.on_eigenvalues is not None:

@@ -68,6 +68,7 @@ class DeltaNet(Mixer):
     )
     ranges = Ranges(negative="beta = 2 sigmoid", positive="beta = sigmoid")
     begins_with_zeros = True
+    gates = ("b_proj", "a_proj")
     noted_eigenvalue = "eigenvalue 1 - beta"  # one for each factor
     fla_model_type: str | None = "delta_net"
     gated = False  # a gate alpha on the state, and one on the output
@@ -134,6 +135,15 @@ class DeltaNet(Mixer):
             self.g_proj = nn.Linear(hidden, heads.values, bias=False)
         self.o_norm = GatedRMSNorm(V, config)
         self.o_proj = nn.Linear(heads.values, hidden, bias=False)
+
+    def merged_rows(self) -> dict[str, list[int]]:
+        (H, K), (HV, V), factors = self.heads, self.value_heads, self.num_householder
+        return {"k_proj": [H * K] * factors, "v_proj": [HV * V] * factors}  # by factor
+
+    def head_widths(self) -> dict[str, int]:
+        V = self.value_heads[1]
+        gate = {"g_proj": V} if self.gated else {}
+        return {"q_proj": self.heads[1], "k_proj": self.heads[1], "v_proj": V, "o_proj": V} | gate
 
     def reset_parameters(self):
         """Set gates as Mamba-2 and `fla`: A uniform in (0, 16), step softplus(dt_bias) log-uniform in [0.001, 0.1]."""

@@ -26,6 +26,7 @@ class GatedLinearAttention(Mixer):
     options = ("num_heads", "head_dim", "allow_neg_eigval", "gated_norm_eps")
     ranges = Ranges(negative="decay 2 a - 1", positive="decay a")
     begins_with_zeros = True
+    gates = ("gk_proj",)
 
     @staticmethod
     def cost(config: LrnnConfig) -> Cost:

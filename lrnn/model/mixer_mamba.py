@@ -27,6 +27,7 @@ class Mamba(Mixer):
     options = ("num_heads", "head_dim", "allow_neg_eigval", "conv_size", "state_size")
     ranges = Ranges(negative="decay 2 exp(dt A) - 1", positive="decay exp(dt A)")
     begins_with_zeros = True
+    gates = ("dt_proj",)
 
     @staticmethod
     def cost(config: LrnnConfig) -> Cost:
@@ -48,6 +49,12 @@ class Mamba(Mixer):
         self.A_log = nn.Parameter(torch.empty(inner, N, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(inner))
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def merged_rows(self) -> dict[str, list[int]]:
+        return {"x_proj": self.widths}
+
+    def head_widths(self) -> dict[str, int]:
+        return {}  # every channel has a state of its own
 
     def reset_parameters(self):
         """Set A to 1..N per channel, step softplus(dt_bias) log-uniform in [0.001, 0.1], D to 1, as in the paper."""

@@ -26,6 +26,7 @@ class Mamba2(Mixer):
     options = ("num_heads", "head_dim", "allow_neg_eigval", "conv_size", "gated_norm_eps")
     ranges = Ranges(negative="decay 2 a - 1", positive="decay a")
     begins_with_zeros = True
+    gates = ("a_proj",)
 
     @staticmethod
     def cost(config: LrnnConfig) -> Cost:

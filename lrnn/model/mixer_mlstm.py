@@ -30,6 +30,7 @@ class MLSTM(Mixer):
     title, paper = "mLSTM", "2405.04517"
     options = ("num_heads", "head_dim", "allow_neg_eigval", "conv_size", "gated_norm_eps")
     ranges = Ranges(negative="forget gate 2 f - 1", positive="forget gate f")
+    gates = ("if_proj",)
 
     @staticmethod
     def cost(config: LrnnConfig) -> Cost:

@@ -40,6 +40,7 @@ class RWKV7(Mixer):
         negative="in-context rate times 1 + min(w)",
         positive="in-context rate a; with decay w down to min(w) - 1",
     )
+    gates = ("w_proj", "a_proj", "g_proj")
 
     @staticmethod
     def cost(config: LrnnConfig) -> Cost:

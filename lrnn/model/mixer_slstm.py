@@ -43,6 +43,10 @@ class SLSTM(Mixer):
         self.o_norm = GatedRMSNorm(config.head_dim, config)
         self.o_proj = nn.Linear(H * D, config.hidden_size, bias=False)
 
+    def merged_rows(self) -> dict[str, list[int]]:
+        H, D = self.heads
+        return {"zifo_proj": [D] * (4 * H)}
+
     def reset_parameters(self):
         """Set R uniform within D^-0.5, as PyTorch's LSTM, b_f from 3 to 6 over a head's cells, other biases to 0."""
         D = self.heads[1]

@@ -10,7 +10,7 @@ from lrnn.pretrain.checkpoint.format import BrokenCheckpoint, read_manifest
 
 
 class SavedState:
-    """The float32 parameters and Adam's moments of a checkpoint; any slice of any of them can be read.
+    """The float32 parameters and the optimizer's state of a checkpoint; any slice of any of them can be read.
 
     Raises:
         BrokenCheckpoint: a file of the state is not a safetensors file.
@@ -36,7 +36,7 @@ class SavedState:
         """Return elements [start, start + numel) of a flattened tensor, float32 on the CPU.
 
         Args:
-            kind: "param", "exp_avg" or "exp_avg_sq".
+            kind: "param", or a kind of the optimizer's state; see `zero_state.Fragment`.
             name: name of the parameter.
 
         Raises:

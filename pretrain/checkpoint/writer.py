@@ -28,7 +28,7 @@ from torch import Tensor
 from lrnn.errors import UserError
 from lrnn.files import sync, use_default_mode, write_atomically
 from lrnn.pretrain.checkpoint import format as checkpoint
-from lrnn.pretrain.checkpoint.zero_state import KINDS, local_fragments
+from lrnn.pretrain.checkpoint.zero_state import local_fragments
 from lrnn.pretrain.config import CheckpointConfig
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.engine import Engine
@@ -201,8 +201,8 @@ class CheckpointWriter:
         """Copy the rank's fragments into buffers that are kept from one checkpoint to the next."""
         tensors = {}
         for fragment in local_fragments(engine):
-            for kind in KINDS:
-                source = fragment.tensors[kind].detach()
+            for kind, tensor in fragment.tensors.items():
+                source = tensor.detach()
                 key = f"{kind}:{fragment.name}:{fragment.start}"
                 if key not in self._buffers:
                     self._buffers[key] = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)

@@ -1,9 +1,10 @@
 """GPU memory of a run, by part, at the moment when it is largest.
 
 P parameters, N GPUs, everything in float32 (`lrnn.pretrain.zero`): weights 4 P, the optimizer's own weights and moments
-12 P / N, gradients 4 P. What DeepSpeed 0.19.8 holds besides: two buckets of `reduce_bucket_size` numbers, one of which
-is copied while it is reduced, and the gradients of this GPU's part, 4 P / N, from the first full bucket on. ZeRO-3
-holds 4 P / N of the weights, and gathered ones up to `stage3_max_live_parameters`.
+12 P / N, gradients 4 P. For the weights of matrices Muon keeps one moment instead of two. What DeepSpeed 0.19.8 holds
+besides: two buckets of `reduce_bucket_size` numbers, one of which is copied while it is reduced, and the gradients of
+this GPU's part, 4 P / N, from the first full bucket on. ZeRO-3 holds 4 P / N of the weights, and gathered ones up to
+`stage3_max_live_parameters`.
 
 The largest moment is one of these, all in the last micro-batch of a step or after it:
 
@@ -15,6 +16,7 @@ The largest moment is one of these, all in the last micro-batch of a step or aft
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+from lrnn.pretrain.muon.optimizer import BATCH
 from lrnn.pretrain.plan import activations
 from lrnn.pretrain.plan.setup import Setup
 from lrnn.pretrain.plan.sizes import LayerSizes
@@ -36,7 +38,7 @@ class Memory:
         copies: the weights of fused layers in 16 bits, or twice in float8.
         activations: what layers keep for their backward pass.
         logits: what the head and the loss take while they run.
-        workspace: what a layer's backward pass takes while it runs.
+        workspace: what a layer's backward pass takes while it runs, or what Muon does.
         buckets: ZeRO's buckets, and the copy of one that is reduced.
     """
 
@@ -141,7 +143,13 @@ class _Held:
             # The first bucket's gradients have moved into it, and are copied from there into this GPU's part.
             left = self.whole - min(self.whole, self.bucket)
             yield self._memory(UPDATE, left + self.part, 3 * self.bucket)
-        yield self._memory(UPDATE, 2 * self.part, 0.0)  # the part is copied into one tensor
+        # The part is copied into one tensor.
+        yield self._memory(UPDATE, 2 * self.part, 0.0, workspace=self._orthogonalization())
+
+    def _orthogonalization(self) -> float:
+        """Return the bytes of the matrices that Muon orthogonalizes at a time, and of their products."""
+        weights = self.setup.muon * self.setup.model.layer_matrices / self.setup.gpus
+        return 4 * self.setup.itemsize * min(BATCH, weights)
 
     def _memory(
         self,
@@ -160,7 +168,7 @@ class _Held:
         return Memory(
             moment=moment,
             parameters=parameters,
-            optimizer=3 * self.part,
+            optimizer=3 * self.part - setup.muon * FLOAT32 * setup.model.layer_matrices / setup.gpus,
             gradients=gradients,
             copies=self._copies(kept),
             activations=kept,

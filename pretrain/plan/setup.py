@@ -57,6 +57,7 @@ class Setup:
         precision: what modules compute in: bfloat16, float16 or float32.
         fused: whether the run trains with fused layers.
         float8: whether products of fused layers are in float8.
+        muon: whether the optimizer is Muon.
         packed: whether the state is reset at documents.
         offloads: whether a DeepSpeed JSON keeps states in the host's memory, which estimates leave out.
     """
@@ -75,6 +76,7 @@ class Setup:
     precision: str
     fused: bool
     float8: bool
+    muon: bool
     packed: bool
     offloads: bool
 
@@ -157,6 +159,7 @@ def setup_of(
         precision=precision,
         fused=fused,
         float8=config.precision == "fp8",
+        muon=config.optim.name == "muon",
         packed=config.data.reset_at_document_boundaries,
         offloads=any(name.startswith("offload_") and value for name, value in zero.items()),
     )

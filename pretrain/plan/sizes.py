@@ -159,7 +159,12 @@ class ModelSizes:
     @property
     def matrices(self) -> int:
         """Weights of all linear maps, the head included and the embedding not."""
-        return sum(layer.matrices for layer in self.stack) + self.vocab * self.hidden
+        return self.layer_matrices + self.vocab * self.hidden
+
+    @property
+    def layer_matrices(self) -> int:
+        """Weights of the linear maps in layers. Muon updates these, except those of gates, less than 1% of them."""
+        return sum(layer.matrices for layer in self.stack)
 
     @property
     def parameters(self) -> int:

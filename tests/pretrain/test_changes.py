@@ -26,7 +26,9 @@ OTHERS = {  # another value of every key, by what it is
     },
     "changes the results": {
         "steps": 200, "global_batch_size": 16, "precision": "float32", "optim.lr": 0.002, "optim.betas": [0.9, 0.99],
-        "optim.eps": 1e-6, "optim.weight_decay": 0.2, "optim.clip": 0.0, "schedule.name": "wsd",
+        "optim.eps": 1e-6, "optim.weight_decay": 0.2, "optim.clip": 0.0, "optim.decay_embeddings": False,
+        "optim.muon.lr": 0.02, "optim.muon.momentum": 0.9, "optim.muon.nesterov": False,
+        "optim.muon.adjust_lr_fn": "original", "optim.muon.per_head": True, "schedule.name": "wsd",
         "schedule.warmup_steps": 5, "schedule.decay_steps": 5, "schedule.min_lr_ratio": 0.0, "spikes.action": "skip",
         "spikes.threshold": 7.0, "spikes.window": 7,
     },
@@ -35,7 +37,7 @@ OTHERS = {  # another value of every key, by what it is
         "data.reset_at_document_boundaries": True,
     },
 }  # fmt: skip
-REST = {"deepspeed", "data.stream"}  # tested below, or another source of data
+REST = {"deepspeed", "data.stream", "optim.name"}  # tested below, or another source of data
 
 
 def changed(**values) -> Config:
@@ -182,3 +184,10 @@ def test_a_deepspeed_json_in_place_of_own_settings(check, tmp_path):
     (tmp_path / COPY).write_text(own.read_text())
     with pytest.raises(UserError, match=r"deepspeed.communication_data_type = 'fp16' \(now None\)"):
         check(changed())
+
+
+@pytest.mark.parametrize("allow", [False, True])
+def test_another_optimizer_is_refused(check, allow):
+    message = "holds the state of optim.name = 'adamw', and 'muon' cannot continue from it; restore 'adamw', or"
+    with pytest.raises(UserError, match=message):
+        check(changed(**{"optim.name": "muon"}), allow)

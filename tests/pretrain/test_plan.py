@@ -14,6 +14,7 @@ from lrnn.model.mixer_attention import Attention
 from lrnn.model.mixers import MIXERS
 from lrnn.pretrain.config import load_config, load_model_of
 from lrnn.pretrain.gpus import find_gpu
+from lrnn.pretrain.muon.matrices import matrices_of
 from lrnn.pretrain.plan.attention import AttentionSizes
 from lrnn.pretrain.plan.choose import choose
 from lrnn.pretrain.plan.estimate import Estimate
@@ -118,6 +119,10 @@ def test_memory_by_part():
     with torch.device("meta"):
         model = LrnnForCausalLM(load_model_of(load_config("1.3b")))
     assert one.setup.model.parameters == pytest.approx(sum(p.numel() for p in model.parameters()), rel=1e-5)
+    saved = 4 * sum(p.numel() for p in matrices_of(model, per_head=False))  # the second moment of what is Muon's
+    for gpus, adamw in ((1, one), (8, eight)):
+        muon = Estimate(setup("1.3b", "optim.name=muon", gpus), 80e9)
+        assert adamw.memory.optimizer - muon.memory.optimizer == pytest.approx(saved / gpus, rel=0.01)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

@@ -21,10 +21,13 @@ STEPS = 6
 FEW = 16  # tokens per sample in bfloat16, with which many CPUs compute many times as slowly
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(1, "float32"), (2, "float32"), (3, "bfloat16")])
-def test_stop_and_resume_is_bitwise_the_same(base, hybrid_json, tmp_path, stage, precision):
+@pytest.mark.parametrize(
+    ("stage", "precision", "optimizer"), [(1, "float32", "muon"), (2, "float32", "adamw"), (3, "bfloat16", "adamw")]
+)
+def test_stop_and_resume_is_bitwise_the_same(base, hybrid_json, tmp_path, stage, precision, optimizer):
     """Compare a run that is stopped after every single step with one that never stopped. The model is a hybrid."""
-    changes = {"model": str(hybrid_json), "precision": precision}
+    optim = base()["optim"] | {"name": optimizer}
+    changes = {"model": str(hybrid_json), "precision": precision, "optim": optim}
     if precision == "bfloat16":
         changes["data"] = base()["data"] | {"seq_len": FEW}
     straight, stopped = base("straight", stage, **changes), base("stopped", stage, **changes)

@@ -8,9 +8,10 @@ import torch
 
 from lrnn.pretrain.checkpoint import writer as checkpoint_writer
 from lrnn.pretrain.checkpoint.writer import CheckpointWriter, Outcome
-from lrnn.pretrain.checkpoint.zero_state import KINDS, Fragment
+from lrnn.pretrain.checkpoint.zero_state import Fragment
 from lrnn.pretrain.config import CheckpointConfig
 
+KINDS = ("param", "exp_avg", "exp_avg_sq")
 SHAPES = {"embed.weight": (7, 5), "norm.weight": (5,), "A_log": (1,)}
 
 

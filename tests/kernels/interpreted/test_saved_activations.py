@@ -43,7 +43,7 @@ def built(mixer: str, fields: dict[str, Any] | None = None, **options) -> tuple[
         model=ModelSizes.of(config), gpu=find_gpu("H100"), gpus=1, gpus_per_node=1, links=Links(1, 1), zero=1, bucket=1,
         micro_batch=BATCH, seq_len=TOKENS, global_batch=BATCH, precision="float32", fused=True, packed=False,
         checkpointing="mlp" if options.get("recompute_mlp") else "none", float8=options.get("float8", False),
-        offloads=False,
+        muon=False, offloads=False,
     )  # fmt: skip
     return model, plan
 
