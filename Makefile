@@ -15,6 +15,9 @@ quickstart: setup
 
 # Two processes, in the order of tests/conftest.py: the longest files first, and last what measures time, while the other
 # process waits. pytest-xdist would begin with the files of most tests.
+# Compiled modules are kept even if the environment says otherwise, as that of many containers does: each of the hundred
+# processes would compile lrnn again.
+test: export PYTHONDONTWRITEBYTECODE =
 test: setup
 	$(MAKE) --no-print-directory --output-sync=target -j 2 lint docs
 	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
