@@ -18,7 +18,7 @@ from fla.utils import IS_NVIDIA_HOPPER, TRITON_ABOVE_3_4_0, TRITON_ABOVE_3_7_1
 from torch import Tensor
 
 from lrnn.kernels.reference.diagonal import check
-from lrnn.kernels.reference.documents import document_starts
+from lrnn.kernels.reference.documents import document_ids, document_starts, states_of_documents, states_of_rows
 
 FORGET = -100.0  # a log-decay that leaves nothing: e^-100 is below float32
 COLUMNS = 16  # head sizes are padded to its multiples, since fla refuses odd ones, such as the V + 1 of the mLSTM
@@ -42,12 +42,13 @@ def diagonal_recurrence(
     gradient of g is therefore damped by |a|^2 / (|a|^2 + TF32^2). If a is evenly spread, an error of some percent
     remains.
     """
-    check(q, k, v, g, sign, initial_state, output_final_state, document)
+    check(q, k, v, g, sign)
     K, V, dtype = q.shape[3], v.shape[3], q.dtype
     with torch.autocast(q.device.type, enabled=False):
         g = g.float()
         if document is not None:
-            g = torch.where(document_starts(document)[..., None, None], FORGET, g)
+            starts = document_starts(document, initial_state is not None)
+            g = torch.where(starts[..., None, None], FORGET, g)
         if sign is not None:
             running = sign.float().cumprod(1)
             q, k = q * running.to(dtype), k * running.to(k.dtype)
@@ -91,12 +92,11 @@ def rwkv7_recurrence(r, w, k, v, kappa, a, *, initial_state=None, cu_seqlens=Non
             state = F.pad(initial_state.float(), (0, inputs[3].shape[3] - V, 0, inputs[0].shape[3] - K))
         if cu_seqlens is not None:
             inputs = [x.flatten(0, 1)[None] for x in inputs]
-            if state is not None:
-                raise ValueError("documents exclude an initial state")
+            document = document_ids(cu_seqlens, B, T)
+            state = states_of_documents(state, cu_seqlens, document)
         o, state = chunk_rwkv7(*inputs, scale=1.0, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)
-        if cu_seqlens is not None:  # keep the states of those documents that hold the ends of the rows
-            last = torch.arange(1, B + 1, device=r.device) * T - 1
-            state = state[torch.searchsorted(cu_seqlens.long(), last, right=True) - 1]
+        if cu_seqlens is not None:
+            state = states_of_rows(state, document)
         return o.view(B, T, *o.shape[2:])[..., :V], state[..., :K, :V]
 
 

@@ -35,7 +35,7 @@ def selective_scan(x, dt, A, B, C, *, allow_neg_eigval, initial_state=None, docu
     fixed order. A program reads whole rows of B and C, so N should not exceed some hundreds.
     """
     inputs = (y.float().contiguous() for y in (x, dt, A, B, C))
-    start = None if document is None else document_starts(document).contiguous()
+    start = None if document is None else document_starts(document, initial_state is not None).contiguous()
     state = None if initial_state is None else initial_state.float().contiguous()
     return _SelectiveScan.apply(*inputs, state, start, allow_neg_eigval)
 

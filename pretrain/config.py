@@ -75,11 +75,17 @@ class DataConfig(Section):
     """A streamed data set."""
     reset_at_document_boundaries: bool = False
     """Start each document from a zero state."""
+    state_passing: Annotated[bool | Annotated[int, Field(ge=2)], Unit("samples")] = False
+    """Number of consecutive samples of a corpus that a row of the batch reads one after the other, each from the state
+    that the one before left, without gradients through it. `true`: as many as the smallest corpus has for each row.
+    Needs `corpora`, and a window in attention layers."""
 
     @model_validator(mode="after")
     def one_source(self) -> Self:
         if bool(self.corpora) == (self.stream is not None):
             raise ValueError("give exactly one of corpora (written by `lrnn corpus`) and stream")
+        if self.state_passing and self.stream is not None:
+            raise ValueError("state_passing needs corpora, because a stream is read in one place; set it to false")
         return self
 
 

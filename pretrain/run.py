@@ -41,6 +41,7 @@ from lrnn.pretrain.optim import has_other_groups_by_shape
 from lrnn.pretrain.plan.start import lines_at_start
 from lrnn.pretrain.progress import Progress, check_same_run
 from lrnn.pretrain.schedule import learning_rate
+from lrnn.pretrain.state_passing import open_states
 from lrnn.pretrain.step import Step, warm_up
 from lrnn.pretrain.watchdog.watchdog import Watchdog
 from lrnn.run_lock import RunLock
@@ -58,6 +59,7 @@ class Run:
         progress: how far the run is.
         engine: the DeepSpeed engine around the model.
         guard: decides whether a step may reach the weights.
+        carried: states of this rank's rows, if samples pass them on.
         log: the run's log on the main process, None on others.
     """
 
@@ -99,7 +101,7 @@ class Run:
         self.progress = Progress()
         self._data_error: str | None = None
         self._left_out_said: set[str] = set()
-        self._stopped = False
+        self._stopped, self._same_data = False, True
         self._watchdog = exits.enter_context(Watchdog(ranks, config.watchdog))
         with self.phase("checking data and checkpoints", step=0):
             self._model_config, self._data, self._heldout = ranks.together(self._check_parts)
@@ -111,6 +113,8 @@ class Run:
         start_up.lap("data and checkpoints")
         with self.phase("starting the engine" if self._saved is None else "loading the checkpoint", step=0):
             self.engine, self._probe = self._start_engine(start_up)
+        data, same = self._data, self._saved if self._same_data else None
+        self.carried = open_states(self.engine.module, data.chains, data.batching, config.data.seq_len, same)
         self.log = self._watchdog.log = ranks.together(self._open_log)
         if self.log is not None:
             exits.enter_context(closing(self.log))
@@ -130,7 +134,7 @@ class Run:
         start_up.lap("logs")
         if not self.finished:
             with self.phase("trying a first pass", step=0):
-                warm_up(self.engine, self._data.throwaway_batch())
+                warm_up(self.engine, self._data.throwaway_batch(), self.carried)
                 ranks.barrier()
             start_up.lap("first pass")
         self._report_start(start_up)
@@ -206,6 +210,8 @@ class Run:
             progress.unrecorded.append(step.loss)
         if verdict is not Verdict.GOOD:
             progress.skipped_steps += 1
+            if self.carried is not None:
+                self.carried.drop_bad_rows()
         return verdict
 
     def _report_left_out(self) -> None:
@@ -353,6 +359,7 @@ class Run:
         facts = self._data.description, self._data.as_of_0_1_0
         data = check_same_run(saved, self._model_config, *facts, allow_change=allow_change, changes=changes)
         self.progress = Progress.read(saved)
+        self._same_data = not data
         if data & {"stream", "corpora"}:  # The position in a stream means nothing in other data.
             self.progress.stream = None
         return changes
@@ -427,12 +434,15 @@ class Run:
         progress.step, progress.tokens, progress.losses = before.step, before.tokens, before.losses
         progress.unrecorded = before.unrecorded
         progress.rollbacks += 1
+        if self.carried is not None:
+            self.carried.reset()
 
     def _begin_checkpoint(self) -> None:
         self.progress.optimizer_step = zero_state.optimizer_step(self.engine)
         progress = {"step": self.progress.step, "progress": asdict(self.progress), "data": self._data.description}
         texts = {"config.json": self._model_config.to_json_string(use_diff=False), "run.yaml": dump(self.config)}
-        self._writer.begin(self.engine, progress, texts | self._engine_copy)
+        carried = {} if self.carried is None else self.carried.tensors(self.progress.samples)
+        self._writer.begin(self.engine, progress, texts | self._engine_copy, carried)
 
     def _report_checkpoint(self, outcome: Outcome) -> None:
         """Record what became of a checkpoint, which may be of an earlier step than the run is at by now."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from lrnn.pretrain.data.micro_batch import MicroBatch, model_inputs
 from lrnn.pretrain.engine import Engine
 from lrnn.pretrain.fused.layers import refresh
+from lrnn.pretrain.state_passing import CarriedStates
 
 
 @dataclass
@@ -29,7 +30,9 @@ class Step:
     lr: float
 
 
-def train_step(engine: Engine, batches: list[MicroBatch], *, lr: float, limit: float) -> Step:
+def train_step(
+    engine: Engine, batches: list[MicroBatch], *, lr: float, limit: float, carried: CarriedStates | None = None
+) -> Step:
     """Compute a step and update the weights. The loss is the mean over all labels of the step, however they are spread.
 
     All ranks refuse the update if the loss is not finite or above `limit`, or a gradient is not finite;
@@ -40,6 +43,8 @@ def train_step(engine: Engine, batches: list[MicroBatch], *, lr: float, limit: f
         batches: micro-batches of this rank.
         lr: learning rate of the update.
         limit: largest loss with which the weights are updated, in nats per token.
+        carried: states of this rank's rows, which the step begins with and replaces; None if each sample begins with a
+            fresh state.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
@@ -55,7 +60,8 @@ def train_step(engine: Engine, batches: list[MicroBatch], *, lr: float, limit: f
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
             engine.set_gradient_accumulation_boundary(last)
-            part = engine(**model_inputs(batch, device), num_items_in_batch=share).loss
+            inputs = model_inputs(batch, device)
+            part = compute(engine, inputs, i, batch, carried, num_items_in_batch=share)
             parts.append(part.detach())
             if last:
                 loss = torch.stack(parts).sum() / world_size
@@ -82,9 +88,32 @@ def one_reduction(engine: Engine, micro_batches: int) -> AbstractContextManager[
     return engine.coalesce_grad_reduction()
 
 
-def warm_up(engine: Engine, batch: MicroBatch) -> None:
-    """Run a forward and backward pass of full shape with zero gradients: what is too large fails before step 1."""
+def compute(
+    engine: Engine,
+    inputs: dict[str, Tensor],
+    number: int,
+    batch: MicroBatch,
+    carried: CarriedStates | None,
+    **options: Tensor,
+) -> Tensor:
+    """Return the loss of this rank's micro-batch of that number, and pass on the states of its rows."""
+    if carried is None:
+        return engine(**inputs, **options).loss
+    cache = carried.ahead(number, batch)
+    loss = engine(**inputs, **options, past_key_values=cache).loss
+    carried.keep(number, cache)
+    return loss
+
+
+def warm_up(engine: Engine, batch: MicroBatch, carried: CarriedStates | None = None) -> None:
+    """Run a forward and backward pass of full shape with zero gradients: what is too large fails before step 1.
+
+    If states are passed on, a second pass continues from those of the first.
+    """
     refresh(engine.module)
     engine.set_gradient_accumulation_boundary(False)
-    engine.backward(engine(**model_inputs(batch, engine.device)).loss * 0.0, scale_wrt_gas=False)
+    states = None if carried is None else carried.fresh()
+    for _ in range(1 if carried is None else 2):
+        loss = compute(engine, model_inputs(batch, engine.device), 0, batch, states)
+        engine.backward(loss * 0.0, scale_wrt_gas=False)
     engine.optimizer.zero_grad()

@@ -30,7 +30,9 @@ def train(
             if batches is None:  # A signal came or data failed; all ranks agree.
                 break
             with run.phase("computing the step"), run.measuring():
-                step = train_step(run.engine, batches, lr=run.learning_rate(), limit=run.guard.limit)
+                step = train_step(
+                    run.engine, batches, lr=run.learning_rate(), limit=run.guard.limit, carried=run.carried
+                )
             if run.judge(step, batches) is Verdict.ROLL_BACK and run.roll_back():
                 continue
             run.measure(step)

@@ -55,8 +55,8 @@ def diagonal_recurrence(
         scale: factor on the output.
         initial_state: [B, H, K, V], or None for zeros.
         output_final_state: whether the final state is returned.
-        document: int64 [B, T], the document of each token (`document_ids`): the state is reset at each. It excludes
-            states.
+        document: int64 [B, T], the document of each token (`document_ids`): the state is reset at each. The initial
+            state is that ahead of the first document of each row, the final state that behind its last.
         chunk_size: tokens per chunk; default 64 with one number per head, 16 with a vector, whose decays between the
             tokens of a chunk are a tensor [chunk, chunk, K].
 
@@ -64,9 +64,9 @@ def diagonal_recurrence(
         o [B, T, H, V] and the final state [B, H, K, V], in float32 (float64 for float64 v); or None for the state.
 
     Raises:
-        ValueError: If shapes do not fit, or documents and states are both given.
+        ValueError: If shapes do not fit.
     """
-    check(q, k, v, g, sign, initial_state, output_final_state, document)
+    check(q, k, v, g, sign)
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     with torch.autocast(q.device.type, enabled=False):
         q, k, v, g = (x.to(dtype) for x in (q, k, v, g))
@@ -98,7 +98,7 @@ def recurrent(q: Tensor, k: Tensor, v: Tensor, a: Tensor, state: Tensor | None =
     return torch.stack(out, 1), S
 
 
-def check(q, k, v, g, sign, initial_state, output_final_state, document):
+def check(q, k, v, g, sign):
     """Raise ValueError if the arguments of `diagonal_recurrence` do not fit each other."""
     fits = q.ndim == v.ndim == 4 and q.shape == k.shape and v.shape[:3] == q.shape[:3]
     if not fits or g.shape not in (q.shape, (*q.shape[:3], 1)) or (sign is not None and sign.shape != g.shape):
@@ -107,8 +107,6 @@ def check(q, k, v, g, sign, initial_state, output_final_state, document):
             f"{list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, g {list(g.shape)}"
             + ("" if sign is None else f", sign {list(sign.shape)}")
         )
-    if document is not None and (initial_state is not None or output_final_state):
-        raise ValueError("documents exclude initial and final states")
 
 
 def _chunkwise(q, k, v, g, state, document, chunk_size):
@@ -139,7 +137,8 @@ def _chunkwise(q, k, v, g, state, document, chunk_size):
         document = F.pad(document, (0, pad), mode="replicate") if pad else document
         document = document.view(B, 1, n_chunks, C)
         reaches = reaches & (document[..., :, None] == document[..., None, :])
-        incoming = torch.cat([document[:, :, :1, :1] - 1, document[:, :, :-1, -1:]], 2)
+        ahead = document[:, :, :1, :1] - (1 if state is None else 0)
+        incoming = torch.cat([ahead, document[:, :, :-1, -1:]], 2)
         from_start = (document == incoming)[..., None]
         to_end = (document == document[..., -1:])[..., None]
         passes = (document[..., -1:] == incoming)[..., None]

@@ -27,9 +27,10 @@ def short_conv(
     Args:
         xs: tensors [B, T, D_i], any float dtype.
         weights: a tensor [D_i, 1, taps] for each, any float dtype and any number of taps.
-        before: for each the inputs [B, taps - 1, D_i] ahead of x; default zeros.
+        before: for each the inputs [B, taps - 1, D_i] ahead of x; default zeros. With documents they are inputs of the
+            first document of each row.
         cu_seqlens: int32 or int64 [N + 1], boundaries of documents in the flattened B * T tokens; no tap reaches into
-            another document. Not together with `before`.
+            another document.
 
     Returns:
         For each x a tensor of its shape in float32 (float64 for float64), in which the sums are computed.
@@ -47,7 +48,8 @@ def _convolve(x: Tensor, weight: Tensor, before: Tensor | None, document: Tensor
     for j in range(1, taps):
         shifted = padded[:, taps - 1 - j : taps - 1 - j + T]
         if document is not None:
-            same = document == F.pad(document, (j, 0), value=-1)[:, :T]
+            first = document[:, :1] if before is not None else torch.full_like(document[:, :1], -1)
+            same = document == torch.cat([first.expand(-1, j), document], 1)[:, :T]
             shifted = torch.where(same[..., None], shifted, 0)
         z = z + w[:, -1 - j] * shifted
     return F.silu(z)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .documents import document_starts
+from .documents import document_ids, document_starts
 
 SEGMENT = 32  # tokens whose states exist at a time
 
@@ -38,13 +38,14 @@ def selective_scan(
         A: [D, N], at most 0.
         B, C: [B, T, N].
         initial_state: [B, D, N], or None for zeros.
-        document: int64 [B, T], the document of each token, at each of which the state is reset; or None.
+        document: int64 [B, T], the document of each token, at each of which the state is reset; or None. The initial
+            state is that ahead of the first document of each row.
 
     Returns:
         y [B, T, D] and the state h [B, D, N] after the last token.
     """
     x, dt, A, B, C = _wide(x, dt, A, B, C)
-    start = None if document is None else document_starts(document)
+    start = None if document is None else document_starts(document, initial_state is not None)
 
     def segment(h, A, x, dt, B, C, start=None):
         a = (dt[..., None] * A).exp()
@@ -80,7 +81,7 @@ def rwkv7_recurrence(
         v: [B, T, H, V].
         initial_state: [B, H, K, V], or None for zeros.
         cu_seqlens: int32 or int64 [N + 1], boundaries of documents in the flattened B * T tokens: the state is reset at
-            each. Every row must start one. It excludes an initial state.
+            each. Every row must start one; the initial state is that ahead of the first document of each row.
 
     Returns:
         o [B, T, H, V] and the state [B, H, K, V] after the last token.
@@ -88,10 +89,7 @@ def rwkv7_recurrence(
     r, w, k, v, kappa, a = _wide(r, w, k, v, kappa, a)
     start = None
     if cu_seqlens is not None:
-        if initial_state is not None:
-            raise ValueError("documents exclude an initial state")
-        start = torch.zeros(r.shape[0] * r.shape[1] + 1, dtype=torch.bool, device=r.device)
-        start = start.index_fill(0, cu_seqlens.long(), True)[:-1].view(r.shape[:2])
+        start = document_starts(document_ids(cu_seqlens, *r.shape[:2]), initial_state is not None)
 
     def segment(S, r, w, k, v, kappa, rate, start=None):
         out = []

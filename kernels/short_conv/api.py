@@ -32,17 +32,16 @@ def short_conv(
             read in place if its channels are contiguous and its B * T rows are equally far apart, as in a slice of a
             projection's channels. Other strides are copied.
         weights: a tensor [D_i, 1, taps] for each of xs. All have one of the same dtypes and 2, 3 or 4 taps.
-        before: for each of xs, the inputs [B, taps - 1, D_i] ahead of it; default zeros. They get no gradient.
+        before: for each of xs, the inputs [B, taps - 1, D_i] ahead of it; default zeros. They get no gradient. With
+            documents, they are inputs of the first document of each row.
         cu_seqlens: int32 or int64 [N + 1], the boundaries of documents in the flattened B * T tokens: non-decreasing,
-            from 0 to B * T. No tap reaches into another document, nor into another row of the batch. It cannot be
-            combined with `before`.
+            from 0 to B * T. No tap reaches into another document, nor into another row of the batch.
 
     Returns:
         For each of xs, a contiguous tensor of its shape and dtype.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not fit or are not supported, if `before` requires a gradient, or if
-            `before` and `cu_seqlens` are both given.
+        ValueError: if shapes, dtypes or devices do not fit or are not supported, or if `before` requires a gradient.
     """
     xs, weights, before = list(xs), list(weights), list(before or [])
     _check(xs, weights, before, cu_seqlens)
@@ -78,7 +77,7 @@ def _check(xs: list[Tensor], weights: list[Tensor], before: list[Tensor], cu_seq
         if before and before[i].shape != (x.shape[0], taps - 1, x.shape[2]):
             raise ValueError(f"before must be [B, taps - 1, D_i]; got {[*before[i].shape]} at {i} for x {[*x.shape]}")
     if cu_seqlens is not None:
-        _check_documents(cu_seqlens, before)
+        _check_documents(cu_seqlens)
     if any(b.requires_grad for b in before) and torch.is_grad_enabled():
         raise ValueError("short_conv gives no gradient to `before`; detach it")
     devices = {t.device for t in (*xs, *weights, *before, *([] if cu_seqlens is None else [cu_seqlens]))}
@@ -86,9 +85,7 @@ def _check(xs: list[Tensor], weights: list[Tensor], before: list[Tensor], cu_seq
         raise ValueError(f"all tensors must be on one device; got {sorted(map(str, devices))}")
 
 
-def _check_documents(cu_seqlens: Tensor, before: list[Tensor]) -> None:
-    if before:
-        raise ValueError("before and cu_seqlens exclude each other: every document starts from zeros")
+def _check_documents(cu_seqlens: Tensor) -> None:
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens must be int32 or int64 [N + 1], N > 0; got {cu_seqlens.dtype} {[*cu_seqlens.shape]}"

@@ -101,6 +101,17 @@ def _documents(cu_seqlens, N, row, rows):
 
 
 @triton.jit
+def _first_age(start, low, bos, t0, W: tl.constexpr, HAS_BEFORE: tl.constexpr):
+    # The number of tokens of its document ahead of row t0, and the first word without the start of a sequence that
+    # `before` is ahead of. That document has all taps, so that its age counts from W - 1.
+    age = bos + t0 - start
+    if HAS_BEFORE:
+        age += tl.where(start == bos, W - 1, 0)
+        low = tl.where(t0 == 0, low & ~1, low)
+    return age, low
+
+
+@triton.jit
 def _age(age, low, high, i):
     # The number of tokens of its document ahead of the i-th row. `age` is that number if no document starts there.
     starts = (tl.where(i < 64, low, high) >> (i & 63)) & 1
@@ -264,7 +275,7 @@ def short_conv_forward_kernel(
     age = 0
     if IS_VARLEN:
         start, _, low, high = _documents(cu_seqlens, N, bos + t0, rows)
-        age = bos + t0 - start
+        age, low = _first_age(start, low, bos, t0, W, HAS_BEFORE)
     b_past = _load_rows_before(p_x, p_before, i_b, t0, S_c, SB_c, o_d, D_c, W, HAS_BEFORE)
     for i in range(0, rows, BR):
         t = t0 + i
@@ -331,7 +342,7 @@ def short_conv_backward_kernel(
     age = 0
     if IS_VARLEN:
         start, stop, low, high = _documents(cu_seqlens, N, bos + t0, rows)
-        age = bos + t0 - start
+        age, low = _first_age(start, low, bos, t0, W, HAS_BEFORE)
         last = tl.minimum(stop - bos, T).to(tl.int32)
     b_past = _load_rows_before(p_x, p_before, i_b, t0, S_c, SB_c, o_d, D_c, W, HAS_BEFORE)
     b_a = _zeros(W - 1, BD)

@@ -20,6 +20,9 @@ class LrnnCacheLayer(CacheLayerMixin):
     """
 
     supports_early_init = False
+    # Whether it gives the state ahead of the tokens even after it was given that behind them, as a layer that is
+    # computed twice needs it. Only then may documents be packed: the first of each row continues from the state.
+    keeps_both_states = False
 
     def __init__(self) -> None:
         super().__init__()

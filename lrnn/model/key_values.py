@@ -22,20 +22,22 @@ GROWTH = 256  # slots that a full cache gets beyond those it needs, so that not 
 LARGEST_MASK = 2**26  # pairs of a query and a key whose mask exists at a time
 
 
-def first_state(k: Tensor, v: Tensor, mask: Tensor | None, window: int | None) -> State:
+def first_state(k: Tensor, v: Tensor, mask: Tensor | None, window: int | None, document: Tensor | None = None) -> State:
     """Return the state after the first tokens of the sequences.
 
     Args:
         k, v: [B, T, G, D], rotated keys, and values.
         mask: bool [B, T] or None, False at padding, which comes after the tokens of its row.
         window: tokens that a token sees, or None.
+        document: int64 [B, T], the document of each token, of which the last of each row is kept; None if every row is
+            one.
     """
     B, T, G, D = k.shape
     count = _count(mask, k)
-    if window is None or window >= T:
+    if document is None and (window is None or window >= T):
         return k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous(), count
-    empty = k.new_zeros(B, G, window, D)
-    return _write((empty, empty, torch.zeros_like(count)), k, v, count, window)
+    empty = k.new_zeros(B, G, T if window is None else min(window, T), D)
+    return _write((empty, empty, torch.zeros_like(count)), k, v, count, window, document)
 
 
 def with_slots(state: State, tokens: int, window: int | None) -> State:
@@ -59,7 +61,13 @@ def slots_for(state: State, window: int | None) -> int | None:
 
 
 def attend_and_write(
-    state: State, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int | None
+    state: State,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    window: int | None,
+    document: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Return the attention of further tokens to those of the cache and to each other, and the state after them.
 
@@ -69,6 +77,8 @@ def attend_and_write(
         k, v: [B, T, G, D], rotated keys, and values.
         mask: bool [B, T] or None, False at padding, which comes after the tokens of its row.
         window: tokens that a token sees, or None.
+        document: int64 [B, T], the document of each token, of which the first of each row continues that of the state;
+            None if every row is one.
 
     Returns:
         [B, T, H, D] and the state.
@@ -79,8 +89,8 @@ def attend_and_write(
         state, length = _write_one(state, k, v, mask, window), state[2]
         o = _attend_one(state, q, length)
     else:
-        o = _attend_many(state, q, k, v, window)
-        state = _write(state, k, v, _count(mask, k), window)
+        o = _attend_many(state, q, k, v, window, document)
+        state = _write(state, k, v, _count(mask, k), window, document)
     return o.to(dtype), state
 
 
@@ -107,7 +117,7 @@ def _attend_one(state: State, q: Tensor, length: Tensor) -> Tensor:
     return ungroup(F.scaled_dot_product_attention(group_queries(q, keys.shape[1]), keys, values, attn_mask=sees), 1)
 
 
-def _attend_many(state: State, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def _attend_many(state: State, q: Tensor, k: Tensor, v: Tensor, window: int | None, document: Tensor | None) -> Tensor:
     """Return the attention of q [B, T, H, D] to the cache and to k, v [B, T, G, D], in blocks of queries."""
     keys, values, length = state
     B, T, H, _ = q.shape
@@ -115,6 +125,7 @@ def _attend_many(state: State, q: Tensor, k: Tensor, v: Tensor, window: int | No
     keys, values = torch.cat([keys, k.transpose(1, 2)], 2), torch.cat([values, v.transpose(1, 2)], 2)
     new = length[:, None] + torch.arange(T, device=q.device)
     position = torch.cat([_positions(S, length, window), new], 1)  # of each key, -1 in empty slots
+    of_keys = None if document is None else torch.cat([document[:, :1].expand(-1, S), document], 1)
     size = max(LARGEST_MASK // (B * H // G * (S + T)), 1)
     outputs = []
     for start in range(0, T, size):
@@ -125,6 +136,8 @@ def _attend_many(state: State, q: Tensor, k: Tensor, v: Tensor, window: int | No
         sees = (position[:, None, seen] >= 0) & (behind >= 0)
         if window is not None:
             sees = sees & (behind < window)
+        if document is not None and of_keys is not None:
+            sees = sees & (document[:, start:stop, None] == of_keys[:, None, seen])
         o = F.scaled_dot_product_attention(
             group_queries(q[:, start:stop], G),
             keys[:, :, seen],
@@ -135,12 +148,17 @@ def _attend_many(state: State, q: Tensor, k: Tensor, v: Tensor, window: int | No
     return torch.cat(outputs, 1)
 
 
-def _write(state: State, k: Tensor, v: Tensor, count: Tensor, window: int | None) -> State:
-    """Return the state after k, v [B, T, G, D], of which each row has `count` [B] tokens and padding behind them."""
+def _write(state: State, k: Tensor, v: Tensor, count: Tensor, window: int | None, document: Tensor | None) -> State:
+    """Return the state after k, v [B, T, G, D], of which each row has `count` [B] tokens and padding behind them.
+
+    If the last document of a row begins within it, the state holds nothing from before.
+    """
     keys, values, length = state
-    end = length + count
+    left_out = torch.zeros_like(length) if document is None else (document != document[:, -1:]).sum(1)
+    length = torch.where(left_out > 0, 0, length)
+    end = length + count - left_out
     source = _positions(keys.shape[2], end, window) - length[:, None]  # the token that each slot holds, if it is new
-    index = source.clamp(min=0)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+    index = (source.clamp(min=0) + left_out[:, None])[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
     is_new = (source >= 0)[:, None, :, None]
     keys, values = (
         torch.where(is_new, new.transpose(1, 2).gather(2, index), kept) for new, kept in ((k, keys), (v, values))

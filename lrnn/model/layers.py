@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .cache import LrnnCacheLayer
 from .configuration_lrnn import LrnnConfig
-from .ops import gated_rms_norm, plain_short_conv, rms_norm, short_conv, signed_decay, use_kernels
+from .ops import document_ids, gated_rms_norm, plain_short_conv, rms_norm, short_conv, signed_decay, use_kernels
 from .registry import Cost, Ranges
 
 
@@ -63,7 +63,8 @@ class Mixer(nn.Module):
 
         Args:
             x: [B, T, hidden].
-            cache: holds the layer's state ahead of x and is given the state after it. Never together with documents.
+            cache: holds the layer's state ahead of x and is given the state after it. With documents, these are the
+                states of the first and the last document of each row, and the cache `keeps_both_states`.
             mask: bool [B, T] or None, False at padding, which comes after the tokens of its row and leaves the state as
                 it is.
             cu_seqlens: int32 [N + 1] or None, boundaries of documents in the flattened B * T tokens.
@@ -81,6 +82,12 @@ class Mixer(nn.Module):
     def write_state(self, cache: LrnnCacheLayer | None, state: Any) -> None:
         if cache is not None:
             cache.state = state
+
+    def begin_rows(self, state: Any, begins: Tensor) -> Any:
+        """Return a state, not None, in which the rows that `begins`, bool [B], names are fresh."""
+        if isinstance(state, tuple):
+            return tuple(zero_rows(x, begins) for x in state)
+        return zero_rows(state, begins)
 
     def reserve(self, cache: LrnnCacheLayer, tokens: int) -> None:
         """Give the cache, which has been read into, room for exactly that many tokens per row, those read included.
@@ -134,6 +141,11 @@ class Mixer(nn.Module):
 def zero_at_padding(x: Tensor, mask: Tensor | None) -> Tensor:
     """Return x [B, T, ...] with zeros where `mask` is False."""
     return x if mask is None else x * mask.view(*mask.shape, *[1] * (x.ndim - 2)).to(x.dtype)
+
+
+def zero_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Return x [B, ...] with zeros in the rows that `rows`, bool [B], names."""
+    return x.masked_fill(rows.view(-1, *[1] * (x.ndim - 1)), 0)
 
 
 class RMSNorm(nn.Module):
@@ -199,19 +211,15 @@ def convolve(
         inputs: one to three tensors [B, T, D_i] of one dtype.
         cache: the cache of the layer, or None for zeros ahead.
         mask: bool [B, T] or None, False at padding, which comes after the tokens of its row.
-        cu_seqlens: int32 [N + 1], boundaries of documents; no tap reaches into another document.
+        cu_seqlens: int32 [N + 1], boundaries of documents; no tap reaches into another document. The inputs in the
+            cache belong to the first document of each row.
 
     Returns:
         Tensors [B, T, D_i], on CPU in float32, on CUDA in the dtype of the inputs, where one kernel computes them all.
     """
-    before: Sequence[Tensor] | None = None
     weights = [read_weight(convolution) for convolution in convolutions]
     taps = weights[0].shape[-1]
-    if cache is not None:
-        window = cache.conv
-        if window is not None:
-            before = window.split([x.shape[-1] for x in inputs], -1)
-        cache.conv = last_inputs(torch.cat(list(inputs), -1), window, taps - 1, mask)
+    before = pass_inputs(inputs, cache, taps, mask, cu_seqlens)
     if use_kernels(inputs[0]) and taps > 1:
         return short_conv(inputs, weights, before=before, cu_seqlens=cu_seqlens)
     outputs = plain_short_conv(inputs, weights, before=before, cu_seqlens=cu_seqlens)
@@ -219,14 +227,36 @@ def convolve(
     return [y.to(x.dtype) for x, y in zip(inputs, outputs, strict=True)] if use_kernels(inputs[0]) else outputs
 
 
-def last_inputs(x: Tensor, before: Tensor | None, count: int, mask: Tensor | None) -> Tensor:
+def pass_inputs(
+    inputs: Sequence[Tensor], cache: LrnnCacheLayer | None, taps: int, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Sequence[Tensor] | None:
+    """Return the inputs ahead of convolutions, which are in the cache, and put the last ones into it.
+
+    The arguments are those of `convolve`. The result has a tensor [B, taps - 1, D_i] for each input, or is None.
+    """
+    if cache is None:
+        return None
+    window = cache.conv
+    before = None if window is None else window.split([x.shape[-1] for x in inputs], -1)
+    document = None if cu_seqlens is None else document_ids(cu_seqlens, *inputs[0].shape[:2])
+    ends = inputs if mask is not None else [x[:, max(x.shape[1] - taps + 1, 0) :] for x in inputs]
+    cache.conv = last_inputs(torch.cat(list(ends), -1), window, taps - 1, mask, document)
+    return before
+
+
+def last_inputs(x: Tensor, before: Tensor | None, count: int, mask: Tensor | None, document: Tensor | None) -> Tensor:
     """Return the last `count` steps of x [B, T, D], preceded by `before` [B, count, D], or by zeros if it is None.
 
-    Padding, where `mask` [B, T] is False, comes last and is left out.
+    Padding, where `mask` [B, T] is False, comes last and is left out. Steps of another document than the last of their
+    row are zeros. `document`, int64 with [B, at least T], is that of each token.
     """
     if before is None:
         before = x.new_zeros(x.shape[0], count, x.shape[-1])
     joined = torch.cat([before, x], 1)
+    if document is not None:
+        of_steps = torch.cat([document[:, :1].expand(-1, count), document], 1)[:, document.shape[1] :]
+        other = of_steps != document[:, -1:]
+        return joined[:, joined.shape[1] - count :].masked_fill(other[..., None], 0)
     if mask is None:
         return joined[:, joined.shape[1] - count :].clone()
     columns = mask.sum(1, keepdim=True) + torch.arange(count, device=x.device)

@@ -101,10 +101,10 @@ class Attention(Mixer):
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if before is None:  # padding is behind the tokens, so that none of them sees it
             o = attend(q, k, v, self.window, cu_seqlens)
-            state = None if cache is None else first_state(k, v, mask, self.window)
+            state = None if cache is None else first_state(k, v, mask, self.window, document)
         else:
             before = with_room(before, cache.seen_tokens + x.shape[1], self.window)
-            o, state = attend_and_write(before, q, k, v, mask, self.window)
+            o, state = attend_and_write(before, q, k, v, mask, self.window, document)
         self.write_state(cache, state)
         o = o.flatten(-2)
         return self.o_proj(o if self.g_proj is None else o * self.g_proj(x).sigmoid())

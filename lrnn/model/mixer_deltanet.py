@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from .cache import LrnnCacheLayer
 from .configuration_lrnn import LrnnConfig
 from .layers import GatedRMSNorm, Mixer, ShortConvolution, convolve, read_weight, zero_at_padding
-from .ops import fused_gated_delta_product, fused_gated_delta_rule, next_token, use_kernels
+from .ops import (
+    fused_gated_delta_product,
+    fused_gated_delta_rule,
+    next_token,
+    states_of_documents,
+    states_of_rows,
+    use_kernels,
+)
 from .registry import Cost, Ranges, register
 
 
@@ -181,12 +188,12 @@ class DeltaNet(Mixer):
             A_log,
             dt_bias,
             beta_range=self.beta_range,
-            initial_state=self.read_state(cache),
+            initial_state=states_of_documents(self.read_state(cache), cu_seqlens, document),
             output_final_state=cache is not None,
             cu_seqlens=cu_seqlens,
             precision=self.precision,
         )
-        self.write_state(cache, state)
+        self.write_state(cache, None if state is None else states_of_rows(state, document))
         gate = self.g_proj(x).unflatten(-1, self.value_heads) if self.gated else None
         return self.o_proj(self.o_norm(o, gate, x.dtype).flatten(-2))
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .configuration_lrnn import LrnnConfig
 from .layers import GatedRMSNorm, Mixer, last_inputs, zero_at_padding
-from .ops import rwkv7_recurrence
+from .ops import document_starts, rwkv7_recurrence
 from .registry import Cost, Ranges, register
 
 INPUTS = "rwkvag"  # the inputs with a token shift of their own: receptance, decay, key, value, in-context rate, gate
@@ -88,9 +88,9 @@ class RWKV7(Mixer):
         before = None if cache is None else cache.conv
         previous = F.pad(x, (0, 0, 1, 0))[:, :-1] if before is None else torch.cat([before.to(x.dtype), x], 1)[:, :-1]
         if document is not None:
-            previous = previous * (document == F.pad(document, (1, 0), value=-1)[:, :-1])[..., None]
+            previous = previous * ~document_starts(document, before is not None)[..., None]
         if cache is not None:
-            cache.conv = last_inputs(x, before, 1, mask)
+            cache.conv = last_inputs(x, before, 1, mask, document)
         x_r, x_w, x_k, x_v, x_a, x_g = (x + (previous - x) * self.shift_mix.to(x.dtype)).unbind(0)
         # The recurrence may run in the dtype of r.
         r, k, v = (y.unflatten(-1, self.heads) for y in (self.r_proj(x_r), self.k_proj(x_k), self.v_proj(x_v)))

@@ -9,6 +9,8 @@ from .layers import GatedRMSNorm, Mixer
 from .ops import document_starts
 from .registry import Cost, register
 
+FRESH = -1e30  # m ahead of the first token, with which it writes c / n = tanh(z~) for any gates
+
 
 @register("slstm")
 class SLSTM(Mixer):
@@ -58,11 +60,10 @@ class SLSTM(Mixer):
     def forward(self, x, cache, mask, cu_seqlens, document) -> Tensor:
         H, D = self.heads
         inputs = self.zifo_proj(x).float().unflatten(-1, (H, 4 * D)) + self.gate_bias.float()
-        # With this m the first step writes c / n = tanh(z~) for any gates.
-        fresh = (*(inputs.new_zeros(x.shape[0], H, D) for _ in range(3)), inputs.new_full((x.shape[0], H, D), -1e30))
+        fresh = (*(inputs.new_zeros(x.shape[0], H, D) for _ in range(3)), inputs.new_full((x.shape[0], H, D), FRESH))
         before = self.read_state(cache)
         state = fresh if before is None else before
-        start = None if document is None else document_starts(document)
+        start = None if document is None else document_starts(document, before is not None)
         out = []
         with torch.autocast(x.device.type, enabled=False):
             R = self.recurrent.float()
@@ -79,6 +80,10 @@ class SLSTM(Mixer):
         self.write_state(cache, state)
         h = torch.stack(out, 1).to(x.dtype)
         return self.o_proj(self.o_norm(h, None, x.dtype).flatten(-2))
+
+    def begin_rows(self, state: tuple[Tensor, ...], begins: Tensor) -> tuple[Tensor, ...]:
+        c, n, h, m = state
+        return *super().begin_rows((c, n, h), begins), m.masked_fill(begins[:, None, None], FRESH)
 
 
 def step(state: tuple[Tensor, ...], inputs: Tensor, R: Tensor) -> tuple[Tensor, ...]:

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .cache import LrnnCache, layers_of
+from .cache import LrnnCache, LrnnCacheLayer, layers_of
 from .configuration_lrnn import LrnnConfig
 from .inputs import Layout, check_cache_position, read_layout, refuse_keywords, selected_states
 from .layers import Mixer, RMSNorm, ShortConvolution
@@ -51,7 +51,7 @@ class LrnnBlock(GradientCheckpointingLayer):
     """x + mixer(norm(x)), then x + mlp(norm(x)); with `norm_position` "post", x + norm(mixer(x)), x + norm(mlp(x))."""
 
     # If set, it is called in place of the lines below, for the same result. `lrnn.pretrain.fused` sets it.
-    fused: Callable[[Tensor, Tensor | None, Tensor | None], Tensor] | None = None
+    fused: Callable[[Tensor, LrnnCacheLayer | None, Tensor | None, Tensor | None], Tensor] | None = None
 
     def __init__(self, config: LrnnConfig, layer_idx: int):
         super().__init__()
@@ -62,8 +62,8 @@ class LrnnBlock(GradientCheckpointingLayer):
         self.norms_outputs = config.norm_position == "post"
 
     def forward(self, x, cache, mask, cu_seqlens, document) -> Tensor:
-        if self.fused is not None and cache is None and mask is None:
-            return self.fused(x, cu_seqlens, document)
+        if self.fused is not None and (cache is None or cache.keeps_both_states) and mask is None:
+            return self.fused(x, cache, cu_seqlens, document)
         if self.norms_outputs:
             x = x + self.attn_norm(self.attn(x, cache, mask, cu_seqlens, document))
             return x + self.mlp_norm(self.mlp(x))
@@ -203,6 +203,8 @@ class LrnnModel(LrnnPreTrainedModel):
         """
         packed = layout.cu_seqlens is not None
         recomputed = self.training and any(layer.gradient_checkpointing for layer in self.layers)
+        if past_key_values is not None and all(layer.keeps_both_states for layer in past_key_values.layers):
+            return past_key_values
         if packed and (use_cache or past_key_values is not None):
             raise ValueError("a cache holds one document per row, but documents are packed; pass use_cache=False")
         if recomputed and past_key_values is not None:

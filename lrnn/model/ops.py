@@ -14,7 +14,13 @@ try:
     from lrnn.kernels.gated_rms_norm import gated_rms_norm
     from lrnn.kernels.recurrences import diagonal_recurrence, rwkv7_recurrence, selective_scan
     from lrnn.kernels.reference.diagonal import signed_decay
-    from lrnn.kernels.reference.documents import document_ids, document_starts, longest_document
+    from lrnn.kernels.reference.documents import (
+        document_ids,
+        document_starts,
+        longest_document,
+        states_of_documents,
+        states_of_rows,
+    )
     from lrnn.kernels.reference.short_conv import short_conv as plain_short_conv
     from lrnn.kernels.rms_norm import rms_norm
     from lrnn.kernels.rotary import rotate
@@ -26,7 +32,13 @@ except ImportError:  # an exported folder, loaded where lrnn is not installed
         fused_gated_delta_rule,
     )
     from .diagonal import diagonal_recurrence, signed_decay  # type: ignore[no-redef]
-    from .documents import document_ids, document_starts, longest_document  # type: ignore[no-redef]
+    from .documents import (  # type: ignore[no-redef]
+        document_ids,
+        document_starts,
+        longest_document,
+        states_of_documents,
+        states_of_rows,
+    )
     from .gated_rms_norm import gated_rms_norm  # type: ignore[no-redef]
     from .rms_norm import rms_norm  # type: ignore[no-redef]
     from .rotary import rotate  # type: ignore[no-redef]
@@ -57,6 +69,8 @@ __all__ = [
     "selective_scan",
     "short_conv",
     "signed_decay",
+    "states_of_documents",
+    "states_of_rows",
     "swiglu",
     "use_kernels",
 ]

@@ -9,7 +9,8 @@ def positions(x: Tensor, start: Tensor | None, cu_seqlens: Tensor | None, docume
 
     Args:
         x: [B, T, ...], with padding behind the tokens of each row.
-        start: int64 [B], tokens of each row ahead of x, or None if there are none.
+        start: int64 [B], tokens of each row ahead of x, or None if there are none. They belong to the first document of
+            the row.
         cu_seqlens, document: packed documents, as `Mixer.forward` is given them, or None.
     """
     B, T = x.shape[:2]
@@ -17,7 +18,8 @@ def positions(x: Tensor, start: Tensor | None, cu_seqlens: Tensor | None, docume
         position = torch.arange(T, device=x.device)[None]
         return position if start is None else start[:, None] + position
     flat = torch.arange(B * T, device=x.device).view(B, T)
-    return flat - cu_seqlens.long()[document - 1]  # documents are counted from 1
+    position = flat - cu_seqlens.long()[document - 1]  # documents are counted from 1
+    return position if start is None else position + start[:, None] * (document == document[:, :1])
 
 
 def turns(position: Tensor, size: int, base: float) -> tuple[Tensor, Tensor]:

@@ -55,6 +55,26 @@ class SavedState:
             )
         return out
 
+    def names(self, kind: str) -> list[str]:
+        """Return the names of what the checkpoint holds of a kind, sorted."""
+        return sorted(name for of, name in self._index if of == kind)
+
+    def read_rows(self, kind: str, name: str, start: int, count: int) -> Tensor:
+        """Return rows [start, start + count) of a tensor that was saved by rows, [count, ...] in its dtype on the CPU.
+
+        Raises:
+            BrokenCheckpoint: the checkpoint does not hold all of them.
+        """
+        pieces = []
+        for low, high, file, key in sorted(self._index.get((kind, name), [])):
+            a, b = max(low, start), min(high, start + count)
+            if a < b:
+                pieces.append(self._files[file].get_slice(key)[a - low : b - low])
+        found = sum(len(piece) for piece in pieces)
+        if found != count:
+            raise BrokenCheckpoint(f"{self.folder} has {found} of {count} rows of {kind} {name} from row {start} on")
+        return torch.cat(pieces)
+
     def parameters(self) -> set[str]:
         """Return the names of the parameters that the checkpoint holds any element of."""
         return {name for kind, name in self._index if kind == "param"}

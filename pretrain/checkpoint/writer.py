@@ -13,11 +13,12 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import safetensors
@@ -122,17 +123,24 @@ class CheckpointWriter:
         every = self._settings.every
         return step % every == 0 or (self.error is not None and step % max(1, every // 10) == 0)
 
-    def begin(self, engine: Engine, progress: dict[str, Any], texts: dict[str, str]) -> None:
+    def begin(
+        self,
+        engine: Engine,
+        progress: dict[str, Any],
+        texts: dict[str, str],
+        carried: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
         """Start a checkpoint of step `progress["step"]`. Waits for the one before, if it is not written yet.
 
         Args:
             engine: the engine, whose state is copied.
             progress: content of `progress.json`.
             texts: other small files (`config.json`, `run.yaml`), name to content.
+            carried: states of this rank's rows, see `lrnn.pretrain.state_passing`.
         """
         start = time.monotonic()
         self.wait()
-        tensors = self._snapshot(engine)
+        tensors = self._snapshot(engine, carried)
         step = progress["step"]
         files = {**texts, "progress.json": json.dumps(progress, indent=1)}
         self._pending = _Pending(step, self._root / f".step-{step:08d}.{self._token}", time.monotonic() - start)
@@ -197,17 +205,19 @@ class CheckpointWriter:
     def _folder(self, step: int) -> Path:
         return self._root / f"step-{step:08d}"
 
-    def _snapshot(self, engine: Engine) -> dict[str, Tensor]:
-        """Copy the rank's fragments into buffers that are kept from one checkpoint to the next."""
+    def _snapshot(self, engine: Engine, carried: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy the rank's fragments and states into buffers that are kept from one checkpoint to the next."""
+        sources = {
+            f"{kind}:{fragment.name}:{fragment.start}": tensor.detach()
+            for fragment in local_fragments(engine)
+            for kind, tensor in fragment.tensors.items()
+        }
         tensors = {}
-        for fragment in local_fragments(engine):
-            for kind, tensor in fragment.tensors.items():
-                source = tensor.detach()
-                key = f"{kind}:{fragment.name}:{fragment.start}"
-                if key not in self._buffers:
-                    self._buffers[key] = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-                self._buffers[key].copy_(source, non_blocking=True)
-                tensors[key] = self._buffers[key]
+        for key, source in {**sources, **carried}.items():
+            if key not in self._buffers or self._buffers[key].shape != source.shape:
+                self._buffers[key] = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+            self._buffers[key].copy_(source, non_blocking=True)
+            tensors[key] = self._buffers[key]
         if self._ranks.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         return tensors

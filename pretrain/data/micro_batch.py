@@ -22,12 +22,15 @@ class MicroBatch:
         cu_seqlens: [N + 1] int32, the positions in the flattened B * L tokens at which documents start, and B * L;
             the start of a row counts as one. None unless the state is reset at document boundaries.
         sample_indices: [B] int64, the samples' numbers in the run; -1 for a row that only fills up a batch.
+        continues: [B] bool, whether a row begins with the state that the sample ahead of it left; None if no state is
+            passed on. It stays on the CPU.
     """
 
     input_ids: Tensor
     labels: Tensor
     cu_seqlens: Tensor | None
     sample_indices: Tensor
+    continues: Tensor | None = None
 
     @property
     def num_labels(self) -> int:
@@ -38,7 +41,11 @@ class MicroBatch:
         """Return a copy in page-locked memory, which can be copied to the GPU while the GPU computes."""
         cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.pin_memory()
         return MicroBatch(
-            self.input_ids.pin_memory(), self.labels.pin_memory(), cu_seqlens, self.sample_indices.pin_memory()
+            self.input_ids.pin_memory(),
+            self.labels.pin_memory(),
+            cu_seqlens,
+            self.sample_indices.pin_memory(),
+            self.continues,
         )
 
 

@@ -5,10 +5,12 @@ import json
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from lrnn.errors import UserError
 from lrnn.pretrain.corpus.block_reader import CorruptData
 from lrnn.pretrain.corpus.reader import TokenCorpus
+from lrnn.pretrain.data.chains import Chains
 from lrnn.pretrain.data.micro_batch import MicroBatch, build_micro_batch
 from lrnn.pretrain.data.order import MixedOrder
 
@@ -22,6 +24,7 @@ class CorpusData:
         seq_len: tokens per sample.
         seed: seed of the order.
         reset_at_document_boundaries: whether to set `cu_seqlens`.
+        chains: which samples follow one another in a row, or None if all are apart.
 
     Attributes:
         num_windows: number of windows of all corpora together.
@@ -37,14 +40,17 @@ class CorpusData:
         seq_len: int,
         seed: int,
         reset_at_document_boundaries: bool = False,
+        chains: Chains | None = None,
     ):
         self.corpora = list(corpora)
         self.weights = list(weights)
         self.seq_len = seq_len
         self.seed = seed
         self.reset_at_document_boundaries = reset_at_document_boundaries
-        self._windows = [num_windows(corpus, seq_len) for corpus in corpora]
-        self.num_windows = sum(self._windows)
+        self.chains = chains
+        per_item = 1 if chains is None else chains.length  # of the order, which is of windows or of chains
+        self._windows = [num_windows(corpus, seq_len) // per_item for corpus in corpora]
+        self.num_windows = sum(self._windows) * per_item
         self._order = MixedOrder(self._windows, weights, seed)
 
     def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -56,12 +62,23 @@ class CorpusData:
         Returns:
             Two [n] int64 arrays.
         """
-        corpus, _, window = self._order(indices)
-        return corpus, window
+        if self.chains is None:
+            corpus, _, window = self._order(indices)
+            return corpus, window
+        chain, place = self.chains.locate(indices)
+        corpus, _, number = self._order(chain)
+        return corpus, number * self.chains.length + place
 
     def epochs(self, samples: int) -> list[float]:
         """Return how often each corpus was gone through after `samples` samples, such as 1.5."""
-        return [float(n / windows) for n, windows in zip(self._order.counts(samples), self._windows, strict=True)]
+        counts = self._order.counts(samples) if self.chains is None else self._chains_read(self.chains, samples)
+        return [float(n / windows) for n, windows in zip(counts, self._windows, strict=True)]
+
+    def _chains_read(self, chains: Chains, samples: int) -> np.ndarray:
+        """Return how many chains of each corpus `samples` samples are, with parts of those that are not finished."""
+        turn, rest = divmod(samples, chains.rows * chains.length)
+        before, after = (self._order.counts(n * chains.rows) for n in (turn, turn + 1))
+        return before + (after - before) * (rest / (chains.rows * chains.length))
 
     def gather(self, corpus: np.ndarray, window: np.ndarray, indices: np.ndarray) -> MicroBatch:
         """Return the micro-batch of samples `indices`, which `locate` found at (corpus, window); all [B] int64.
@@ -76,7 +93,16 @@ class CorpusData:
             ]
         except CorruptData as error:
             raise CorruptData(f"{error} (while reading samples {_ranges(indices)})") from error
-        return build_micro_batch(rows, self.seq_len, indices, self.reset_at_document_boundaries)
+        batch = build_micro_batch(rows, self.seq_len, indices, self.reset_at_document_boundaries)
+        if self.chains is not None:
+            _, place = self.chains.locate(indices)
+            batch.continues = torch.from_numpy((place > 0) & ~self._begin_documents(rows))
+        return batch
+
+    def _begin_documents(self, rows: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """Return which rows begin with a document that resets the state."""
+        resets = self.reset_at_document_boundaries
+        return np.array([resets and starts.size > 0 and starts[0] == 0 for _, starts in rows])
 
     def batch(self, indices: np.ndarray) -> MicroBatch:
         """Return the micro-batch of samples `indices` ([B] int64)."""

@@ -15,11 +15,13 @@ from lrnn.pretrain.batching import Batching
 from lrnn.pretrain.config import Config, StreamSource
 from lrnn.pretrain.corpus.reader import TokenCorpus, check_model_matches_corpora
 from lrnn.pretrain.corpus.source import SourceArguments
+from lrnn.pretrain.data.chains import Chains, choose_chains
 from lrnn.pretrain.data.loader import Loader
 from lrnn.pretrain.data.micro_batch import MicroBatch
 from lrnn.pretrain.data.samples import CorpusData, check_enough_samples
 from lrnn.pretrain.data.stream import StreamData, StreamLoader
 from lrnn.pretrain.distributed import Ranks
+from lrnn.pretrain.state_passing import check_states
 from lrnn.tokenizer import fingerprint_of_0_1_0, load_copy, load_tokenizer
 from lrnn.tokenizer_export import check_exportable
 
@@ -67,6 +69,11 @@ class TrainingData:
         names = [path if paths.count(path) == 1 else f"{path} ({i})" for i, path in enumerate(paths, start=1)]
         return {name: round(n, 6) for name, n in zip(names, self.source.epochs(samples), strict=True)}
 
+    @property
+    def chains(self) -> Chains | None:
+        """Return the chains of samples that rows read, or None if no state is passed on."""
+        return None if isinstance(self.source, StreamData) else self.source.chains
+
     def throwaway_batch(self) -> MicroBatch:
         """Return a micro-batch of full shape with one document per row, for the pass before step 1."""
         rows, seq_len = self.batching.micro_batch_size, self.source.seq_len
@@ -74,7 +81,8 @@ class TrainingData:
         cu_seqlens = None
         if self.source.reset_at_document_boundaries:
             cu_seqlens = torch.arange(rows + 1, dtype=torch.int32) * seq_len
-        return MicroBatch(ids, ids.clone(), cu_seqlens, torch.full((rows,), -1))
+        continues = None if self.chains is None else torch.ones(rows, dtype=torch.bool)
+        return MicroBatch(ids, ids.clone(), cu_seqlens, torch.full((rows,), -1), continues)
 
 
 def open_data(config: Config, model_config: LrnnConfig, ranks: Ranks) -> TrainingData:
@@ -94,9 +102,13 @@ def open_data(config: Config, model_config: LrnnConfig, ranks: Ranks) -> Trainin
     if d.stream is not None:
         return _open_stream(config, d.stream, model_config, description, batching)
     corpora = [TokenCorpus(c.path) for c in d.corpora]
+    chains = choose_chains(d.state_passing, corpora, d.seq_len, config.global_batch_size)
+    if chains is not None:
+        check_states(model_config)
+        description |= {"state_passing": chains.length, "global_batch_size": chains.rows}
     check_model_matches_corpora(model_config.vocab_size, model_config.tokenizer_fingerprint, corpora)
     weights = [c.weight for c in d.corpora]
-    source = CorpusData(corpora, weights, d.seq_len, config.seed, d.reset_at_document_boundaries)
+    source = CorpusData(corpora, weights, d.seq_len, config.seed, d.reset_at_document_boundaries, chains)
     check_enough_samples(source, ranks.world_size)
     description |= {
         "tokenizer": corpora[0].tokenizer_fingerprint,

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lrnn.kernels import gated_rms_norm
@@ -14,10 +15,12 @@ from lrnn.kernels.common.constants import HEAD_SIZES
 from lrnn.kernels.delta_rule.api import is_saving
 from lrnn.kernels.delta_rule.heads import pad_heads, padded_sizes
 from lrnn.kernels.delta_rule.operator import gated_delta_rule_backward, gated_delta_rule_forward
+from lrnn.kernels.reference.documents import states_of_documents, states_of_rows
 from lrnn.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from lrnn.kernels.short_conv import operator as short_conv
 from lrnn.kernels.short_conv.api import TAPS
-from lrnn.model.layers import Mixer, RMSNorm
+from lrnn.model.cache import LrnnCacheLayer
+from lrnn.model.layers import Mixer, RMSNorm, pass_inputs
 from lrnn.model.mixer_deltanet import DeltaNet
 from lrnn.pretrain.fused.float8 import Float8Product
 from lrnn.pretrain.fused.product import Product
@@ -57,14 +60,18 @@ class FusedDeltaNet:
             and mixer.q_conv1d.weight.shape[-1] in TAPS
         )
 
-    def __call__(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def __call__(
+        self, x: Tensor, cache: LrnnCacheLayer | None, cu_seqlens: Tensor | None, document: Tensor | None
+    ) -> Tensor:
         """Return x + mixer(norm(x)).
 
         Args:
             x: [B, T, hidden] in the dtype of the products.
+            cache: holds the state ahead of x, which gets no gradient, and is given the state after it; or None.
             cu_seqlens: int32 [N + 1], the boundaries of documents in the flattened B * T tokens, or None.
+            document: int64 [B, T], the document of each token, or None.
         """
-        return _FusedDeltaNet.apply(x.contiguous(), cu_seqlens, self, *self.parameters())
+        return _FusedDeltaNet.apply(x.contiguous(), cache, cu_seqlens, document, self, *self.parameters())
 
     def parameters(self) -> list[Tensor]:
         """Return the parameters in the order in which the backward pass returns their gradients."""
@@ -107,6 +114,20 @@ class FusedDeltaNet:
         K, V = self.mixer.heads[1], self.mixer.value_heads[1]
         return [d[..., :size].reshape(*dq.shape[:2], -1) for d, size in ((dq, K), (dk, K), (dv, V))]
 
+    def initial_states(
+        self, cache: LrnnCacheLayer | None, cu_seqlens: Tensor | None, document: Tensor | None
+    ) -> Tensor | None:
+        """Return the states ahead of sequences or documents, padded to the sizes of the kernels, or None for zeros."""
+        state = states_of_documents(self.mixer.read_state(cache), cu_seqlens, document)
+        if state is None:
+            return None
+        (K, V), sizes = self.padded, state.shape[2:]
+        return F.pad(state, (0, V - sizes[1], 0, K - sizes[0])).contiguous()
+
+    def without_padding(self, state: Tensor) -> Tensor:
+        """Return states [B, HV, K, V] in the sizes of the mixer."""
+        return state[..., : self.mixer.heads[1], : self.mixer.value_heads[1]]
+
     def gated_norm(self, o: Tensor, gate: Tensor | None) -> Tensor:
         """Return the normed output of the delta rule as rows [B * T, HV * V]."""
         norm = self.mixer.o_norm
@@ -116,7 +137,15 @@ class FusedDeltaNet:
 
 class _FusedDeltaNet(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cu_seqlens: Tensor | None, layer: FusedDeltaNet, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        cache: LrnnCacheLayer | None,
+        cu_seqlens: Tensor | None,
+        document: Tensor | None,
+        layer: FusedDeltaNet,
+        *parameters: Tensor,
+    ) -> Tensor:
         mixer, norm = layer.mixer, layer.norm
         rows = x.flatten(0, 1)
         y = rms_norm_forward(rows, norm.weight, norm.eps)
@@ -125,20 +154,25 @@ class _FusedDeltaNet(torch.autograd.Function):
         a, b = None if a is None else a.contiguous(), b.contiguous()
         mixer.note_eigenvalues(partial(mixer._eigenvalues, b))
         weights: list[Tensor] = [c.weight for c in layer.convolutions]
-        q, k, v = layer.as_heads(short_conv.compute(qkv, weights, [], cu_seqlens))
+        before = list(pass_inputs(qkv, cache, weights[0].shape[-1], None, cu_seqlens) or [])
+        q, k, v = layer.as_heads(short_conv.compute(qkv, weights, before, cu_seqlens))
         b, options = layer.by_step(b), (mixer.beta_range, layer.scale, True)
-        bounds = layer.step_bounds(cu_seqlens)
-        o, _, *kept = gated_delta_rule_forward(
-            q, k, v, a, b, *layer.gates(), *options, None, False, bounds, mixer.precision, is_saving()
+        initial, bounds = layer.initial_states(cache, cu_seqlens, document), layer.step_bounds(cu_seqlens)
+        o, final, *kept = gated_delta_rule_forward(
+            q, k, v, a, b, *layer.gates(), *options, initial, cache is not None, bounds, mixer.precision, is_saving()
         )
+        if cache is not None:
+            cache.state = layer.without_padding(states_of_rows(final, document))
         o = o[..., : mixer.value_heads[1]].contiguous()
-        ctx.layer, ctx.options = layer, options
-        ctx.save_for_backward(x, cu_seqlens, q, k, v, a, b, o, *zs, *kept)
+        ctx.layer, ctx.options, ctx.taps_ahead = layer, options, len(before)
+        ctx.save_for_backward(x, cu_seqlens, initial, *before, q, k, v, a, b, o, *zs, *kept)
         return layer.out.forward(layer.gated_norm(o, gate)).add_(rows).view_as(x)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
-        x, cu_seqlens, q, k, v, a, b, o, *rest = ctx.saved_tensors
+        x, cu_seqlens, initial, *rest = ctx.saved_tensors
+        before, rest = rest[: ctx.taps_ahead], rest[ctx.taps_ahead :]
+        q, k, v, a, b, o, *rest = rest
         layer: FusedDeltaNet = ctx.layer
         zs, kept = rest[: len(layer.inner)], rest[len(layer.inner) :]
         mixer, norm, o_norm = layer.mixer, layer.norm, layer.mixer.o_norm
@@ -162,7 +196,7 @@ class _FusedDeltaNet(torch.autograd.Function):
             A_log,
             dt_bias,
             *ctx.options,
-            None,
+            initial,
             layer.step_bounds(cu_seqlens),
             mixer.precision,
             *kept,
@@ -173,7 +207,7 @@ class _FusedDeltaNet(torch.autograd.Function):
             da_column.copy_(da)
             gates = [d_gates[0].to(A_log.dtype), d_gates[1].to(dt_bias.dtype)]
         weights: list[Tensor] = [c.weight for c in layer.convolutions]
-        d_taps = short_conv.write_gradients(dqkv, layer.as_columns(dq, dk, dv), qkv, weights, [], cu_seqlens)
+        d_taps = short_conv.write_gradients(dqkv, layer.as_columns(dq, dk, dv), qkv, weights, before, cu_seqlens)
         taps = d_taps.split([w.shape[0] for w in weights])
         convolutions = [d[:, None].to(w.dtype) for d, w in zip(taps, weights, strict=True)]
 
@@ -184,4 +218,4 @@ class _FusedDeltaNet(torch.autograd.Function):
         dx, d_norm, y = rms_norm_backward(dy, rows, norm.weight, norm.eps, dx_rows)
         d_inner = [d for product, dz in zip(layer.inner, dz_rows, strict=True) for d in product.weight_gradients(dz, y)]
         small = [d_norm.to(norm.weight.dtype), d_o_norm.to(o_norm.weight.dtype), *gates, *convolutions]
-        return dx.view_as(x), None, None, *small, *d_inner, *d_out
+        return dx.view_as(x), None, None, None, None, *small, *d_inner, *d_out

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from lrnn.model.cache import LrnnCacheLayer
 from lrnn.model.modeling_lrnn import LrnnBlock, LrnnForCausalLM
 from lrnn.pretrain.fused.deltanet import FusedDeltaNet
 from lrnn.pretrain.fused.loss import FusedLoss
@@ -24,14 +25,16 @@ class FusedBlock:
         self.mlp = FusedMlp(block.mlp_norm, block.mlp, dtype, recompute_mlp, float8, block.norms_outputs)
         self.products: list[Product] = [*(self.fused_mixer.products if self.fused_mixer else []), *self.mlp.products]
 
-    def __call__(self, x: Tensor, cu_seqlens: Tensor | None, document: Tensor | None) -> Tensor:
+    def __call__(
+        self, x: Tensor, cache: LrnnCacheLayer | None, cu_seqlens: Tensor | None, document: Tensor | None
+    ) -> Tensor:
         x = x.to(self.dtype)
         if self.fused_mixer is not None:
-            x = self.fused_mixer(x, cu_seqlens)
+            x = self.fused_mixer(x, cache, cu_seqlens, document)
         elif self.norms_outputs:
-            x = x + self.norm(self.mixer(x, None, None, cu_seqlens, document))
+            x = x + self.norm(self.mixer(x, cache, None, cu_seqlens, document))
         else:
-            x = x + self.mixer(self.norm(x), None, None, cu_seqlens, document)
+            x = x + self.mixer(self.norm(x), cache, None, cu_seqlens, document)
         return self.mlp(x)
 
 
@@ -43,7 +46,7 @@ def fuse(
     partitioned: bool = False,
     float8: bool = False,
 ) -> None:
-    """Make a model compute with fused layers when it neither pads nor has a cache.
+    """Make a model compute with fused layers when it neither pads nor has a cache of generation.
 
     Names and values of parameters stay as they are. Hooks on modules inside of blocks are not called.
 

@@ -173,7 +173,3 @@ def test_bad_shapes():
     g = F.logsigmoid(x["logits"])
     with pytest.raises(ValueError, match=r"g \[2, 8, 2, 4\]"):
         diagonal_recurrence(x["q"], x["k"], x["v"], g[..., :4])
-    with pytest.raises(ValueError, match="documents exclude"):
-        diagonal_recurrence(
-            x["q"], x["k"], x["v"], g, document=torch.zeros(B, 8, dtype=torch.int64), output_final_state=True
-        )

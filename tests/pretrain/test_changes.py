@@ -34,7 +34,7 @@ OTHERS = {  # another value of every key, by what it is
     },
     "compared by content": {
         "model": "n.json", "seed": 1, "data.seq_len": 32, "data.corpora": [{"path": "b", "weight": 1.0}],
-        "data.reset_at_document_boundaries": True,
+        "data.reset_at_document_boundaries": True, "data.state_passing": 4,
     },
 }  # fmt: skip
 REST = {"deepspeed", "data.stream", "optim.name"}  # tested below, or another source of data

@@ -21,7 +21,8 @@ def short_conv_truth(xs, weights, before=None, cu_seqlens=None) -> list[Tensor]:
         pieces = []
         for start, end in pairwise(sorted(cuts)):
             piece = x.double().flatten(0, 1)[start:end]
-            ahead = piece.new_zeros(taps - 1, piece.shape[1]) if before is None else before[i][start // T].double()
+            is_ahead = before is not None and start % T == 0  # of the first document of a row
+            ahead = before[i][start // T].double() if is_ahead else piece.new_zeros(taps - 1, piece.shape[1])
             joined = torch.cat([ahead, piece]).mT[None]
             pieces.append(F.silu(F.conv1d(joined, weight.double(), groups=weight.shape[0]))[0].mT)
         ys.append(torch.cat(pieces).view(x.shape))

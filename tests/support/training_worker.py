@@ -57,7 +57,7 @@ def main(file: Path, environment: dict[str, str]) -> None:
     for i, spec in enumerate(json.loads(file.read_text())):
         config = parse_config(spec["config"], "test")
 
-        def step(engine, batches, *, lr, limit, spec=spec, config=config):
+        def step(engine, batches, *, spec=spec, config=config, **options):
             number = int(batches[0].sample_indices.min()) // config.global_batch_size + 1
             last = ranks.rank == ranks.world_size - 1
             if last and number == spec.get("stop_at"):
@@ -75,7 +75,7 @@ def main(file: Path, environment: dict[str, str]) -> None:
             if last and number == spec.get("poison_at"):
                 parameter = engine.module.model.layers[0].mlp.up_proj.weight
                 handle = parameter.register_hook(lambda grad: grad * float("nan"))
-            result = original_step(engine, batches, lr=lr, limit=limit)
+            result = original_step(engine, batches, **options)
             if handle is not None:
                 handle.remove()
             return result

@@ -14,10 +14,12 @@ from lrnn.kernels.delta_rule.api import saving_states
 from lrnn.kernels.short_conv import api as short_conv_api
 from lrnn.kernels.short_conv import operator as short_conv
 from lrnn.model import layers
+from lrnn.model.cache import LrnnCache
 from lrnn.pretrain.fused import loss as fused_loss
 from lrnn.pretrain.fused.float8 import Float8Product
 from lrnn.pretrain.fused.layers import FusedBlock, fuse, refresh
 from lrnn.pretrain.metrics.eigenvalues import EigenvalueProbe
+from lrnn.pretrain.state_passing import CarriedLayer
 
 TORTURE = os.environ.get("LRNN_TORTURE") == "1"  # also run the cases that only combine again what others contain
 SIZES = {"vocab_size": 50, "hidden_size": 48, "num_hidden_layers": 1, "intermediate_size": 40, "num_heads": 1}
@@ -133,6 +135,26 @@ def test_without_gradients_eigenvalues_and_states():
     with saving_states():
         run(fused)
     run(plain)
+    compare(plain, fused)
+
+
+@pytest.mark.parametrize("packed", [True, *([False] if TORTURE else [])])
+def test_a_state_that_is_passed_on(packed):
+    """Two samples, the second of which begins with the state behind the first. Heads are padded for the kernels."""
+    cu_seqlens = torch.tensor([0, 3, 20, 40], dtype=torch.int32) if packed else None
+    plain, fused = pair(heads={"head_dim": 12, "head_v_dim": 24})
+    behind = []
+    for model in (plain, fused):
+        conv, state = None, None
+        for _ in range(2):
+            cache = LrnnCache(1)
+            cache.layers = [CarriedLayer(conv, state, 20)]
+            model(IDS, shift_labels=LABELS, cu_seqlens=cu_seqlens, past_key_values=cache).loss.backward()
+            conv, state = cache.layers[0].behind.values()
+        behind.append((conv, state))
+    assert fused.model.layers[0].fused.fused_mixer is not None
+    for found, truth in zip(behind[1], behind[0], strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-5)
     compare(plain, fused)
 
 

@@ -64,7 +64,7 @@ def test_what_a_layer_keeps(mixer, saving, options):
     expected = activations.kept_by_mixer(plan, layer) + activations.kept_by_mlp(plan, layer)
     expected += activations.saved_states(plan, layer) if saving else 0
     with saving_states() if saving else nullcontext():
-        found = saved_bytes(lambda: model.model.layers[0].fused(x, None, None), model)
+        found = saved_bytes(lambda: model.model.layers[0].fused(x, None, None, None), model)
     assert found == BATCH * TOKENS * expected
 
 

@@ -77,6 +77,16 @@ def test_documents(lengths):
     compare(sum(lengths), cu_seqlens=boundaries(lengths))
 
 
+@pytest.mark.parametrize(("T", "taps"), [(35, 4), (3, 3), (2, 2), *([(64, 4), (33, 2), (1, 4)] if TORTURE else [])])
+def test_documents_behind_inputs(T, taps):
+    """The inputs ahead belong to the first document of a row, which may be short or go on to the row's end."""
+    compare(T, B=3, taps=taps, before=True, cu_seqlens=boundaries([1, T - 1, 0, T - 1, 1, T]))
+
+
+def test_documents_behind_inputs_in_long_blocks(long_blocks):
+    compare(150, B=2, before=True, cu_seqlens=boundaries([2, 128, 20, 149, 1]))
+
+
 @pytest.mark.parametrize("taps", [2, 3])
 def test_documents_with_fewer_taps(taps):
     compare(66, taps=taps, cu_seqlens=boundaries(PACKED["lengths 0, 1, 2"]))
