@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 SECONDS = 30.0  # between two lines of a progress bar in a log
@@ -18,6 +20,31 @@ def go_offline() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     plain_progress()
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Forbid access to the Hugging Face hub within the `with` block, in a process that may need it afterwards."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    before = {name: os.environ.get(name) for name in names}
+    modules: list[Any] = [huggingface_hub.constants, datasets.config]
+    were = [module.HF_HUB_OFFLINE for module in modules]
+    os.environ.update(dict.fromkeys(names, "1"))
+    for module in modules:
+        module.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for module, was in zip(modules, were, strict=True):
+            module.HF_HUB_OFFLINE = was
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def plain_progress() -> None:

@@ -24,7 +24,7 @@ COMMANDS = {
     "corpus": ("lrnn.pretrain.corpus.build", "tokenise text or code into a corpus of Arrow shards"),
     "config": ("lrnn.show_config", "print a configuration with where each value comes from, or its JSON schema"),
     "plan": ("lrnn.pretrain.plan.command", "say what a run takes on given GPUs: memory, speed, days"),
-    "pretrain": ("lrnn.pretrain.command", "pretrain a model, or resume a run"),
+    "pretrain": ("lrnn.pretraining", "pretrain a model, or resume a run"),
     "submit": ("lrnn.submit", "submit a run or evaluations to SLURM"),
     "export": ("lrnn.eval.export.command", "write a checkpoint as a Hugging Face model folder"),
     "eval": ("lrnn.eval.suites.command", "run an evaluation suite of lm-eval on an exported model"),

@@ -68,3 +68,23 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return records
+
+
+def events_by_step(records: list[dict[str, Any]], event: str) -> dict[int, dict[str, Any]]:
+    """Return the events of a kind by step, of a repeated step the last one.
+
+    Left out are those of steps that the run has gone back behind and not done again: it resumed from, or rolled back
+    to, an earlier checkpoint.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    for record in records:
+        if record.get("event") == "start":
+            back_at = record["step"]
+        elif record.get("event") == "rollback":
+            back_at = int(Path(record["to"]).name.removeprefix("step-"))
+        else:
+            if record.get("event") == event:
+                found[record["step"]] = record
+            continue
+        found = {step: known for step, known in found.items() if step <= back_at}
+    return dict(sorted(found.items()))

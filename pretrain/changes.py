@@ -19,7 +19,7 @@ Changes = dict[str, tuple[Any, Any]]  # of each changed key, the values before a
 # Keys, or sections of keys, that may differ between two starts of a run. They decide how it is computed, not what.
 FREE = {
     "run_dir", "zero", "deepspeed", "micro_batch_size", "activation_checkpointing", "fused_layers", "checkpoint", "log",
-    "profile", "watchdog", "max_skipped_steps", "spikes.max_rollbacks",
+    "profile", "watchdog", "eval", "samples", "max_skipped_steps", "spikes.max_rollbacks",
 }  # fmt: skip
 COMPARED_BY_CONTENT = {"model", "data", "seed"}  # see lrnn.pretrain.progress
 

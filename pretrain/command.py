@@ -7,6 +7,7 @@ a checkpoint and exit with status 75.
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from lrnn.errors import UserError
 from lrnn.pretrain.config import Config, load_config, load_model_of
@@ -27,6 +28,9 @@ from lrnn.pretrain.launch import (
 from lrnn.pretrain.metrics.start_up import StartUp, process_age_s
 from lrnn.pretrain.old_config import notice
 
+if TYPE_CHECKING:  # It imports the model, which a process that starts others does without.
+    from lrnn.pretrain.watch.protocol import MakeEvaluator
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file of the run")
@@ -39,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example:\n  lrnn pretrain configs/340m.yaml run_dir=runs/340m optim.lr=2e-4"
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace, make: "MakeEvaluator | None" = None) -> int:
+    """Run the command. `make` makes what evaluates the model between steps."""
     config = load_config(args.config, args.overrides)
     if is_worker():
         try:
@@ -63,10 +68,10 @@ def main(args: argparse.Namespace) -> int:
     with StopRequest() as stop:  # Before everything that takes long, so that an early signal is not a failure.
         end_with_launcher()
         choose_threads()
-        return _train(config, stop, args.allow_change)
+        return _train(config, stop, args.allow_change, make)
 
 
-def _train(config: Config, stop: StopRequest, allow_change: bool) -> int:
+def _train(config: Config, stop: StopRequest, allow_change: bool, make: "MakeEvaluator | None") -> int:
     """Join the other processes and train. Return the exit status."""
     # The model and what it needs are imported here: a process that starts others does without them.
     import torch.distributed as dist
@@ -77,7 +82,7 @@ def _train(config: Config, stop: StopRequest, allow_change: bool) -> int:
     start_up = StartUp(process_age_s())
     ranks = init_ranks(start_up)
     try:
-        return train(config, ranks, stop, allow_change, start_up)
+        return train(config, ranks, stop, allow_change, start_up, make)
     except UserError:
         if ranks.is_main:
             raise

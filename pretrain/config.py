@@ -17,6 +17,7 @@ from lrnn.model_config import model_config_from
 from lrnn.paths import IsPath
 from lrnn.pretrain import old_config
 from lrnn.pretrain.batching import Batching
+from lrnn.pretrain.watch.settings import EvalConfig, SamplesConfig
 from lrnn.settings import BASE, FileOrFields, Section, Unit, load, read_json, validate
 
 DAY_SECONDS = 24 * 3600
@@ -244,6 +245,10 @@ class Config(Section):
     """What happens when the loss jumps."""
     log: LogConfig = LogConfig()
     """Records of the run."""
+    eval: EvalConfig = EvalConfig()
+    """Scores of lm-eval while the run trains."""
+    samples: SamplesConfig = SamplesConfig()
+    """Texts that the model writes while the run trains."""
     profile: ProfileConfig = ProfileConfig()
     """Which steps are profiled."""
     watchdog: WatchdogConfig = WatchdogConfig()

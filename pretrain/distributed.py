@@ -60,6 +60,15 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.host_group)
         return values
 
+    def scatter(self, values: list[Any] | None) -> Any:
+        """Return this rank's part of a list that the main process gives, of one picklable object for each rank."""
+        if self.world_size == 1:
+            assert values is not None
+            return values[0]
+        part: list[Any] = [None]
+        dist.scatter_object_list(part, values, src=0, group=self.host_group)
+        return part[0]
+
     def together(self, action: Callable[[], T]) -> T:
         """Return `action()` on every rank. If it raises UserError on any rank, raise the first one on all ranks."""
         error = None

@@ -43,6 +43,8 @@ from lrnn.pretrain.progress import Progress, check_same_run
 from lrnn.pretrain.schedule import learning_rate
 from lrnn.pretrain.state_passing import open_states
 from lrnn.pretrain.step import Step, warm_up
+from lrnn.pretrain.watch.protocol import MakeEvaluator
+from lrnn.pretrain.watch.watch import Watch, make_evaluator
 from lrnn.pretrain.watchdog.watchdog import Watchdog
 from lrnn.run_lock import RunLock
 from lrnn.settings import dump, read_json
@@ -72,6 +74,7 @@ class Run:
         stop: StopRequest,
         allow_change: bool = False,
         start_up: StartUp | None = None,
+        make: MakeEvaluator | None = None,
     ) -> Iterator["Run"]:
         """Start a run, or resume it from its newest checkpoint, and hold its folder within the `with` block.
 
@@ -81,12 +84,13 @@ class Run:
             stop: tells whether this process was asked to stop.
             allow_change: resume although the configuration now gives other results.
             start_up: holds where the time since the start of the process went.
+            make: makes what finds scores and samples between steps.
 
         Raises:
             UserError: on all ranks, if anything is wrong with the model, data, checkpoint or folder.
         """
         with ExitStack() as exits:
-            yield cls(config, ranks, stop, exits, allow_change, start_up or StartUp())
+            yield cls(config, ranks, stop, exits, allow_change, start_up or StartUp(), make)
 
     def __init__(
         self,
@@ -96,6 +100,7 @@ class Run:
         exits: ExitStack,
         allow_change: bool,
         start_up: StartUp,
+        make: MakeEvaluator | None,
     ):
         self.config, self.ranks, self._stop = config, ranks, stop
         self.progress = Progress()
@@ -105,6 +110,7 @@ class Run:
         self._watchdog = exits.enter_context(Watchdog(ranks, config.watchdog))
         with self.phase("checking data and checkpoints", step=0):
             self._model_config, self._data, self._heldout = ranks.together(self._check_parts)
+            evaluator = make_evaluator(make, config, self._model_config, self._data.save_tokenizer, ranks)
             self._engine_copy = ranks.together(self._read_engine_copy)
             self._saved = self._open_folder(exits)
             changes = self._resume(self._saved, allow_change) if self._saved is not None else {}
@@ -122,6 +128,7 @@ class Run:
         self._say_estimate()
         self._report_changes(changes)
         self._speed = Speed(config, self._model_config, ranks)
+        self._watch = Watch(config, ranks, evaluator, self._first_step, self.log, self._speed, self.phase, stop)
         self.guard = Guard(config, ranks, self.progress.losses, self.log)
         self._profiler = exits.enter_context(StepProfiler(config, ranks))
         run_dir, save_tokenizer = Path(config.run_dir), self._data.save_tokenizer
@@ -158,6 +165,10 @@ class Run:
     def finished(self) -> bool:
         """Return whether all steps are done."""
         return self.progress.step >= self.config.steps
+
+    def watch(self) -> None:
+        """Evaluate the model and generate samples, if they are due after the steps done so far."""
+        self._watch.look(self.engine, self.progress.step)
 
     def next_batches(self) -> list[MicroBatch] | None:
         """Return this rank's micro-batches of the next step.
@@ -255,6 +266,7 @@ class Run:
                 self._restore(saved)
             self.guard.rolled_back(spike_at, saved, self.progress.losses)
         if saved is not None:
+            self._watch.went_back(self.progress.step)
             self._speed.skip()
         return saved is not None
 
@@ -315,6 +327,8 @@ class Run:
         reasons = [reason for reason in self.ranks.gather(self._data_error) if reason is not None]
         if reasons:
             raise UserError(f"{reasons[0]} (the run stopped at step {step}, and its checkpoint is written)")
+        if not self._stopped:
+            self.watch()
         with self.phase("closing the logs", step):
             if self._loader.left_out:
                 self._say(f"left out of the stream: {_listed(self._loader.left_out)}")

@@ -7,14 +7,21 @@ from lrnn.pretrain.launch import StopRequest
 from lrnn.pretrain.metrics.start_up import StartUp
 from lrnn.pretrain.run import Run
 from lrnn.pretrain.step import train_step
+from lrnn.pretrain.watch.protocol import MakeEvaluator
 
 
 def train(
-    config: Config, ranks: Ranks, stop: StopRequest, allow_change: bool = False, start_up: StartUp | None = None
+    config: Config,
+    ranks: Ranks,
+    stop: StopRequest,
+    allow_change: bool = False,
+    start_up: StartUp | None = None,
+    make: MakeEvaluator | None = None,
 ) -> int:
     """Run the training loop. With `allow_change`, a run may resume with settings that change its results.
 
-    The time until the first step is booked in `start_up`, after what it holds.
+    The time until the first step is booked in `start_up`, after what it holds. `make` makes what finds the scores and
+    samples that `config.eval` and `config.samples` ask for.
 
     Returns:
         0 when the last step is done, `STOPPED` when `stop` ended the run early.
@@ -23,8 +30,9 @@ def train(
         UserError: on all ranks, if anything is wrong with the run, its data or its storage. A checkpoint holds the
             steps done so far, unless the storage is at fault.
     """
-    with Run.open(config, ranks, stop, allow_change, start_up) as run:
+    with Run.open(config, ranks, stop, allow_change, start_up, make) as run:
         while not run.finished:
+            run.watch()
             with run.phase("waiting for data"):
                 batches = run.next_batches()
             if batches is None:  # A signal came or data failed; all ranks agree.

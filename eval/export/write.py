@@ -8,7 +8,7 @@ import torch
 import transformers
 from huggingface_hub import save_torch_state_dict
 
-from lrnn import LrnnForCausalLM
+from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.errors import UserError
 from lrnn.eval.export.check import check_class_folder, check_hf_folder, logits, sample_batch
 from lrnn.eval.export.fla_format import check_fla_folder
@@ -19,6 +19,7 @@ from lrnn.eval.export.tokenizer import export_tokenizer
 from lrnn.files import new_folder, use_default_mode
 from lrnn.fla_config import to_fla_config
 from lrnn.model.code_files import AUTO_MAP, write_code
+from lrnn.tokenizer import Tokenizer
 
 
 def check_out(out: Path) -> None:
@@ -103,13 +104,18 @@ def write_weights(model: LrnnForCausalLM, folder: Path, names: Mapping[str, str]
         use_default_mode(file)
 
 
+def set_tokens(config: LrnnConfig, tokenizer: Tokenizer) -> None:
+    """Let a configuration name the tokens that begin and end a document."""
+    (config.bos_token_id,) = tokenizer.document_prefix  # where the tokenizer has no bos, this is its eos
+    config.eos_token_id = tokenizer.eos_token_id
+
+
 def _write_texts(
     trained: Trained, folder: Path, name: str, pad_token_id: int, export_format: str, dtype: str, license: str | None
 ) -> None:
     """Write everything except weights and tokenizer: configurations, code and model card."""
     config = trained.model.config
-    (config.bos_token_id,) = trained.tokenizer.document_prefix  # where the tokenizer has no bos, this is its eos
-    config.eos_token_id = trained.tokenizer.eos_token_id
+    set_tokens(config, trained.tokenizer)
     config.lrnn_training = trained.training
     if export_format == "fla":
         content = to_fla_config(config) | {"lrnn_training": trained.training}

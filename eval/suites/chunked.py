@@ -34,12 +34,13 @@ class ChunkedModel(LM):
     Args:
         model: answers on its own device, in this process.
         helpers: a process for each further device.
-        kept: answers of earlier chunks, which are not computed again.
+        kept: answers of earlier chunks, which are not computed again; None if there are none, and none are to be kept.
+        quiet: whether there is no bar.
     """
 
-    def __init__(self, model: Model, helpers: list["Helper"], kept: KeptAnswers):
+    def __init__(self, model: Model, helpers: list["Helper"], kept: KeptAnswers | None, quiet: bool = False):
         super().__init__()
-        self._model, self._helpers, self._kept = model, helpers, kept
+        self._model, self._helpers, self._kept, self._quiet = model, helpers, kept, quiet
         self._calls = 0
 
     @property
@@ -67,18 +68,20 @@ class ChunkedModel(LM):
         chunks = make_chunks(kind, arguments, self._model.batch_size_per_gpu)
         answers: list[Any] = [None] * len(requests)
         waiting: deque[Any] = deque()
+        quiet = quiet or self._quiet
         with tqdm(total=len(requests), unit="request", desc=kind.replace("_", " "), disable=quiet) as bar:
             for number, chunk in enumerate(chunks):
                 texts = [arguments[i] for i in chunk]
                 key = f"{self._calls}:{number}:{_digest(kind, texts)}"
-                known = self._kept.get(key)
+                known = None if self._kept is None else self._kept.get(key)
                 if known is None:
                     waiting.append((key, chunk, kind, texts))
                 else:
                     _put(answers, chunk, known)
                     bar.update(len(chunk))
             for key, chunk, found in self._compute(waiting):
-                self._kept.add(key, found)
+                if self._kept is not None:
+                    self._kept.add(key, found)
                 _put(answers, chunk, found)
                 bar.update(len(chunk))
         return answers

@@ -4,7 +4,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -101,14 +101,37 @@ def in_chunks(model: Any, helpers: list[Any], kept: Any) -> Any:
     return ChunkedModel(model, helpers, kept)
 
 
+def start_no_processes() -> None:
+    """Let lm-eval describe neither the machine nor the repository, for which it starts processes after every task.
+
+    A process that trains should not fork.
+    """
+    from lm_eval import evaluator
+    from torch.utils import collect_env
+
+    collect_env.get_pretty_env_info = functools.cache(lambda: "")
+    evaluator.get_git_commit_hash = lambda: None
+
+
+def print_at_once(line: str) -> None:
+    """Print a line."""
+    print(line, flush=True)
+
+
 def run_tasks(
-    lm: Any, loaded: Loaded, limit: float | None = None, seeds: Sequence[int | None] = SEEDS, iterations: int = 100
+    lm: Any,
+    loaded: Loaded,
+    limit: float | None = None,
+    seeds: Sequence[int | None] = SEEDS,
+    iterations: int = 100,
+    say: Callable[[str], None] = print_at_once,
 ) -> dict[str, Any]:
     """Run lm-eval's `simple_evaluate` on one task after another, with a line each, and merge results and samples.
 
     Args:
         seeds: of random, numpy, torch and the few-shot examples.
         iterations: resamples for the standard error of metrics that lm-eval bootstraps; of a mean it has a formula.
+        say: takes the lines.
     """
     from lm_eval import simple_evaluate
     from lm_eval.evaluator_utils import get_sample_size
@@ -122,7 +145,7 @@ def run_tasks(
     merged: dict[str, Any] = {}
     for number, (name, task) in enumerate(loaded.tasks.items(), start=1):
         start = time.time()
-        print(f"[{number}/{len(loaded.tasks)}] {name} ...", flush=True)
+        say(f"[{number}/{len(loaded.tasks)}] {name} ...")
         documents = get_sample_size(task, limit) or len(task.eval_docs)
         with sandbox.counting(min(len(task.eval_docs), documents)) if name in CODE_TASKS else nullcontext():
             raw = simple_evaluate(
@@ -142,7 +165,7 @@ def run_tasks(
         for key, value in raw.items():
             merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
         scores = ", ".join(f"{row['metric']} {row['value']:.4f}" for row in report.metric_rows(raw))
-        print(f"[{number}/{len(loaded.tasks)}] {name}: {scores} ({time.time() - start:.0f} s)", flush=True)
+        say(f"[{number}/{len(loaded.tasks)}] {name}: {scores} ({time.time() - start:.0f} s)")
     aggregate_groups(merged, loaded)
     return merged
 

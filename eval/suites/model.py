@@ -5,7 +5,7 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
-from transformers import StoppingCriteriaList
+from transformers import PreTrainedModel, StoppingCriteriaList
 
 from lrnn.errors import UserError
 from lrnn.eval.generation.batch_size import free_memory, largest_batch
@@ -13,7 +13,7 @@ from lrnn.eval.generation.decoding import GraphDecoding, is_of_lrnn
 from lrnn.eval.generation.stop_strings import StopStrings
 from lrnn.eval.model_class import import_class
 from lrnn.eval.model_folder import check_export, default_device, says_add_bos
-from lrnn.eval.suites.bos import decide
+from lrnn.eval.suites.bos import Bos, decide
 from lrnn.eval.suites.prompts import load_tokenizer
 
 
@@ -74,21 +74,30 @@ class Model(HFLM):
         self.bos = decide(bos, load_tokenizer(folder), says_add_bos(folder))
         device, dtype = default_device(device, dtype)
         import_class(config["model_type"], device)
-        super().__init__(
-            pretrained=str(folder),
-            backend="causal",  # no guess
-            trust_remote_code=False,
-            use_safetensors=True,
-            device=device,
-            dtype=dtype,
-            softmax_dtype="float32",  # in bfloat16 a log-softmax is quantised to 0.005 nats per token
-            batch_size=batch_size,
-            max_batch_size=max_batch_size,
-            max_length=max_length,
-        )
+        loading: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True, "device": device}
+        self._start(str(folder), batch_size, max_length, max_batch_size=max_batch_size, dtype=dtype, **loading)
         self.settings: dict[str, Any] = {"device": device, "dtype": dtype, "batch_size": batch_size}
         self.settings |= {"max_length": self.max_length, "softmax_dtype": "float32"}
         self.settings |= {"bos": self.bos.rule, "bos_ids": list(self.bos.ids)}
+
+    @classmethod
+    def around(cls, model: PreTrainedModel, tokenizer: Any, bos: Bos, batch_size: int, max_length: int) -> "Model":
+        """Return lm-eval's model of one that is already on its device, which answers as its export would."""
+        made = cls.__new__(cls)
+        made.bos = bos
+        made._start(model, batch_size, max_length, tokenizer=tokenizer)
+        return made
+
+    def _start(self, pretrained: Any, batch_size: int | str, max_length: int | None, **options: Any) -> None:
+        """Initialize lm-eval's model."""
+        super().__init__(
+            pretrained=pretrained,
+            backend="causal",  # no guess
+            softmax_dtype="float32",  # in bfloat16 a log-softmax is quantised to 0.005 nats per token
+            batch_size=batch_size,
+            max_length=max_length,
+            **options,
+        )
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
         """Return prompts and generated ids, int64 [B, T]. A model of lrnn decodes greedily on CUDA graphs."""

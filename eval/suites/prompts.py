@@ -22,13 +22,19 @@ def load_tokenizer(folder: Path) -> Any:
 
 def context_length(folder: Path, tokenizer: Any) -> int:
     """Return the tokens of context that lm-eval would take: of the configuration, of the tokenizer, or 2048."""
-    from lm_eval.models.utils import resolve_max_length
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (ValueError, OSError, TypeError, KeyError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be read as a configuration: {error}") from error
+    return length_of(config, tokenizer)
+
+
+def length_of(config: Any, tokenizer: Any) -> int:
+    """Return the tokens of context of a configuration, see `context_length`."""
+    from lm_eval.models.utils import resolve_max_length
+
     return resolve_max_length(config, tokenizer) or 2048
 
 

@@ -1,5 +1,6 @@
 """The evaluation suites: name, purpose and lm-eval tasks (the files in `tasks/`)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,19 +93,32 @@ def find_suite(name: str) -> Suite:
     raise UserError(f"unknown suite {name!r}; {name_hint(name, list(SUITES), list_all=True)}")
 
 
+class RunsCode(UserError):
+    """Tasks run code written by the model, which the user has neither allowed nor skipped.
+
+    Attributes:
+        tasks: their names.
+    """
+
+    def __init__(self, message: str, tasks: Sequence[str]):
+        super().__init__(message)
+        self.tasks = list(tasks)
+
+
 def choose_tasks(suite: str, heldout: bool, allow_code: bool, skip_code: bool) -> tuple[list[str], list[str]]:
     """Return the tasks to run and those left out.
 
     Raises:
-        UserError: the suite runs code, and the user has neither allowed nor skipped that.
+        RunsCode: the suite runs code, and the user has neither allowed nor skipped that.
     """
     tasks = [*([HELDOUT_TASK] if heldout else []), *find_suite(suite).tasks]
     code = [task for task in tasks if task in CODE_TASKS]
     if not code or allow_code:
         return tasks, []
     if not skip_code:
-        raise UserError(
+        raise RunsCode(
             f"suite {suite!r} runs code written by the model ({', '.join(code)}): add --allow-code-execution to run it "
-            "in a sandbox, or --skip-code-execution to leave these tasks out"
+            "in a sandbox, or --skip-code-execution to leave these tasks out",
+            code,
         )
     return [task for task in tasks if task not in code], code

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lrnn.errors import UserError
-from lrnn.eval.suites.suites import TASK_FOLDER
+from lrnn.eval.suites.suites import TASK_FOLDER, RunsCode
 from lrnn.settings import name_hint
 
 PATTERN = re.compile(r"[*?\[]")
@@ -85,9 +85,10 @@ def choose(
 
 def _refuse_code(names: Sequence[str]) -> None:
     if names:
-        raise UserError(
+        raise RunsCode(
             f"{', '.join(names)}: runs code written by the model; add --allow-code-execution if this machine may do "
-            "that, or --skip-code-execution to leave out named tasks that do"
+            "that, or --skip-code-execution to leave out named tasks that do",
+            names,
         )
 
 

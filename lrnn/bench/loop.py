@@ -64,7 +64,8 @@ def bench_loop(path: str, overrides: list[str], steps: int) -> None:
     with tempfile.TemporaryDirectory(prefix="lrnn-bench-") as root:
         for turn in range(2):
             fixed = ["checkpoint.every=1000000", "log.heldout_every=0", f"steps={steps}", f"run_dir={root}/{turn}"]
-            config = load_config(path, [*overrides, *fixed, "schedule.warmup_steps=0", "schedule.decay_steps=0"])
+            fixed += ["eval={}", "samples={}", "schedule.warmup_steps=0", "schedule.decay_steps=0"]
+            config = load_config(path, [*overrides, *fixed])
             rows.append(("bare steps", bare_steps(config, ranks, steps)))
             _free()
             whole, outside = whole_steps(config, ranks)

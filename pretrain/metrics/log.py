@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from lrnn.environment import describe_environment
 from lrnn.pretrain.config import Config
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.metrics import wandb_run
+from lrnn.pretrain.watch.protocol import Sample, Score
 from lrnn.records import DurableLines, utc_now
 
 PACKAGES = ("deepspeed", "transformers", "tokenizers", "datasets", "numpy")  # the start of a run records their versions
@@ -70,13 +71,54 @@ class MetricsLog:
         self._lines_failed = error is not None
         if "step" not in record or "event" in record:
             return
-        numbers = dict(_numbers(record))
-        if self._tensorboard:
-            self._to_tensorboard(lambda board: [board.add_scalar(k, v, record["step"]) for k, v in numbers.items()])
-        if self._wandb:
-            self._to_wandb(lambda run: run.log({"step": record["step"], **numbers}))
+        self._to_curves(record["step"], dict(_numbers(record)))
         if "loss" in record:
             self._show(record)
+
+    def write_scores(self, step: int, scores: Sequence[Score], seconds: float) -> None:
+        """Write and show scores of lm-eval, which become the curves `eval/TASK/METRIC`.
+
+        Args:
+            step: the step whose weights have them.
+            scores: metrics of tasks and groups.
+            seconds: what it took.
+        """
+        values: dict[str, dict[str, float]] = {}
+        errors: dict[str, dict[str, float]] = {}
+        for score in scores:
+            values.setdefault(score.task, {})[score.key] = score.value
+            if score.stderr is not None:
+                errors.setdefault(score.task, {})[score.key] = score.stderr
+        record = {"event": "eval", "step": step, "seconds": round(seconds, 3), "scores": values, "stderr": errors}
+        self.write(record)
+        curves = {f"eval/{score.task}/{score.key.replace(',', '/')}": score.value for score in scores}
+        self._to_curves(step, {name: value for name, value in curves.items() if math.isfinite(value)})
+        shown = ", ".join(f"{score.task} {score.key} {score.value:.4f}" for score in scores)
+        self.say(f"step {step}/{self._steps}  evaluated in {seconds:.1f} s: {shown}")
+
+    def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Write generated texts to `samples.jsonl`, a line for each prompt, and to TensorBoard and wandb."""
+        file = self._lines.path.with_name("samples.jsonl")
+        lines = DurableLines(file)
+        for sample in samples:
+            error = lines.write(json.dumps({"step": step, **sample._asdict(), "time": utc_now()}, ensure_ascii=False))
+        lines.close()
+        if error is not None:
+            self.say(f"the samples of step {step} could not be written: {error}")
+        self.write({"event": "samples", "step": step, "samples": len(samples)})
+        self.say(f"step {step}/{self._steps}  {len(samples)} samples in {file}")
+        if self._tensorboard:
+            texts = {f"samples/{number}": _plain(prompt + text) for number, (prompt, text) in enumerate(samples, 1)}
+            self._to_tensorboard(lambda board: [board.add_text(name, text, step) for name, text in texts.items()])
+        if self._wandb:
+            self._to_wandb(lambda run: run.log({"step": step, "samples": wandb_run.table(samples)}))
+
+    def _to_curves(self, step: int, numbers: dict[str, int | float]) -> None:
+        """Pass numbers of a step to TensorBoard and wandb."""
+        if self._tensorboard:
+            self._to_tensorboard(lambda board: [board.add_scalar(k, v, step) for k, v in numbers.items()])
+        if self._wandb:
+            self._to_wandb(lambda run: run.log({"step": step, **numbers}))
 
     def _to_tensorboard(self, action: Callable[[Any], object]) -> None:
         try:
@@ -132,6 +174,11 @@ class MetricsLog:
             self._to_tensorboard(lambda board: board.close())
         if self._wandb:
             self._to_wandb(lambda run: run.finish())
+
+
+def _plain(text: str) -> str:
+    """Return a text that Markdown, which TensorBoard renders, shows as it is."""
+    return "".join(f"    {line}\n" for line in text.splitlines())
 
 
 def _without_nonfinite(value: Any) -> Any:

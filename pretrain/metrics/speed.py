@@ -23,11 +23,24 @@ class Speed:
         self._device = ranks.device
         self._peak = peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
         self._steps, self._inside_s, self._whole_s = 0, 0.0, 0.0
+        self._peak_bytes = 0  # of allocated memory, up to the last pause
         self.skip()
 
     def skip(self) -> None:
         """Leave out the time since the last step, which went into a held-out loss or a checkpoint."""
         self._mark = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time of the `with` block and, on a GPU, the memory that it allocates."""
+        self._peak_bytes = self._peak_memory()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self.skip()
+
+    def _peak_memory(self) -> int:
+        return max(self._peak_bytes, peak_memory(self._device))
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -49,7 +62,7 @@ class Speed:
             "data_wait_seconds": round(wait_s / self._steps, 5),
             "tokens_per_second_per_gpu": round(self._tokens / step_s, 1),
             "mfu": round(self._tokens / step_s * self._flops / self._peak, 4) if self._peak else None,
-            "memory_gb": round(peak_memory(self._device) / 1e9, 3),
+            "memory_gb": round(self._peak_memory() / 1e9, 3),
         }
         self._steps, self._inside_s, self._whole_s = 0, 0.0, 0.0
         return record

@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ def start(project: str, run_dir: Path, resumed: bool, config: dict[str, Any]) ->
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run
+
+
+def table(rows: Sequence[tuple[str, str]]) -> Any:
+    """Return prompts and texts as a table of wandb."""
+    import wandb
+
+    return wandb.Table(columns=["prompt", "text"], data=[list(row) for row in rows])
 
 
 def identity_of(run_dir: Path, resumed: bool) -> str:

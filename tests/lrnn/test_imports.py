@@ -28,7 +28,7 @@ FLOOR = {"environment", "errors", "files", "parsing", "paths", "records", "run_l
 FLOOR |= {"sbatch", "sentencepiece_bpe", "tokenizer", "tokenizer_export"}
 PACKAGE = {"__init__", "auto_classes", "fla_config", "model_config"}
 # These name or run everything.
-COMMANDS = {"cli", "config_schema", "completion", "init", "quickstart", "show_config", "submit"}
+COMMANDS = {"cli", "config_schema", "completion", "init", "pretraining", "quickstart", "show_config", "submit"}
 CLASSES = "lrnn.model.modeling_lrnn"  # where `from lrnn import LrnnForCausalLM` leads
 MAX_LINES = 500
 
@@ -151,7 +151,7 @@ def test_modules_do_not_import_in_circles():
 
 def test_starting_the_processes_of_a_run_imports_no_model():
     """It takes as long as the imports of the processes that are started, which begin after it."""
-    seen, waiting = set(), ["lrnn.pretrain.command"]
+    seen, waiting = set(), ["lrnn.pretraining"]
     while waiting:
         name = waiting.pop()
         seen.add(name)

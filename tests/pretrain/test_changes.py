@@ -38,6 +38,12 @@ OTHERS = {  # another value of every key, by what it is
     },
 }  # fmt: skip
 REST = {"deepspeed", "data.stream", "optim.name"}  # tested below, or another source of data
+WATCHED = {  # keys that need each other
+    "eval.every": 7, "eval.tasks": ["a"], "eval.limit": 7, "eval.batch_size": 7, "eval.max_length": 7,
+    "eval.truncate": True, "eval.num_fewshot": 7, "eval.include_path": ["x"], "samples.every": 7,
+    "samples.prompts": ["a"], "samples.max_new_tokens": 7, "samples.temperature": 0.7,
+}  # fmt: skip
+REST |= {*WATCHED, "eval.suite", "samples.prompt_file"}
 
 
 def changed(**values) -> Config:
@@ -77,6 +83,12 @@ def test_a_changed_key(check, kind, key):
         )
     else:
         assert check(config) == {key: (before, value)}
+
+
+def test_a_run_that_is_watched_from_now_on(check):
+    assert check(changed(**WATCHED)).keys() == WATCHED.keys()
+    others = {"eval.every": 7, "eval.suite": "fast", "samples.every": 7, "samples.prompt_file": "x"}
+    assert check(changed(**others)).keys() == others.keys()
 
 
 def test_nothing_changed(check):

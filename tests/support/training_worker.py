@@ -7,6 +7,7 @@ SPEC is a list of {"config": {...}} with these optional keys:
     "fill_at": before this step the disk of the run folder is filled up;
     "free_at": before this step it is freed again;
     "remove": [step, path]: before this step the file at this path is removed;
+    "evaluation_fails_at": at this step the last rank raises an error when it is asked for scores;
     "allow_change": true resumes with a configuration that changes the results;
     "no_warm_up": true skips the discarded pass before the first step.
 """
@@ -22,16 +23,19 @@ import torch
 
 from lrnn import cli
 from lrnn.errors import UserError
+from lrnn.eval.in_run.answers import Answers
 from lrnn.pretrain import run as run_module
 from lrnn.pretrain import train as train_module
 from lrnn.pretrain.config import parse_config
 from lrnn.pretrain.distributed import init_ranks
 from lrnn.pretrain.launch import StopRequest
 from lrnn.pretrain.run import Run
+from lrnn.pretraining import make_evaluator
 
 original_step = train_module.train_step
 original_start = Run._start_engine
 original_warm_up = run_module.warm_up
+original_answer = Answers.__call__
 
 
 def command(arguments: list[str], errors: Path, environment: dict[str, str]) -> None:
@@ -85,12 +89,20 @@ def main(file: Path, environment: dict[str, str]) -> None:
                 os.kill(os.getpid(), signal.SIGUSR1)
             return original_start(run, start_up)
 
+        def answer(answers, job, spec=spec):
+            last = ranks.rank == ranks.world_size - 1
+            if last and answers._step == spec.get("evaluation_fails_at") and job[0] != "sample":
+                raise ValueError("no answer\ntoday")
+            return original_answer(answers, job)
+
+        Answers.__call__ = answer
         train_module.train_step = step
         Run._start_engine = start
         run_module.warm_up = (lambda *args: None) if spec.get("no_warm_up") else original_warm_up
         try:
             with StopRequest() as stop:
-                status = train_module.train(config, ranks, stop, spec.get("allow_change", False))
+                changes = spec.get("allow_change", False)
+                status = train_module.train(config, ranks, stop, changes, make=make_evaluator)
         except (UserError, RuntimeError) as error:
             status = f"{type(error).__name__}: {error}"
         if ranks.is_main:
