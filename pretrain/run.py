@@ -1,6 +1,5 @@
 """A run: its parts, its start and end, and everything around the training step."""
 
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -14,7 +13,6 @@ from torch.profiler import record_function
 
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
-from lrnn.files import write_atomically
 from lrnn.kernels.common.architecture import architecture
 from lrnn.pretrain.changes import Changes, check_changes
 from lrnn.pretrain.checkpoint import format as checkpoint
@@ -40,6 +38,7 @@ from lrnn.pretrain.metrics.start_up import StartUp
 from lrnn.pretrain.optim import has_other_groups_by_shape
 from lrnn.pretrain.plan.start import lines_at_start
 from lrnn.pretrain.progress import Progress, check_same_run
+from lrnn.pretrain.run_yaml import write_config
 from lrnn.pretrain.schedule import learning_rate
 from lrnn.pretrain.state_passing import open_states
 from lrnn.pretrain.step import Step, warm_up
@@ -115,7 +114,7 @@ class Run:
             self._saved = self._open_folder(exits)
             changes = self._resume(self._saved, allow_change) if self._saved is not None else {}
             self._first_step = self.progress.step
-            self._write_config()
+            self._on_main(lambda: write_config(config))
         start_up.lap("data and checkpoints")
         with self.phase("starting the engine" if self._saved is None else "loading the checkpoint", step=0):
             self.engine, self._probe = self._start_engine(start_up)
@@ -394,23 +393,6 @@ class Run:
             )
             for key, (before, now) in changes.items():
                 self._say(f"changed since step {step}: {key} {before!r} -> {now!r}")
-
-    def _write_config(self) -> None:
-        """Write the resolved configuration into the run's folder. An earlier one that differs is kept beside it."""
-        run_dir = Path(self.config.run_dir)
-        file = run_dir / "run.yaml"
-
-        def write() -> None:
-            content = dump(self.config)
-            try:
-                if file.exists() and file.read_bytes() != content.encode():
-                    names = (run_dir / f"run.{number}.yaml" for number in itertools.count(1))
-                    write_atomically(next(name for name in names if not name.exists()), file.read_bytes())
-                write_atomically(file, content)
-            except OSError as error:
-                raise UserError(f"run_dir {run_dir} cannot be written ({error.strerror}: {error.filename})") from None
-
-        self._on_main(write)
 
     def _newest_checkpoint(self) -> Path | None:
         """Return the newest intact checkpoint. The main process reads all checksums."""
