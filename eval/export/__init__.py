@@ -6,6 +6,7 @@
     tokenizer.py   converts the tokenizer, and compares its ids with the original's
     fla_format.py  model folders of flash-linear-attention
     model_card.py  README.md, in the form that the Hugging Face hub reads
+    hub.py         uploads the folder to the Hugging Face hub, if asked to
     check.py       reads the folder back, with lrnn and in a process without it (reload_child.py)
 
 The folder appears under its name only after the check has passed.

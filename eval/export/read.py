@@ -27,6 +27,7 @@ class Trained:
     training: dict[str, Any]  # `lrnn_training` of the exported config.json
     data: dict[str, Any] | None = None  # the checkpoint's description of its data
     run: dict[str, Any] | None = None  # the run's resolved configuration
+    results: Path | None = None  # holds the folders of results that the run has for this checkpoint
 
 
 def read_checkpoint(source: Path) -> Trained:
@@ -64,7 +65,8 @@ def read_checkpoint(source: Path) -> Trained:
         run = yaml.safe_load((source / "run.yaml").read_text())
     except yaml.YAMLError as error:
         raise UserError(f"{source / 'run.yaml'} is not plain YAML: {' '.join(str(error).split())}") from None
-    return Trained(model, tokenizer, training, progress["data"], run)
+    results = source.resolve().parent.parent / "eval" / source.resolve().name  # where slurm/eval.sbatch writes them
+    return Trained(model, tokenizer, training, progress["data"], run, results)
 
 
 def read_fla_folder(source: Path, tokenizer_path: str | None = None) -> Trained:

@@ -16,6 +16,7 @@ from lrnn.eval.export.model_card import model_card
 from lrnn.eval.export.olmo_format import olmo_names, to_olmo_config
 from lrnn.eval.export.read import Trained
 from lrnn.eval.export.tokenizer import export_tokenizer
+from lrnn.eval.suites.card_results import copy_results
 from lrnn.files import new_folder, use_default_mode
 from lrnn.fla_config import to_fla_config
 from lrnn.model.code_files import AUTO_MAP, write_code
@@ -66,6 +67,8 @@ def export(
         names = olmo_names(model, to_olmo_config(model.config)) if export_format == "olmo_hybrid" else None
         write_weights(model, folder, names)
         _write_texts(trained, folder, out.name, tokenizer.pad_token_id, export_format, dtype, license)
+        if trained.results is not None:
+            copy_results(trained.results, folder)
         if export_format == "fla":
             print("reloading with fla", flush=True)
             check_fla_folder(folder, model)

@@ -1,6 +1,7 @@
 """Put the results of `lrnn eval` and `lrnn position` into the model card of the exported folder that they are in."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,17 @@ def update_card(model: Path) -> None:
             write_atomically(card, f"{before}{begin}\n{results_section(model)}{end}{after}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"the results are not in the model card {card}: {error!r}", flush=True)
+
+
+def copy_results(results: Path, model: Path) -> None:
+    """Copy the tables of result folders `results/*` into an exported folder, and put them into its model card."""
+    for file in sorted(results.glob("*/results.json")):
+        folder = model / "eval" / file.parent.name
+        folder.mkdir(parents=True)
+        for name in ("results.json", "table.md"):
+            if (file.parent / name).is_file():
+                shutil.copyfile(file.parent / name, folder / name)
+    update_card(model)
 
 
 def results_section(model: Path) -> str:
