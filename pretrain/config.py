@@ -122,6 +122,10 @@ class OptimConfig(Section):
     """Decoupled weight decay, on the weights of linear maps only."""
     decay_embeddings: bool = True
     """Whether embeddings count as linear maps. A head that is tied to them is treated as they are."""
+    z_loss: float = Field(0.0, ge=0)
+    """Coefficient of the z-loss, log(sum(exp(logits)))^2 as a mean over labels, whose gradient is added to that of the
+    cross-entropy; PaLM has 1e-4. Recorded losses are the cross-entropy alone, and `z_loss` is coefficient times mean. 0
+    turns it off."""
     clip: float = Field(1.0, ge=0)
     """Largest norm of the gradient over all parameters; a larger one is scaled down to it. 0 turns clipping off."""
     muon: MuonConfig = MuonConfig()

@@ -19,6 +19,7 @@ from lrnn.pretrain.gradient_norm import read_once
 from lrnn.pretrain.muon.optimizer import MuonAdamW
 from lrnn.pretrain.optim import build_optimizer
 from lrnn.pretrain.weights.lazy_fills import LazyFills
+from lrnn.pretrain.z_loss import LossWithZ
 from lrnn.pretrain.zero_layout import slices
 
 
@@ -120,9 +121,11 @@ def build_engine(model: LrnnForCausalLM, config: Config, ranks: Ranks, decay_by_
     dtype = compute_dtype(settings)
     if uses_fused_layers(config, ranks.device, dtype):
         options = {"recompute_mlp": config.activation_checkpointing == "mlp", "float8": config.precision == "fp8"}
-        fuse(model, dtype, partitioned=stage == 3, **options)
+        fuse(model, dtype, partitioned=stage == 3, z_loss=config.optim.z_loss, **options)
         if stage == 3:  # A block reads the weights of the modules inside of it, so they are gathered together.
             deepspeed.utils.set_z3_leaf_modules(model, [LrnnBlock])
+    if config.optim.z_loss and model.fused_loss is None:
+        model.fused_loss = LossWithZ(model.lm_head, config.optim.z_loss)
     optimizer = build_optimizer(model, config.optim, ranks.device, dtype, decay_by_shape)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     if isinstance(optimizer, MuonAdamW):

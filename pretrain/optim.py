@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lrnn.pretrain.config import OptimConfig
 from lrnn.pretrain.muon.matrices import Matrices, matrices_of
@@ -92,7 +92,7 @@ def build_optimizer(
 
 
 def _with_matrices(
-    groups: list[dict[str, Any]], matrices: dict[nn.Parameter, Matrices], lr_ratio: float
+    groups: list[dict[str, Any]], matrices: dict[Tensor, Matrices], lr_ratio: float
 ) -> list[dict[str, Any]]:
     """Return each group as two, the weights that are Muon's and the others, and no group without a parameter."""
     split = []

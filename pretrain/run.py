@@ -278,6 +278,7 @@ class Run:
             record = {"step": progress.step, "loss": math.fsum(losses) / len(losses), "loss_last": step.loss}
             progress.unrecorded = []
             record |= {"lr": step.lr, "grad_norm": float(self.engine.get_global_grad_norm())}
+            record |= {} if step.z_loss is None else {"z_loss": step.z_loss}
             record |= self._place() | {"skipped_steps": progress.skipped_steps}
             record |= self._speed.read(self._loader.take_wait_s())
             record["eigenvalues"] = self._probe.read()

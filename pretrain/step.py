@@ -11,6 +11,7 @@ from lrnn.pretrain.data.micro_batch import MicroBatch, model_inputs
 from lrnn.pretrain.engine import Engine
 from lrnn.pretrain.fused.layers import refresh
 from lrnn.pretrain.state_passing import CarriedStates
+from lrnn.pretrain.z_loss import take_z_loss
 
 
 @dataclass
@@ -22,12 +23,14 @@ class Step:
         micro_batch_losses: [micro-batches of this rank], means over their own labels.
         n_tokens: number of labels of the step, on all ranks.
         lr: learning rate of the update.
+        z_loss: mean over all labels of the step, on all ranks, with its coefficient; None if there is none.
     """
 
     loss: float
     micro_batch_losses: Tensor
     n_tokens: int
     lr: float
+    z_loss: float | None = None
 
 
 def train_step(
@@ -73,8 +76,19 @@ def train_step(
             engine.backward(part, scale_wrt_gas=False)
     engine.set_gradient_accumulation_boundary(True)  # which the end of the context set back
     engine.step()
+    z_loss = _mean_z_loss(engine, n_tokens)
     micro_batch_losses = torch.stack(parts) * share / labels.clamp(min=1)
-    return Step(float(loss), micro_batch_losses, int(n_tokens), lr)  # On a GPU, float() waits for the end of the step.
+    # On a GPU, float() waits for the end of the step.
+    return Step(float(loss), micro_batch_losses, int(n_tokens), lr, z_loss)
+
+
+def _mean_z_loss(engine: Engine, n_tokens: Tensor) -> float | None:
+    """Return the z-loss of a step as a mean over its labels on all ranks, None if the run has none."""
+    z_loss = take_z_loss(engine.module)
+    if z_loss is None:
+        return None
+    dist.all_reduce(z_loss)
+    return float(z_loss / n_tokens.clamp(min=1))
 
 
 def one_reduction(engine: Engine, micro_batches: int) -> AbstractContextManager[None]:
@@ -117,3 +131,4 @@ def warm_up(engine: Engine, batch: MicroBatch, carried: CarriedStates | None = N
         loss = compute(engine, model_inputs(batch, engine.device), 0, batch, states)
         engine.backward(loss * 0.0, scale_wrt_gas=False)
     engine.optimizer.zero_grad()
+    take_z_loss(engine.module)  # it is of no step

@@ -45,6 +45,7 @@ def fuse(
     recompute_mlp: bool = False,
     partitioned: bool = False,
     float8: bool = False,
+    z_loss: float = 0.0,
 ) -> None:
     """Make a model compute with fused layers when it neither pads nor has a cache of generation.
 
@@ -57,6 +58,7 @@ def fuse(
         partitioned: whether ZeRO-3 will partition the weights. Then there are no copies of them in `dtype`, and the
             loss is not fused, because the head is gathered only while it is called.
         float8: whether the products of fused mixers and MLPs are in float8.
+        z_loss: coefficient of the z-loss, if the loss is fused.
 
     Raises:
         UserError: the model has a size that products in float8 do not take.
@@ -69,7 +71,7 @@ def fuse(
         products += fused.products
     if partitioned:
         return
-    loss = FusedLoss(model.lm_head, dtype)
+    loss = FusedLoss(model.lm_head, dtype, z_loss)
     model.fused_loss = loss
     model.fused_products = [*products, *loss.products]
 

@@ -16,11 +16,21 @@ class FusedLoss:
 
     The logits are computed once: where a gradient is needed, they are turned into their own gradient, and this into
     those of the hidden states and of the head, a chunk of tokens at a time.
+
+    Args:
+        head: the linear layer of the logits.
+        dtype: what products compute in.
+        z_loss: coefficient of the z-loss, which changes the gradient and not what is returned.
+
+    Attributes:
+        z_sum: the z-loss of the passes with a gradient so far, summed over labels; None before the first.
     """
 
-    def __init__(self, head: nn.Linear, dtype: torch.dtype):
+    def __init__(self, head: nn.Linear, dtype: torch.dtype, z_loss: float = 0.0):
         self.head = Product([head.weight], dtype)
         self.products = [self.head]
+        self.z_loss = z_loss
+        self.z_sum: Tensor | None = None
 
     def __call__(self, h: Tensor, labels: Tensor) -> Tensor:
         """Return the sum, float32.
@@ -41,9 +51,13 @@ class _FusedLoss(torch.autograd.Function):
         for start in range(0, len(h), CHUNK):
             piece = h[start : start + CHUNK]
             logits = loss.head.forward(piece)
-            total += cross_entropy_(logits, labels[start : start + CHUNK], needs_gradient).sum()
+            losses, squares = cross_entropy_(logits, labels[start : start + CHUNK], needs_gradient, loss.z_loss)
+            total += losses.sum()
             if dh is None:
                 continue
+            if squares is not None:
+                z = loss.z_loss * squares.sum()
+                loss.z_sum = z if loss.z_sum is None else loss.z_sum + z
             torch.mm(logits, loss.head.matrix(), out=dh[start : start + CHUNK])
             if dweight is None:
                 dweight = product_float32(logits.T, piece)

@@ -23,7 +23,7 @@ class Matrices(NamedTuple):
         return [block for strip in weight.split(self.rows) for block in strip.split(self.columns, 1)]
 
 
-def matrices_of(model: nn.Module, per_head: bool) -> dict[nn.Parameter, Matrices]:
+def matrices_of(model: nn.Module, per_head: bool) -> dict[Tensor, Matrices]:
     """Return the weights that Muon updates: linear layers inside of blocks, except those that make gates.
 
     Embeddings, head, norms, convolutions, decays, biases, and the parameters of mixers that belong to no linear layer
@@ -33,7 +33,7 @@ def matrices_of(model: nn.Module, per_head: bool) -> dict[nn.Parameter, Matrices
         model: the model, not yet partitioned.
         per_head: whether the rows of each head of a projection, and its columns of `o_proj`, are a matrix of their own.
     """
-    found: dict[nn.Parameter, Matrices] = {}
+    found: dict[Tensor, Matrices] = {}
     for block in model.modules():
         if isinstance(block, LrnnBlock):
             for name, module in block.attn.named_modules():

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrnn.pretrain.muon.matrices import Matrices
 from lrnn.pretrain.muon.newton_schulz import orthogonalize
@@ -39,7 +39,7 @@ class MuonAdamW(torch.optim.AdamW):
     def __init__(
         self,
         groups: list[dict[str, Any]],
-        matrices: dict[nn.Parameter, Matrices],
+        matrices: dict[Tensor, Matrices],
         *,
         momentum: float,
         nesterov: bool,

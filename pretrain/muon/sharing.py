@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrnn.pretrain.muon.matrices import Matrices
 from lrnn.pretrain.zero_layout import Piece
@@ -78,7 +78,7 @@ class Sharing:
         cut: the weights that lie on several ranks and that this rank computes.
     """
 
-    def __init__(self, pieces: list[Piece], matrices: dict[nn.Parameter, Matrices]):
+    def __init__(self, pieces: list[Piece], matrices: dict[Tensor, Matrices]):
         rank, ranks = dist.get_rank(), dist.get_world_size()
         numbers = {id(parameter): number for number, parameter in enumerate(matrices)}
         of_ranks: list = [[] for _ in range(ranks)]

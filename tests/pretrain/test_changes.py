@@ -27,7 +27,7 @@ OTHERS = {  # another value of every key, by what it is
     "changes the results": {
         "steps": 200, "global_batch_size": 16, "precision": "float32", "optim.lr": 0.002, "optim.betas": [0.9, 0.99],
         "optim.eps": 1e-6, "optim.weight_decay": 0.2, "optim.clip": 0.0, "optim.decay_embeddings": False,
-        "optim.muon.lr": 0.02, "optim.muon.momentum": 0.9, "optim.muon.nesterov": False,
+        "optim.z_loss": 1e-4, "optim.muon.lr": 0.02, "optim.muon.momentum": 0.9, "optim.muon.nesterov": False,
         "optim.muon.adjust_lr_fn": "original", "optim.muon.per_head": True, "schedule.name": "wsd",
         "schedule.warmup_steps": 5, "schedule.decay_steps": 5, "schedule.min_lr_ratio": 0.0, "spikes.action": "skip",
         "spikes.threshold": 7.0, "spikes.window": 7,

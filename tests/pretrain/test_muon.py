@@ -43,21 +43,23 @@ def blocks(name, M, per_head):
 
 
 def plain_training(raw, per_head, scale):
-    """Train on whole batches in float64; return losses, gradient norms, the model and what Muon and AdamW keep."""
+    """Train on whole batches in float64; return losses, gradient norms, z-losses, the model and its first moments."""
     config = parse_config(raw, "test")
     data = open_data(config, load_model_of(config), Ranks(0, 1, torch.device("cpu"), None))
     model = build_model(load_model_of(config), config.seed, activation_checkpointing=False).double()
     m, v = ({n: torch.zeros_like(p) for n, p in model.named_parameters()} for _ in range(2))
-    found, norms = [], []
+    found, norms, zs = [], [], []
     with Loader(data.source, Batching(config.global_batch_size, config.global_batch_size)) as loader:
         for step in range(1, STEPS + 1):
             (batch,) = next(loader)
             logits = model(batch.input_ids, cu_seqlens=batch.cu_seqlens, use_cache=False).logits
             loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+            z = config.optim.z_loss * logits.logsumexp(-1)[batch.labels != -100].square().mean()
             model.zero_grad()
-            loss.backward()
+            (loss + z).backward()
             norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
             found.append(loss.item())
+            zs.append(z.item())
             norms.append(norm.item())
             lr = LR * min(1, step / 2)
             with torch.no_grad():
@@ -75,7 +77,7 @@ def plain_training(raw, per_head, scale):
                     if last in DECAYED:
                         p *= 1 - lr * DECAY
                     p -= lr * (m[name] / (1 - 0.9**step)) / ((v[name] / (1 - 0.95**step)).sqrt() + 1e-8)
-    return found, norms, model, m
+    return found, norms, zs, model, m
 
 
 SCALES = {
@@ -85,21 +87,24 @@ SCALES = {
 
 
 @pytest.mark.parametrize(
-    ("adjust", "per_head", "stages"), [("match_rms_adamw", False, (1, 2, 3)), ("original", True, (2,))]
+    ("adjust", "per_head", "z_loss", "stages"),
+    [("match_rms_adamw", False, 0.0, (1, 2, 3)), ("original", True, 0.01, (2,))],
 )
-def test_steps_are_those_of_plain_float64(base, tmp_path, adjust, per_head, stages):
+def test_steps_are_those_of_plain_float64(base, tmp_path, adjust, per_head, z_loss, stages):
     """Two processes, so that ZeRO cuts some of the matrices (1, 2) or all of them (3)."""
     muon = {"lr": RATIO * LR, "adjust_lr_fn": adjust, "per_head": per_head}
-    optim = {"name": "muon", "lr": LR, "weight_decay": DECAY, "clip": CLIP, "decay_embeddings": False, "muon": muon}
+    optim = {"name": "muon", "lr": LR, "weight_decay": DECAY, "clip": CLIP, "decay_embeddings": False}
+    optim |= {"muon": muon, "z_loss": z_loss}
     changes = {"steps": STEPS, "optim": optim, "schedule": {"name": "wsd", "warmup_steps": 2}}
     runs = [base(f"run-{stage}", stage, **changes) for stage in stages]
-    truth, norms, model, kept = plain_training(runs[0], per_head, SCALES[adjust])
+    truth, norms, zs, model, kept = plain_training(runs[0], per_head, SCALES[adjust])
     assert max(norms) > 1.2 * CLIP and truth[-1] < truth[0]
     assert run_group(tmp_path, [{"config": raw} for raw in runs]) == [0] * len(runs)
     for raw in runs:
         records = [r for r in read_metrics(Path(raw["run_dir"])) if "event" not in r]
         assert [r["loss"] for r in records] == pytest.approx(truth, rel=1e-5)
         assert [r["grad_norm"] for r in records] == pytest.approx(norms, rel=1e-4)
+        assert [r.get("z_loss") for r in records] == (pytest.approx(zs, rel=1e-5) if z_loss else [None] * STEPS)
         state = SavedState(checkpoint.find_newest(Path(raw["run_dir"])))
         for name, p in model.named_parameters():
             found = state.read("param", name, 0, p.numel()).view_as(p)

@@ -96,24 +96,32 @@ def test_swiglu_in_float8(size):
         swiglu_forward_float8(torch.zeros(1, 2 * 16385))
 
 
-@pytest.mark.parametrize(("vocabulary", "dtype"), [(50, torch.float32), (9000, torch.float16)])
-def test_cross_entropy(vocabulary, dtype):
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype", "z_loss"),
+    [(50, torch.float32, 0.0), (9000, torch.float16, 0.0), (9000, torch.float32, 0.3)],
+)
+def test_cross_entropy(vocabulary, dtype, z_loss):
     """9000 logits are read in two pieces. Large ones overflow without the maximum; a row without a label counts 0."""
     logits = (8 * normal(4, vocabulary)).to(dtype)
     logits[1] += 200
     labels = torch.tensor([3, vocabulary - 1, -100, 0])
     leaf = logits.double().requires_grad_()
     losses = F.cross_entropy(leaf, labels, reduction="none")
-    (dlogits,) = torch.autograd.grad(losses.sum(), leaf)
+    squares = (leaf.logsumexp(-1) ** 2)[labels >= 0]
+    (dlogits,) = torch.autograd.grad(losses.sum() + z_loss * squares.sum(), leaf)
     kept = logits.clone()
-    assert cross_entropy_(kept, labels, needs_gradient=False).double() == pytest.approx(losses.detach(), rel=1e-5)
+    assert cross_entropy_(kept, labels, needs_gradient=False)[0].double() == pytest.approx(losses.detach(), rel=1e-5)
     assert torch.equal(kept, logits)
-    found = cross_entropy_(logits, labels, needs_gradient=True)
+    found, found_squares = cross_entropy_(logits, labels, needs_gradient=True, z_loss=z_loss)
     assert found.double() == pytest.approx(losses.detach(), rel=1e-5) and found[2] == 0 and not logits[2].any()
     near(logits, dlogits, dtype)
+    assert (found_squares is not None) == bool(z_loss)
+    if found_squares is not None:
+        assert found_squares[2] == 0
+        assert found_squares[labels >= 0].double() == pytest.approx(squares.detach(), rel=1e-5)
 
 
 def test_cross_entropy_passes_nan_on():
     logits = normal(2, 20)
     logits[0, 5] = float("nan")
-    assert cross_entropy_(logits, torch.tensor([1, 1]), needs_gradient=False).isnan().tolist() == [True, False]
+    assert cross_entropy_(logits, torch.tensor([1, 1]), needs_gradient=False)[0].isnan().tolist() == [True, False]

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.errors import UserError
@@ -15,6 +16,7 @@ from lrnn.kernels.short_conv import api as short_conv_api
 from lrnn.kernels.short_conv import operator as short_conv
 from lrnn.model import layers
 from lrnn.model.cache import LrnnCache
+from lrnn.pretrain import z_loss
 from lrnn.pretrain.fused import loss as fused_loss
 from lrnn.pretrain.fused.float8 import Float8Product
 from lrnn.pretrain.fused.layers import FusedBlock, fuse, refresh
@@ -229,6 +231,31 @@ def test_layers_in_float8(mixer):
     found, loss = run(fused, 2), run(plain)
     assert found == pytest.approx(loss, rel=2e-3) and found != pytest.approx(loss, rel=1e-6)
     compare(plain, fused, 2, bar=0.2)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_z_loss(fused, monkeypatch):
+    """The loss is the cross-entropy, and its gradient that of both. Passes without a gradient do not count."""
+    monkeypatch.setattr(fused_loss, "CHUNK", 24)
+    monkeypatch.setattr(z_loss, "LOSS_CHUNK", 24)
+    monkeypatch.setattr(z_loss, "SMALL_LOGITS", 0)
+    torch.manual_seed(0)
+    head, coefficient = torch.nn.Linear(48, 50, bias=False), 0.2
+    h, labels = torch.randn(40, 48, requires_grad=True), LABELS.flatten()
+    loss = fused_loss.FusedLoss(head, torch.float32, coefficient) if fused else z_loss.LossWithZ(head, coefficient)
+    leaves = [x.detach().double().requires_grad_() for x in (h, head.weight)]
+    logits = leaves[0] @ leaves[1].T
+    entropy = F.cross_entropy(logits, labels, reduction="sum")
+    z = coefficient * (logits.logsumexp(-1) ** 2)[labels >= 0].sum()
+    truth = torch.autograd.grad(entropy + z, leaves)
+    with torch.no_grad():
+        assert loss(h, labels).item() == pytest.approx(entropy.item(), rel=1e-6) and loss.z_sum is None
+    found = loss(h, labels)
+    gradients = torch.autograd.grad(found, (h, head.weight))
+    assert found.item() == pytest.approx(entropy.item(), rel=1e-6)
+    assert loss.z_sum.item() == pytest.approx(z.item(), rel=1e-6)
+    for x, y in zip(gradients, truth, strict=True):
+        assert (x - y).norm() < 1e-5 * y.norm()
 
 
 def test_gradients_in_16_bits_are_scaled_exactly():
