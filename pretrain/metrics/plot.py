@@ -1,33 +1,32 @@
-"""Plot the metrics of runs: loss (with marks at resumes and bad steps), learning rate, speed and eigenvalues."""
+"""Plot runs: loss (with marks at resumes and bad steps), learning rate, speed, eigenvalues, and scores of evaluations.
+
+Runs are compared in one picture, a line each. With `--band`, runs whose configurations differ by `seed` alone become
+one line, their mean, with a band around it: from the smallest to the largest (`minmax`), or one standard error of the
+mean to both sides (`stderr`). Only steps that all of them have are shown, and no marks. Whiskers at the scores of a
+single run are the standard errors over documents that lm-eval reports.
+"""
 
 import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lrnn.errors import UserError
-from lrnn.records import read_metrics
+from lrnn.pretrain.metrics.curves import MARKS, Band, Curve, Group, Records, group_by_seed, limits, read_run
 
-MARKS = {"resumed": ":", "loss_spike": "--", "skipped_step": "-", "rollback": "-."}  # line style of each mark
-
-
-def split_records(records: list[dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], dict[str, list[int]]]:
-    """Return the records by step (of a repeated step the later one), and the steps of each event in `MARKS`."""
-    by_step: dict[int, dict[str, Any]] = {}
-    marked: dict[str, list[int]] = {name: [] for name in MARKS}
-    for record in records:
-        event = record.get("event")
-        if event == "start":
-            if record["resumed"]:
-                marked["resumed"].append(record["step"])
-        elif event in marked:
-            marked[event].append(record["step"])
-        elif event is None:
-            by_step[record["step"]] = record
-    return dict(sorted(by_step.items())), marked
+COLUMNS = 4  # panels of scores per row
+BANDS = {"minmax": "smallest to largest of the seeds", "stderr": "standard error of the mean over seeds"}
 
 
-def plot_runs(run_dirs: list[Path], out: Path) -> None:
+def plot_runs(run_dirs: Sequence[Path], out: Path, band: Band | None = None, smoothing: float = 0.0) -> None:
     """Write a picture of the runs, as PNG, PDF or SVG by the extension of `out`.
+
+    Args:
+        run_dirs: folders of runs.
+        out: the file.
+        band: what to draw around the mean of runs that differ by seed; None for a line per run.
+        smoothing: weight of the past in the moving average of training loss and speed, which is drawn over the values
+            themselves; 0 for none.
 
     Raises:
         UserError: a folder has no metrics, a run has no step yet, or matplotlib cannot write the extension.
@@ -37,26 +36,21 @@ def plot_runs(run_dirs: list[Path], out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    runs = {}
-    for run_dir in run_dirs:
-        by_step, marked = split_records(read_metrics(run_dir))
-        if not by_step:
-            raise UserError(f"{run_dir}/metrics.jsonl holds no step yet")
-        runs[str(run_dir)] = (by_step, marked)
-    figure, axes = plt.subplots(2, 2, figsize=(13, 8), layout="constrained")
-    for i, (name, (by_step, marked)) in enumerate(runs.items()):
-        _lines(axes, name, by_step, marked, f"C{i % 10}")
-    first, (by_step, _) = next(iter(runs.items()))
-    _eigenvalues(figure, axes[1, 1], by_step, first if len(runs) > 1 else "")
-    axes[0, 0].set(title="loss", xlabel="step", ylabel="nats per token")
-    axes[0, 0].legend(fontsize=8)
-    axes[0, 1].set(title="learning rate", xlabel="step")
-    axes[1, 0].set(title="speed", xlabel="step", ylabel="tokens/s per process")
-    axes[1, 0].set_ylim(bottom=0)
-    for axis in axes.flat[:3]:
-        axis.grid(alpha=0.3)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    runs = [read_run(run_dir) for run_dir in run_dirs]
+    groups = [Group(run.name, [run]) for run in runs] if band is None else group_by_seed(runs)
+    names = list(dict.fromkeys(name for run in runs for name in _score_names(run)))
+    below = -(-len(names) // COLUMNS)
+    figure = plt.figure(figsize=(13, 8 + 2.6 * below), layout="constrained")
+    upper, *lower = figure.subfigures(
+        2 if below else 1, 1, height_ratios=[8, 2.6 * below] if below else None, squeeze=False
+    )[:, 0]
     try:
+        _draw_training(upper, groups, band, smoothing)
+        for panels in lower:
+            _draw_scores(panels, groups, names, band)
+        if any(len(group.runs) > 1 for group in groups) and band is not None:
+            figure.suptitle(f"line: mean of the seeds, band: {BANDS[band]}", fontsize=9)
+        out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=120)
     except ValueError as error:
         raise UserError(f"--out {out}: {error}") from None
@@ -64,21 +58,90 @@ def plot_runs(run_dirs: list[Path], out: Path) -> None:
         plt.close(figure)
 
 
-def _lines(axes: Any, name: str, by_step: dict[int, dict[str, Any]], marked: dict[str, list[int]], color: str) -> None:
-    def series(key: str) -> tuple[list[int], list[float]]:
-        points = [(step, record[key]) for step, record in by_step.items() if record.get(key) is not None]
-        return [p[0] for p in points], [p[1] for p in points]
+def _draw_training(figure: Any, groups: Sequence[Group], band: Band | None, smoothing: float) -> None:
+    """Draw loss, learning rate, speed and eigenvalues."""
+    axes = figure.subplots(2, 2)
+    for i, group in enumerate(groups):
+        name, color = group.name, f"C{i % 10}"
+        _line(axes[0, 0], group, lambda run: run.curve("loss"), band, smoothing, color=color, label=f"{name} training")
+        heldout: dict[str, Any] = {"color": color, "marker": "o", "ms": 4, "ls": "--", "label": f"{name} held-out"}
+        _line(axes[0, 0], group, lambda run: run.curve("heldout_loss"), band, **heldout)
+        _line(axes[0, 1], group, lambda run: run.curve("lr"), band, color=color)
+        speed = "tokens_per_second_per_gpu"
+        _line(axes[1, 0], group, lambda run, key=speed: run.curve(key), band, smoothing, color=color)
+        if len(group.runs) == 1:
+            _marks(axes[0, 0], group.runs[0], color)
+    first = groups[0].runs[0]
+    _eigenvalues(figure, axes[1, 1], first.by_step, first.name if sum(len(g.runs) for g in groups) > 1 else "")
+    axes[0, 0].set(title="loss", xlabel="step", ylabel="nats per token")
+    axes[0, 0].legend(fontsize=8)
+    axes[0, 1].set(title="learning rate", xlabel="step")
+    axes[1, 0].set(title="speed", xlabel="step", ylabel="tokens/s per process")
+    axes[1, 0].set_ylim(bottom=0)
+    for axis in axes.flat[:3]:
+        axis.grid(alpha=0.3)
 
-    axes[0, 0].plot(*series("loss"), color=color, lw=1, label=f"{name} training")
-    heldout = series("heldout_loss")
-    if heldout[0]:
-        axes[0, 0].plot(*heldout, color=color, marker="o", ms=4, ls="--", lw=1, label=f"{name} held-out")
-    for what, steps in marked.items():
+
+def _line(
+    axis: Any,
+    group: Group,
+    get: Callable[[Records], Curve],
+    band: Band | None,
+    smoothing: float = 0.0,
+    **style: Any,
+) -> None:
+    """Draw the mean of a group, with a band if it has several runs. With smoothing, the values themselves are faint."""
+    steps, values = group.joined(get, smoothing)
+    if not steps:
+        return
+    style = {"lw": 1.4 if smoothing else 1} | style
+    axis.plot(steps, values.mean(0), **style)
+    if smoothing:
+        axis.plot(*_mean(group, get), color=style["color"], lw=1, alpha=0.25)
+    if band is not None and len(values) > 1:
+        axis.fill_between(steps, *limits(values, band), color=style["color"], alpha=0.2, lw=0)
+
+
+def _mean(group: Group, get: Callable[[Records], Curve]) -> tuple[list[int], Any]:
+    steps, values = group.joined(get)
+    return steps, values.mean(0)
+
+
+def _marks(axis: Any, run: Records, color: str) -> None:
+    """Draw a line at each resume and bad step."""
+    for what, steps in run.marked.items():
         for i, step in enumerate(steps):
-            label = f"{name} {what.replace('_', ' ')}" if i == 0 else None
-            axes[0, 0].axvline(step, color=color, ls=MARKS[what], lw=1, alpha=0.6, label=label)
-    axes[0, 1].plot(*series("lr"), color=color)
-    axes[1, 0].plot(*series("tokens_per_second_per_gpu"), color=color, lw=1)
+            label = f"{run.name} {what.replace('_', ' ')}" if i == 0 else None
+            axis.axvline(step, color=color, ls=MARKS[what], lw=1, alpha=0.6, label=label)
+
+
+def _score_names(run: Records) -> list[tuple[str, str]]:
+    """Return the tasks and metrics that a run was evaluated with."""
+    pairs = ((task, key) for event in run.scores.values() for task, found in event["scores"].items() for key in found)
+    return list(dict.fromkeys(pairs))
+
+
+def _draw_scores(figure: Any, groups: Sequence[Group], names: Sequence[tuple[str, str]], band: Band | None) -> None:
+    """Draw a panel for each task and metric of the evaluations."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes = figure.subplots(-(-len(names) // COLUMNS), COLUMNS, squeeze=False)
+    for axis in axes.flat[len(names) :]:
+        axis.remove()
+    for axis, name in zip(axes.flat, names, strict=False):
+        for i, group in enumerate(groups):
+            style: dict[str, Any] = {"color": f"C{i % 10}", "marker": ".", "lw": 1}
+            if len(group.runs) > 1:
+                _line(axis, group, lambda run, name=name: run.score(name), band, **style)
+            else:
+                curve = group.runs[0].score(name)
+                if curve.steps:
+                    axis.errorbar(curve.steps, curve.values, curve.errors, capsize=2, elinewidth=0.5, **style)
+        axis.set_title("\n".join(name), fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.set_xlabel("step", fontsize=8)
+        axis.grid(alpha=0.3)
 
 
 def _eigenvalues(figure: Any, axis: Any, by_step: dict[int, dict[str, Any]], name: str) -> None:
@@ -98,14 +161,33 @@ def _eigenvalues(figure: Any, axis: Any, by_step: dict[int, dict[str, Any]], nam
     figure.colorbar(image, ax=axis)
 
 
+def weight(text: str) -> float:
+    """Return the weight of a moving average, from 0 to below 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} should be at least 0 and below 1")
+    return value
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="folders with a metrics.jsonl")
     parser.add_argument("--out", type=Path, help="picture to write; default RUN_DIR/metrics.png of the first run")
-    parser.epilog = "example:\n  lrnn plot runs/340m runs/340m-positive --out ranges.png"
+    parser.add_argument("--band", choices=BANDS, help="join runs that differ by seed, with a band around their mean")
+    parser.add_argument(
+        "--smooth",
+        type=weight,
+        default=0.0,
+        metavar="W",
+        help="smooth training loss and speed as TensorBoard does, e.g. 0.9; the values themselves are drawn faintly",
+    )
+    parser.epilog = (
+        "examples:\n  lrnn plot runs/340m runs/340m-positive --smooth 0.9 --out ranges.png\n"
+        "  lrnn plot runs/340m-seed* runs/340m-positive-seed* --band stderr --out ranges.png"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     out = args.out or args.run_dirs[0] / "metrics.png"
-    plot_runs(args.run_dirs, out)
+    plot_runs(args.run_dirs, out, args.band, args.smooth)
     print(f"wrote {out}")
     return 0

@@ -20,10 +20,10 @@ from lrnn.errors import UserError
 from lrnn.pretrain.config import parse_config
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.metrics import speed as speed_module
+from lrnn.pretrain.metrics.curves import split_records
 from lrnn.pretrain.metrics.eigenvalues import EIGENVALUE_BINS, EigenvalueProbe
 from lrnn.pretrain.metrics.flops import train_flops_per_token
 from lrnn.pretrain.metrics.log import MetricsLog
-from lrnn.pretrain.metrics.plot import split_records
 from lrnn.pretrain.metrics.speed import Speed
 from lrnn.pretrain.metrics.wandb_run import identity_of, start
 from lrnn.records import read_metrics
