@@ -24,6 +24,7 @@ COMMANDS = {
     "corpus": ("lrnn.pretrain.corpus.build", "tokenise text or code into a corpus of Arrow shards"),
     "config": ("lrnn.show_config", "print a configuration with where each value comes from, or its JSON schema"),
     "plan": ("lrnn.pretrain.plan.command", "say what a run takes on given GPUs: memory, speed, days"),
+    "import": ("lrnn.eval.export.import_folder", "write a model folder of fla or olmo_hybrid as one of lrnn"),
     "pretrain": ("lrnn.pretraining", "pretrain a model, or resume a run"),
     "submit": ("lrnn.submit", "submit a run or evaluations to SLURM"),
     "export": ("lrnn.eval.export.command", "write a checkpoint as a Hugging Face model folder"),

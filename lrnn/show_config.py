@@ -111,8 +111,10 @@ def _run(given: str, overrides: list[str]) -> tuple[dict[str, Any], dict[Key, st
     converted = flatten(old_config.convert(settings.values, given))
     origins |= {key: "converted" for name in converted if (key := (*name.split("."),)) not in origins}
     values, model = config.model_dump(), load_model_of(config)
-    base = config.model if isinstance(config.model, str) else config.model.get(BASE)
-    if base is not None:
+    base = config.model.get(BASE) if isinstance(config.model, dict) else config.model
+    if base is None and config.init_from is not None:
+        origins = {("model", field.name): f"init_from {config.init_from}" for field in described_fields()} | origins
+    elif base is not None:
         lines = parse_json_file(base, "model configuration").lines
         own = {("model", *key): f"{base}:{line}" for key, line in lines.items()}
         origins = own | {key: origin for key, origin in origins.items() if key[0] != "model" or len(key) > 1}

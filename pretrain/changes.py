@@ -21,7 +21,7 @@ FREE = {
     "run_dir", "zero", "deepspeed", "micro_batch_size", "activation_checkpointing", "fused_layers", "checkpoint", "log",
     "profile", "watchdog", "eval", "samples", "max_skipped_steps", "spikes.max_rollbacks",
 }  # fmt: skip
-COMPARED_BY_CONTENT = {"model", "data", "seed"}  # see lrnn.pretrain.progress
+COMPARED_BY_CONTENT = {"model", "data", "seed", "init_from"}  # see lrnn.pretrain.progress, lrnn.pretrain.init_from
 
 
 def check_changes(saved: Path, config: Config, allow_change: bool) -> Changes:

@@ -17,6 +17,7 @@ from lrnn.model_config import model_config_from
 from lrnn.paths import IsPath
 from lrnn.pretrain import old_config
 from lrnn.pretrain.batching import Batching
+from lrnn.pretrain.init_from.model import fields_of_begun
 from lrnn.pretrain.watch.settings import EvalConfig, SamplesConfig
 from lrnn.settings import BASE, FileOrFields, Section, Unit, load, read_json, validate
 
@@ -217,10 +218,13 @@ class Config(Section):
 
     run_dir: Annotated[str, IsPath(holds="run.yaml")]
     """Folder that everything is written to. A run is resumed from what is in it."""
-    model: Annotated[str | dict[str, Any], FileOrFields(), IsPath(names=shipped.MODELS)]
+    model: Annotated[str | dict[str, Any] | None, FileOrFields(), IsPath(names=shipped.MODELS)] = None
     """Hugging Face `config.json` of the model, the name of one that comes with lrnn, or a mapping of its fields. In a
     mapping, `base` names a `config.json` that the other fields change; `model.hidden_size=512` on the command line is
-    such a change."""
+    such a change. With `init_from` it may be left out, or a mapping without `base` that changes the folder's model."""
+    init_from: Annotated[str | None, IsPath()] = None
+    """Begin with the weights of a folder instead of random ones: an export or what `lrnn import` wrote, a model folder
+    of fla or `olmo_hybrid`, a run, or a checkpoint. A run that resumes does not read it."""
     zero: Literal[1, 2, 3] | None = None
     """ZeRO stage of DeepSpeed: 1 shards the optimizer's state over the processes, 2 the gradients too, 3 the parameters
     too. 2 unless `deepspeed` is given."""
@@ -269,6 +273,12 @@ class Config(Section):
     """Number of steps in a row that are not applied, after which the run stops."""
 
     @model_validator(mode="after")
+    def has_model(self) -> Self:
+        if self.model is None and self.init_from is None:
+            raise ValueError("key model is missing; give it, or init_from to train the model of a folder")
+        return self
+
+    @model_validator(mode="after")
     def has_engine(self) -> Self:
         if self.deepspeed is None:
             self.zero = self.zero or 2
@@ -313,11 +323,20 @@ def load_model_of(config: Config) -> LrnnConfig:
     Raises:
         UserError: see `lrnn.model_config.model_config_from`.
     """
-    raw, origin = model_fields(config.model)
+    raw, origin = _fields_of(config)
     model = model_config_from(raw, origin)
     old_config.check_sequence_length(raw, config.data.seq_len, origin.removeprefix("model configuration "))
     model.max_position_embeddings = config.data.seq_len
     return model
+
+
+def _fields_of(config: Config) -> tuple[dict[str, Any], str]:
+    """Return the fields of the model of a run, whether it describes the whole of it or begins from a folder."""
+    model = config.model
+    if config.init_from is None or isinstance(model, str) or (model is not None and BASE in model):
+        assert model is not None
+        return model_fields(model)
+    return fields_of_begun(config.init_from, config.run_dir, model or {})
 
 
 def model_fields(model: str | dict[str, Any]) -> tuple[dict[str, Any], str]:

@@ -29,6 +29,7 @@ from lrnn.pretrain.engine import Engine, build_engine, build_model, compute_dtyp
 from lrnn.pretrain.fused.choice import uses_fused_layers
 from lrnn.pretrain.gpu_check import check_kernels
 from lrnn.pretrain.guard import Guard, Verdict
+from lrnn.pretrain.init_from.begin import Beginning
 from lrnn.pretrain.launch import STOPPED, StopRequest
 from lrnn.pretrain.metrics.eigenvalues import EigenvalueProbe
 from lrnn.pretrain.metrics.log import MetricsLog
@@ -112,6 +113,7 @@ class Run:
             evaluator = make_evaluator(make, config, self._model_config, self._data.save_tokenizer, ranks)
             self._engine_copy = ranks.together(self._read_engine_copy)
             self._saved = self._open_folder(exits)
+            self._beginning = Beginning(config, self._model_config, self._saved, ranks)
             changes = self._resume(self._saved, allow_change) if self._saved is not None else {}
             self._first_step = self.progress.step
             self._on_main(lambda: write_config(config))
@@ -124,6 +126,7 @@ class Run:
         if self.log is not None:
             exits.enter_context(closing(self.log))
         self._say(self._describe())
+        self._beginning.report(self.log)
         self._say_estimate()
         self._report_changes(changes)
         self._speed = Speed(config, self._model_config, ranks)
@@ -403,7 +406,9 @@ class Run:
         """Return the model in a DeepSpeed engine, with the checkpoint's weights and moments if the run resumes."""
         state = SavedState(self._saved) if self._saved is not None else None
         recompute = self.config.activation_checkpointing == "full"
-        model = build_model(self._model_config, self.config.seed, recompute, fill=state is None)
+        fresh = state is None and not self._beginning.has_weights
+        model = build_model(self._model_config, self.config.seed, recompute, fill=fresh)
+        self._beginning.load_into(model)
         start_up.lap("model")
         if state is not None:
             state.load_into(model)
@@ -439,7 +444,7 @@ class Run:
         progress = {"step": self.progress.step, "progress": asdict(self.progress), "data": self._data.description}
         texts = {"config.json": self._model_config.to_json_string(use_diff=False), "run.yaml": dump(self.config)}
         carried = {} if self.carried is None else self.carried.tensors(self.progress.samples)
-        self._writer.begin(self.engine, progress, texts | self._engine_copy, carried)
+        self._writer.begin(self.engine, progress, texts | self._engine_copy | self._beginning.texts, carried)
 
     def _report_checkpoint(self, outcome: Outcome) -> None:
         """Record what became of a checkpoint, which may be of an earlier step than the run is at by now."""

@@ -33,6 +33,7 @@ def model_card(
     data: dict[str, Any] | None,
     run: dict[str, Any] | None,
     license: str | None,
+    origin: str | None = None,
 ) -> str:
     """Return the text of the card.
 
@@ -46,6 +47,7 @@ def model_card(
         data: the checkpoint's description of its data, or None.
         run: the run's resolved configuration, or None.
         license: SPDX identifier, or None.
+        origin: format of the model folder that the model was read from, or None for a checkpoint.
     """
     front = ModelCardData(
         license=license,
@@ -59,7 +61,7 @@ def model_card(
         f"---\n{front.to_yaml()}\n---",
         f"# {name}",
         architecture(config, dtype, num_parameters),
-        _training(training, data, run),
+        _training(training, data, run, origin),
         _tokens(config, first_id, training),
         _loading(name, config, export_format, dtype, first_id),
         f"{RESULTS_BEGIN}\n{RESULTS_END}",
@@ -68,17 +70,32 @@ def model_card(
     return "\n\n".join(sections) + "\n"
 
 
-def _training(training: dict[str, Any], data: dict[str, Any] | None, run: dict[str, Any] | None) -> str:
+def _training(
+    training: dict[str, Any], data: dict[str, Any] | None, run: dict[str, Any] | None, origin: str | None
+) -> str:
     lines = ["## Training", ""]
     if "tokens" in training:
         lines.append(f"Pretrained with `lrnn` for {training['step']:,} steps on {training['tokens']:,} tokens.")
+        if "init_from" in training:
+            lines.append(_beginning(training["init_from"]))
     else:
-        lines.append("Converted from a model folder of `fla`, which does not record how the model was trained.")
+        lines.append(f"Converted from a model folder of `{origin}`, which does not record how the model was trained.")
     for title, content in (("Data", data), ("Configuration of the run", run)):
         if content is not None:
             text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True).strip()
             lines += ["", f"{title}:", "", "```yaml", text, "```"]
     return "\n".join(lines)
+
+
+def _beginning(record: dict[str, Any]) -> str:
+    """Return where the training began, see `lrnn.pretrain.init_from.record`."""
+    before = record.get("training") or {}
+    how = f" after {before['tokens']:,} tokens" if "tokens" in before else ""
+    sums = ", ".join(f"`{name}` {digest}" for name, digest in record["sha256"].items())
+    changed = "".join(
+        f" `{name}` was {old!r} there and is {now!r}." for name, (old, now) in record.get("changed", {}).items()
+    )
+    return f"It began with the weights of `{record['name']}` (`{record['format']}`){how}.{changed} SHA-256: {sums}."
 
 
 def _tokens(config: LrnnConfig, first_id: int, training: dict[str, Any]) -> str:

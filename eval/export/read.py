@@ -1,4 +1,4 @@
-"""Read a trained model: from a checkpoint, or from a model folder of fla."""
+"""Read a trained model: from a checkpoint, or from a model folder of any format that lrnn reads."""
 
 import json
 from dataclasses import dataclass
@@ -11,11 +11,15 @@ import yaml
 
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.errors import UserError
-from lrnn.eval.export.fla_format import from_fla
+from lrnn.formats.folder import ModelFolder
 from lrnn.model_config import every_field
 from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.checkpoint.reader import SavedState
+from lrnn.pretrain.init_from.record import NAME as RECORD
+from lrnn.pretrain.init_from.record import read_record
 from lrnn.tokenizer import Tokenizer, load_copy, load_tokenizer
+
+BEGINNING = {"name", "format", "sha256", "changed", "training"}  # of the record of a beginning; the others are paths
 
 
 @dataclass
@@ -28,6 +32,8 @@ class Trained:
     data: dict[str, Any] | None = None  # the checkpoint's description of its data
     run: dict[str, Any] | None = None  # the run's resolved configuration
     results: Path | None = None  # holds the folders of results that the run has for this checkpoint
+    origin: str | None = None  # the format of the model folder that it was read from, None for a checkpoint
+    dtype: str = "float32"  # of the matrices where it was read from
 
 
 def read_checkpoint(source: Path) -> Trained:
@@ -46,7 +52,10 @@ def read_checkpoint(source: Path) -> Trained:
         print(f"reading {source}", flush=True)
         checkpoint.verify(source)
     else:
-        raise UserError(f"{source} is neither a run folder nor a checkpoint (a folder named step-NNNNNNNN)")
+        raise UserError(
+            f"{source} is neither a run folder nor a checkpoint (a folder named step-NNNNNNNN) nor a model folder "
+            "(with a config.json)"
+        )
     config = _config_of(source)
     progress = checkpoint.read_progress(source)
     tokenizer = _tokenizer_of(source)
@@ -61,6 +70,9 @@ def read_checkpoint(source: Path) -> Trained:
         "run_config_sha256": files["run.yaml"]["sha256"],
         "tokenizer_sha256": tokenizer.file_sha256,
     }
+    if RECORD in files:
+        record = read_record(source) or {}
+        training["init_from"] = {name: record[name] for name in record.keys() & BEGINNING}
     try:
         run = yaml.safe_load((source / "run.yaml").read_text())
     except yaml.YAMLError as error:
@@ -69,25 +81,30 @@ def read_checkpoint(source: Path) -> Trained:
     return Trained(model, tokenizer, training, progress["data"], run, results)
 
 
-def read_fla_folder(source: Path, tokenizer_path: str | None = None) -> Trained:
-    """Read a model folder of fla.
+def is_model_folder(source: Path) -> bool:
+    """Return whether a folder looks like a model folder rather than like a run or a checkpoint."""
+    of_run = (source / "checkpoints").is_dir() or any(source.glob("state-*.safetensors"))
+    return (source / "config.json").is_file() and not of_run and not checkpoint.NAME.match(source.name)
+
+
+def read_model_folder(source: Path, tokenizer_path: str | None = None) -> Trained:
+    """Read a model folder of any format in `lrnn.formats`.
 
     Args:
         source: the folder.
         tokenizer_path: SentencePiece .model or tokenizer folder to use instead of the folder's own.
 
     Raises:
-        UserError: the folder or the tokenizer cannot be used; see `from_fla` and `load_tokenizer`.
+        UserError: the folder or the tokenizer cannot be used; see `ModelFolder` and `load_tokenizer`.
     """
     print(f"reading {source}", flush=True)
-    config, state = from_fla(source)
+    folder = ModelFolder(source)
     tokenizer = load_tokenizer(source if tokenizer_path is None else tokenizer_path)
-    _check_vocabulary(tokenizer, config)
-    model = empty_model(config)
-    # A tied head is not in the file. from_fla has compared the names.
-    model.load_state_dict(state, strict=not config.tie_word_embeddings)
-    known = getattr(config, "lrnn_training", {})
-    return Trained(model, tokenizer, {**known, "tokenizer_sha256": tokenizer.file_sha256})
+    _check_vocabulary(tokenizer, folder.config)
+    model = empty_model(folder.config)
+    folder.load_into(model)
+    training = {**(folder.training or {}), "tokenizer_sha256": tokenizer.file_sha256}
+    return Trained(model, tokenizer, training, origin=folder.format, dtype=folder.dtype)
 
 
 def empty_model(config: LrnnConfig) -> LrnnForCausalLM:

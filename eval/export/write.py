@@ -1,6 +1,7 @@
 """Write the exported folder: weights, configuration, code, tokenizer and model card; and read it back."""
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,16 +12,22 @@ from huggingface_hub import save_torch_state_dict
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.errors import UserError
 from lrnn.eval.export.check import check_class_folder, check_hf_folder, logits, sample_batch
-from lrnn.eval.export.fla_format import check_fla_folder
+from lrnn.eval.export.check_fla import check_fla_folder
 from lrnn.eval.export.model_card import model_card
-from lrnn.eval.export.olmo_format import olmo_names, to_olmo_config
 from lrnn.eval.export.read import Trained
 from lrnn.eval.export.tokenizer import export_tokenizer
 from lrnn.eval.suites.card_results import copy_results
 from lrnn.files import new_folder, use_default_mode
-from lrnn.fla_config import to_fla_config
+from lrnn.formats.fla import to_fla_config
+from lrnn.formats.olmo_hybrid import olmo_names, to_olmo_config
 from lrnn.model.code_files import AUTO_MAP, write_code
 from lrnn.tokenizer import Tokenizer
+
+
+def without_progress_bars() -> None:
+    """Keep transformers from drawing progress bars into a log file."""
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
 
 
 def check_out(out: Path) -> None:
@@ -145,5 +152,6 @@ def _write_texts(
         data=trained.data,
         run=trained.run,
         license=license,
+        origin=trained.origin,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")

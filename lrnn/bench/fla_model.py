@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lrnn import LrnnConfig
 from lrnn.bench.peers import fla_guard, fla_guard_lifted
-from lrnn.fla_config import MIXER_OF, not_in_fla, to_fla_config
+from lrnn.formats.fla import TYPE_OF, not_in_fla, to_fla_config
 from lrnn.pretrain.config import Config
 from lrnn.pretrain.data.micro_batch import MicroBatch, model_inputs
 from lrnn.pretrain.optim import build_optimizer
@@ -23,7 +23,7 @@ def reason_without(config: LrnnConfig, world_size: int) -> str | None:
         return "it is measured on one GPU only"
     if importlib.util.find_spec("fla") is None:
         return "it is not installed"
-    if not set(config.mixers) <= {*MIXER_OF.values()}:
+    if not set(config.mixers) <= TYPE_OF.keys():
         return f"it has no model with the parameters of mixer {', '.join(dict.fromkeys(config.mixers))}"
     if (form := not_in_fla(config)) is not None:
         return f"it cannot express {form}"

@@ -246,7 +246,7 @@ class DeltaProduct(DeltaNet):
     """DeltaProduct: `DeltaNet` with several factors per token."""
 
     title, paper = "DeltaProduct", "2502.10297"
-    fla_model_type = None
+    fla_model_type = "gated_deltaproduct"
     several_factors = True
     options = (*DeltaNet.options, "num_householder")
 
@@ -256,7 +256,7 @@ class GatedDeltaProduct(DeltaNet):
     """Gated DeltaProduct: `DeltaNet` with several factors per token, and both gates."""
 
     title, paper = "Gated DeltaProduct", "2502.10297"
-    fla_model_type = None
+    fla_model_type = "gated_deltaproduct"
     gated = True
     several_factors = True
     options = (*DeltaNet.options, "num_householder")

@@ -6,6 +6,7 @@
         config.json                        the model, as transformers writes it
         run.yaml                           the run's resolved configuration
         deepspeed.json                     the DeepSpeed JSON that it names, if any, as the run read it
+        init_from.json                     the folder whose weights the run began with, if any
         progress.json                      step, samples and tokens consumed, state of a streamed source
         tokenizer/                         the tokenizer of the corpus
         manifest.json                      size and SHA-256 of every file above, and its own SHA-256; written last

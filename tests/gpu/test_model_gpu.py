@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lrnn import LrnnConfig, LrnnForCausalLM
-from lrnn.fla_config import to_fla_config
+from lrnn.formats.fla import to_fla_config
 from lrnn.kernels.delta_rule import operator as delta_rule_op
 from lrnn.kernels.reference.delta_rule import gated_delta_rule
 from lrnn.pretrain.engine import build_model

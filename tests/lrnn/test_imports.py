@@ -1,4 +1,4 @@
-"""Test who may import whom: kernels, traces < model < pretrain < track, bench < eval, without circles.
+"""Test who may import whom: kernels, traces < model < formats < pretrain < track, bench < eval, without circles.
 
 All of them may import the floor: files, settings and others that know nothing of any room. Imports inside functions
 count; those under TYPE_CHECKING do not.
@@ -18,15 +18,16 @@ LEVELS = {  # a room imports rooms of lower levels, and itself
     "lrnn.traces": 1,
     "lrnn.model": 2,
     "lrnn.package": 3,  # they register the model and read its description
-    "lrnn.pretrain": 4,
-    "lrnn.track": 5,
-    "lrnn.bench": 5,
-    "lrnn.eval": 6,
-    "lrnn.commands": 7,
+    "lrnn.formats": 4,
+    "lrnn.pretrain": 5,
+    "lrnn.track": 6,
+    "lrnn.bench": 6,
+    "lrnn.eval": 7,
+    "lrnn.commands": 8,
 }
 FLOOR = {"environment", "errors", "files", "parsing", "paths", "records", "run_lock", "settings", "shipped", "threads"}
 FLOOR |= {"sbatch", "sentencepiece_bpe", "tokenizer", "tokenizer_export"}
-PACKAGE = {"__init__", "auto_classes", "fla_config", "model_config"}
+PACKAGE = {"__init__", "auto_classes", "model_config"}
 # These name or run everything.
 COMMANDS = {"cli", "config_schema", "completion", "init", "pretraining", "quickstart", "show_config", "submit"}
 CLASSES = "lrnn.model.modeling_lrnn"  # where `from lrnn import LrnnForCausalLM` leads
@@ -39,7 +40,7 @@ def modules() -> dict[str, Path]:
     found = {f"lrnn.{path.stem}".removesuffix(".__init__"): path for path in (REPOSITORY / "lrnn").glob("*.py")}
     for room, folder in (("kernels", "kernels"), ("pretrain", "pretrain"), ("eval", "eval")):
         found |= _modules_of(f"lrnn.{room}", REPOSITORY / folder)
-    for room in ("model", "traces", "track", "bench"):
+    for room in ("formats", "model", "traces", "track", "bench"):
         found |= _modules_of(f"lrnn.{room}", REPOSITORY / "lrnn" / room)
     return found
 

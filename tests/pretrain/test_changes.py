@@ -33,7 +33,8 @@ OTHERS = {  # another value of every key, by what it is
         "spikes.threshold": 7.0, "spikes.window": 7,
     },
     "compared by content": {
-        "model": "n.json", "seed": 1, "data.seq_len": 32, "data.corpora": [{"path": "b", "weight": 1.0}],
+        "model": "n.json", "init_from": "models/x", "seed": 1, "data.seq_len": 32,
+        "data.corpora": [{"path": "b", "weight": 1.0}],
         "data.reset_at_document_boundaries": True, "data.state_passing": 4,
     },
 }  # fmt: skip

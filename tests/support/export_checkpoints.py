@@ -24,6 +24,11 @@ SIZES_OF_THEIR_OWN = {
     "gated-sizes": {"num_value_heads": 4, "head_dim": 12, "head_v_dim": 24},
     "deltanet-sizes": {"mixer": "deltanet", "head_dim": 12, "head_v_dim": 20},
 }
+# fla's DeltaProduct has sizes alone too.
+PRODUCTS = {
+    "gated_deltaproduct-sizes": {"mixer": "gated_deltaproduct", "num_householder": 3, "head_dim": 12, "head_v_dim": 24},
+    "deltaproduct-negative": {"mixer": "deltaproduct", "num_householder": 2},
+}
 # Attention beside a recurrent mixer: grouped keys and a window of its own, in two kinds of layers.
 HYBRIDS = {
     "gated-hybrid": {
@@ -60,7 +65,7 @@ OTHER_MIXERS |= {
 def random_model(variant: str, **fields) -> LrnnForCausalLM:
     """Return a model in which every parameter affects the logits."""
     torch.manual_seed(0)
-    fields = SIZE | (VARIANTS | SIZES_OF_THEIR_OWN | HYBRIDS | OTHER_MIXERS)[variant] | fields
+    fields = SIZE | (VARIANTS | SIZES_OF_THEIR_OWN | PRODUCTS | HYBRIDS | OTHER_MIXERS)[variant] | fields
     model = LrnnForCausalLM(LrnnConfig(vocab_size=640, max_position_embeddings=64, **fields))
     with torch.no_grad():
         for name, p in model.named_parameters():

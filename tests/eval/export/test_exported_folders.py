@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 import yaml
-from export_checkpoints import HYBRIDS, SIZES_OF_THEIR_OWN, VARIANTS, random_model, sha256, write_checkpoint
+from export_checkpoints import HYBRIDS, PRODUCTS, SIZES_OF_THEIR_OWN, VARIANTS, random_model, sha256, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers.cli.serving.model_manager import ModelManager
 
@@ -21,8 +21,9 @@ from lrnn import LrnnConfig, LrnnForCausalLM, cli
 from lrnn.errors import UserError
 from lrnn.eval.export import check as export_check
 from lrnn.eval.export import write
-from lrnn.eval.export.fla_format import _attention_without_flash_attn, from_fla
-from lrnn.fla_config import to_fla_config
+from lrnn.eval.export.check_fla import _attention_without_flash_attn
+from lrnn.formats.fla import to_fla_config
+from lrnn.formats.folder import ModelFolder
 from lrnn.model.code_files import AUTO_MAP
 from lrnn.tokenizer import load_tokenizer
 
@@ -253,18 +254,17 @@ def test_weights_are_those_of_the_checkpoint(exported):
     assert torch.equal(mlstm[name], random_model("mlstm").get_parameter(name))
 
 
-@pytest.mark.parametrize("variant", VARIANTS | SIZES_OF_THEIR_OWN | HYBRIDS)
+@pytest.mark.parametrize("variant", VARIANTS | SIZES_OF_THEIR_OWN | PRODUCTS | HYBRIDS)
 @pytest.mark.filterwarnings("ignore:Triton is not supported")
 def test_names_and_shapes_equal_those_of_fla(variant):
-    from fla.models import DeltaNetConfig, DeltaNetForCausalLM, GatedDeltaNetConfig, GatedDeltaNetForCausalLM
+    from fla import models
 
     ours = random_model(variant)
     config = to_fla_config(ours.config)
     with torch.device("meta"), _attention_without_flash_attn():
-        if config["model_type"] == "gated_deltanet":
-            theirs = GatedDeltaNetForCausalLM(GatedDeltaNetConfig(**config))
-        else:
-            theirs = DeltaNetForCausalLM(DeltaNetConfig(**config))
+        architecture = config["architectures"][0]
+        its_config = getattr(models, architecture.replace("ForCausalLM", "Config"))
+        theirs = getattr(models, architecture)(its_config(**config))
     shapes = {name: tuple(p.shape) for name, p in theirs.state_dict().items() if "rotary" not in name}
     assert shapes == {name: tuple(p.shape) for name, p in ours.state_dict().items()}
     assert theirs.config.allow_neg_eigval == ours.config.allow_neg_eigval
@@ -350,21 +350,21 @@ def test_sizes_of_values_are_those_that_fla_computes():
         assert int(K * expand) == V and expand == pytest.approx(V / K)
 
 
-@pytest.mark.parametrize("variant", VARIANTS | SIZES_OF_THEIR_OWN | HYBRIDS)
+@pytest.mark.parametrize("variant", VARIANTS | SIZES_OF_THEIR_OWN | PRODUCTS | HYBRIDS)
 def test_round_trip_through_fla_is_bitwise(variant, tmp_path, sentencepiece_model):
     model = random_model(variant)
     run = tmp_path / "run"
     write_checkpoint(run, model, sentencepiece_model)
     assert cli.main(["export", str(run), str(tmp_path / "fla"), "--format", "fla"]) == 0
-    config, state = from_fla(tmp_path / "fla")
-    before, after = model.config.to_dict(), config.to_dict()
-    assert after.pop("lrnn_training")["tokens"] == 5000
+    folder = ModelFolder(tmp_path / "fla")
+    before, after = model.config.to_dict(), folder.config.to_dict()
+    assert folder.training is not None and folder.training["tokens"] == 5000
     for field in set(before) | set(after):
         if field not in ("architectures", "dtype"):
             assert after[field] == before[field], field
-    assert set(state) == {name for name, _ in model.named_parameters()}
+    assert set(folder.tensors.entries) == {name for name, _ in model.named_parameters()}
     for name, p in model.named_parameters():
-        assert torch.equal(state[name], p), name
+        assert torch.equal(folder.read(name), p), name
 
 
 def test_a_model_made_by_fla_is_read(tmp_path, sentencepiece_model):
@@ -402,30 +402,34 @@ def test_a_model_made_by_fla_is_read(tmp_path, sentencepiece_model):
         ("delta_net", "use_gate", True),
         ("delta_net", "use_beta", False),
         ("delta_net", "expand_v", 1.3),
+        ("gated_deltaproduct", "use_output_gate", False),
+        ("gated_deltaproduct", "use_forget_gate", False),
+        ("gated_deltaproduct", "use_short_conv", False),
+        ("gated_deltaproduct", "num_householder", 5),
         ("rwkv7", "model_type", "rwkv7"),
     ],
 )
 def test_settings_of_fla_that_lrnn_lacks(kind, field, value, tmp_path):
     config = {"model_type": kind, "hidden_size": 32, "num_heads": 2, "num_hidden_layers": 2, "vocab_size": 640}
-    if kind == "gated_deltanet":
-        config |= {"head_dim": 16, "expand_v": 1.0}
+    if kind != "delta_net":
+        config |= {"head_dim": 16, "expand_v": 1.0, "use_forget_gate": True}
     (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
     with pytest.raises(UserError, match=field):
-        from_fla(tmp_path)
+        ModelFolder(tmp_path)
 
 
 def test_fla_weights_that_do_not_fit(tmp_path, sentencepiece_model):
     model = random_model("gated")
     (tmp_path / "config.json").write_text(json.dumps(to_fla_config(model.config)))
     with pytest.raises(UserError, match=r"no model\.safetensors"):
-        from_fla(tmp_path)
+        ModelFolder(tmp_path)
     state = {name: p.detach().clone() for name, p in model.named_parameters()}
     save_file({**state, "model.layers.1.attn.D": torch.zeros(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"model\.layers\.1\.attn\.D is unknown"):
-        from_fla(tmp_path)
+    with pytest.raises(UserError, match=r"model\.layers\.1\.attn\.D, which the model"):
+        ModelFolder(tmp_path)
     save_file({**state, "model.layers.1.attn.A_log": torch.zeros(3)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.layers\.1\.attn\.A_log has shape \[3\]"):
-        from_fla(tmp_path)
+        ModelFolder(tmp_path)
 
 
 def test_large_models_are_written_in_shards(tmp_path, monkeypatch, sentencepiece_model):
@@ -438,8 +442,8 @@ def test_large_models_are_written_in_shards(tmp_path, monkeypatch, sentencepiece
     assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "fla"), "--format", "fla"]) == 0
     assert (tmp_path / "fla" / "model.safetensors.index.json").is_file()
     assert len(list((tmp_path / "fla").glob("model-*.safetensors"))) > 1
-    _, state = from_fla(tmp_path / "fla")
-    assert all(torch.equal(state[name], p) for name, p in model.named_parameters())
+    folder = ModelFolder(tmp_path / "fla")
+    assert all(torch.equal(folder.read(name), p) for name, p in model.named_parameters())
     next((tmp_path / "fla").glob("model-00001*")).unlink()
     with pytest.raises(UserError, match="model-00001"):
-        from_fla(tmp_path / "fla")
+        ModelFolder(tmp_path / "fla")

@@ -20,7 +20,7 @@ from lrnn import LrnnConfig, LrnnForCausalLM, cli, shipped
 from lrnn.errors import UserError
 from lrnn.eval import model_class
 from lrnn.eval.export import check, write
-from lrnn.eval.export.olmo_format import olmo_names, olmo_shapes, to_olmo_config
+from lrnn.formats.olmo_hybrid import olmo_names, olmo_shapes, to_olmo_config
 from lrnn.model_config import load_model_config
 from lrnn.tokenizer import load_tokenizer
 

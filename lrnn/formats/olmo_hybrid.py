@@ -1,17 +1,20 @@
-"""Describe a model as one of transformers' class `olmo_hybrid`: its `config.json`, and its parameters on disk.
+"""Models of transformers' class `olmo_hybrid`, both ways: their `config.json`, and their parameters on disk.
 
 The class, which vLLM has too, is gated DeltaNet in pre-norm blocks and attention in post-norm blocks. What it cannot
 express is refused. Weights are written under the names that both read, never by `save_pretrained` of the class, whose
-names vLLM does not know.
+names vLLM does not know. All names that transformers reads are read.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import nn
 
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
+from lrnn.formats.fla import shortest_pattern
+from lrnn.model.configuration_lrnn import OPTIONS
 
 LINEAR, FULL = "linear_attention", "full_attention"
 KINDS = {"gated_deltanet": LINEAR, "attention": FULL}
@@ -59,6 +62,10 @@ RENAMED = {
     LINEAR: {"attn_norm": "input_layernorm", "attn": "linear_attn", "mlp_norm": "post_attention_layernorm"},
     FULL: {"attn_norm": "post_attention_layernorm", "attn": "self_attn", "mlp_norm": "post_feedforward_layernorm"},
 }
+# Names that `save_pretrained` of the class writes instead of these.
+ALSO_READ = {"input_layernorm": "attention_layer_norm", "post_attention_layernorm": "feedforward_layer_norm"}
+CONVOLUTIONS = ("q_conv1d", "k_conv1d", "v_conv1d")
+JOINED = "conv1d"  # the three in one, as the class has them in memory
 
 
 def to_olmo_config(config: LrnnConfig, pad_token_id: int | None = None) -> dict[str, Any]:
@@ -109,11 +116,7 @@ def olmo_names(model: nn.Module, content: Mapping[str, Any]) -> dict[str, str]:
     """
     names, found = {}, {}
     for name, parameter in model.named_parameters():
-        names[name] = name.replace("model.embeddings.", "model.embed_tokens.")
-        if name.startswith("model.layers."):
-            *layer, number, module, rest = name.split(".", 4)
-            module = RENAMED[content["layer_types"][int(number)]].get(module, module)
-            names[name] = ".".join((*layer, number, module, rest))
+        names[name] = _name_on_disk(name, content["layer_types"])
         found[names[name]] = list(parameter.shape)
     expected = olmo_shapes(content)
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -121,6 +124,14 @@ def olmo_names(model: nn.Module, content: Mapping[str, Any]) -> dict[str, str]:
         got, wanted = found.get(wrong[0], "missing"), expected.get(wrong[0], "no such parameter")
         raise RuntimeError(f"the export is wrong: {wrong[0]} is {got}; olmo_hybrid has {wanted}")
     return names
+
+
+def _name_on_disk(name: str, layer_types: Sequence[str]) -> str:
+    """Return the name on disk of a parameter of lrnn's model."""
+    if not name.startswith("model.layers."):
+        return name.replace("model.embeddings.", "model.embed_tokens.")
+    *layer, number, module, rest = name.split(".", 4)
+    return ".".join((*layer, number, RENAMED[layer_types[int(number)]].get(module, module), rest))
 
 
 def olmo_shapes(content: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -197,3 +208,88 @@ def _value(layer: LrnnConfig, field: str) -> Any:
 
 def _refuse(what: str, instead: str) -> NoReturn:
     raise UserError(f"the olmo_hybrid format cannot express {what}: {instead}; use --format hf")
+
+
+def from_olmo_config(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of lrnn's model that has the parameters of a folder of the class, and computes the same.
+
+    Args:
+        folder: the folder, for messages.
+        raw: content of its `config.json`. The class fills in what it leaves out.
+
+    Raises:
+        UserError: lrnn has no model with these settings. The message names the setting and its value.
+    """
+    from transformers import OlmoHybridConfig
+
+    path = folder / "config.json"
+    try:
+        content = OlmoHybridConfig.from_dict(raw)
+    except Exception as error:  # transformers has classes of its own
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    for field in ("hidden_act", "attention_bias", "attention_dropout"):
+        if getattr(content, field) != FIXED[field]:
+            raise UserError(f"{path}: {field} is {getattr(content, field)!r}; lrnn supports only {FIXED[field]!r}")
+    if raw.get("linear_use_gate", True) is not True:
+        raise UserError(f"{path}: linear_use_gate is {raw['linear_use_gate']!r}; lrnn supports only True")
+    if isinstance(content.eos_token_id, list):
+        raise UserError(f"{path}: eos_token_id is {content.eos_token_id!r}; lrnn supports only one id")
+    fields = {name: getattr(content, name) for name in SAME} | {"norm_eps": content.rms_norm_eps}
+    linear = {ours: getattr(content, theirs) for theirs, ours in SHARED[LINEAR].items()}
+    fields |= {name: x for name, x in linear.items() if name not in DEFAULTS or x != linear[DEFAULTS[name]]}
+    fields["gated_norm_eps"] = ONLY[LINEAR]["gated_norm_eps"]
+    entries: dict[str, str | dict[str, Any]] = {LINEAR: "gated_deltanet", FULL: _attention_entry(content, fields, path)}
+    unknown = sorted(set(content.layer_types) - entries.keys())
+    if unknown or len(content.layer_types) != content.num_hidden_layers:
+        what = f"names {unknown[0]!r}" if unknown else f"has {len(content.layer_types)} entries"
+        known = f"{content.num_hidden_layers} of {LINEAR} and {FULL}"
+        raise UserError(f"{path}: layer_types {what}; it should have one for each layer, {known}")
+    return fields | {"mixer": shortest_pattern([entries[kind] for kind in content.layer_types])}
+
+
+def _attention_entry(content: Any, fields: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the entry of a pattern for the layers with attention: what differs from `fields`."""
+    hidden, H, G = content.hidden_size, content.num_attention_heads, content.num_key_value_heads
+    rope = content.rope_parameters or {}
+    if rope.get("rope_type", "default") != "default":
+        raise UserError(f"{path}: rope_parameters has rope_type {rope['rope_type']!r}; lrnn supports only 'default'")
+    width = getattr(content, "head_dim", None) or hidden // H
+    if width * H != hidden:
+        raise UserError(
+            f"{path}: num_attention_heads is {H}, and each head has {width} numbers; lrnn supports only heads whose "
+            f"sizes add up to hidden_size, {hidden}"
+        )
+    only = {name: value for name, value in ONLY[FULL].items() if name in ("norm_position", "qk_norm")}
+    options = {"num_heads": H, "head_dim": width, "num_kv_heads": None if G == H else G}
+    options |= {"rope_theta": rope.get("rope_theta")} | only
+    return {"mixer": "attention"} | {x: y for x, y in options.items() if y != fields.get(x, OPTIONS.get(x))}
+
+
+def olmo_sources(
+    shapes: Mapping[str, Sequence[int]], layer_types: Sequence[str], present: Mapping[str, Sequence[int]]
+) -> dict[str, tuple[tuple[str, ...], int]]:
+    """Return where the parameters of lrnn's model are in a folder of the class.
+
+    Args:
+        shapes: shape of each parameter of lrnn's model.
+        layer_types: kinds of the layers, as `config.json` has them.
+        present: shape of each tensor of the folder.
+
+    Returns:
+        The names of the tensors that hold a parameter, one after the other, and its first row in them. Only a
+        convolution has several: the class joins them, and may save them in parts of another size.
+    """
+    sources: dict[str, tuple[tuple[str, ...], int]] = {}
+    for name in shapes:
+        on_disk = _name_on_disk(name, layer_types)
+        *above, module, last = on_disk.split(".")
+        if module in CONVOLUTIONS:
+            parts = tuple(".".join((*above, part, last)) for part in CONVOLUTIONS)
+            joined = ".".join((*above, JOINED, last))
+            before = CONVOLUTIONS[: CONVOLUTIONS.index(module)]
+            first = sum(shapes[name.replace(module, part)][0] for part in before)
+            sources[name] = ((joined,) if joined in present else parts), first
+        else:
+            other = ".".join((*above, ALSO_READ.get(module, module), last))
+            sources[name] = (other if on_disk not in present and other in present else on_disk,), 0
+    return sources

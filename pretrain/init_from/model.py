@@ -1,0 +1,38 @@
+"""The model of a run that begins with weights of a folder."""
+
+from pathlib import Path
+from typing import Any
+
+from lrnn.pretrain.init_from.record import check_begin, newest_with_model
+from lrnn.settings import read_json
+
+# Set by the run itself, whatever the folder's model had.
+OF_THE_RUN = ("max_position_embeddings",)
+
+
+def fields_of_begun(init_from: str, run_dir: str, changes: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return the fields of the model of a run whose configuration describes no whole model, and what to call them.
+
+    They are those of the folder with the changes of the run. A run that resumes has them in its checkpoint, and does
+    not read the folder.
+
+    Args:
+        init_from: the folder.
+        run_dir: folder of the run.
+        changes: fields that the run's configuration gives.
+
+    Raises:
+        UserError: the folder cannot be read, or the run's checkpoints are of another beginning.
+    """
+    from lrnn.formats.config import own_fields  # here, because it imports torch
+    from lrnn.pretrain.init_from.source import fields_of_source
+
+    saved = newest_with_model(run_dir)
+    if saved is None:
+        fields, origin = fields_of_source(Path(init_from)), f"model of init_from {init_from}"
+    else:
+        check_begin(saved, init_from, run_dir)
+        path = saved / "config.json"
+        fields, origin = own_fields(read_json(path, "model configuration")), f"model configuration {path}"
+    kept = {name: value for name, value in fields.items() if name not in OF_THE_RUN}
+    return kept | changes, f"{origin} with changed {', '.join(changes)}" if changes else origin
