@@ -8,6 +8,8 @@ from typing import Any
 
 from lrnn.errors import UserError
 
+HELDOUT_OF_CORPUS = "heldout_loss/"  # begins the keys of held-out losses of single corpora
+
 
 class DurableLines:
     """Append lines to a file. Lines that the storage refuses are kept in memory and written with the next line."""

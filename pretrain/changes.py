@@ -12,6 +12,7 @@ from lrnn.parsing import parse_yaml
 from lrnn.pretrain import old_config
 from lrnn.pretrain.config import Config
 from lrnn.pretrain.deepspeed_config import COPY, changed_results
+from lrnn.pretrain.stage_changes import refused_with_stages
 from lrnn.settings import read_json
 
 Changes = dict[str, tuple[Any, Any]]  # of each changed key, the values before and now
@@ -21,7 +22,8 @@ FREE = {
     "run_dir", "zero", "deepspeed", "micro_batch_size", "activation_checkpointing", "fused_layers", "checkpoint", "log",
     "profile", "watchdog", "eval", "samples", "max_skipped_steps", "spikes.max_rollbacks",
 }  # fmt: skip
-COMPARED_BY_CONTENT = {"model", "data", "seed", "init_from"}  # see lrnn.pretrain.progress, lrnn.pretrain.init_from
+# See lrnn.pretrain.progress, lrnn.pretrain.init_from and lrnn.pretrain.stage_changes.
+COMPARED_BY_CONTENT = {"model", "data", "seed", "init_from", "stages"}
 
 
 def check_changes(saved: Path, config: Config, allow_change: bool) -> Changes:
@@ -42,7 +44,8 @@ def check_changes(saved: Path, config: Config, allow_change: bool) -> Changes:
         raise UserError(f"{file} is not a mapping of keys to values")
     copy = saved / COPY  # older checkpoints have none
     engine = read_json(copy, "DeepSpeed configuration") if copy.exists() else None
-    changes = find_changes(old_config.convert(before, str(file)), config, engine)
+    before = old_config.convert(before, str(file))
+    changes = find_changes(before, config, engine)
     if "optim.name" in changes:
         old, new = changes["optim.name"]
         raise UserError(
@@ -50,6 +53,8 @@ def check_changes(saved: Path, config: Config, allow_change: bool) -> Changes:
             f"{old!r}, or choose another run_dir and start from these weights with init_from"
         )
     refused = {key: values for key, values in changes.items() if changes_results(key)}
+    if config.stages or before.get("stages"):
+        refused = refused_with_stages(changes, refused, saved, before, config)
     if refused and not allow_change:
         listing = ", ".join(f"{key} = {old!r} (now {new!r})" for key, (old, new) in refused.items())
         raise UserError(

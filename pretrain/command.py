@@ -27,6 +27,7 @@ from lrnn.pretrain.launch import (
 )
 from lrnn.pretrain.metrics.start_up import StartUp, process_age_s
 from lrnn.pretrain.old_config import notice
+from lrnn.pretrain.stages import naming, stages_of
 
 if TYPE_CHECKING:  # It imports the model, which a process that starts others does without.
     from lrnn.pretrain.watch.protocol import MakeEvaluator
@@ -60,7 +61,9 @@ def main(args: argparse.Namespace, make: "MakeEvaluator | None" = None) -> int:
         processes = default_processes() if args.nproc is None else args.nproc
         check_world(processes)
         load_model_of(config)  # Cheap checks come before processes start.
-        deepspeed_config(config, processes)
+        for stage in stages_of(config):
+            with naming(stage, config):
+                deepspeed_config(stage.config, processes)
         if processes > 1:
             options = ["--allow-change"] if args.allow_change else []
             command = [sys.executable, "-m", "lrnn.cli", "pretrain", args.config, *args.overrides, *options]

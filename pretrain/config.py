@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from lrnn import LrnnConfig, shipped
 from lrnn.errors import UserError
@@ -22,6 +22,7 @@ from lrnn.pretrain.watch.settings import EvalConfig, SamplesConfig
 from lrnn.settings import BASE, FileOrFields, Section, Unit, load, read_json, validate
 
 DAY_SECONDS = 24 * 3600
+ONE_SOURCE = "give exactly one of corpora (written by `lrnn corpus`) and stream"
 # Builders of `datasets`, which takes a builder before a folder of that name.
 BUILDERS = frozenset({"arrow", "csv", "json", "parquet", "text", "xml", "webdataset"})
 
@@ -67,7 +68,7 @@ class StreamSource(Section):
 
 
 class DataConfig(Section):
-    """The data that the run trains on: either `corpora` or `stream`."""
+    """The data that the run trains on: either `corpora` or `stream`, or neither if every stage has its own corpora."""
 
     seq_len: Annotated[int, Unit("tokens")] = Field(gt=0)
     """Length of a sample. It is also the `max_position_embeddings` of the model, its export and its evaluation."""
@@ -84,8 +85,8 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def one_source(self) -> Self:
-        if bool(self.corpora) == (self.stream is not None):
-            raise ValueError("give exactly one of corpora (written by `lrnn corpus`) and stream")
+        if self.corpora and self.stream is not None:
+            raise ValueError(ONE_SOURCE)
         if self.state_passing and self.stream is not None:
             raise ValueError("state_passing needs corpora, because a stream is read in one place; set it to false")
         return self
@@ -144,6 +145,35 @@ class ScheduleConfig(Section):
     """Linear decay at the end of `wsd`; `cosine` does not read it."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     """Final learning rate divided by the peak."""
+
+
+class StageConfig(Section):
+    """The stages of a run, one after the other. A stage takes from the run what it does not give itself."""
+
+    name: str | None = Field(None, min_length=1)
+    """What messages, metrics and plots call the stage; `null`: `stage 1`, `stage 2` and so on."""
+    steps: Steps | None = Field(None, gt=0)
+    """Length in optimizer steps. Give either this or `tokens`."""
+    tokens: Annotated[int | None, Unit("tokens")] = Field(None, gt=0)
+    """Length in tokens, rounded up to whole steps."""
+    corpora: list[CorpusSource] = Field(default_factory=list)
+    """Corpora of the stage, mixed by weight; empty: `data.corpora`."""
+    seq_len: Annotated[int | None, Unit("tokens")] = Field(None, gt=0)
+    """Length of a sample; `null`: `data.seq_len`."""
+    global_batch_size: Samples | None = Field(None, gt=0)
+    """Samples per optimizer step, over all processes; `null`: that of the run."""
+    micro_batch_size: Samples | None = Field(None, gt=0)
+    """Samples per forward pass of one process; `null`: that of the run."""
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate; `null`: `optim.lr`."""
+    schedule: ScheduleConfig | None = None
+    """The learning rate over the steps of this stage alone; `null`: `schedule`, which runs over the whole run."""
+
+    @model_validator(mode="after")
+    def one_length(self) -> Self:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give exactly one of steps and tokens")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -235,12 +265,15 @@ class Config(Section):
     and a GPU of compute capability 8.9 or above. On CPUs without AVX-512, `float32` is several times as fast."""
     deepspeed: Annotated[str | None, IsPath()] = None
     """DeepSpeed JSON, for settings that `zero` and `precision` do not cover. Batch sizes and clipping are filled in."""
-    steps: Steps = Field(gt=0)
-    """Length of the run in optimizer steps."""
+    steps: Steps = Field(0, gt=0)
+    """Length of the run in optimizer steps. It is required without `stages`; with them it is the sum of their lengths,
+    and may be left out."""
     global_batch_size: Samples = Field(gt=0)
     """Samples per optimizer step, over all processes."""
     micro_batch_size: Samples = Field(gt=0)
     """Samples per forward pass of one process."""
+    stages: list[StageConfig] = Field(default_factory=list)
+    """Parts of the run, one after the other, with data, lengths and sizes of their own; empty: the run is one part."""
     data: DataConfig
     """Data that the run trains on."""
     optim: OptimConfig
@@ -285,13 +318,54 @@ class Config(Section):
             self.precision = self.precision or "bfloat16"
         return self
 
+    @field_validator("data")
+    @classmethod
+    def has_data(cls, data: DataConfig, info: ValidationInfo) -> DataConfig:
+        stages = info.data.get("stages")  # None if they are wrong themselves
+        of_stages = stages is None or (stages and all(stage.corpora for stage in stages))
+        if not (data.corpora or data.stream or of_stages):
+            raise ValueError(ONE_SOURCE)
+        return data
+
+    @model_validator(mode="after")
+    def stages_fit(self) -> Self:
+        if not self.stages and not self.steps:
+            raise ValueError("key steps is missing")
+        if self.stages and self.data.stream is not None:
+            raise ValueError(
+                "stages take corpora, and data.stream is a stream; build a corpus of it with `lrnn corpus`"
+            )
+        if self.stages and self.data.state_passing:
+            raise ValueError("data.state_passing does not go with stages; set it to false, or train without stages")
+        names = self.stage_names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"stages: {names.count(twice[0])} of them have the name {twice[0]!r}; give each its own")
+        lengths = self.stage_steps
+        if self.stages and self.steps not in (0, sum(lengths)):
+            raise ValueError(_difference_of_lengths(names, lengths, self.steps))
+        self.steps = self.steps or sum(lengths)
+        for i, (name, stage, steps) in enumerate(zip(names, self.stages, lengths, strict=True)):
+            if stage.schedule is not None:
+                _check_schedule(stage.schedule, f"stages.{i}.schedule", f"the {steps} steps of {name}", steps)
+        return self
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Return what each stage is called."""
+        return [stage.name or f"stage {number}" for number, stage in enumerate(self.stages, start=1)]
+
+    @property
+    def stage_steps(self) -> list[int]:
+        """Return the length of each stage in steps."""
+        lengths = []
+        for stage in self.stages:
+            samples, seq_len = stage.global_batch_size or self.global_batch_size, stage.seq_len or self.data.seq_len
+            lengths.append(stage.steps or -(-(stage.tokens or 0) // (samples * seq_len)))
+        return lengths
+
     @model_validator(mode="after")
     def schedule_fits(self) -> Self:
-        if self.schedule.warmup_steps + self.schedule.decay_steps > self.steps:
-            raise ValueError(
-                f"schedule.warmup_steps {self.schedule.warmup_steps} + schedule.decay_steps "
-                f"{self.schedule.decay_steps} is more than steps {self.steps}"
-            )
+        _check_schedule(self.schedule, "schedule", f"steps {self.steps}", self.steps)
         return self
 
     def batching(self, rank: int, world_size: int) -> Batching:
@@ -307,6 +381,21 @@ class Config(Section):
         return self
 
 
+def _check_schedule(schedule: ScheduleConfig, key: str, most: str, steps: int) -> None:
+    """Raise ValueError if a schedule is longer than the steps that it runs over, which the message calls `most`."""
+    if schedule.warmup_steps + schedule.decay_steps > steps:
+        raise ValueError(
+            f"{key}.warmup_steps {schedule.warmup_steps} + {key}.decay_steps {schedule.decay_steps} is more than {most}"
+        )
+
+
+def _difference_of_lengths(names: Sequence[str], lengths: Sequence[int], steps: int) -> str:
+    """Return how the stages miss the length of the run, for a message."""
+    listing, end = ", ".join(f"{name} {length}" for name, length in zip(names, lengths, strict=True)), sum(lengths)
+    missed = f"steps {end + 1} to {steps} belong to no stage" if end < steps else f"they are {end - steps} too many"
+    return f"steps is {steps}, and the stages have {end} steps ({listing}): {missed}; set steps to {end}, or remove it"
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read the YAML file of a run; see `lrnn.settings.load`. Old ways to say things are converted with a notice."""
     return load(Config, path, overrides, old_config.convert, notice=old_config.notice)
@@ -318,15 +407,16 @@ def parse_config(raw: dict, origin: str) -> Config:
 
 
 def load_model_of(config: Config) -> LrnnConfig:
-    """Return the model that a run trains, with `max_position_embeddings` set from `data.seq_len`.
+    """Return the model that a run trains, with `max_position_embeddings` set from `data.seq_len`, or the longest stage.
 
     Raises:
         UserError: see `lrnn.model_config.model_config_from`.
     """
     raw, origin = _fields_of(config)
     model = model_config_from(raw, origin)
-    old_config.check_sequence_length(raw, config.data.seq_len, origin.removeprefix("model configuration "))
-    model.max_position_embeddings = config.data.seq_len
+    length = max([stage.seq_len or config.data.seq_len for stage in config.stages], default=config.data.seq_len)
+    old_config.check_sequence_length(raw, length, origin.removeprefix("model configuration "))
+    model.max_position_embeddings = length
     return model
 
 

@@ -88,6 +88,10 @@ class Guard:
             )
         return Verdict.ROLL_BACK if spike and self._config.spikes.action == "rollback" else Verdict.SKIPPED
 
+    def forget(self) -> None:
+        """Forget the losses so far: in another stage, which has other data, they say nothing about the next ones."""
+        self._rule = SpikeRule(self._config.spikes, [])
+
     def rolled_back(self, step: int, saved: Path | None, history: list[float]) -> None:
         """Note that the run returned to a checkpoint after the spike of `step`.
 

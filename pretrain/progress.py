@@ -12,6 +12,7 @@ from lrnn.model.pattern import entry_at
 from lrnn.pretrain.changes import Changes
 from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.old_config import check_sequence_length
+from lrnn.pretrain.stage_changes import OF_STAGE, check_reached
 
 # Keys of `data.stream` that decide its samples, beside the tokenizer, whose content is compared.
 OF_STREAM = ("path", "name", "split", "data_files", "text_column", "kind", "sample_by", "shuffle_buffer")
@@ -43,6 +44,7 @@ def check_same_run(
     model_config: LrnnConfig,
     description: dict[str, Any],
     as_of_0_1_0: dict[str, Any] | None = None,
+    stages: list[dict[str, Any]] | None = None,
     *,
     allow_change: bool = False,
     changes: Changes | None = None,
@@ -54,6 +56,7 @@ def check_same_run(
         model_config: the model of the run.
         description: facts of the run's data, see `TrainingData`.
         as_of_0_1_0: the same facts in the words of an older checkpoint, where these differ.
+        stages: the facts of each stage, see `TrainingData`.
         allow_change: accept other data of the same tokenizer.
         changes: the keys of the configuration that changed, see `check_changes`; they say how a stream differs.
 
@@ -75,6 +78,12 @@ def check_same_run(
                 "a run resumes with the model it began with: restore the configuration, or choose another run_dir"
             )
     data_before = checkpoint.read_progress(saved)["data"]
+    of_stages: set[str] = set()
+    if "stages" in data_before or "stages" in description:
+        of_stages = check_reached(saved, stages or [], allow_change)
+        data_before, description = (
+            {key: value for key, value in facts.items() if key not in OF_STAGE} for facts in (data_before, description)
+        )
     changed = {
         key
         for key in data_before.keys() | description.keys()
@@ -88,7 +97,7 @@ def check_same_run(
             f"the position in the data would mean something else: {remedy}, or choose another run_dir"
         )
     check_sequence_length(before, model_config.max_position_embeddings, saved, in_workers=True)
-    return changed
+    return changed | of_stages
 
 
 def _layers(model: dict[str, Any]) -> list[dict[str, Any]]:

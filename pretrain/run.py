@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch.profiler import record_function
 
 from lrnn import LrnnConfig
@@ -22,8 +21,10 @@ from lrnn.pretrain.checkpoint.writer import CheckpointWriter, Outcome
 from lrnn.pretrain.config import Config, load_model_of
 from lrnn.pretrain.data.heldout import HeldOut
 from lrnn.pretrain.data.micro_batch import MicroBatch
-from lrnn.pretrain.data.training_data import TrainingData, open_data
+from lrnn.pretrain.data.staged import open_run_data
+from lrnn.pretrain.data.training_data import TrainingData
 from lrnn.pretrain.deepspeed_config import COPY, deepspeed_config
+from lrnn.pretrain.describe import announce, describe, estimates, report_changes, report_checkpoint
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.engine import Engine, build_engine, build_model, compute_dtype
 from lrnn.pretrain.fused.choice import uses_fused_layers
@@ -37,10 +38,10 @@ from lrnn.pretrain.metrics.profiler import StepProfiler
 from lrnn.pretrain.metrics.speed import Speed
 from lrnn.pretrain.metrics.start_up import StartUp
 from lrnn.pretrain.optim import has_other_groups_by_shape
-from lrnn.pretrain.plan.start import lines_at_start
 from lrnn.pretrain.progress import Progress, check_same_run
 from lrnn.pretrain.run_yaml import write_config
 from lrnn.pretrain.schedule import learning_rate
+from lrnn.pretrain.stages import model_in, naming, stage_at, stages_of
 from lrnn.pretrain.state_passing import open_states
 from lrnn.pretrain.step import Step, warm_up
 from lrnn.pretrain.watch.protocol import MakeEvaluator
@@ -103,6 +104,7 @@ class Run:
         make: MakeEvaluator | None,
     ):
         self.config, self.ranks, self._stop = config, ranks, stop
+        self._stages = stages_of(config)
         self.progress = Progress()
         self._data_error: str | None = None
         self._left_out_said: set[str] = set()
@@ -125,11 +127,13 @@ class Run:
         self.log = self._watchdog.log = ranks.together(self._open_log)
         if self.log is not None:
             exits.enter_context(closing(self.log))
-        self._say(self._describe())
+        self._say(describe(config, ranks, self.engine, self._saved))
         self._beginning.report(self.log)
         self._say_estimate()
-        self._report_changes(changes)
-        self._speed = Speed(config, self._model_config, ranks)
+        if self.log is not None:
+            report_changes(changes, self.progress.step, self.log)
+        self._stage = stage_at(self._stages, self.progress.samples - 1)  # of the last step
+        self._speed = Speed(self._stage.config, model_in(self._stage, self._model_config), ranks)
         self._watch = Watch(config, ranks, evaluator, self._first_step, self.log, self._speed, self.phase, stop)
         self.guard = Guard(config, ranks, self.progress.losses, self.log)
         self._profiler = exits.enter_context(StepProfiler(config, ranks))
@@ -143,7 +147,8 @@ class Run:
         start_up.lap("logs")
         if not self.finished:
             with self.phase("trying a first pass", step=0):
-                warm_up(self.engine, self._data.throwaway_batch(), self.carried)
+                for batch in self._data.throwaway_batches(self.progress.samples):
+                    warm_up(self.engine, batch, self.carried)
                 ranks.barrier()
             start_up.lap("first pass")
         self._report_start(start_up)
@@ -191,7 +196,21 @@ class Run:
             )
         self._writer.advance(writing)
         self._stopped = bool(stopped)
-        return None if stopped or broken else batches
+        if stopped or broken:
+            return None
+        self._enter_stage()
+        return batches
+
+    def _enter_stage(self) -> None:
+        """Enter the stage of the next step, if it is another one than that of the last step."""
+        stage = stage_at(self._stages, self.progress.samples)
+        first = self.config.stages and self.progress.samples == 0
+        if self.log is not None and (first or stage is not self._stage):
+            announce(stage, self.progress.step, self.log)
+        if stage is not self._stage:
+            self.guard.forget()
+            self._speed.enter(stage.config, model_in(stage, self._model_config))
+            self._stage = stage
 
     def learning_rate(self) -> float:
         """Return the learning rate of the next step."""
@@ -213,7 +232,7 @@ class Run:
         """
         progress = self.progress
         progress.step += 1
-        progress.samples += self.config.global_batch_size
+        progress.samples += self._stage.config.global_batch_size
         progress.tokens += step.n_tokens
         progress.stream = self._loader.stream_state
         self._report_left_out()
@@ -267,6 +286,8 @@ class Run:
             if saved is not None:
                 self._restore(saved)
             self.guard.rolled_back(spike_at, saved, self.progress.losses)
+            if saved is not None:
+                self._stage = stage_at(self._stages, Progress.read(saved).samples - 1)
         if saved is not None:
             self._watch.went_back(self.progress.step)
             self._speed.skip()
@@ -287,7 +308,8 @@ class Run:
             record["eigenvalues"] = self._probe.read()
         if self._heldout.due(progress.step):
             with self.phase("measuring the held-out loss", progress.step):
-                record |= {"step": progress.step, "heldout_loss": self._heldout.loss(self.engine), **self._place()}
+                heldout = self._heldout.losses(self.engine, self._stage)
+                record |= {"step": progress.step, **heldout, **self._place()}
                 self._speed.skip()
         with self.phase("writing metrics", progress.step):
             if self.log is not None and record:
@@ -297,7 +319,8 @@ class Run:
         """Return how much data the run has gone through."""
         progress = self.progress
         epochs = self._data.epochs(progress.samples, progress.stream)
-        return {"tokens": progress.tokens, "samples": progress.samples, "epochs": epochs}
+        place = {"tokens": progress.tokens, "samples": progress.samples, "epochs": epochs}
+        return place | ({"stage": self._stage.number} if self.config.stages else {})
 
     def save_if_due(self) -> None:
         """Begin a checkpoint, if one is due."""
@@ -341,12 +364,14 @@ class Run:
     def _check_parts(self) -> tuple[LrnnConfig, TrainingData, HeldOut]:
         """Open and check the model's configuration, the training data and the held-out data."""
         model_config = load_model_of(self.config)
-        settings = deepspeed_config(self.config, self.ranks.world_size)
-        dtype = compute_dtype(settings)
+        for stage in self._stages:
+            with naming(stage, self.config):
+                deepspeed_config(stage.config, self.ranks.world_size)
+        dtype = compute_dtype(deepspeed_config(self._stages[0].config, self.ranks.world_size))
         if self.ranks.device.type == "cuda":
             check_kernels(model_config, dtype, architecture(self.ranks.device))
         uses_fused_layers(self.config, self.ranks.device, dtype)  # which may be impossible
-        data = open_data(self.config, model_config, self.ranks)
+        data = open_run_data(self.config, model_config, self.ranks)
         return model_config, data, HeldOut(self.config, self.ranks)
 
     def _read_engine_copy(self) -> dict[str, str]:
@@ -373,7 +398,7 @@ class Run:
     def _resume(self, saved: Path, allow_change: bool) -> Changes:
         """Take the progress of a checkpoint. Return the keys that changed since; refuse those that must not."""
         changes = self.ranks.together(lambda: check_changes(saved, self.config, allow_change))
-        facts = self._data.description, self._data.as_of_0_1_0
+        facts = self._data.description, self._data.as_of_0_1_0, self._data.stages
         data = check_same_run(saved, self._model_config, *facts, allow_change=allow_change, changes=changes)
         self.progress = Progress.read(saved)
         self._same_data = not data
@@ -387,16 +412,6 @@ class Run:
             seconds = {name: round(value, 3) for name, value in start_up.seconds.items()}
             self.log.write({"event": "ready", "step": self.progress.step, "seconds": seconds})
             self._say(str(start_up))
-
-    def _report_changes(self, changes: Changes) -> None:
-        """Show and record the keys that changed since the checkpoint."""
-        if changes and self.log is not None:
-            step = self.progress.step
-            self.log.write(
-                {"event": "config_changed", "step": step, "changed": {k: list(v) for k, v in changes.items()}}
-            )
-            for key, (before, now) in changes.items():
-                self._say(f"changed since step {step}: {key} {before!r} -> {now!r}")
 
     def _newest_checkpoint(self) -> Path | None:
         """Return the newest intact checkpoint. The main process reads all checksums."""
@@ -420,7 +435,7 @@ class Run:
                 "this run began with an earlier version of lrnn, and keeps its weight decay: the mixer's gate biases "
                 "have it, and recurrent matrices do not; new runs have it on linear maps only"
             )
-        engine = build_engine(model.to(self.ranks.device), self.config, self.ranks, by_shape)
+        engine = build_engine(model.to(self.ranks.device), self._stages[0].config, self.ranks, by_shape)
         start_up.lap("engine")
         if state is not None:
             zero_state.restore(engine, state.read, self.progress.optimizer_step)
@@ -447,18 +462,8 @@ class Run:
         self._writer.begin(self.engine, progress, texts | self._engine_copy | self._beginning.texts, carried)
 
     def _report_checkpoint(self, outcome: Outcome) -> None:
-        """Record what became of a checkpoint, which may be of an earlier step than the run is at by now."""
-        if self.log is None:
-            return
-        record = {"step": outcome.step, "path": str(outcome.folder), "done_at_step": self.progress.step}
-        record |= {"stall_seconds": round(outcome.stall_s, 4), "write_seconds": round(outcome.write_s, 4)}
-        if outcome.error is None:
-            self.log.write({"event": "checkpoint", **record})
-        else:
-            self.log.write({"event": "checkpoint_failed", "error": outcome.error, **record})
-            self._say(f"checkpoint of step {outcome.step} could not be written, training continues: {outcome.error}")
-        if outcome.warning is not None:
-            self._say(f"{outcome.folder} is written, but: {outcome.warning}")
+        if self.log is not None:
+            report_checkpoint(outcome, self.progress.step, self.log)
 
     def _is_recorded(self, step: int) -> bool:
         return step % self.config.log.every == 0 or step == self.config.steps
@@ -474,19 +479,8 @@ class Run:
     def _say_estimate(self) -> None:
         """Show what the run takes, as `lrnn plan` computes it for GPUs."""
         if self.ranks.device.type == "cuda":
-            steps = self.config.steps - self.progress.step
-            for line in lines_at_start(self.config, self._model_config, self.ranks, steps):
+            for line in estimates(self._stages, self.config, self._model_config, self.ranks, self.progress):
                 self._say(line)
-
-    def _describe(self) -> str:
-        config, ranks = self.config, self.ranks
-        start = f"resuming {self._saved}" if self._saved is not None else f"new run {config.run_dir}"
-        device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
-        # Under ZeRO-3, a parameter's own numel counts only this rank's part.
-        n = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
-        tokens = config.global_batch_size * config.data.seq_len
-        shape = f"{ranks.world_size} x {device}, {tokens:,} tokens per step, {config.steps} steps"
-        return f"{start}: {n / 1e6:.1f}M parameters, {shape}"
 
 
 def _listed(left_out: dict[str, list]) -> str:

@@ -16,6 +16,7 @@ from lrnn.pretrain.distributed import Ranks, init_ranks
 from lrnn.pretrain.engine import build_engine, build_model
 from lrnn.pretrain.fused.layers import refresh
 from lrnn.pretrain.launch import StopRequest
+from lrnn.pretrain.stages import stages_of
 from lrnn.pretrain.step import one_reduction, warm_up
 from lrnn.pretrain.train import train
 from lrnn.records import read_metrics
@@ -33,7 +34,8 @@ def bare_steps(config: Config, ranks: Ranks, steps: int) -> list[float]:
         batches = next(loader)
     inputs = [model_inputs(batch, ranks.device) for batch in batches]
     share = torch.tensor(sum(batch.num_labels for batch in batches), device=ranks.device)
-    warm_up(engine, data.throwaway_batch())
+    for batch in data.throwaway_batches(0):
+        warm_up(engine, batch)
     seconds = []
     for _ in range(steps):
         start = _now(ranks)
@@ -63,9 +65,10 @@ def bench_loop(path: str, overrides: list[str], steps: int) -> None:
     shares = []
     with tempfile.TemporaryDirectory(prefix="lrnn-bench-") as root:
         for turn in range(2):
-            fixed = ["checkpoint.every=1000000", "log.heldout_every=0", f"steps={steps}", f"run_dir={root}/{turn}"]
+            fixed = ["checkpoint.every=1000000", "log.heldout_every=0", f"run_dir={root}/{turn}"]
             fixed += ["eval={}", "samples={}", "schedule.warmup_steps=0", "schedule.decay_steps=0"]
-            config = load_config(path, [*overrides, *fixed])
+            first = stages_of(load_config(path, [*overrides, *fixed]))[0]
+            config = first.config.model_copy(update={"steps": steps})
             rows.append(("bare steps", bare_steps(config, ranks, steps)))
             _free()
             whole, outside = whole_steps(config, ranks)

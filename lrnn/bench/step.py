@@ -30,6 +30,7 @@ from lrnn.pretrain.distributed import Ranks, init_ranks
 from lrnn.pretrain.engine import build_engine, build_model
 from lrnn.pretrain.metrics.flops import peak_flops, train_flops_per_token
 from lrnn.pretrain.metrics.speed import peak_memory
+from lrnn.pretrain.stages import stages_of
 from lrnn.pretrain.step import train_step, warm_up
 
 MICRO_BATCHES = 4  # per step and GPU at most, because more of them only repeat what these do
@@ -39,7 +40,7 @@ SETTLING, TIMED, PROFILED = 2, 5, 2  # steps
 
 def bench_step(args: argparse.Namespace) -> None:
     """Print the table of `lrnn bench step`."""
-    config = load_config(args.run, args.overrides)
+    config = stages_of(load_config(args.run, args.overrides))[0].config
     model_config = load_model_of(config)
     if not torch.cuda.is_available():
         raise UserError("lrnn bench step needs a CUDA GPU, and PyTorch finds none here")

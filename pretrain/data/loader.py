@@ -40,19 +40,39 @@ class Loader(Prefetcher):
         prefetch: int = 2,
     ):
         check_enough_samples(data, batching.world_size)
-        device = torch.cuda.current_device() if pin_memory else None
+        super().__init__(prepared(steps_from(data, batching, start_sample), pin_memory), prefetch)
 
-        def steps() -> Iterator[list[MicroBatch]]:
-            set_thread_device(device)
-            # Many samples are located at once: for a few, numpy's overhead would exceed all other work.
-            ahead = max(1, LOCATE_SAMPLES * batching.world_size // batching.global_batch_size)  # steps
-            first = start_sample
-            while True:
-                indices = batching.own_samples(first, ahead)
-                corpus, window = (found.reshape(indices.shape) for found in data.locate(indices.ravel()))
-                for step in range(ahead):
-                    batches = list(map(data.gather, corpus[step], window[step], indices[step]))
-                    yield [batch.pin_memory() for batch in batches] if pin_memory else batches
-                first += ahead * batching.global_batch_size
 
-        super().__init__(steps(), prefetch)
+def steps_from(
+    data: CorpusData, batching: Batching, start: int, stop: int | None = None, origin: int = 0
+) -> Iterator[list[MicroBatch]]:
+    """Yield the steps of one process that begin at sample `start` or later, and before `stop`.
+
+    Args:
+        data: the samples.
+        batching: batch sizes, and the place of this process among all.
+        start: number of the first sample.
+        stop: number of a sample; None for steps without end.
+        origin: number in the run of the first sample of `data`.
+    """
+    # Many samples are located at once: for a few, numpy's overhead would exceed all other work.
+    at_once = max(1, LOCATE_SAMPLES * batching.world_size // batching.global_batch_size)  # steps
+    while stop is None or start < stop:
+        ahead = at_once if stop is None else min(at_once, -(-(stop - start) // batching.global_batch_size))
+        indices = batching.own_samples(start, ahead)
+        corpus, window = (found.reshape(indices.shape) for found in data.locate(indices.ravel() - origin))
+        for step in range(ahead):
+            yield list(map(data.gather, corpus[step], window[step], indices[step]))
+        start += ahead * batching.global_batch_size
+
+
+def prepared(steps: Iterator[list[MicroBatch]], pin_memory: bool) -> Iterator[list[MicroBatch]]:
+    """Return an iterator over `steps` for a thread, with tensors in page-locked memory if `pin_memory`."""
+    device = torch.cuda.current_device() if pin_memory else None
+
+    def items() -> Iterator[list[MicroBatch]]:
+        set_thread_device(device)
+        for batches in steps:
+            yield [batch.pin_memory() for batch in batches] if pin_memory else batches
+
+    return items()

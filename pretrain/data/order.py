@@ -75,12 +75,21 @@ class MixedOrder:
         num_windows: number of windows of each corpus, at least 1.
         weights: share of the samples that each corpus gives, relative to the others.
         seed: at least 0.
+        keys: of each corpus the number that its permutations depend on; default 0, 1, ...
+        offsets: number of the first sample of each corpus; default 0.
 
     Raises:
         UserError: a weight is not positive, or so small that its corpus would not appear in every block.
     """
 
-    def __init__(self, num_windows: Sequence[int], weights: Sequence[float], seed: int):
+    def __init__(
+        self,
+        num_windows: Sequence[int],
+        weights: Sequence[float],
+        seed: int,
+        keys: Sequence[int] | None = None,
+        offsets: Sequence[int] | None = None,
+    ):
         assert len(num_windows) == len(weights) >= 1 and min(num_windows) >= 1
         if not (np.isfinite(weights).all() and min(weights) > 0):
             raise UserError(f"corpus weights {list(weights)}: every one has to be a positive number")
@@ -93,6 +102,8 @@ class MixedOrder:
         self._num_windows = np.asarray(num_windows, dtype=np.int64)
         self._edges = np.concatenate([[0.0], np.cumsum(shares)[:-1], [1.0]])
         self._seed = seed
+        self._keys = list(keys or range(len(num_windows)))
+        self._offsets = np.asarray(offsets or [0] * len(num_windows), dtype=np.int64)
 
     def _before(self, block: np.ndarray) -> np.ndarray:
         """Return the number of samples that each corpus gives before a block: [..., corpora]."""
@@ -109,6 +120,15 @@ class MixedOrder:
         corpus, _, _ = self(np.arange(block * BLOCK, samples))
         return self._before(np.array(block)) + np.bincount(corpus, minlength=len(self._num_windows))
 
+    def reserved(self, samples: int) -> np.ndarray:
+        """Return how many of its samples each corpus has to go beyond for new ones after `samples` samples: [corpora].
+
+        A block that is not finished counts as a whole one, because its samples are in random order.
+        """
+        if len(self._num_windows) == 1:
+            return np.array([samples], dtype=np.int64)
+        return self._before(np.array(-(-samples // BLOCK)))
+
     def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return (corpus, epoch, window) of `samples` (1-d int64): three int64 arrays of the same shape."""
         samples = np.asarray(samples, dtype=np.int64)
@@ -123,11 +143,13 @@ class MixedOrder:
             rows = np.arange(len(samples))
             first = np.where(corpus > 0, ends[rows, corpus - 1], 0)
             number = before[rows, corpus] + slot - first
-        epoch, within = np.divmod(number, self._num_windows[corpus])
+        epoch, within = np.divmod(number + self._offsets[corpus], self._num_windows[corpus])
         window = np.empty_like(samples)
         for c, n in enumerate(self._num_windows):
             chosen = np.flatnonzero(corpus == c)
-            window[chosen] = window_index(int(_key(self._seed, c)[0]), epoch[chosen], within[chosen], int(n))
+            window[chosen] = window_index(
+                int(_key(self._seed, self._keys[c])[0]), epoch[chosen], within[chosen], int(n)
+            )
         return corpus, epoch, window
 
 

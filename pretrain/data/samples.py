@@ -25,6 +25,7 @@ class CorpusData:
         seed: seed of the order.
         reset_at_document_boundaries: whether to set `cu_seqlens`.
         chains: which samples follow one another in a row, or None if all are apart.
+        keys, offsets: see `MixedOrder`.
 
     Attributes:
         num_windows: number of windows of all corpora together.
@@ -41,6 +42,8 @@ class CorpusData:
         seed: int,
         reset_at_document_boundaries: bool = False,
         chains: Chains | None = None,
+        keys: Sequence[int] | None = None,
+        offsets: Sequence[int] | None = None,
     ):
         self.corpora = list(corpora)
         self.weights = list(weights)
@@ -51,7 +54,7 @@ class CorpusData:
         per_item = 1 if chains is None else chains.length  # of the order, which is of windows or of chains
         self._windows = [num_windows(corpus, seq_len) // per_item for corpus in corpora]
         self.num_windows = sum(self._windows) * per_item
-        self._order = MixedOrder(self._windows, weights, seed)
+        self._order = MixedOrder(self._windows, weights, seed, keys, offsets)
 
     def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the corpus and the window of samples `indices`.
@@ -79,6 +82,10 @@ class CorpusData:
         turn, rest = divmod(samples, chains.rows * chains.length)
         before, after = (self._order.counts(n * chains.rows) for n in (turn, turn + 1))
         return before + (after - before) * (rest / (chains.rows * chains.length))
+
+    def reserved(self, samples: int) -> list[int]:
+        """Return how many of its samples each corpus has to go beyond for new ones, see `MixedOrder.reserved`."""
+        return self._order.reserved(samples).tolist()
 
     def gather(self, corpus: np.ndarray, window: np.ndarray, indices: np.ndarray) -> MicroBatch:
         """Return the micro-batch of samples `indices`, which `locate` found at (corpus, window); all [B] int64.

@@ -1,7 +1,7 @@
 """The data of a run, from its configuration: corpora or a stream, with the loader of each rank."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ class TrainingData:
         save_tokenizer: writes the tokenizer's files into a folder, which it makes.
         batching: batch sizes, and the place of this process among all.
         as_of_0_1_0: the facts that a checkpoint of lrnn 0.1.0 states in another way for the same data.
+        stages: the facts of each stage, see `lrnn.pretrain.stage_changes`. Corpora without stages are one; a stream has
+            none.
     """
 
     source: CorpusData | StreamData
@@ -44,6 +46,7 @@ class TrainingData:
     save_tokenizer: Callable[[Path], object]
     batching: Batching
     as_of_0_1_0: dict[str, Any]
+    stages: list[dict[str, Any]] = field(default_factory=list)
 
     def loader(self, samples: int, stream: dict | None, pin_memory: bool) -> Loader | StreamLoader:
         """Return the loader of this rank, from the position of the run on.
@@ -65,8 +68,7 @@ class TrainingData:
         """
         if isinstance(self.source, StreamData):
             return {self.source.arguments.path: stream["epoch"] if stream else 0}
-        paths = [str(corpus.path) for corpus in self.source.corpora]
-        names = [path if paths.count(path) == 1 else f"{path} ({i})" for i, path in enumerate(paths, start=1)]
+        names = distinct([str(corpus.path) for corpus in self.source.corpora])
         return {name: round(n, 6) for name, n in zip(names, self.source.epochs(samples), strict=True)}
 
     @property
@@ -74,15 +76,25 @@ class TrainingData:
         """Return the chains of samples that rows read, or None if no state is passed on."""
         return None if isinstance(self.source, StreamData) else self.source.chains
 
-    def throwaway_batch(self) -> MicroBatch:
-        """Return a micro-batch of full shape with one document per row, for the pass before step 1."""
-        rows, seq_len = self.batching.micro_batch_size, self.source.seq_len
-        ids = torch.zeros(rows, seq_len, dtype=torch.int64)
-        cu_seqlens = None
-        if self.source.reset_at_document_boundaries:
-            cu_seqlens = torch.arange(rows + 1, dtype=torch.int32) * seq_len
-        continues = None if self.chains is None else torch.ones(rows, dtype=torch.bool)
-        return MicroBatch(ids, ids.clone(), cu_seqlens, torch.full((rows,), -1), continues)
+    def throwaway_batches(self, samples: int) -> Iterator[MicroBatch]:
+        """Yield a micro-batch of each full shape from the position of the run on, for the passes before step 1."""
+        yield throwaway_batch(self.batching.micro_batch_size, self.source)
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Return names, those that occur more than once with their number among all."""
+    return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, start=1)]
+
+
+def throwaway_batch(rows: int, source: CorpusData | StreamData) -> MicroBatch:
+    """Return a micro-batch of full shape with one document per row."""
+    ids = torch.zeros(rows, source.seq_len, dtype=torch.int64)
+    cu_seqlens = None
+    if source.reset_at_document_boundaries:
+        cu_seqlens = torch.arange(rows + 1, dtype=torch.int32) * source.seq_len
+    passes_states = isinstance(source, CorpusData) and source.chains is not None
+    continues = torch.ones(rows, dtype=torch.bool) if passes_states else None
+    return MicroBatch(ids, ids.clone(), cu_seqlens, torch.full((rows,), -1), continues)
 
 
 def open_data(config: Config, model_config: LrnnConfig, ranks: Ranks) -> TrainingData:
@@ -115,11 +127,32 @@ def open_data(config: Config, model_config: LrnnConfig, ranks: Ranks) -> Trainin
         "corpora": [c.fingerprint for c in corpora],
         "weights": weights,
     }
-    tokenizer = Path(d.corpora[0].path) / "tokenizer"
+    old = {"tokenizer": corpora[0].tokenizer_file_sha256}
+    stages = [facts_of_stage(config, source)]
+    return TrainingData(source, description, tokenizer_writer(d.corpora[0].path), batching, old, stages)
+
+
+def facts_of_stage(config: Config, source: CorpusData) -> dict[str, Any]:
+    """Return what decides the samples of a stage, from the configuration that holds in it."""
+    return {
+        "steps": config.steps,
+        "global_batch_size": config.global_batch_size,
+        "seq_len": source.seq_len,
+        "corpora": [corpus.fingerprint for corpus in source.corpora],
+        "weights": source.weights,
+    }
+
+
+def tokenizer_writer(corpus: str) -> Callable[[Path], object]:
+    """Return a function that writes the tokenizer of a corpus into a folder.
+
+    Raises:
+        UserError: see `check_exportable`.
+    """
+    tokenizer = Path(corpus) / "tokenizer"
     if tokenizer.is_dir():
         check_exportable(load_copy(tokenizer))
-    old = {"tokenizer": corpora[0].tokenizer_file_sha256}
-    return TrainingData(source, description, partial(copy_files, tokenizer), batching, old)
+    return partial(copy_files, tokenizer)
 
 
 def _open_stream(

@@ -12,11 +12,12 @@ import numpy.typing as npt
 from lrnn.errors import UserError
 from lrnn.parsing import parse_yaml
 from lrnn.pretrain.changes import FREE, flatten
-from lrnn.records import events_by_step, read_metrics
+from lrnn.records import HELDOUT_OF_CORPUS, events_by_step, read_metrics
 
 Band = Literal["minmax", "stderr"]
 Values = npt.NDArray[np.float64]
-MARKS = {"resumed": ":", "loss_spike": "--", "skipped_step": "-", "rollback": "-."}  # line style of each mark
+# Line style of each mark.
+MARKS = {"resumed": ":", "loss_spike": "--", "skipped_step": "-", "rollback": "-.", "stage": (0, (8, 2))}
 
 
 @dataclass
@@ -49,6 +50,12 @@ class Records:
         points = [(step, record[key]) for step, record in self.by_step.items() if record.get(key) is not None]
         return Curve([step for step, _ in points], np.array([value for _, value in points], dtype=np.float64))
 
+    @property
+    def corpora(self) -> list[str]:
+        """Return the corpora whose held-out losses were measured one by one."""
+        keys = (key for record in self.by_step.values() for key in record if key.startswith(HELDOUT_OF_CORPUS))
+        return list(dict.fromkeys(key.removeprefix(HELDOUT_OF_CORPUS) for key in keys))
+
     def score(self, name: tuple[str, str]) -> Curve:
         """Return the values of a task's metric, where there are any."""
         task, metric = name
@@ -79,7 +86,7 @@ def split_records(records: list[dict[str, Any]]) -> tuple[dict[int, dict[str, An
         if event == "start":
             if record["resumed"]:
                 marked["resumed"].append(record["step"])
-        elif event in marked:
+        elif event in marked and (event != "stage" or record["stage"] > 1):  # the first begins where the run does
             marked[event].append(record["step"])
         elif event is None:
             by_step[record["step"]] = record

@@ -16,7 +16,7 @@ from lrnn.pretrain.config import Config
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.metrics import wandb_run
 from lrnn.pretrain.watch.protocol import Sample, Score
-from lrnn.records import DurableLines, utc_now
+from lrnn.records import HELDOUT_OF_CORPUS, DurableLines, utc_now
 
 PACKAGES = ("deepspeed", "transformers", "tokenizers", "datasets", "numpy")  # the start of a run records their versions
 
@@ -151,7 +151,7 @@ class MetricsLog:
         if record.get("mfu") is not None:
             line += f"  MFU {100 * record['mfu']:.1f}%"
         if "heldout_loss" in record:
-            line += f"  held-out {record['heldout_loss']:.4f}"
+            line += f"  held-out {record['heldout_loss']:.4f}{_by_corpus(record)}"
         self.say(f"{line}  {left:,.0f} s left")
 
     def say(self, text: str) -> None:
@@ -179,6 +179,15 @@ class MetricsLog:
 def _plain(text: str) -> str:
     """Return a text that Markdown, which TensorBoard renders, shows as it is."""
     return "".join(f"    {line}\n" for line in text.splitlines())
+
+
+def _by_corpus(record: dict[str, Any]) -> str:
+    """Return the held-out loss of each corpus for the line of a record, in brackets; nothing if there is one corpus."""
+    losses = {
+        key.removeprefix(HELDOUT_OF_CORPUS): loss for key, loss in record.items() if key.startswith(HELDOUT_OF_CORPUS)
+    }
+    listing = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+    return f" ({listing})" if listing else ""
 
 
 def _without_nonfinite(value: Any) -> Any:

@@ -13,7 +13,9 @@ from typing import Any
 
 from lrnn.errors import UserError
 from lrnn.pretrain.metrics.curves import MARKS, Band, Curve, Group, Records, group_by_seed, limits, read_run
+from lrnn.records import HELDOUT_OF_CORPUS
 
+MARKERS = "^v<>sdP*"  # of corpora
 COLUMNS = 4  # panels of scores per row
 BANDS = {"minmax": "smallest to largest of the seeds", "stderr": "standard error of the mean over seeds"}
 
@@ -66,6 +68,7 @@ def _draw_training(figure: Any, groups: Sequence[Group], band: Band | None, smoo
         _line(axes[0, 0], group, lambda run: run.curve("loss"), band, smoothing, color=color, label=f"{name} training")
         heldout: dict[str, Any] = {"color": color, "marker": "o", "ms": 4, "ls": "--", "label": f"{name} held-out"}
         _line(axes[0, 0], group, lambda run: run.curve("heldout_loss"), band, **heldout)
+        _draw_corpora(axes[0, 0], group, band, color)
         _line(axes[0, 1], group, lambda run: run.curve("lr"), band, color=color)
         speed = "tokens_per_second_per_gpu"
         _line(axes[1, 0], group, lambda run, key=speed: run.curve(key), band, smoothing, color=color)
@@ -80,6 +83,14 @@ def _draw_training(figure: Any, groups: Sequence[Group], band: Band | None, smoo
     axes[1, 0].set_ylim(bottom=0)
     for axis in axes.flat[:3]:
         axis.grid(alpha=0.3)
+
+
+def _draw_corpora(axis: Any, group: Group, band: Band | None, color: str) -> None:
+    """Draw the held-out loss of each corpus."""
+    for i, corpus in enumerate(group.runs[0].corpora):
+        style: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "label": f"{group.name} held-out {corpus}"}
+        key = HELDOUT_OF_CORPUS + corpus
+        _line(axis, group, lambda run, key=key: run.curve(key), band, color=color, ms=4, ls=":", **style)
 
 
 def _line(

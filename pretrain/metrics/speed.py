@@ -18,13 +18,18 @@ class Speed:
     """Time whole steps, and the part of each that is forward pass, backward pass and update."""
 
     def __init__(self, config: Config, model_config: LrnnConfig, ranks: Ranks):
-        self._tokens = config.global_batch_size * config.data.seq_len / ranks.world_size  # tokens per step and process
-        self._flops = train_flops_per_token(model_config)
-        self._device = ranks.device
+        self._device, self._processes = ranks.device, ranks.world_size
         self._peak = peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
         self._steps, self._inside_s, self._whole_s = 0, 0.0, 0.0
         self._peak_bytes = 0  # of allocated memory, up to the last pause
+        self._done_tokens = self._done_flops = 0.0  # per process
+        self.enter(config, model_config)
         self.skip()
+
+    def enter(self, config: Config, model_config: LrnnConfig) -> None:
+        """Count the next steps by the sizes of this configuration and model: a stage of the run."""
+        self._tokens = config.global_batch_size * config.data.seq_len / self._processes  # tokens per step and process
+        self._flops = train_flops_per_token(model_config)
 
     def skip(self) -> None:
         """Leave out the time since the last step, which went into a held-out loss or a checkpoint."""
@@ -52,19 +57,23 @@ class Speed:
         self._whole_s += now - self._mark
         self._mark = now
         self._steps += 1
+        self._done_tokens += self._tokens
+        self._done_flops += self._tokens * self._flops
 
     def read(self, wait_s: float) -> dict[str, Any]:
         """Return averages over the steps since the last call; `wait_s` seconds of them were spent waiting for data."""
         step_s, inside_s = self._whole_s / self._steps, self._inside_s / self._steps
+        flops_per_s = self._done_flops / self._whole_s
         record = {
             "step_seconds": round(step_s, 5),
             "loop_seconds": round(step_s - inside_s, 5),  # outside of forward pass, backward pass and update
             "data_wait_seconds": round(wait_s / self._steps, 5),
-            "tokens_per_second_per_gpu": round(self._tokens / step_s, 1),
-            "mfu": round(self._tokens / step_s * self._flops / self._peak, 4) if self._peak else None,
+            "tokens_per_second_per_gpu": round(self._done_tokens / self._whole_s, 1),
+            "mfu": round(flops_per_s / self._peak, 4) if self._peak else None,
             "memory_gb": round(self._peak_memory() / 1e9, 3),
         }
         self._steps, self._inside_s, self._whole_s = 0, 0.0, 0.0
+        self._done_tokens = self._done_flops = 0.0
         return record
 
 

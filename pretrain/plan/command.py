@@ -60,8 +60,8 @@ def main(args: argparse.Namespace) -> int:
     gpu = find_gpu(args.gpu)
     # Here, because they import torch.
     from lrnn.pretrain.config import load_config
-    from lrnn.pretrain.plan import report
-    from lrnn.pretrain.plan.setup import Links, setup_of
+    from lrnn.pretrain.plan.setup import Links
+    from lrnn.pretrain.plan.stages import plan_of
 
     config = load_config(args.config, args.overrides)
     links = Links.of(gpu, args.gpus_per_node)
@@ -69,10 +69,8 @@ def main(args: argparse.Namespace) -> int:
         links = replace(links, inside=1e9 * args.link_gbs)
     if args.node_link_gbs is not None:
         links = replace(links, between=1e9 * args.node_link_gbs)
-    setups = [setup_of(config, gpu, count, args.gpus_per_node, links) for count in args.gpus]
     capacity = 1e9 * (gpu.memory if args.memory_gb is None else args.memory_gb)
-    plan = report.plan if len(setups) == 1 else report.scaling
-    record, text = plan(config, setups, capacity)
+    record, text = plan_of(config, gpu, args.gpus, args.gpus_per_node, links, capacity)
     print(json.dumps(record, indent=2) if args.json else text)
     return 0
 

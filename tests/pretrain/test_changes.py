@@ -38,7 +38,7 @@ OTHERS = {  # another value of every key, by what it is
         "data.reset_at_document_boundaries": True, "data.state_passing": 4,
     },
 }  # fmt: skip
-REST = {"deepspeed", "data.stream", "optim.name"}  # tested below, or another source of data
+REST = {"deepspeed", "data.stream", "optim.name", "stages"}  # tested below, other data, or in test_stages.py
 WATCHED = {  # keys that need each other
     "eval.every": 7, "eval.tasks": ["a"], "eval.limit": 7, "eval.batch_size": 7, "eval.max_length": 7,
     "eval.truncate": True, "eval.num_fewshot": 7, "eval.include_path": ["x"], "samples.every": 7,

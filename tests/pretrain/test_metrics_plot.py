@@ -224,17 +224,19 @@ def test_identity_at_wandb(tmp_path, monkeypatch):
 def test_later_records_of_a_step_count():
     records = [
         {"event": "start", "step": 0, "resumed": False},
+        {"event": "stage", "step": 0, "stage": 1, "name": "stage 1"},
         *({"step": s, "loss": 1.0} for s in (10, 20, 30)),
         {"event": "checkpoint", "step": 30, "path": "x"},
         {"event": "start", "step": 15, "resumed": True},
         {"step": 20, "loss": 2.0},
+        {"event": "stage", "step": 20, "stage": 2, "name": "long"},
         {"event": "loss_spike", "step": 22, "loss": "9.0"},
         {"event": "rollback", "step": 22, "to": "x"},
         {"event": "skipped_step", "step": 24, "loss": "nan"},
         {"step": 25, "loss": 2.5},
     ]
     by_step, marked = split_records(records)
-    assert marked == {"resumed": [15], "loss_spike": [22], "skipped_step": [24], "rollback": [22]}
+    assert marked == {"resumed": [15], "loss_spike": [22], "skipped_step": [24], "rollback": [22], "stage": [20]}
     assert {s: r["loss"] for s, r in by_step.items()} == {10: 1.0, 20: 2.0, 25: 2.5, 30: 1.0}
     assert list(by_step) == [10, 20, 25, 30]
 
