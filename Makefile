@@ -1,7 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
+JOBS := tests/slurm/test_jobs.py
 
-.PHONY: setup quickstart test torture lint docs format clean
+.PHONY: setup quickstart test tests jobs torture lint docs format clean
 
 setup: .venv/installed
 
@@ -13,14 +14,21 @@ setup: .venv/installed
 quickstart: setup
 	$(BIN)/lrnn quickstart
 
-# Two processes, in the order of tests/conftest.py: the longest files first, and last what measures time, while the other
-# process waits. pytest-xdist would begin with the files of most tests.
+# The two processes of `tests` keep two cores busy. The jobs of SLURM mostly wait, and so run beside them.
 # Compiled modules are kept even if the environment says otherwise, as that of many containers does: each of the hundred
 # processes would compile lrnn again.
 test: export PYTHONDONTWRITEBYTECODE =
 test: setup
-	$(MAKE) --no-print-directory --output-sync=target -j 2 lint docs
-	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(MAKE) --no-print-directory -j 4 tests jobs lint docs
+
+# Two processes, in the order of tests/conftest.py: the longest files first, and last what measures time, while the other
+# process waits. pytest-xdist would begin with the files of most tests.
+tests: setup
+	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore $(JOBS)
+
+# These print nothing until they end, because the tests print in the meantime.
+jobs: setup
+	@printed=$$($(BIN)/pytest -q $(JOBS) 2>&1); status=$$?; echo "$$printed"; exit $$status
 
 # Runs 300 kills instead of 9, twenty endings of a job instead of two, and other numbers of processes, in some 50
 # minutes. The jobs need root and Debian, because they start their own SLURM. Exports of every mixer are used in five
@@ -31,7 +39,8 @@ torture: setup
 		tests/eval/export/test_transformers_versions.py tests/eval/suites/test_state_tracking_suite.py \
 		tests/eval/export/test_oracle.py tests/lrnn/test_packaging.py tests/lrnn/test_whole_job.py \
 		tests/lrnn/test_lazy_import.py tests/model/test_compiled.py tests/kernels/test_compile.py \
-		tests/kernels/test_architectures.py tests/kernels/test_interpreted.py
+		tests/kernels/test_architectures.py tests/kernels/test_interpreted.py \
+		tests/kernels/delta_rule/hopper/test_scans.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,11 +1,15 @@
 """The order of the tests, and which of them run beside others."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from turns import turn
+
+# What is imported is not garbage, and a search of it takes seconds.
+gc.disable()
 
 # With one file per process at a time, a long file that starts late leaves the other processes idle at the end.
 LONGEST = (
@@ -35,6 +39,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Move the longest files to the front, and tests that run alone to the end, where they keep no long one waiting."""
     place = {Path(__file__).parent / file: number for number, file in enumerate(LONGEST)}
     items.sort(key=lambda item: (_is_alone(item), place.get(item.path, len(LONGEST))))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -7,13 +7,12 @@ must be equal, as they are on the machine that wrote the record. Everything else
 import json
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import run_program
 
 HERE = Path(__file__).parent
 GOLDEN = json.loads((HERE / "golden.json").read_text(encoding="utf-8"))
@@ -25,10 +24,10 @@ SHOWN = 20  # at most so many differences of an entry are printed
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, Any]:
     """Record the current code, once for all tests of a process. This takes a minute or two."""
-    out = tmp_path_factory.mktemp("golden") / "found.json"
-    done = subprocess.run([sys.executable, HERE / "record.py", out], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert done.returncode == 0, done.stdout.decode(errors="replace")[-8000:]
-    return json.loads(out.read_text(encoding="utf-8"))
+    folder = tmp_path_factory.mktemp("golden")
+    status = run_program(HERE / "record.py", folder / "output", folder / "found.json")
+    assert status == 0, (folder / "output").read_text(errors="replace")[-8000:]
+    return json.loads((folder / "found.json").read_text(encoding="utf-8"))
 
 
 def differences(golden: Any, found: Any, name: str) -> Iterator[str]:

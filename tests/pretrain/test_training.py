@@ -166,6 +166,6 @@ def test_the_pass_before_the_first_step_changes_nothing(base, tmp_path):
         for config, left_out in zip(pair, (False, True), strict=True)
         for stop_at in (2, None)
     ]
-    assert run_group(tmp_path, specs) == [STOPPED, 0] * 4
+    assert run_group(tmp_path, specs, processes=1) == [STOPPED, 0] * 4
     for with_pass, without in pairs:
         assert losses(with_pass) == losses(without) and len(losses(without)) == 3

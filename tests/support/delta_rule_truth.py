@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-SEGMENT = 64  # tokens whose states autograd keeps at a time; it keeps one state per segment otherwise
+SEGMENT = 64  # tokens whose states autograd keeps at a time in a long sequence, and one state per other segment
+LONG = 512  # tokens; autograd keeps all states of a sequence that is not longer
 
 
 def gated_delta_product(
@@ -59,7 +60,7 @@ def gated_delta_product(
 
     outputs = []
     for parts in zip(*(x.split(SEGMENT, 1) for x in (q, k, v, g, beta)), strict=True):
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and q.shape[1] > LONG:
             o, state = checkpoint(_scan, *parts, state, use_reentrant=False)
         else:
             o, state = _scan(*parts, state)
