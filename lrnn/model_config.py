@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,21 @@ def model_config_from(raw: dict[str, Any], origin: str) -> "LrnnConfig":
         return LrnnConfig(**fields)
     except (ValueError, TypeError) as error:
         raise UserError(f"{origin}: {error}") from None
+
+
+def check_changes_count(config: "LrnnConfig", changes: Iterable[str]) -> None:
+    """Raise UserError for a changed field of a model that each layer that reads it has its own value of."""
+    from lrnn.model.pattern import options_of  # here, because it imports torch
+
+    layers = [layer for layer, _ in config.kinds_of_layers()]
+    for name in changes:
+        readers = [layer for layer in layers if name in options_of(layer.mixer)]
+        value = getattr(config, name, None)
+        if readers and all(getattr(layer, name) != value for layer in readers):
+            raise UserError(
+                f"model.{name} = {value!r} has no effect: in the model's mixer every layer that reads it, "
+                f"{readers[0].mixer}, has its own value, {getattr(readers[0], name)!r}; change it there"
+            )
 
 
 def every_field(config: "LrnnConfig") -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from lrnn import LrnnConfig, shipped
 from lrnn.errors import UserError
-from lrnn.model_config import model_config_from
+from lrnn.model_config import check_changes_count, model_config_from
 from lrnn.paths import IsPath
 from lrnn.pretrain import old_config
 from lrnn.pretrain.batching import Batching
@@ -410,10 +410,12 @@ def load_model_of(config: Config) -> LrnnConfig:
     """Return the model that a run trains, with `max_position_embeddings` set from `data.seq_len`, or the longest stage.
 
     Raises:
-        UserError: see `lrnn.model_config.model_config_from`.
+        UserError: see `lrnn.model_config.model_config_from` and `check_changes_count`.
     """
     raw, origin = _fields_of(config)
     model = model_config_from(raw, origin)
+    if isinstance(config.model, dict) and (BASE in config.model or config.init_from is not None):
+        check_changes_count(model, config.model)
     length = max([stage.seq_len or config.data.seq_len for stage in config.stages], default=config.data.seq_len)
     old_config.check_sequence_length(raw, length, origin.removeprefix("model configuration "))
     model.max_position_embeddings = length

@@ -111,6 +111,7 @@ def _attention_forms(layer: "LrnnConfig") -> list[tuple[str, Any, str]]:
         ("norm_position", None if layer.norm_position == "pre" else layer.norm_position, "'pre'"),
         ("head_dim", None if fits else layer.head_dim, f"hidden_size / num_heads, {width}"),
         ("rope_theta", "null" if layer.rope_theta is None else None, "rotary positions"),
+        ("rope_scaling", None if layer.rope_theta is None else layer.rope_scaling, "none"),
         ("qk_norm", layer.qk_norm, "none"),
         ("attention_gate", layer.attention_gate or None, "none"),
     ]

@@ -15,6 +15,7 @@ from lrnn import LrnnConfig
 from lrnn.errors import UserError
 from lrnn.formats.fla import shortest_pattern
 from lrnn.model.configuration_lrnn import OPTIONS
+from lrnn.model.rope_scaling import check_scaling
 
 LINEAR, FULL = "linear_attention", "full_attention"
 KINDS = {"gated_deltanet": LINEAR, "attention": FULL}
@@ -33,7 +34,12 @@ SHARED = {
         "linear_conv_kernel_dim": "conv_size",
         "linear_allow_neg_eigval": "allow_neg_eigval",
     },
-    FULL: {"num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads", "rope_theta": "rope_theta"},
+    FULL: {
+        "num_attention_heads": "num_heads",
+        "num_key_value_heads": "num_kv_heads",
+        "rope_theta": "rope_theta",
+        "rope_scaling": "rope_scaling",
+    },
 }
 SAME = (  # fields with the same meaning and name in both
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"),
@@ -86,7 +92,8 @@ def to_olmo_config(config: LrnnConfig, pad_token_id: int | None = None) -> dict[
     for i, (layer, kind) in enumerate(zip(layers, types, strict=True)):
         _check_layer(layer, kind, i, config)
     shared = {kind: _shared(layers, types, kind) for kind in (LINEAR, FULL)}
-    rope_theta = shared[FULL].pop("rope_theta")
+    rope_theta, rope_scaling = (shared[FULL].pop(name) for name in ("rope_theta", "rope_scaling"))
+    rope = rope_scaling if rope_theta is not None and rope_scaling is not None else {"rope_type": "default"}
     of_texts = (config.bos_token_id, config.eos_token_id)
     return {
         "model_type": "olmo_hybrid",
@@ -97,7 +104,7 @@ def to_olmo_config(config: LrnnConfig, pad_token_id: int | None = None) -> dict[
         "layer_types": types,
         **shared[FULL],
         # A null in the place of the mapping would mean theta 10000; this one means no positions.
-        "rope_parameters": {"rope_type": "default", "rope_theta": None if rope_theta is None else float(rope_theta)},
+        "rope_parameters": {**rope, "rope_theta": None if rope_theta is None else float(rope_theta)},
         **shared[LINEAR],
         **FIXED,
     }
@@ -250,9 +257,6 @@ def from_olmo_config(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
 def _attention_entry(content: Any, fields: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the entry of a pattern for the layers with attention: what differs from `fields`."""
     hidden, H, G = content.hidden_size, content.num_attention_heads, content.num_key_value_heads
-    rope = content.rope_parameters or {}
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(f"{path}: rope_parameters has rope_type {rope['rope_type']!r}; lrnn supports only 'default'")
     width = getattr(content, "head_dim", None) or hidden // H
     if width * H != hidden:
         raise UserError(
@@ -261,8 +265,20 @@ def _attention_entry(content: Any, fields: dict[str, Any], path: Path) -> dict[s
         )
     only = {name: value for name, value in ONLY[FULL].items() if name in ("norm_position", "qk_norm")}
     options = {"num_heads": H, "head_dim": width, "num_kv_heads": None if G == H else G}
-    options |= {"rope_theta": rope.get("rope_theta")} | only
+    options |= _positions(content, path) | only
     return {"mixer": "attention"} | {x: y for x, y in options.items() if y != fields.get(x, OPTIONS.get(x))}
+
+
+def _positions(content: Any, path: Path) -> dict[str, Any]:
+    """Return the options of rotary positions."""
+    rope = dict(content.rope_parameters or {})
+    rope_theta = rope.pop("rope_theta", None)
+    rope_scaling = None if rope_theta is None or rope.get("rope_type", "default") == "default" else rope
+    try:
+        check_scaling(rope_scaling)
+    except ValueError as error:
+        raise UserError(f"{path}: rope_parameters: {error}") from None
+    return {"rope_theta": rope_theta, "rope_scaling": rope_scaling}
 
 
 def olmo_sources(

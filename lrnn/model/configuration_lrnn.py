@@ -20,6 +20,7 @@ OPTIONS: dict[str, Any] = {
     "gated_norm_eps": None,
     "num_kv_heads": None,
     "rope_theta": 10_000.0,
+    "rope_scaling": None,
     "qk_norm": None,
     "sliding_window": None,
     "attention_gate": False,
@@ -55,8 +56,10 @@ class LrnnConfig(PretrainedConfig):
         head_v_dim: value size of a head of the DeltaNet and DeltaProduct mixers; default head_dim, which is always
             their key size.
         num_kv_heads: key and value heads of "attention", each of which serves num_heads / num_kv_heads query heads;
-            default num_heads. This field and the next four are of "attention" alone.
+            default num_heads. This field and the next five are of "attention" alone.
         rope_theta: base of the rotary positions; null for no positions.
+        rope_scaling: other angles of the rotary positions, for texts longer than those of an earlier training; null for
+            none. A mapping with a `rope_type`, "linear", "yarn" or "llama3", and the keys that transformers has for it.
         qk_norm: RMSNorm on queries and keys: "head" over each head, "projection" over all heads together, or null.
         sliding_window: number of tokens that a token sees, itself included; null for all before it.
         attention_gate: multiply the output by sigmoid(g_proj(x)), ahead of the last projection.
@@ -92,6 +95,7 @@ class LrnnConfig(PretrainedConfig):
 
     model_type = "lrnn"
     keys_to_ignore_at_inference = ["past_key_values"]
+    rope_scaling = None  # a field, where transformers 5 has a property that moves the value into `rope_parameters`
 
     def __init__(
         self,
@@ -122,6 +126,7 @@ class LrnnConfig(PretrainedConfig):
         norm_position: str = "pre",
         num_kv_heads: int | None = None,
         rope_theta: float | None = 10_000.0,
+        rope_scaling: dict[str, Any] | None = None,
         qk_norm: str | None = None,
         sliding_window: int | None = None,
         attention_gate: bool = False,
@@ -142,6 +147,7 @@ class LrnnConfig(PretrainedConfig):
         self.delta_rule_precision = delta_rule_precision
         self.num_kv_heads = num_kv_heads
         self.rope_theta = rope_theta
+        self.rope_scaling = rope_scaling
         self.qk_norm = qk_norm
         self.sliding_window = sliding_window
         self.attention_gate = attention_gate
@@ -206,6 +212,7 @@ class LrnnConfig(PretrainedConfig):
         if self.is_hybrid and all(entry == entries[0] for entry in entries):
             self.__dict__.update(entries[0])
         self._check_options()
+        self._check_scaling()
 
     def _check_fields(self) -> None:
         """Raise ValueError for a value that no mixer could have."""
@@ -238,6 +245,12 @@ class LrnnConfig(PretrainedConfig):
                 able = ", ".join(mixer for mixer in MIXERS if name in options_of(mixer))
                 layers = ", ".join(dict.fromkeys(self.mixers))
                 raise ValueError(f"{name} = {getattr(self, name)!r} is for the mixers {able}, not for {layers}")
+
+    def _check_scaling(self) -> None:
+        """Raise ValueError if the rotary positions are scaled, but no layer has any."""
+        scaled = [layer for layer, _ in self.kinds_of_layers() if layer.rope_scaling is not None]
+        if scaled and all(layer.rope_theta is None for layer in scaled):
+            raise ValueError(f"rope_scaling = {scaled[0].rope_scaling!r} has no effect, because rope_theta is null")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as config.json has them: without options at their default."""

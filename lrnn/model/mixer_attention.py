@@ -1,5 +1,7 @@
 """Softmax attention as a token mixer. Copied into exported folders."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .attention import attend
@@ -10,6 +12,7 @@ from .layers import Mixer, RMSNorm
 from .ops import rotate
 from .positions import positions, turns
 from .registry import Cost, register
+from .rope_scaling import check_scaling
 
 QK_NORMS = ("head", "projection")
 
@@ -20,6 +23,7 @@ class Attention(Mixer):
 
     num_kv_heads: fewer key and value heads than query heads, as in Llama (grouped queries, 2305.13245);
     rope_theta: the base of rotary positions (2104.09864), or None for no positions;
+    rope_scaling: other angles for texts longer than those of training, see `rope_scaling.py`;
     qk_norm: an RMSNorm on queries and keys, "head" over each head as in Qwen3, "projection" over all as in Olmo 2;
     sliding_window: the number of tokens that a token sees, itself included, as in Mistral (2310.06825);
     attention_gate: the output times sigmoid(g_proj(x)), elementwise, as in Qwen3-Next (2505.06708).
@@ -29,7 +33,16 @@ class Attention(Mixer):
 
     title, paper = "Softmax attention", "1706.03762"
     kind = "transformer"
-    options = ("num_heads", "head_dim", "num_kv_heads", "rope_theta", "qk_norm", "sliding_window", "attention_gate")
+    options = (
+        "num_heads",
+        "head_dim",
+        "num_kv_heads",
+        "rope_theta",
+        "rope_scaling",
+        "qk_norm",
+        "sliding_window",
+        "attention_gate",
+    )
 
     @staticmethod
     def cost(config: LrnnConfig) -> Cost:
@@ -49,6 +62,7 @@ class Attention(Mixer):
         facts = {
             "key and value heads": config.num_kv_heads,
             "base of rotary positions": "none" if config.rope_theta is None else f"{config.rope_theta:g}",
+            "scaling of rotary positions": config.rope_theta and config.rope_scaling and _in_words(config.rope_scaling),
             "norm of queries and keys": config.qk_norm and f"over each {config.qk_norm}",
             "tokens that a token sees": config.sliding_window,
             "gate on the output": "sigmoid" if config.attention_gate else None,
@@ -69,6 +83,7 @@ class Attention(Mixer):
             raise ValueError(f"qk_norm must be null, 'head' or 'projection'; got {config.qk_norm!r}")
         if type(config.attention_gate) is not bool:
             raise ValueError(f"attention_gate must be true or false; got {config.attention_gate!r}")
+        check_scaling(config.rope_scaling)
         theta = config.rope_theta
         if theta is None:
             return
@@ -82,7 +97,8 @@ class Attention(Mixer):
     def __init__(self, config: LrnnConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         hidden, (H, D), self.kv_heads = config.hidden_size, self.heads, key_heads(config)
-        self.rope_theta, self.window, self.qk_norm = config.rope_theta, config.sliding_window, config.qk_norm
+        self.rope_theta, self.rope_scaling = config.rope_theta, config.rope_scaling
+        self.window, self.qk_norm = config.sliding_window, config.qk_norm
         self.q_proj = nn.Linear(hidden, H * D, bias=False)
         self.k_proj = nn.Linear(hidden, self.kv_heads * D, bias=False)
         self.v_proj = nn.Linear(hidden, self.kv_heads * D, bias=False)
@@ -97,7 +113,7 @@ class Attention(Mixer):
         before = self.read_state(cache)
         if self.rope_theta is not None:
             position = positions(x, None if before is None else before[2], cu_seqlens, document)
-            cos, sin = turns(position, self.heads[1], self.rope_theta)
+            cos, sin = turns(position, self.heads[1], self.rope_theta, self.rope_scaling)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if before is None:  # padding is behind the tokens, so that none of them sees it
             o = attend(q, k, v, self.window, cu_seqlens)
@@ -129,3 +145,8 @@ class Attention(Mixer):
 def key_heads(config: LrnnConfig) -> int:
     """Return the number of key and value heads."""
     return config.num_heads if config.num_kv_heads is None else config.num_kv_heads
+
+
+def _in_words(scaling: dict[str, Any]) -> str:
+    """Return the type and the other keys of `rope_scaling`, such as "yarn (factor 4)"."""
+    return f"{scaling['rope_type']} ({', '.join(f'{key} {x}' for key, x in scaling.items() if key != 'rope_type')})"

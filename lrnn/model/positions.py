@@ -1,7 +1,11 @@
 """Positions of tokens, and the angles of rotary positions in float32. Copied into exported folders."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from .rope_scaling import scaled_frequencies
 
 
 def positions(x: Tensor, start: Tensor | None, cu_seqlens: Tensor | None, document: Tensor | None) -> Tensor:
@@ -22,14 +26,19 @@ def positions(x: Tensor, start: Tensor | None, cu_seqlens: Tensor | None, docume
     return position if start is None else position + start[:, None] * (document == document[:, :1])
 
 
-def turns(position: Tensor, size: int, base: float) -> tuple[Tensor, Tensor]:
+def turns(position: Tensor, size: int, base: float, scaling: dict[str, Any] | None = None) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines of position / base^(2i/size), float32 [1 or B, T, 1, size/2].
 
     Args:
         position: int64 [1 or B, T].
         size: of a head.
         base: theta in the configurations of models.
+        scaling: changes the angles, and may multiply cosines and sines, see `rope_scaling.py`; None for neither.
     """
+    if scaling is not None:
+        frequencies, factor = scaled_frequencies(size, base, scaling, position.device)
+        angle = position[..., None, None].float() * frequencies
+        return angle.cos() * factor, angle.sin() * factor
     channel = torch.arange(0, size, 2, device=position.device, dtype=torch.float32)
     angle = position[..., None, None].float() * base ** (-channel / size)
     return angle.cos(), angle.sin()

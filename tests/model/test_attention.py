@@ -158,7 +158,7 @@ def test_an_odd_head_size_without_positions_is_taken():
 
 
 def test_config_json_has_the_options_that_are_used_alone():
-    options = {"num_kv_heads", "rope_theta", "qk_norm", "sliding_window", "attention_gate"}
+    options = {"num_kv_heads", "rope_theta", "rope_scaling", "qk_norm", "sliding_window", "attention_gate"}
     assert not options & LrnnConfig(mixer="attention").to_diff_dict().keys()
     without = LrnnConfig(mixer="attention", rope_theta=None, attention_gate=True).to_diff_dict()
     assert options & without.keys() == {"rope_theta", "attention_gate"} and without["rope_theta"] is None

@@ -10,7 +10,13 @@ from lrnn.model.cache import LrnnCache
 
 HYBRID = [
     "gated_deltanet",
-    {"mixer": "attention", "num_kv_heads": 1, "sliding_window": 7, "qk_norm": "head"},
+    {
+        "mixer": "attention",
+        "num_kv_heads": 1,
+        "sliding_window": 7,
+        "qk_norm": "head",
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+    },
     {"mixer": "attention", "rope_theta": None, "attention_gate": True},
 ]
 

@@ -83,12 +83,16 @@ def test_gated_deltanet(olmo, allow_neg_eigval, value_sizes):
     compare(olmo.OlmoHybridLinearAttentionDecoderLayer(config, 0), ours, LINEAR)
 
 
-@pytest.mark.parametrize(("rope_theta", "groups"), [(None, 4), (500.0, 2)])
-def test_attention(olmo, rope_theta, groups):
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40}
+
+
+@pytest.mark.parametrize(("rope_theta", "groups", "scaling"), [(None, 4, None), (500.0, 2, None), (500.0, 2, YARN)])
+def test_attention(olmo, rope_theta, groups, scaling):
     torch.manual_seed(0)
-    positions = {"rope_parameters": {"rope_type": "default", "rope_theta": rope_theta}}
+    positions = {"rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": rope_theta}}
     config = config_of(olmo, num_key_value_heads=groups, **positions)
     fields = {"mixer": "attention", "num_heads": 4, "head_dim": 16, "num_kv_heads": groups, "rope_theta": rope_theta}
+    fields |= {"rope_scaling": scaling}
     ours = LrnnBlock(LrnnConfig(**SIZES, **fields, qk_norm="projection", norm_position="post"), 1)
     angles = None
     if rope_theta is not None:

@@ -199,7 +199,7 @@ def test_a_folder_that_is_not_as_it_should_be_is_refused(harm, said, tmp_path, c
     {
         "attention_bias": True,
         "hidden_act": "gelu",
-        "rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0},
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 5e5, "factor": 4.0},
         "layer_types": ["linear_attention", "sliding_attention", "full_attention"],
         "eos_token_id": [1, 2],
         "linear_use_gate": False,

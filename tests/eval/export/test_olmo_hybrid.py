@@ -25,11 +25,12 @@ from lrnn.model_config import load_model_config
 from lrnn.tokenizer import load_tokenizer
 
 ATTENTION = {"mixer": "attention", "num_heads": 4, "head_dim": 8, "num_kv_heads": 2, "rope_theta": 500}
-ATTENTION |= {"qk_norm": "projection", "norm_position": "post"}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+ATTENTION |= {"qk_norm": "projection", "norm_position": "post", "rope_scaling": YARN}
 LINEAR = {"num_heads": 2, "head_dim": 8, "num_value_heads": 4, "head_v_dim": 12, "gated_norm_eps": 1e-5}
 HYBRID = {**LINEAR, "num_hidden_layers": 4, "mixer": ["gated_deltanet", "gated_deltanet", ATTENTION]}
 TIED = {"tie_word_embeddings": True, "allow_neg_eigval": False, "conv_size": 3, "num_hidden_layers": 2}
-TIED |= {"mixer": ["gated_deltanet", {**ATTENTION, "rope_theta": None, "num_kv_heads": None}]}
+TIED |= {"mixer": ["gated_deltanet", {**ATTENTION, "rope_theta": None, "rope_scaling": None, "num_kv_heads": None}]}
 MODELS = {"hybrid": (HYBRID, "float32"), "tied": (HYBRID | TIED, "bfloat16")}
 # What vLLM's class reads: vllm/model_executor/models/olmo_hybrid.py and layers/mamba/gdn/olmo_gdn_linear_attn.py.
 READ_BY_VLLM = {
@@ -161,7 +162,10 @@ def test_contents_of_the_folder(exported, name):
     folder = exported / name
     content = json.loads((folder / "config.json").read_text())
     assert content["dtype"] == MODELS[name][1] and content["lrnn_training"]["tokens"] == 5000
-    assert content["rope_parameters"] == {"rope_type": "default", "rope_theta": 500.0 if name == "hybrid" else None}
+    positions = YARN | {"rope_theta": 500.0}
+    assert content["rope_parameters"] == (
+        positions if name == "hybrid" else {"rope_type": "default", "rope_theta": None}
+    )
     # The class would not train the embedding of a padding token, which here ends documents too.
     assert (content["bos_token_id"], content["eos_token_id"], content["pad_token_id"]) == (1, 2, None)
     assert json.loads((folder / "generation_config.json").read_text())["pad_token_id"] == 2
@@ -273,6 +277,9 @@ REFUSED = {
     ),
     "rope_theta = 500 in layer 1 and None in layer 2: it has one": layers(
         GDN, ATTENTION, {**ATTENTION, "rope_theta": None}
+    ),
+    f"rope_scaling = {YARN!r} in layer 1 and None in layer 2: it has one": layers(
+        GDN, ATTENTION, {**ATTENTION, "rope_scaling": None}
     ),
 }
 
