@@ -83,15 +83,15 @@ def _train(config: Config, stop: StopRequest, allow_change: bool, make: "MakeEva
     from lrnn.pretrain.train import train
 
     start_up = StartUp(process_age_s())
-    ranks = init_ranks(start_up)
     try:
-        return train(config, ranks, stop, allow_change, start_up, make)
+        return train(config, init_ranks(start_up), stop, allow_change, start_up, make)
     except UserError:
-        if ranks.is_main:
+        if is_first():
             raise
         return 2  # The main process prints the message.
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         try:
             sys.stdout.flush()
         except OSError:  # The disk of the log is full. Python would exit with 120, but batch scripts expect 75.

@@ -30,6 +30,7 @@ from lrnn.pretrain.engine import Engine, build_engine, build_model, compute_dtyp
 from lrnn.pretrain.fused.choice import uses_fused_layers
 from lrnn.pretrain.gpu_check import check_kernels
 from lrnn.pretrain.guard import Guard, Verdict
+from lrnn.pretrain.hosts import check_same, check_shared
 from lrnn.pretrain.init_from.begin import Beginning
 from lrnn.pretrain.launch import STOPPED, StopRequest
 from lrnn.pretrain.metrics.eigenvalues import EigenvalueProbe
@@ -112,6 +113,7 @@ class Run:
         self._watchdog = exits.enter_context(Watchdog(ranks, config.watchdog))
         with self.phase("checking data and checkpoints", step=0):
             self._model_config, self._data, self._heldout = ranks.together(self._check_parts)
+            check_same(config, self._model_config, self._data.description, ranks)
             evaluator = make_evaluator(make, config, self._model_config, self._data.save_tokenizer, ranks)
             self._engine_copy = ranks.together(self._read_engine_copy)
             self._saved = self._open_folder(exits)
@@ -386,6 +388,7 @@ class Run:
             exits.enter_context(RunLock(Path(self.config.run_dir)))
 
         self._on_main(lock)
+        check_shared(Path(self.config.run_dir), self.ranks)
         return self._newest_checkpoint()
 
     def _open_log(self) -> MetricsLog | None:

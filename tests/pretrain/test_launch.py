@@ -295,6 +295,16 @@ def test_slurm_environment(scontrol):
     assert port != slurm_environment({**env, "SLURM_JOB_ID": "1234568"})["MASTER_PORT"]
 
 
+def test_in_a_container_the_batch_script_names_the_first_host(monkeypatch, tmp_path):
+    """SLURM's commands are not in the image."""
+    env = dict.fromkeys(("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID"), "1")
+    env |= {"SLURM_STEP_NODELIST": "gpu[07-09]"}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert slurm_environment({**env, "MASTER_ADDR": "gpu07"})["MASTER_ADDR"] == "gpu07"
+    with pytest.raises(UserError, match="scontrol is not found, as in a container: set MASTER_ADDR to the job's first"):
+        slurm_environment(env)
+
+
 def test_which_processes_are_workers(monkeypatch):
     for name in ("RANK", "SLURM_STEP_ID", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
@@ -448,7 +458,7 @@ def test_signals_are_handled_before_the_engine_starts(monkeypatch):
     monkeypatch.setattr(distributed, "init_ranks", lambda start_up: None)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
 
-    def train(config, ranks, stop, allow_change, start_up):
+    def train(config, ranks, stop, allow_change, start_up, make):
         os.kill(os.getpid(), signal.SIGUSR1)
         return STOPPED if stop.signal == "SIGUSR1" else 1
 
