@@ -3,7 +3,7 @@
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,13 +78,26 @@ def pattern(path: Path) -> str:
     return str(path).replace("%", "%%")
 
 
-def fill(template: str, options: dict[str, str | None], arguments: list[str]) -> str:
-    """Return the template with `options` among its #SBATCH lines and with `arguments` as its own arguments."""
+def fill(template: str, options: dict[str, str | None], arguments: list[str], container: Sequence[str] = ()) -> str:
+    """Return the template with `options` among its #SBATCH lines and with `arguments` as its own arguments.
+
+    Args:
+        template: text of the batch script.
+        options: the options, of which those of value None are left out.
+        arguments: the arguments.
+        container: the words that start a container, if the script's commands are to run in one.
+
+    Raises:
+        UserError: a container is wanted, and the template does not start one.
+    """
+    if container and "${in_container[@]}" not in template:
+        raise UserError('--template starts no container: write srun "${in_container[@]}" in it, as slurm/*.sbatch do')
     found = list(DIRECTIVE.finditer(template))
     kept = [match[0] for match in found if match[1] not in options]
     set_ = [_directive(name, value) for name, value in options.items() if value is not None]
     head, tail = template[: found[0].start()], template[found[-1].end() :]
-    return head + "\n".join(kept + set_) + f"\nset -- {shlex.join(arguments)}" + tail
+    words = f"\nin_container=({shlex.join(container)})" if container else ""
+    return head + "\n".join(kept + set_) + f"\nset -- {shlex.join(arguments)}{words}" + tail
 
 
 def _directive(name: str, value: str) -> str:

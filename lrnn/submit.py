@@ -15,6 +15,7 @@ Variables that sbatch reads from its environment (SBATCH_ACCOUNT, SBATCH_PARTITI
 import argparse
 from pathlib import Path
 
+from lrnn import container
 from lrnn.errors import UserError
 
 EXAMPLES = """examples:
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--template", type=Path, metavar="FILE", help="batch script to fill in (default: the one that comes with lrnn)"
     )
+    container.add_argument(parser)
     parser.add_argument("--dry-run", action="store_true", help="show what would be submitted, and submit nothing")
     training = parser.add_argument_group("training")
     training.add_argument("--nodes", type=int, metavar="N", help="default: as in the template")

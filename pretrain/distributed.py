@@ -17,6 +17,7 @@ from torch.distributed import distributed_c10d
 from lrnn.errors import UserError
 from lrnn.pretrain.launch import free_port, local_environment, slurm_tasks
 from lrnn.pretrain.metrics.start_up import StartUp
+from lrnn.pretrain.network import check_network, choose_network
 
 T = TypeVar("T")
 RENDEZVOUS_TIMEOUT = timedelta(minutes=30)  # within which all processes have to start
@@ -109,6 +110,8 @@ def init_ranks(start_up: StartUp | None = None) -> Ranks:
         # DeepSpeed makes groups with torch's own limit, which is 10 minutes for NCCL, and accepts no other.
         distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = COLLECTIVE_TIMEOUT
         store, rank, world_size = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
+        choose_network()
+        check_network(store, rank, world_size)
         store.set_timeout(COLLECTIVE_TIMEOUT)  # NCCL's communicators are made through the store when first used
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
     deepspeed.init_distributed(verbose=False)
@@ -119,16 +122,27 @@ def init_ranks(start_up: StartUp | None = None) -> Ranks:
 
 def slurm_environment(env: dict[str, str]) -> dict[str, str]:
     """Return the variables that torch.distributed reads, from those that srun sets (one task per GPU)."""
-    hosts = subprocess.run(
-        ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
-    ).stdout.split()
     return {
         "RANK": env["SLURM_PROCID"],
         "LOCAL_RANK": env["SLURM_LOCALID"],
         "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
-        "MASTER_ADDR": hosts[0],
+        "MASTER_ADDR": _first_host(env),
         "MASTER_PORT": str(SLURM_PORTS[int(env["SLURM_JOB_ID"]) % len(SLURM_PORTS)]),
     }
+
+
+def _first_host(env: dict[str, str]) -> str:
+    """Return the host of the main process. A batch script that starts a container names it in MASTER_ADDR."""
+    command = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except FileNotFoundError:
+        if "MASTER_ADDR" not in env:
+            raise UserError(
+                "scontrol is not found, as in a container: set MASTER_ADDR to the job's first host before srun, as "
+                "slurm/train.sbatch does"
+            ) from None
+        return env["MASTER_ADDR"]
 
 
 def _choose_device() -> torch.device:

@@ -17,7 +17,7 @@ from lrnn.pretrain.distributed import Ranks
 from lrnn.settings import read_json
 
 # Sections that name files and folders, which may have other paths on each host. What they hold is compared.
-PATHS = {"run_dir", "model", "data", "deepspeed"}
+PATHS = {"run_dir", "model", "data", "deepspeed", "init_from", "stages"}
 SEEN_WITHIN_S = 15  # NFS may show a file of another host late
 
 

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lrnn import sbatch, shipped
+from lrnn import container, sbatch, shipped
 from lrnn.errors import UserError
 from lrnn.files import write_atomically
 from lrnn.pretrain.checkpoint import format as checkpoint
@@ -50,8 +50,11 @@ def submit(args: argparse.Namespace) -> int:
     if newest is not None:
         check_changes(newest, config, args.allow_change)
     allowed = ["--allow-change"] if args.allow_change else []
-    script = sbatch.fill(template, options, [args.config, *args.overrides, *allowed])
     run_dir = Path(config.run_dir).resolve()
+    paths = [run_dir, *container.paths_in([args.config, config.model_dump()])]
+    script = sbatch.fill(
+        template, options, [args.config, *args.overrides, *allowed], container.words(args.container, paths)
+    )
     status = describe(config)
     if args.dry_run:
         print(f"{script}\n# {status}; not submitted (--dry-run)")

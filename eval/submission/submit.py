@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from lrnn import sbatch, shipped
+from lrnn import container, sbatch, shipped
 from lrnn.errors import UserError
 from lrnn.eval.submission.models import find_models
 from lrnn.eval.submission.requests import make_requests
@@ -81,7 +81,7 @@ def submit_evaluations(args: argparse.Namespace, options: list[str]) -> int:
             return 0
         plan = Submission(roots[0], _next_number(roots[0]))
         script = _script(template, directives, args, plan, left, options)
-        jobs = _submit(plan, script, left, _collecting(directives, plan, roots))
+        jobs = _submit(plan, script, left, _collecting(directives, args, plan, roots))
     print(
         f"submitted job {jobs[0]}: {len(left)} to evaluate, {done}; listed in {plan.file('jobs.tsv')}, logs beside it\n"
         f"submitted job {jobs[1]}, which starts after it and writes {plan.root / 'table.md'} and results.html"
@@ -124,10 +124,20 @@ def _script(
         "output": plan.log("%A-%a.log"),
         "array": f"0-{len(left) - 1}{limit}",
     }
-    return sbatch.fill(template, {**own, **directives}, [str(table), *options])
+    return sbatch.fill(template, {**own, **directives}, [str(table), *options], _container(args, left, options))
 
 
-def _collecting(directives: dict[str, str | None], plan: Submission, roots: list[Path]) -> str:
+def _container(args: argparse.Namespace, left: list[Evaluation], options: list[str]) -> list[str]:
+    """Return the words that start the container of the evaluations, if they are to run in one."""
+    folders = [folder for evaluation in left for folder in (evaluation.model.folder, evaluation.model.root)]
+    # A folder of results may not exist yet, and is made by the job.
+    wanted = [folder if folder.is_dir() else folder.parent for folder in folders]
+    return container.words(args.container, [*wanted, *container.paths_in(options)])
+
+
+def _collecting(
+    directives: dict[str, str | None], args: argparse.Namespace, plan: Submission, roots: list[Path]
+) -> str:
     """Return the batch script of the job that collects, without its dependency."""
     own = {
         "job-name": f"lrnn-collect-{plan.root.parent.name}",
@@ -135,7 +145,10 @@ def _collecting(directives: dict[str, str | None], plan: Submission, roots: list
         "output": plan.log("collect-%j.log"),
     }
     shared = {name: value for name, value in directives.items() if name in OF_BOTH}
-    return sbatch.fill(sbatch.read_template(COLLECT), {**own, **shared}, [str(plan.root), *map(str, roots)])
+    arguments = [str(plan.root), *map(str, roots)]
+    return sbatch.fill(
+        sbatch.read_template(COLLECT), {**own, **shared}, arguments, container.words(args.container, roots)
+    )
 
 
 def _next_number(root: Path) -> int:

@@ -26,7 +26,7 @@ LEVELS = {  # a room imports rooms of lower levels, and itself
     "lrnn.commands": 8,
 }
 FLOOR = {"environment", "errors", "files", "parsing", "paths", "records", "run_lock", "settings", "shipped", "threads"}
-FLOOR |= {"sbatch", "sentencepiece_bpe", "tokenizer", "tokenizer_export"}
+FLOOR |= {"container", "sbatch", "sentencepiece_bpe", "tokenizer", "tokenizer_export"}
 PACKAGE = {"__init__", "auto_classes", "model_config"}
 # These name or run everything.
 COMMANDS = {"cli", "config_schema", "completion", "init", "pretraining", "quickstart", "show_config", "submit"}

@@ -87,7 +87,7 @@ def test_commands_work_in_an_empty_folder(installed, tmp_path):
     ]
     done = run(sys.executable, "-c", COMMANDS, json.dumps(commands), cwd=tmp_path, PYTHONPATH=str(installed))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "srun --kill-on-bad-exit=0 --wait=60 lrnn pretrain" in done.stdout and "set -- 1.3b" in done.stdout
+    assert '"${in_container[@]}" lrnn pretrain' in done.stdout and "set -- 1.3b" in done.stdout
     assert (tmp_path / "runs/track/parity_small/table.md").is_file()
     assert sorted(p.name for p in (tmp_path / "project").iterdir()) == ["README.md", "model.json", "run.yaml", "slurm"]
 

@@ -93,6 +93,29 @@ def test_train_starts_one_run(sbatch):
     assert "--kill-on-bad-exit=0" in arguments[:split]
 
 
+@pytest.mark.parametrize("words", [None, "apptainer exec --nv lrnn.sif"])
+@pytest.mark.parametrize("name", [*NAMES, "collect"])
+def test_commands_run_in_a_container_if_asked_to(sbatch, tmp_path, name, words):
+    """A variable called `container`, which container runtimes set, asks for nothing."""
+    (tmp_path / "jobs.tsv").write_text("runs/a/checkpoints/step-00000010\tquick\n")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/results.json").touch()
+    arguments = {"train": ["run.yaml"], "eval": ["jobs.tsv"], "corpus": ["text"], "collect": [".", "a"]}[name]
+    variables = {"SLURM_CPUS_PER_TASK": "2", "SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_NODELIST": "n[1-2]"}
+    variables |= {"container": "podman"} | ({} if words is None else {"LRNN_CONTAINER": words})
+    status, calls, output = sbatch(name, *arguments, **variables)
+    assert status == 0, output
+    runs = [
+        [word for word in call[1:] if not word.startswith("--kill") and word != "--wait=60"]
+        for call in calls
+        if call[0] == "srun"
+    ]
+    assert len(runs) == {"train": 1, "eval": 2, "corpus": 1, "collect": 2}[name]
+    assert all(" ".join(run).startswith("lrnn " if words is None else f"{words} lrnn ") for run in runs)
+    asked = ["scontrol", "show", "hostnames", "n[1-2]"]  # SLURM's commands are not in the image
+    assert (asked in calls) == (name == "train" and words is not None)
+
+
 @pytest.mark.parametrize("status", [0, 1, 2, 137])
 def test_train_passes_the_status_on(sbatch, status):
     found, calls, _ = sbatch("train", "run.yaml", srun_status=status)

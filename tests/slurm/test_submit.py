@@ -69,6 +69,20 @@ def test_the_script(submit, tmp_path):
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
+def test_in_a_container(submit, tmp_path):
+    """bash reads from the script the words that were meant. A script that starts no container is refused."""
+    (image := tmp_path / "my image.sif").touch()
+    _, out, _, _ = submit("--gpus-per-node", "1", "--container", str(image), "--dry-run")
+    script = out.partition("usage:")[0].rpartition("\nif ")[0] + '\nprintf "%s\\n" "${in_container[@]}"'
+    words = subprocess.run(["bash"], input=script, text=True, capture_output=True, check=True).stdout.splitlines()
+    assert words[:3] == ["apptainer", "exec", "--nv"] and words[-1] == str(image) and str(ROOT) in words
+    (own := tmp_path / "own.sbatch").write_text("#!/bin/bash\n#SBATCH --nodes=1\nsrun lrnn pretrain\n")
+    status, _, err, _ = submit("--gpus-per-node", "1", "--container", str(image), "--template", str(own))
+    assert status == 2 and "--template starts no container: write srun" in err
+    status, _, err, calls = submit("--gpus-per-node", "1", "--container", "gone.sif")
+    assert status == 2 and calls == [] and "--container gone.sif is not a file" in err
+
+
 def test_on_cpu_there_is_one_task_per_node(submit):
     _, out, _, _ = submit("--nodes", "2", "--gpus-per-node", "0", "--dry-run")
     found = directives(out)
