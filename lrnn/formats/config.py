@@ -25,7 +25,10 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     path = folder / "config.json"
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
-        raise UserError(f"{folder} {what}; give a model folder, with its config.json and model.safetensors")
+        raise UserError(
+            f"{folder} {what}; give a model folder, with its config.json and model.safetensors; a model of the hub is "
+            "downloaded with `hf download NAME --local-dir FOLDER`"
+        )
     if not path.is_file():
         raise UserError(f"{folder} is not a model folder: it has no config.json")
     raw = read_json(path, "model configuration")

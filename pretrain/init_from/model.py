@@ -35,4 +35,15 @@ def fields_of_begun(init_from: str, run_dir: str, changes: dict[str, Any]) -> tu
         path = saved / "config.json"
         fields, origin = own_fields(read_json(path, "model configuration")), f"model configuration {path}"
     kept = {name: value for name, value in fields.items() if name not in OF_THE_RUN}
-    return kept | changes, f"{origin} with changed {', '.join(changes)}" if changes else origin
+    return _changed(kept, changes), f"{origin} with changed {', '.join(changes)}" if changes else origin
+
+
+def _changed(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a model with changes, which hold for layers that have a value of their own too."""
+    entries = fields.get("mixer")
+    if "mixer" not in changes and isinstance(entries, list):
+        own = [entry if isinstance(entry, dict) else {} for entry in entries]
+        replaced = [{name: value for name, value in changes.items() if name in entry} for entry in own]
+        pairs = zip(entries, replaced, strict=True)
+        fields = {**fields, "mixer": [{**entry, **new} if new else entry for entry, new in pairs]}
+    return fields | changes

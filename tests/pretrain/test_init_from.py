@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_checkpoints import random_model
+from export_checkpoints import random_model, write_checkpoint
 from safetensors.torch import save_file
 from training_group import losses, run_group
 
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.errors import UserError
+from lrnn.eval.export import model_card
+from lrnn.eval.export.read import read_checkpoint
 from lrnn.files import sha256
 from lrnn.pretrain.checkpoint.reader import SavedState
 from lrnn.pretrain.config import load_model_of, parse_config
@@ -92,6 +94,13 @@ def test_a_run_begins_with_the_weights_of_the_folder_and_resumes_without_it(begu
     assert record == {name: value for name, value in event.items() if name in record}
     assert record["format"] == "lrnn" and record["folder"] == str(moved)
     assert record["sha256"]["config.json"] == sha256(folder / "config.json") and len(record["sha256"]) == 3
+    training = read_checkpoint(Path(stopped["run_dir"])).training
+    assert training["init_from"] == {name: record[name] for name in ("format", "name", "sha256")}  # but for its paths
+    card = model_card._training(training, None, None, None)
+    assert (
+        "It began with the weights of `moved` (`lrnn`). SHA-256: `config.json` " + record["sha256"]["config.json"]
+        in card
+    )
 
 
 def weights_of(config: dict) -> InitialWeights:
@@ -112,6 +121,7 @@ def test_a_change_of_the_model_is_made_where_it_is_written(begun, model, tmp_pat
     changes = {"allow_neg_eigval": True, "mixer": [model.config.mixer[0], {**model.config.mixer[1], "rope_theta": 5e5}]}
     differences = weights_of(begun(model=changes)).differences
     assert differences == {"layer 0 allow_neg_eigval": (False, True), "layer 1 rope_theta": (10_000.0, 5e5)}
+    assert weights_of(begun(model={"sliding_window": 9})).differences == {"layer 1 sliding_window": (None, 9)}
     whole = tmp_path / "whole.json"
     whole.write_text(json.dumps({**model.config.to_dict(), "allow_neg_eigval": True}))
     with pytest.raises(UserError, match=r"has layer 0 allow_neg_eigval = True, .* has False; .* model.allow_neg_eigv"):
@@ -119,6 +129,12 @@ def test_a_change_of_the_model_is_made_where_it_is_written(begun, model, tmp_pat
     assert weights_of(begun(model={"base": str(whole), "allow_neg_eigval": False})).differences == {}
     with pytest.raises(UserError, match=r"changed intermediate_size = 32, does not fit .*down_proj.weight of shape"):
         weights_of(begun(model={"intermediate_size": 32}))
+
+
+def test_a_change_holds_for_layers_with_a_value_of_their_own(begun, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(random_model("deltanet-hybrid").config.to_dict()))
+    found = load_model_of(parse_config(begun(init_from=str(tmp_path), model={"rope_theta": 9e5}), "test"))
+    assert [found.layer(i).rope_theta for i in (0, 2)] == [9e5, 9e5] and found.layer(2).sliding_window == 5
 
 
 def test_a_larger_vocabulary_begins_as_the_mean_of_the_tokens(begun, model):
@@ -153,8 +169,6 @@ def test_a_run_needs_a_model(base):
 
 
 def test_init_from_with_a_checkpoint_of_another_run_is_refused(begun, model, corpora):
-    from export_checkpoints import write_checkpoint
-
     config = begun("other")
     write_checkpoint(Path(config["run_dir"]), model, corpora / "a" / "tokenizer" / "tokenizer.model")
     with pytest.raises(UserError, match=r"other has checkpoints \(the newest is step-00000010\) .* began with random"):
