@@ -76,8 +76,8 @@ class Beginning:
 
         def opened() -> InitialWeights:
             weights = InitialWeights(path, model, changed)
-            for tokenizer, name in _tokenizers_of(config):
-                notice = weights.check_tokenizer(tokenizer, name)
+            if (found := _tokenizer_of(config)) is not None:
+                notice = weights.check_tokenizer(*found)
                 self._notices += [notice] if notice else []
             return weights
 
@@ -87,10 +87,11 @@ class Beginning:
         return make_record(path, config.run_dir, facts)
 
 
-def _tokenizers_of(config: Config) -> list[tuple[Tokenizer, str]]:
-    """Return the tokenizer of the run's data with its path. All corpora of a run have the same one."""
-    data = config.data
-    if data.stream is not None:
-        return [(load_tokenizer(data.stream.tokenizer), data.stream.tokenizer)]
-    folder = Path(data.corpora[0].path) / "tokenizer"
-    return [(load_copy(folder), data.corpora[0].path)] if folder.is_dir() else []
+def _tokenizer_of(config: Config) -> tuple[Tokenizer, str] | None:
+    """Return the tokenizer of the run's data, and where it is. All corpora of a run have the same one."""
+    stream = config.data.stream
+    if stream is not None:
+        return load_tokenizer(stream.tokenizer), stream.tokenizer
+    corpora = [*config.data.corpora, *(corpus for stage in config.stages for corpus in stage.corpora)]
+    folder = Path(corpora[0].path) / "tokenizer"
+    return (load_copy(folder), corpora[0].path) if folder.is_dir() else None

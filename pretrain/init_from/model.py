@@ -6,8 +6,8 @@ from typing import Any
 from lrnn.pretrain.init_from.record import check_begin, newest_with_model
 from lrnn.settings import read_json
 
-# Set by the run itself, whatever the folder's model had.
-OF_THE_RUN = ("max_position_embeddings",)
+# Not taken from the folder: the run sets the length itself, and `InitialWeights` compares tokenizers by their ids.
+NOT_TAKEN = ("max_position_embeddings", "tokenizer_fingerprint")
 
 
 def fields_of_begun(init_from: str, run_dir: str, changes: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -34,7 +34,7 @@ def fields_of_begun(init_from: str, run_dir: str, changes: dict[str, Any]) -> tu
         check_begin(saved, init_from, run_dir)
         path = saved / "config.json"
         fields, origin = own_fields(read_json(path, "model configuration")), f"model configuration {path}"
-    kept = {name: value for name, value in fields.items() if name not in OF_THE_RUN}
+    kept = {name: value for name, value in fields.items() if name not in NOT_TAKEN}
     return _changed(kept, changes), f"{origin} with changed {', '.join(changes)}" if changes else origin
 
 

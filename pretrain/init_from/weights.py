@@ -79,8 +79,8 @@ class InitialWeights:
         Raises:
             UserError: it gives other ids.
         """
-        training = self.source.training or {}
-        if training.get("tokenizer_sha256") == tokenizer.file_sha256:
+        known = self.source.config.tokenizer_fingerprint, (self.source.training or {}).get("tokenizer_sha256")
+        if {tokenizer.fingerprint, tokenizer.file_sha256} & set(known):
             return None
         theirs = tokenizer_of(self.source)
         if theirs is None:
