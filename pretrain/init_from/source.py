@@ -1,6 +1,7 @@
 """Where the weights are that a run begins with: a model folder, a run, or one of its checkpoints."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
+from lrnn.files import sha256
 from lrnn.formats.config import own_fields, read_config
 from lrnn.formats.folder import EMBEDDING, HEAD, ModelFolder, grown
 from lrnn.model_config import model_config_from
@@ -17,6 +19,7 @@ from lrnn.pretrain.checkpoint.reader import SavedState
 from lrnn.settings import read_json
 from lrnn.tokenizer import Tokenizer, load_copy, load_tokenizer
 
+READERS = 4  # files whose checksums are computed at a time
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model")
 
 
@@ -35,9 +38,11 @@ class Source(Protocol):
     config: LrnnConfig
     training: dict[str, Any] | None
 
-    @property
-    def files(self) -> list[Path]:
-        """Return the files that decide the model: its configuration and its weights."""
+    def checksums(self) -> dict[str, str]:
+        """Return the SHA-256 of the files that decide the model, by name: its configuration and its weights.
+
+        All of these files are read.
+        """
 
     def load_into(self, model: nn.Module) -> None:
         """Fill a model of the configuration, or one with a larger vocabulary. Raise UserError if that fails."""
@@ -46,32 +51,33 @@ class Source(Protocol):
 class ExportedWeights(ModelFolder):
     """The weights of a model folder."""
 
-    @property
-    def files(self) -> list[Path]:
-        return [self.path / "config.json", *self.tensors.files]
+    def checksums(self) -> dict[str, str]:
+        files = [self.path / "config.json", *self.tensors.files]
+        with ThreadPoolExecutor(READERS) as pool:  # hashes leave Python's lock to other threads
+            return dict(zip([file.name for file in files], pool.map(sha256, files), strict=True))
 
 
 class SavedWeights:
-    """The weights of a checkpoint of lrnn, without the moments of its optimizer. It is verified.
+    """The weights of a checkpoint of lrnn, without the moments of its optimizer. `checksums` verifies it.
 
     Raises:
-        UserError: the checkpoint is incomplete or damaged.
+        UserError: the checkpoint is incomplete.
     """
 
     format = "checkpoint"
 
     def __init__(self, path: Path):
         self.path = path
-        manifest = checkpoint.verify(path)
-        self._names = [name for name in manifest["files"] if name.startswith("state-")]
         fields = own_fields(read_json(path / "config.json", "model configuration"))
         self.config = model_config_from(fields, str(path / "config.json"))
         progress = checkpoint.read_progress(path)
         self.training: dict[str, Any] | None = {"step": progress["step"], "tokens": progress["progress"]["tokens"]}
 
-    @property
-    def files(self) -> list[Path]:
-        return [self.path / "config.json", *(self.path / name for name in self._names)]
+    def checksums(self) -> dict[str, str]:
+        """Return them as `Source` does. Raise UserError if a file is damaged."""
+        files = checkpoint.verify(self.path)["files"]
+        wanted = [name for name in files if name == "config.json" or name.startswith("state-")]
+        return {name: files[name]["sha256"] for name in wanted}
 
     @torch.no_grad()
     def load_into(self, model: nn.Module) -> None:

@@ -1,7 +1,6 @@
 """Check that weights that were trained before fit the model and the tokenizer of a run, and fill its model."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ from torch import nn
 
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.errors import UserError
-from lrnn.files import sha256
 from lrnn.formats.tokenizers import difference
 from lrnn.model.configuration_lrnn import OPTIONS
 from lrnn.model.pattern import options_of
@@ -93,18 +91,20 @@ class InitialWeights:
         return None
 
     def load_into(self, model: nn.Module) -> None:
-        """Fill the model of the run. Raises UserError if a value is infinite or NaN."""
+        """Fill the model of the run. Raise UserError if a value of a model folder is infinite or NaN."""
         self.source.load_into(model)
 
     def facts(self) -> dict[str, Any]:
-        """Return what tells the weights from others: format, checksums, and what is known about their training."""
-        files = self.source.files
-        with ThreadPoolExecutor(4) as pool:  # hashes leave Python's lock to other threads
-            sums = dict(zip([file.name for file in files], pool.map(sha256, files), strict=True))
-        facts: dict[str, Any] = {"format": self.source.format, "name": self.source.path.name, "sha256": sums}
+        """Return what tells the weights from others: format, checksums, and what is known about their training.
+
+        Raises:
+            UserError: the weights are a checkpoint, and it is damaged.
+        """
+        source = self.source
+        facts: dict[str, Any] = {"format": source.format, "name": source.path.name, "sha256": source.checksums()}
         if self.differences:
             facts["changed"] = {field: list(values) for field, values in self.differences.items()}
-        return facts | ({"training": self.source.training} if self.source.training else {})
+        return facts | ({"training": source.training} if source.training else {})
 
     def _check_shapes(self) -> None:
         """Raise UserError unless the run's model has the parameters of the folder's, and at most more embeddings."""
