@@ -4,6 +4,7 @@ from functools import cached_property
 from typing import Any
 
 from lrnn import LrnnForCausalLM
+from lrnn.eval.generation.decoding import GraphDecoding
 from lrnn.eval.in_run.crew import Job
 from lrnn.eval.in_run.prompts import encode, write_on
 from lrnn.eval.suites.bos import Bos
@@ -38,6 +39,11 @@ class Answers:
         max_length = settings.max_length or length_of(self._model.config, self._tokenizer)
         return Model.around(self._model, self._tokenizer, self._bos, settings.batch_size, max_length)
 
+    @cached_property
+    def decoding(self) -> GraphDecoding:
+        """Return what generates greedily, with CUDA graphs that all prompts share."""
+        return GraphDecoding(self._model)
+
     def __call__(self, job: Job) -> list[Any]:
         """Return the answers to a job."""
         kind, texts = job
@@ -51,4 +57,4 @@ class Answers:
         """Return what the model writes after a prompt."""
         ids = encode(self._tokenizer, self._prompts[number], self._bos.ids)
         seed = (self._config.seed, self._step, number)
-        return write_on(self._model, self._tokenizer, ids, self._config.samples, seed)
+        return write_on(self._model, self.decoding, self._tokenizer, ids, self._config.samples, seed)

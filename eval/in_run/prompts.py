@@ -51,15 +51,25 @@ def encode(tokenizer: Any, prompt: str, first: tuple[int, ...]) -> list[int]:
 
 
 def write_on(
-    model: LrnnForCausalLM, tokenizer: Any, ids: list[int], settings: SamplesConfig, seed: tuple[int, ...]
+    model: LrnnForCausalLM,
+    decoding: GraphDecoding,
+    tokenizer: Any,
+    ids: list[int],
+    settings: SamplesConfig,
+    seed: tuple[int, ...],
 ) -> str:
     """Return the text that the model writes after some ids, up to the end of the document.
 
     Args:
+        model: the model.
+        decoding: generates at a temperature of 0.
+        tokenizer: turns ids into text.
+        ids: the prompt.
+        settings: how many tokens, and the temperature.
         seed: what random numbers follow from; they are needed above a temperature of 0 only.
     """
     prompt = torch.tensor([ids], device=model.device)
-    options: dict[str, Any] = {"do_sample": False, "custom_generate": GraphDecoding(model)}
+    options: dict[str, Any] = {"do_sample": False, "custom_generate": decoding}
     if settings.temperature > 0:
         torch.manual_seed(int.from_bytes(hashlib.sha256(repr(seed).encode()).digest()[:7], "big"))
         options = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}

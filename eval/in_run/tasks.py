@@ -56,8 +56,8 @@ class Tasks:
             build.check_lengths(self._loaded, tokenizer, len(bos.ids), max_length, self._request)
         except RunsCode as error:
             raise UserError(
-                f"eval: {', '.join(error.tasks)} runs code written by the model, which a run does not do between its "
-                "steps; leave it to `lrnn eval` on exported checkpoints, and name other tasks here"
+                f"eval: code written by the model would run in {', '.join(error.tasks)}, and a run does not do that "
+                "between its steps; leave it to `lrnn eval` on exported checkpoints, and name other tasks here"
             ) from None
         except UserError as error:
             raise UserError(f"eval: {as_keys(str(error))}") from error
@@ -107,6 +107,7 @@ def _load(request: Request, max_length: int) -> Loaded:
     request.check()
     harness.silence_expected_warnings()
     harness.start_no_processes()
+    offline.plain_progress()
     if not request.suite:
         return load(request, named(request), max_length)
     names, _ = choose_suite(request)

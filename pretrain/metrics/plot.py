@@ -8,6 +8,7 @@ single run are the standard errors over documents that lm-eval reports.
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,7 @@ def _draw_training(figure: Any, groups: Sequence[Group], band: Band | None, smoo
         _line(axes[0, 0], group, lambda run: run.curve("heldout_loss"), band, **heldout)
         _draw_corpora(axes[0, 0], group, band, color)
         _line(axes[0, 1], group, lambda run: run.curve("lr"), band, color=color)
-        speed = "tokens_per_second_per_gpu"
-        _line(axes[1, 0], group, lambda run, key=speed: run.curve(key), band, smoothing, color=color)
+        _line(axes[1, 0], group, lambda run: run.curve("tokens_per_second_per_gpu"), band, smoothing, color=color)
         if len(group.runs) == 1:
             _marks(axes[0, 0], group.runs[0], color)
     first = groups[0].runs[0]
@@ -90,7 +90,7 @@ def _draw_corpora(axis: Any, group: Group, band: Band | None, color: str) -> Non
     for i, corpus in enumerate(group.runs[0].corpora):
         style: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "label": f"{group.name} held-out {corpus}"}
         key = HELDOUT_OF_CORPUS + corpus
-        _line(axis, group, lambda run, key=key: run.curve(key), band, color=color, ms=4, ls=":", **style)
+        _line(axis, group, partial(Records.curve, key=key), band, color=color, ms=4, ls=":", **style)
 
 
 def _line(
@@ -143,7 +143,7 @@ def _draw_scores(figure: Any, groups: Sequence[Group], names: Sequence[tuple[str
         for i, group in enumerate(groups):
             style: dict[str, Any] = {"color": f"C{i % 10}", "marker": ".", "lw": 1}
             if len(group.runs) > 1:
-                _line(axis, group, lambda run, name=name: run.score(name), band, **style)
+                _line(axis, group, partial(Records.score, name=name), band, **style)
             else:
                 curve = group.runs[0].score(name)
                 if curve.steps:

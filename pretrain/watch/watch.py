@@ -76,7 +76,8 @@ class Watch:
 
     def _recorded(self, step: int) -> list[str]:
         """Return what the run's records show of a step."""
-        records = read_metrics(Path(self._config.run_dir))
+        run_dir = Path(self._config.run_dir)
+        records = read_metrics(run_dir) if (run_dir / "metrics.jsonl").is_file() else []  # a full disk
         events = {"scores": "eval", "samples": "samples"}
         return [name for name, event in events.items() if step in events_by_step(records, event)]
 

@@ -15,11 +15,13 @@ from training_group import run_command
 
 from lrnn.cli import main
 from lrnn.errors import UserError
+from lrnn.eval.in_run.prompts import read_prompts
 from lrnn.model_config import load_model_config
 from lrnn.pretrain.config import parse_config
 from lrnn.pretrain.data.training_data import open_data
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.progress import check_same_run
+from lrnn.pretrain.watch.settings import SamplesConfig
 from lrnn.records import read_metrics
 
 
@@ -423,3 +425,42 @@ def test_resume_with_other_data(run, pretrain, corpora, foreign_corpus):
     assert [r["samples"] for r in read_metrics(run) if "samples" in r] == [8, 16, 24]
     status, _, stderr = pretrain("steps=3", only % foreign_corpus, "--allow-change", "log.heldout_every=0")
     assert status == 2 and "the position in the data would mean something else: restore it, or choose" in stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("eval={every: 2}", "key eval = {'every': 2}: give either suite or tasks"),
+        ("eval={suite: fast}", "key eval = {'suite': 'fast'}: every is missing: the steps between two evaluations"),
+        ("eval={every: 2, suite: quick, truncate: true}", "a suite has a fixed protocol: truncate,"),
+        ("eval={every: 2, tasks: [a], limit: 1.5}", "limit 1.5 should be a whole number of documents, or a fraction"),
+        ("samples={every: 2}", "key samples = {'every': 2}: give either prompts or prompt_file"),
+        ("samples={prompts: [a]}", "every is missing: the steps from samples to samples, or 0 for none"),
+        ("eval={every: 2, suite: fats}", "eval: unknown suite 'fats'; did you mean fast?"),
+        ("eval={every: 2, tasks: [none.yaml]}", "eval: unknown task 'none.yaml'; there is no such file"),
+        ("eval={every: 2, suite: code_math}", "would run in lrnn_humaneval, lrnn_mbpp, and a run does not do that"),
+        ("eval={every: 2, tasks: [lrnn_parity_mc], limit: 1}", "than the model's max_position_embeddings or eval.max_"),
+        ("samples={every: 2, prompt_file: none.txt}", "samples.prompt_file none.txt cannot be read: [Errno 2]"),
+    ],
+)
+def test_what_watches_a_run(refused, tmp_path, override, message):
+    """An unknown task of lm-eval is refused in the same way; it takes 8 s to list all of them."""
+    assert message in refused(override)
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_of_prompts(tmp_path):
+    def prompts(name, content):
+        (tmp_path / name).write_bytes(content)
+        return read_prompts(SamplesConfig(every=1, prompt_file=str(tmp_path / name)))
+
+    assert prompts("a.txt", "def f(x):\n\n  ä\n".encode()) == ["def f(x):", "  ä"]
+    assert prompts("a.jsonl", b'{"text": "a\\nb"}\n{"text": "c", "id": 1}\n') == ["a\nb", "c"]
+    for name, content, message in (
+        ("b.txt", b"\n \n", "holds no prompt"),
+        ("c.txt", b"\xff\xfe", "cannot be read: 'utf-8' codec"),
+        ("b.jsonl", b'{"text": "a"}\n{"txt": 1}\n', r"line 2 should be a row .* not \{\"txt\": 1\}"),
+        ("c.jsonl", b"a\n", "line 1 is not JSON"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prompts(name, content)

@@ -12,6 +12,10 @@ import pytest
 from training_group import losses, run_group
 
 from lrnn.cli import main
+from lrnn.errors import UserError
+from lrnn.eval.in_run import tasks
+from lrnn.eval.suites import hub_data
+from lrnn.eval.suites.request import Request
 from lrnn.records import events_by_step, read_metrics
 
 LONG = "LRNN_TORTURE" in os.environ
@@ -113,6 +117,13 @@ def _check_samples(folder, found):
         ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(prompt).input_ids]])
         written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
         assert tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True) == text
+
+
+def test_a_suite_without_its_data(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub_data, "_is_there", lambda name: False)
+    request = Request(model=tmp_path, suite="commonsense")
+    with pytest.raises(UserError, match=r"data sets .* allenai/sciq \(lrnn_sciq\); run `lrnn eval --fetch --suite"):
+        tasks._load(request, 64)
 
 
 @long
