@@ -14,7 +14,7 @@ PATTERNS = {
     "AdamW": r"adam",
     "norm of the gradient": r"lpnorm|normtwo",
     "gated norm": r"gated_rms_norm|layer_norm_gated",
-    "RMS norm": r"rms_?norm|layer_?norm",
+    "RMS norm": r"rms_?norm|layer_?norm|gammabeta",
     "short convolution": r"short_conv|conv1d|conv_depthwise|^next_inputs",
     "SwiGLU": r"swiglu|silu",
     "attention": r"flash|fmha|sdpa|attention|^rotate_",
@@ -26,7 +26,7 @@ PATTERNS = {
     "products": r"nvjet|gemm|gemv|cutlass|cublas|splitk|xmma",
     "embedding": r"embedding|gather_kernel|index_?select|grad_weight|sum_and_scatter|krn_partial|radixsort",
     "casts and copies": r"memcpy|memset|copy|fill|^cast_|catarray",
-    "elementwise and sums": r"elementwise|reduce_kernel|multi_tensor_apply|^triton_(poi|red|per|for)_",
+    "elementwise and sums": r"elementwise|reduce_kernel|multi_tensor_apply|devicescan|searchsorted|^triton_(poi|red|per|for)_",
 }
 KINDS = [*PATTERNS, OTHER]
 _COMPILED = [(kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in PATTERNS.items()]

@@ -64,5 +64,5 @@ def test_the_time_of_products():
     end.record()
     torch.cuda.synchronize()
     kinds = by_kind(kernel_times(step.profile(products, 1)))
-    assert set(kinds) == {"products"}
+    assert kinds["products"] > 0.99 * kinds.total()  # cuBLAS may clear its workspace
     assert kinds.total() == pytest.approx(start.elapsed_time(end), rel=0.1)
