@@ -13,12 +13,14 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import model_registry
 
 from lrnn.errors import UserError
+from lrnn.eval.suites.build import compile_templates_once
 
 model_registry.register("lrnn", target="lrnn.eval.suites.model:Model")
 
 
 def main() -> int:
     """Run `lm_eval`. Return 2 for a folder that cannot be evaluated."""
+    compile_templates_once()
     try:
         cli_evaluate()
     except UserError as error:

@@ -1,9 +1,9 @@
 """Tasks become requests to the model, once, before it is loaded: settings, few-shot examples, lengths."""
 
+import functools
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,17 @@ def seed(request: Request) -> None:
         torch.manual_seed(of_torch)
 
 
+def compile_templates_once() -> None:
+    """Let lm-eval compile each Jinja template once per process, instead of once per document and example.
+
+    Building the prompts of GSM8K with eight examples takes 0.6 CPU-seconds with it, and 47 without.
+    """
+    from lm_eval import utils
+
+    if not hasattr(utils.env.from_string, "cache_info"):
+        utils.env.from_string = functools.lru_cache(maxsize=1024)(utils.env.from_string)
+
+
 def build(
     loaded: Loaded, request: Request, render: Callable[..., str] | None, rank: int = 0, world_size: int = 1
 ) -> None:
@@ -43,6 +54,7 @@ def build(
     """
     from lm_eval.evaluator_utils import get_sample_size
 
+    compile_templates_once()
     for name, task in loaded.tasks.items():
         _set(name, task, request)
     for name, task in loaded.tasks.items():
@@ -53,7 +65,7 @@ def build(
             task.build_all_requests(**options)
         except (AssertionError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"the prompts of the task {name!r} cannot be built: {error}") from error
-        task.build_all_requests = partial(_built, name)
+        task.build_all_requests = functools.partial(_built, name)
 
 
 def _built(name: str, **_: Any) -> None:

@@ -5,6 +5,7 @@ after every step in every ZeRO stage, and `test_torture.py` after kills. With LR
 """
 
 import json
+import math
 import os
 import sys
 import sysconfig
@@ -15,7 +16,6 @@ import pytest
 import torch
 from training_group import losses, run_group
 
-from lrnn import LrnnForCausalLM
 from lrnn.cli import main
 from lrnn.eval.export import check
 from lrnn.eval.export.read import read_checkpoint
@@ -69,6 +69,25 @@ def runs(base, tmp_path, model_json):
     return {form: Path(config["run_dir"]) for form, config in configs.items()}
 
 
+def check_evaluation(folder, trained, texts, tmp_path):
+    """Bits per byte of the folder are those of the trained model's own probabilities."""
+    documents, out = tmp_path / "short.jsonl", tmp_path / "evaluation" / folder.name
+    documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LRNN_EVAL_HELDOUT", str(documents))
+        options = ["--tasks", "lrnn_heldout_bpb", "--device", "cpu"]
+        assert main(["eval", str(folder), *options, "--out", str(out)]) == 0
+    bits = 0.0
+    for ids in trained.tokenizer.encode_batch(texts):
+        whole = torch.tensor([*trained.tokenizer.document_prefix, *ids])
+        with torch.no_grad():
+            log_probabilities = trained.model.eval()(whole[None]).logits[0, :-1].double().log_softmax(-1)
+        bits -= log_probabilities.gather(1, whole[1:, None]).sum().item() / math.log(2)
+    truth = bits / sum(len(text.encode()) for text in texts)
+    (found,) = json.loads((out / "results.json").read_text())["metrics"]
+    assert found["metric"] == "bits_per_byte" and found["value"] == pytest.approx(truth, rel=1e-4)
+
+
 def test_the_whole_way(runs, tmp_path):
     exports = {"hf": "fla", "olmo_hybrid": "olmo_hybrid"} | ({"fla": "fla"} if "LRNN_TORTURE" in os.environ else {})
     for export_format, form in exports.items():
@@ -77,6 +96,8 @@ def test_the_whole_way(runs, tmp_path):
             patch.setattr(check.subprocess, "run", clean_process.run)
             assert main(["export", str(runs[form]), str(out), "--format", export_format]) == 0
     folders = {name: tmp_path / "exports" / name for name in ("hf", "olmo_hybrid")}
+    library = Path(sysconfig.get_paths()["stdlib"])
+    texts = [(library / name).read_text()[:3000] for name in ("textwrap.py", "bisect.py")]
 
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = clean_process.run([sys.executable, "-I", "-c", USE, *folders.values()], cwd=tmp_path, env=env)
@@ -85,14 +106,13 @@ def test_the_whole_way(runs, tmp_path):
     assert [r["class"] for r in found] == ["transformers_modules LrnnForCausalLM", "transformers OlmoHybridForCausalLM"]
     for name, result in zip(folders, found, strict=True):
         assert result["padded"] == result["alone"], name
-        trained: LrnnForCausalLM = read_checkpoint(runs[exports[name]]).model
+        trained = read_checkpoint(runs[exports[name]])
         with torch.no_grad():
-            truth = trained.eval()(torch.tensor(result["ids"])).logits[0]
+            truth = trained.model.eval()(torch.tensor(result["ids"])).logits[0]
         assert (torch.tensor(result["logits"]) - truth).abs().max() < 1e-4 * truth.abs().max(), name
+        check_evaluation(folders[name], trained, [text[:200] for text in texts], tmp_path)
 
     documents = tmp_path / "heldout.jsonl"
-    library = Path(sysconfig.get_paths()["stdlib"])
-    texts = [(library / name).read_text()[:3000] for name in ("textwrap.py", "bisect.py")]
     documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     options = ["--documents", str(documents), "--max-length", "256", "--piece", "100", "--device", "cpu"]
     assert main(["position", *map(str, folders.values()), "--out", str(tmp_path / "position"), *options]) == 0
