@@ -26,7 +26,8 @@ PATTERNS = {
     "products": r"nvjet|gemm|gemv|cutlass|cublas|splitk|xmma",
     "embedding": r"embedding|gather_kernel|index_?select|grad_weight|sum_and_scatter|krn_partial|radixsort",
     "casts and copies": r"memcpy|memset|copy|fill|^cast_|catarray",
-    "elementwise and sums": r"elementwise|reduce_kernel|multi_tensor_apply|devicescan|searchsorted|^triton_(poi|red|per|for)_",
+    "elementwise and sums": r"elementwise|reduce_kernel|multi_tensor_apply|devicescan|searchsorted"
+    r"|^triton_(poi|red|per|for)_",
 }
 KINDS = [*PATTERNS, OTHER]
 _COMPILED = [(kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in PATTERNS.items()]

@@ -75,7 +75,7 @@ def check_evaluation(folder, trained, texts, tmp_path):
     documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LRNN_EVAL_HELDOUT", str(documents))
-        options = ["--tasks", "lrnn_heldout_bpb", "--device", "cpu"]
+        options = ["--tasks", "lrnn_heldout_bpb", "--device", "cpu", "--max-length", "512"]  # longer than the texts
         assert main(["eval", str(folder), *options, "--out", str(out)]) == 0
     bits = 0.0
     for ids in trained.tokenizer.encode_batch(texts):
