@@ -36,7 +36,7 @@ class Memory:
         optimizer: the optimizer's weights and moments.
         gradients: of all weights, and of this GPU's part after their reduction.
         copies: the weights of fused layers in 16 bits, or twice in float8.
-        activations: what layers keep for their backward pass.
+        activations: what layers keep for their backward pass, and the states that rows carry from step to step.
         logits: what the head and the loss take while they run.
         workspace: what a layer's backward pass takes while it runs, or what Muon does.
         buckets: ZeRO's buckets, and the copy of one that is reduced.
@@ -171,11 +171,17 @@ class _Held:
             optimizer=3 * self.part - setup.muon * FLOAT32 * setup.model.layer_matrices / setup.gpus,
             gradients=gradients,
             copies=self._copies(kept),
-            activations=kept,
+            activations=kept + self._carried(),
             logits=logits,
             workspace=workspace,
             buckets=buckets,
         )
+
+    def _carried(self) -> float:
+        """Return the bytes of the states of all rows of this GPU, and of those ahead of a micro-batch beside them."""
+        setup = self.setup
+        rows = setup.micro_batch * (setup.micro_batches + 1)
+        return setup.carries * FLOAT32 * setup.model.state * rows
 
     def _copies(self, kept: float) -> float:
         """Return the bytes of weights in 16 bits. Autocast makes those of plain layers in each forward pass."""

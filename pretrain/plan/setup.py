@@ -60,6 +60,7 @@ class Setup:
         muon: whether the optimizer is Muon.
         packed: whether the state is reset at documents.
         offloads: whether a DeepSpeed JSON keeps states in the host's memory, which estimates leave out.
+        carries: whether rows carry states from step to step.
     """
 
     model: ModelSizes
@@ -79,6 +80,7 @@ class Setup:
     muon: bool
     packed: bool
     offloads: bool
+    carries: bool = False
 
     @property
     def tokens(self) -> int:
@@ -162,6 +164,7 @@ def setup_of(
         muon=config.optim.name == "muon",
         packed=config.data.reset_at_document_boundaries,
         offloads=any(name.startswith("offload_") and value for name, value in zero.items()),
+        carries=bool(config.data.state_passing),
     )
 
 

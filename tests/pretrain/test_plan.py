@@ -124,6 +124,14 @@ def test_memory_by_part():
         assert adamw.memory.optimizer - muon.memory.optimizer == pytest.approx(saved / gpus, rel=0.01)
 
 
+def test_states_that_rows_carry():
+    """A float32 state for each of the 16 rows of a GPU in every layer, and for the 4 of the micro-batch once more."""
+    options = "global_batch_size=32 micro_batch_size=4 data.state_passing="
+    apart, passing = (Estimate(setup("340m", options + value, 2), 80e9).memory for value in ("false", "16"))
+    heads, size, layers = 8, 128, 20
+    assert passing.activations - apart.activations == 20 * 4 * layers * heads * size * size
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_every_mixer(mixer):
     plan = setup("tiny", f"model.mixer={mixer} precision=bfloat16")
