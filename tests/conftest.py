@@ -32,6 +32,8 @@ LONGEST = (
     "pretrain/test_trust.py",
     "eval/export/test_transformers_versions.py",
     "eval/export/test_oracle.py",
+    "kernels/delta_rule/hopper/test_scans.py",
+    "lrnn/test_packaging.py",
 )
 
 
@@ -41,7 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (_is_alone(item), place.get(item.path, len(LONGEST))))
 
 
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
     gc.freeze()
     gc.enable()
 
