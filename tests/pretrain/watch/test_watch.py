@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from contextlib import closing, contextmanager
 from types import SimpleNamespace
 
@@ -149,6 +150,20 @@ def test_tensorboard_has_scores_and_samples(config, tmp_path):
     assert [(s.step, s.value) for s in board.Scalars("eval/b/exact_match/strict-match")] == [(11, 0.25)]
     text = board.Tensors("samples/1/text_summary")[0].tensor_proto.string_val[0].decode()
     assert text == "    def f(x):\n        return 1\n"
+
+
+def test_wandb_has_scores_and_samples(config, monkeypatch):
+    logged = []
+    table = SimpleNamespace(Table=lambda columns, data: (columns, data))
+    monkeypatch.setitem(sys.modules, "wandb", table)
+    with closing(MetricsLog(config, 0, False, RANKS)) as log:
+        log._wandb = SimpleNamespace(log=logged.append, finish=lambda: None)
+        log.write_scores(11, SCORES, 1.0)
+        log.write_samples(11, SAMPLES)
+    assert logged == [
+        {"step": 11, "eval/a/acc": 0.5, "eval/b/exact_match/strict-match": 0.25},
+        {"step": 11, "samples": (["prompt", "text"], [list(sample) for sample in SAMPLES])},
+    ]
 
 
 def test_random_numbers_go_on_as_if_nothing_had_been():
