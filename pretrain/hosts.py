@@ -6,13 +6,13 @@ import time
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from lrnn import LrnnConfig
 from lrnn.environment import source_checksum
 from lrnn.errors import UserError
 from lrnn.pretrain.changes import flatten
 from lrnn.pretrain.config import Config
+from lrnn.pretrain.data.training_data import TrainingData
 from lrnn.pretrain.distributed import Ranks
 from lrnn.settings import read_json
 
@@ -21,7 +21,7 @@ PATHS = {"run_dir", "model", "data", "deepspeed", "init_from", "stages"}
 SEEN_WITHIN_S = 15  # NFS may show a file of another host late
 
 
-def check_same(config: Config, model: LrnnConfig, data: dict[str, Any], ranks: Ranks) -> None:
+def check_same(config: Config, model: LrnnConfig, data: TrainingData, ranks: Ranks) -> None:
     """Raise UserError, on all ranks, if a rank has other versions, settings, model or data than rank 0.
 
     Each host reads its own copy of packages, configuration and corpora, unless they are on a shared file system.
@@ -29,7 +29,7 @@ def check_same(config: Config, model: LrnnConfig, data: dict[str, Any], ranks: R
     Args:
         config: the run's configuration.
         model: the model's configuration.
-        data: the description of the data.
+        data: the training data.
         ranks: this process among all.
     """
     if ranks.world_size == 1:
@@ -39,7 +39,7 @@ def check_same(config: Config, model: LrnnConfig, data: dict[str, Any], ranks: R
     facts |= {key: value for key, value in flatten(config.model_dump()).items() if key.split(".")[0] not in PATHS}
     if config.deepspeed is not None:
         facts |= flatten({"deepspeed": read_json(config.deepspeed, "DeepSpeed configuration")})
-    facts |= flatten({"model": model.to_diff_dict()}) | flatten(data, "data.")
+    facts |= flatten(model.to_diff_dict(), "model.") | flatten(data.description, "data.") | {"stages": data.stages}
     everybody = ranks.gather((socket.gethostname(), facts))
     main_host, expected = everybody[0]
     for rank, (host, found) in enumerate(everybody):

@@ -113,7 +113,7 @@ class Run:
         self._watchdog = exits.enter_context(Watchdog(ranks, config.watchdog))
         with self.phase("checking data and checkpoints", step=0):
             self._model_config, self._data, self._heldout = ranks.together(self._check_parts)
-            check_same(config, self._model_config, self._data.description, ranks)
+            check_same(config, self._model_config, self._data, ranks)
             evaluator = make_evaluator(make, config, self._model_config, self._data.save_tokenizer, ranks)
             self._engine_copy = ranks.together(self._read_engine_copy)
             self._saved = self._open_folder(exits)

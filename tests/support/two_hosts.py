@@ -5,12 +5,15 @@ They share all files but /etc/hosts, as the hosts of a cluster do, and they reac
 
 import ctypes
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from lrnn.pretrain.launch import PR_SET_PDEATHSIG
 
 ADDRESSES = {"alpha": "10.77.0.1", "beta": "10.77.0.2"}
 EVERYBODY = "127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in ADDRESSES.items())
@@ -88,7 +91,7 @@ def two_hosts(folder: Path, names: dict[str, str] | None = None) -> Iterator[lis
 def _start(command: list[str], started: list[subprocess.Popen]) -> int:
     """Start namespaces, and return the number of their first process."""
     try:
-        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=_end_with_parent))
     except FileNotFoundError as error:
         raise RuntimeError(f"{error.filename} is not installed") from None
     number = started[-1].pid
@@ -102,6 +105,11 @@ def _start(command: list[str], started: list[subprocess.Popen]) -> int:
                 return first
         time.sleep(0.02)
     raise RuntimeError(f"no namespaces within {START_S} s")
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel to kill this process when the tests are killed."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _run(command: list[str]) -> None:
