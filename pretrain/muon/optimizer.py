@@ -92,12 +92,10 @@ class MuonAdamW(torch.optim.AdamW):
         collected = sharing.collect(source, self._dtype)
         changes = [flat.new_zeros(x.shape) for x in collected]
         pairs: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-        for matrices, *weight in [
-            *((w.matrices, _part(source, offset, w), _part(flat, offset, w)) for w, offset in sharing.whole),
-            *zip((w.matrices for w in sharing.cut), collected, changes, strict=True),
-        ]:
-            for x, y in zip(*map(matrices.split, weight), strict=True):
-                pairs.setdefault(x.shape, []).append((x, y))
+        whole = [(w, _part(source, offset, w), _part(flat, offset, w)) for w, offset in sharing.whole]
+        for weight, x, y in [*whole, *zip(sharing.cut, collected, changes, strict=True)]:
+            for pair in zip(weight.matrices.split(x), weight.matrices.split(y), strict=True):
+                pairs.setdefault(pair[0].shape, []).append(pair)
         for (rows, columns), alike in pairs.items():
             self._add_orthogonalized(alike, -lr * self._adjust(rows, columns))
         sharing.hand_back(changes, flat)
