@@ -118,7 +118,7 @@ def _run(given: str, overrides: list[str]) -> tuple[dict[str, Any], dict[Key, st
         lines = parse_json_file(base, "model configuration").lines
         own = {("model", *key): f"{base}:{line}" for key, line in lines.items()}
         origins = own | {key: origin for key, origin in origins.items() if key[0] != "model" or len(key) > 1}
-    origins["model", "max_position_embeddings"] = "data.seq_len"
+    origins["model", "max_position_embeddings"] = "longest of the stages" if config.stages else "data.seq_len"
     values["model"] = _fields(every_field(model), {key[1] for key in origins if key[0] == "model" and len(key) > 1})
     return values, origins
 

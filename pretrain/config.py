@@ -71,7 +71,8 @@ class DataConfig(Section):
     """The data that the run trains on: either `corpora` or `stream`, or neither if every stage has its own corpora."""
 
     seq_len: Annotated[int, Unit("tokens")] = Field(gt=0)
-    """Length of a sample. It is also the `max_position_embeddings` of the model, its export and its evaluation."""
+    """Length of a sample. It is also the `max_position_embeddings` of the model, its export and its evaluation, which
+    is the longest of the stages, if there are any."""
     corpora: list[CorpusSource] = Field(default_factory=list)
     """Corpora written by `lrnn corpus`, mixed by weight."""
     stream: StreamSource | None = None
@@ -265,7 +266,7 @@ class Config(Section):
     and a GPU of compute capability 8.9 or above. On CPUs without AVX-512, `float32` is several times as fast."""
     deepspeed: Annotated[str | None, IsPath()] = None
     """DeepSpeed JSON, for settings that `zero` and `precision` do not cover. Batch sizes and clipping are filled in."""
-    steps: Steps = Field(0, gt=0)
+    steps: Steps = Field(0, gt=0, json_schema_extra=lambda schema: schema.pop("default"))
     """Length of the run in optimizer steps. It is required without `stages`; with them it is the sum of their lengths,
     and may be left out."""
     global_batch_size: Samples = Field(gt=0)

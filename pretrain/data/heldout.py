@@ -42,7 +42,7 @@ class HeldOut:
             corpora = {path: TokenCorpus(path, "heldout") for path in paths}
             for stage in stages:
                 with naming(stage, config):
-                    self._batches.append(_batches_in(stage, corpora, ranks))
+                    self._batches.append(batches_in(stage, corpora, ranks))
 
     def due(self, step: int) -> bool:
         """Return whether to measure after `step` steps: every `log.heldout_every` steps and after the last one."""
@@ -69,7 +69,7 @@ class HeldOut:
         return float(totals[0] / totals[1])
 
 
-def _batches_in(stage: Stage, corpora: dict[str, TokenCorpus], ranks: Ranks) -> dict[str, list[MicroBatch]]:
+def batches_in(stage: Stage, corpora: dict[str, TokenCorpus], ranks: Ranks) -> dict[str, list[MicroBatch]]:
     """Return this process's batches of a stage by the name of the loss: of all corpora, and the same windows by corpus.
 
     Windows that one batch of several corpora would hold are in batches of their own too, because a pass has one loss.

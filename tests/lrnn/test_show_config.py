@@ -29,7 +29,8 @@ def show(capsys):
 
 def comment(text: str, key: str) -> str:
     lines = [line for line in text.splitlines() if line.strip().removeprefix("- ").startswith(f"{key}:")]
-    (line,) = [line for line in lines if not line.startswith(" ")] or lines  # `profile` has `steps` too
+    depth = min(len(line) - len(line.lstrip()) for line in lines)  # `profile` has `steps` too, `optim.muon` has `lr`
+    (line,) = [line for line in lines if len(line) - len(line.lstrip()) == depth]
     return line.split("  # ")[1]
 
 
@@ -132,7 +133,8 @@ def test_types_bounds_and_units():
     schema = json_schema("run")
     steps, zero = schema["properties"]["steps"], schema["properties"]["zero"]
     assert steps == {
-        "description": "Length of the run in optimizer steps. Unit: steps.", "exclusiveMinimum": 0, "type": "integer",
+        "description": "Length of the run in optimizer steps. It is required without `stages`; with them it is the sum "
+        "of their lengths, and may be left out. Unit: steps.", "exclusiveMinimum": 0, "type": "integer",
     }  # fmt: skip
     assert {"enum": [1, 2, 3], "type": "integer"} in zero["anyOf"]
     assert schema["$defs"]["CorpusSource"]["required"] == ["path"]  # lists are replaced, not merged

@@ -281,6 +281,24 @@ def test_mfu(config, monkeypatch):
     assert speed.read(0.0)["mfu"] == pytest.approx(flops / 1e9, abs=1e-4)
 
 
+def test_speed_over_a_boundary_of_stages(config, monkeypatch):
+    """Each step counts with the tokens and FLOPs of its own stage."""
+    clock = [0.0]
+    monkeypatch.setattr(speed_module.time, "perf_counter", lambda: clock[0])
+    speed = Speed(config, MODEL, RANKS)
+    monkeypatch.setattr(speed, "_peak", 1e7)
+    longer = config.model_copy(update={"data": config.data.model_copy(update={"seq_len": 150})})
+    wider = LrnnConfig(**{**MODEL.to_dict(), "intermediate_size": 64})
+    for stage, model, seconds in ((config, MODEL, 1), (longer, wider, 2)):
+        speed.enter(stage, model)
+        with speed.step():
+            clock[0] += seconds
+    record = speed.read(0.0)
+    assert record["tokens_per_second_per_gpu"] == pytest.approx(12 * (50 + 150) / 2 / 3, abs=0.1)
+    flops = 12 * (50 * train_flops_per_token(MODEL) + 150 * train_flops_per_token(wider)) / 2 / 3
+    assert record["mfu"] == pytest.approx(flops / 1e7, abs=1e-4) and flops / 1e7 > 0.1
+
+
 def test_memory_is_that_of_this_process(config):
     speed = Speed(config, MODEL, RANKS)
     with speed.step():

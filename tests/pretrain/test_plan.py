@@ -202,6 +202,28 @@ def test_command(capsys):
     assert any("scaled" in note for note in record["notes"])
 
 
+def test_stages(capsys):
+    """Each stage is priced as the run that it would be alone."""
+    alone = ["340m", "data.seq_len=8192", "global_batch_size=64", "micro_batch_size=4", "steps=2000"]
+    for gpus in ("1,8", "8"):
+        found: list[dict] = []
+        for run in (["340m-stages"], alone):
+            assert main(["plan", *run, "--gpus", gpus, "--gpu", "H200", "--json"]) == 0
+            found.append(json.loads(capsys.readouterr().out))
+        stages, long = found[0]["stages"], found[1]
+        assert [(s["stage"], s["name"], s["first_step"], s["steps"]) for s in stages] == [
+            (1, "web", 1, 180000), (2, "anneal", 180001, 20000), (3, "long", 200001, 2000)
+        ]  # fmt: skip
+        assert stages[2].items() >= long.items()
+    assert main(["plan", "340m-stages", "--gpus", "8", "--gpu", "H200"]) == 0
+    text = capsys.readouterr().out
+    assert "stage 3: long, 2000 steps of 64 x 8,192 tokens from step 200001 on" in text
+    days = sum(stage["configured"]["days"] for stage in stages)
+    assert found[0]["days_configured"] == days and f"all 3 stages as configured: {days:,.2f} days" in text
+    assert main(["plan", "340m-stages", "--gpus", "3"]) == 2
+    assert "stage 1 (web): global_batch_size=256 cannot be split" in capsys.readouterr().err
+
+
 def test_sizes_of_heads_that_were_not_measured_are_noted(capsys):
     notes = {}
     for name in ("1.3b-hybrid", "7b-hybrid"):

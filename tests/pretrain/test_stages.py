@@ -1,6 +1,7 @@
 """Test runs in stages: the samples and learning rate of each step, and that a run resumes bitwise at a boundary."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from training_group import losses, run_group
 
 from lrnn.errors import UserError
 from lrnn.pretrain.changes import check_changes
+from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.config import load_model_of, parse_config
 from lrnn.pretrain.corpus.reader import TokenCorpus
 from lrnn.pretrain.data.staged import open_run_data
@@ -22,6 +24,7 @@ from lrnn.pretrain.stages import stage_at, stages_of, steps_left
 from lrnn.records import read_metrics
 from lrnn.settings import dump
 
+TORTURE = os.environ.get("LRNN_TORTURE") == "1"
 LONE = Ranks(0, 1, torch.device("cpu"), None)
 
 
@@ -39,16 +42,33 @@ def staged(base, corpora):
     return make
 
 
-@pytest.mark.parametrize("zero", [2, 3])
-def test_stop_and_resume_around_a_boundary(staged, tmp_path, zero):
-    """The run is stopped before, at and after the boundary, and goes on with one process instead of two."""
-    log = {"every": 1, "heldout_every": 2, "heldout_batches": 4, "tensorboard": False}
-    straight, stopped = (staged(name, zero, log=log) for name in ("straight", "stopped"))
-    stops = [2, 3, 4]
-    specs = [{"config": straight}, *({"config": stopped, "stop_at": k} for k in stops), {"config": stopped}]
-    assert run_group(tmp_path, specs) == [0, *[STOPPED] * len(stops), 0]
+LONG = {"zero": 3, "optimizer": "muon", "stops": [1, 2, 3, 4, 5]}, {"zero": 1, "optimizer": "adamw", "stops": [3, 5]}
+CASES = [{"zero": 2, "optimizer": "adamw", "stops": [2, 3, 4]}, *(LONG if TORTURE else ())]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['optimizer']}, ZeRO-{case['zero']}")
+def test_stop_and_resume_around_a_boundary(staged, tmp_path, case):
+    """The run is stopped before, at and after the boundary. Another one goes on with one process instead of two."""
+    changes = {"log": {"every": 1, "heldout_every": 2, "heldout_batches": 4, "tensorboard": False}}
+    changes["optim"] = {"lr": 0.01, "name": case["optimizer"]}
+    straight, stopped, moved = (staged(run, case["zero"], **changes) for run in ("straight", "stopped", "moved"))
+    specs = [{"config": straight}, *({"config": stopped, "stop_at": k} for k in case["stops"]), {"config": stopped}]
+    assert run_group(tmp_path, [*specs, {"config": moved, "stop_at": 2}]) == [
+        0,
+        *[STOPPED] * len(case["stops"]),
+        0,
+        STOPPED,
+    ]
+    assert run_group(tmp_path, [{"config": moved}], processes=1) == [0]
     truth = losses(straight)
     assert list(truth) == [1, 2, 3, 4, 5, 6] and truth == losses(stopped)
+    for step, (loss, *_) in losses(moved).items():
+        assert loss == pytest.approx(truth[step][0], rel=1e-5)
+    folder = checkpoint.find_newest(Path(moved["run_dir"]))
+    assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == 128
+    progress = checkpoint.read_progress(folder)["progress"]
+    assert progress["samples"] == 48 and progress["optimizer_step"] == 6
+    assert len(progress["losses"]) == 3, "losses of the first stage still decide what is a spike in the second"
     records = {r["step"]: r for r in read_metrics(Path(stopped["run_dir"])) if "event" not in r}
     assert [records[step]["stage"] for step in range(1, 7)] == [1, 1, 1, 2, 2, 2]
     entered = [r for r in read_metrics(Path(straight["run_dir"])) if r.get("event") == "stage"]
@@ -56,6 +76,31 @@ def test_stop_and_resume_around_a_boundary(staged, tmp_path, zero):
     for step in (2, 4, 6):  # the same windows, together and by corpus
         found = [records[step][key] for key in ("heldout_loss/a", "heldout_loss/b")]
         assert min(found) < records[step]["heldout_loss"] < max(found)
+
+
+@pytest.mark.skipif(not TORTURE, reason="takes long; set LRNN_TORTURE=1")
+def test_a_rollback_over_a_boundary(staged, tmp_path):
+    """The position in the data stays: the steps that are repeated have samples of the second stage, and all resumes."""
+    changes = {
+        "spikes": {"action": "rollback", "window": 6, "threshold": 5.0},
+        "checkpoint": {"every": 5, "keep_last": 10},
+        "log": {"every": 1, "tensorboard": False},
+        "optim": {"lr": 0.04},  # The loss soon hardly falls.
+        "schedule": {"name": "wsd", "warmup_steps": 1},
+    }
+    raw = staged("rolled", **changes)
+    long = {"seq_len": 128, "micro_batch_size": 4, "corpora": raw["stages"][1]["corpora"], "steps": 8}
+    raw["stages"] = [{"steps": 6}, long]  # a checkpoint in step 5, and a spike in step 10
+    again = {**raw, "run_dir": str(tmp_path / "again")}
+    specs = [{"config": raw, "strange_at": 10}, {"config": again, "strange_at": 10, "stop_at": 12}, {"config": again}]
+    statuses = run_group(tmp_path, specs)
+    assert statuses == [0, STOPPED, 0]
+    records = read_metrics(tmp_path / "rolled")
+    (event,) = (r for r in records if r.get("event") == "rollback")
+    assert event["step"] == 10 and event["to"].endswith("step-00000005")
+    stages = [r["stage"] for r in records if "loss" in r and "event" not in r]
+    assert stages == [1] * 6 + [2] * 3 + [2] * 9, "steps 6 to 14 have samples of the second stage"
+    assert losses(raw) == losses(again)
 
 
 def test_the_samples_of_each_stage(staged, tmp_path):
