@@ -48,16 +48,24 @@ class InRun:
         self._config, self._ranks = config, ranks
         self._model_config = copy.deepcopy(model_config)
         self._dtype: torch.dtype = getattr(torch, default_device(ranks.device.type, None)[1])
-        with tempfile.TemporaryDirectory(prefix="lrnn-eval-") as root:
-            folder = Path(root, "exported")
-            save_tokenizer(Path(root, "trained"))
-            trained = load_copy(Path(root, "trained"))
-            self._tokenizer = export_tokenizer(trained, folder)
-            set_tokens(self._model_config, trained)
-            self._model_config.pad_token_id = self._tokenizer.pad_token_id
-            self._bos = decide("auto", self._tokenizer, True)  # as an export says in its tokenizer_config.json
-            self._tasks: Any = self._open_tasks(folder) if config.eval.every else None
         self._prompts = read_prompts(config.samples) if config.samples.every else []
+        self._tasks: Any = None
+        try:
+            with tempfile.TemporaryDirectory(prefix="lrnn-eval-") as root:
+                self._open(save_tokenizer, Path(root, "trained"), Path(root, "exported"))
+        except OSError as error:
+            raise UserError(f"eval and samples cannot be prepared: {error}") from error
+
+    def _open(self, save_tokenizer: Callable[[Path], object], trained: Path, exported: Path) -> None:
+        """Take the tokenizer as an export has it, and open the tasks. The folders are needed meanwhile."""
+        save_tokenizer(trained)
+        tokenizer = load_copy(trained)
+        self._tokenizer = export_tokenizer(tokenizer, exported)
+        set_tokens(self._model_config, tokenizer)
+        self._model_config.pad_token_id = self._tokenizer.pad_token_id
+        self._bos = decide("auto", self._tokenizer, True)  # as an export says in its tokenizer_config.json
+        if self._config.eval.every:
+            self._tasks = self._open_tasks(exported)
 
     def _open_tasks(self, folder: Path) -> Any:
         """Return the `Tasks` on the main process, None on others, which only import what they answer with."""

@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 import torch
 
+from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.errors import UserError
+from lrnn.eval.generation.decoding import GraphDecoding
+from lrnn.eval.in_run.prompts import write_on
 from lrnn.pretrain.config import parse_config
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.metrics import speed as speed_module
 from lrnn.pretrain.metrics.log import MetricsLog
 from lrnn.pretrain.metrics.speed import Speed
 from lrnn.pretrain.watch.protocol import Found, Sample, Score
+from lrnn.pretrain.watch.settings import SamplesConfig
 from lrnn.pretrain.watch.undisturbed import undisturbed
 from lrnn.pretrain.watch.watch import Watch, make_evaluator
 from lrnn.records import read_metrics
@@ -164,6 +168,21 @@ def test_wandb_has_scores_and_samples(config, monkeypatch):
         {"step": 11, "eval/a/acc": 0.5, "eval/b/exact_match/strict-match": 0.25},
         {"step": 11, "samples": (["prompt", "text"], [list(sample) for sample in SAMPLES])},
     ]
+
+
+def test_drawn_samples_follow_from_seed_step_and_prompt():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 8}
+    model = LrnnForCausalLM(LrnnConfig(**sizes, intermediate_size=16)).eval()
+    tokenizer = SimpleNamespace(pad_token_id=0, decode=lambda ids, skip_special_tokens: ids.tolist())
+    settings = SamplesConfig(every=1, prompts=["x"], temperature=1.0, max_new_tokens=16)
+
+    def write(*seed):
+        torch.rand(3)
+        return write_on(model, GraphDecoding(model), tokenizer, [1, 2, 3], settings, seed)
+
+    assert write(0, 5, 0) == write(0, 5, 0)
+    assert len({tuple(write(*seed)) for seed in ((0, 5, 0), (1, 5, 0), (0, 6, 0), (0, 5, 1))}) == 4
 
 
 def test_random_numbers_go_on_as_if_nothing_had_been():

@@ -119,6 +119,12 @@ def _check_samples(folder, found):
         assert tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True) == text
 
 
+def test_messages_name_keys_of_the_run():
+    said = "give --max-length 2048, or --truncate to cut 3; run `lrnn eval --fetch --suite x`"
+    meant = "give eval.max_length 2048, or eval.truncate to cut 3; run `lrnn eval --fetch --suite x`"
+    assert tasks.as_keys(said) == meant
+
+
 def test_a_suite_without_its_data(monkeypatch, tmp_path):
     monkeypatch.setattr(hub_data, "_is_there", lambda name: False)
     request = Request(model=tmp_path, suite="commonsense")
