@@ -155,8 +155,10 @@ def test_pickled_weights_of_an_fla_folder_are_refused(exported, marks, capsys, t
     (fla / "config.json").write_text(json.dumps({"model_type": "gated_deltanet", "auto_map": auto_map, **size}))
     (fla / "configuration_own.py").write_text(hostile_python(marks / "configuration"))
     (fla / "pytorch_model.bin").write_bytes(hostile_pickle(marks / "pickle"))
-    assert cli.main(["export", "--from-fla", str(fla), str(tmp_path / "out")]) == 2
-    assert "weights in other formats are not read" in capsys.readouterr().err and found(marks) == set()
+    for command in (["export", "--from-fla"], ["import"]):
+        assert cli.main([*command, str(fla), str(tmp_path / "out")]) == 2
+        said = "pytorch_model.bin is a pickle, which can run code when it is read"
+        assert said in capsys.readouterr().err and found(marks) == set()
     load_carelessly(pickle_carelessly(fla / "pytorch_model.bin"), tmp_path)
     assert found(marks) == {"pickle"}
 
