@@ -242,6 +242,11 @@ class WatchdogConfig(Section):
     """Interval between messages that say which phase is taking long."""
 
 
+def _without_default(schema: dict[str, Any]) -> None:
+    """Leave the default out of a JSON schema, where it stands for a value that follows from other keys."""
+    del schema["default"]
+
+
 class Config(Section):
     """A pretraining run."""
 
@@ -266,7 +271,7 @@ class Config(Section):
     and a GPU of compute capability 8.9 or above. On CPUs without AVX-512, `float32` is several times as fast."""
     deepspeed: Annotated[str | None, IsPath()] = None
     """DeepSpeed JSON, for settings that `zero` and `precision` do not cover. Batch sizes and clipping are filled in."""
-    steps: Steps = Field(0, gt=0, json_schema_extra=lambda schema: schema.pop("default"))
+    steps: Steps = Field(0, gt=0, json_schema_extra=_without_default)
     """Length of the run in optimizer steps. It is required without `stages`; with them it is the sum of their lengths,
     and may be left out."""
     global_batch_size: Samples = Field(gt=0)
