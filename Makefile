@@ -36,7 +36,6 @@ jobs: setup
 # The whole job runs from a wheel for every form of data and kind of tokenizer, published ones among them (see the file).
 torture: setup
 	LRNN_TORTURE=1 $(BIN)/pytest -q -s tests/pretrain/test_torture.py tests/pretrain/test_hosts.py \
-		tests/pretrain/test_recipe_chain.py tests/track/test_workers.py tests/slurm \
 		tests/eval/export/test_transformers_versions.py tests/eval/suites/test_state_tracking_suite.py \
 		tests/eval/export/test_oracle.py tests/lrnn/test_packaging.py tests/lrnn/test_images.py tests/lrnn/test_whole_job.py \
 		tests/lrnn/test_lazy_import.py tests/model/test_compiled.py tests/kernels/test_compile.py \

@@ -74,7 +74,7 @@ class TestRefused:
         write_manifest(checkpoint)
         assert name in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
 
-    @pytest.mark.parametrize("variant", OTHER_MIXERS.keys() - {"gated_deltaproduct", "deltaproduct"})
+    @pytest.mark.parametrize("variant", sorted(OTHER_MIXERS.keys() - {"gated_deltaproduct", "deltaproduct"}))
     def test_fla_does_not_have_the_mixer(self, variant, tmp_path, capsys, sentencepiece_model):
         checkpoint = write_checkpoint(tmp_path / "run", random_model(variant), sentencepiece_model)
         error = refused(capsys, tmp_path, checkpoint, tmp_path / "out", "--format", "fla")
