@@ -39,7 +39,7 @@ The model has {vocab_size:,} token ids: name a tokenizer with at most that many,
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    names = shipped.names(shipped.RUNS)
+    names = [name for name in shipped.names(shipped.RUNS) if _model_of(name).is_file()]
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the project, made if it does not exist")
     parser.add_argument("--config", choices=names, default="tiny", help="configuration to begin with (default: tiny)")
     parser.epilog = "example:\n  lrnn init my-model --config 340m"
@@ -70,7 +70,7 @@ def project_files(config: str, title: str) -> dict[str, str]:
     """
     from lrnn.settings import read_json
 
-    run, model = f"runs/{config}", shipped.MODELS / f"{config}.json"
+    run, model = f"runs/{config}", _model_of(config)
     values = {"run_dir": run, "model": "model.json", "    - path": CORPUS}
     text = (shipped.RUNS / f"{config}.yaml").read_text(encoding="utf-8")
     for key, value in values.items():
@@ -82,3 +82,8 @@ def project_files(config: str, title: str) -> dict[str, str]:
     files = {"run.yaml": text, "model.json": model.read_text(encoding="utf-8")}
     files |= {f"slurm/{script.name}": script.read_text() for script in sorted(shipped.BATCH_SCRIPTS.glob("*.sbatch"))}
     return files | {"README.md": README.format(title=title, corpus=CORPUS, run=run, vocab_size=vocab_size)}
+
+
+def _model_of(config: str) -> Path:
+    """Return the file of a configuration's model. One that varies another run has none of its own."""
+    return shipped.MODELS / f"{config}.json"

@@ -103,7 +103,11 @@ def test_micro_batches_are_cut():
     assert config.global_batch_size == 64
 
 
-@pytest.mark.parametrize("fields", [{"mixer": "gated_deltanet", "num_heads": 2}, {"mixer": "deltanet", "num_heads": 3}])
+GATED = ("gated_deltanet", "gated_deltaproduct")
+IN_FLA = (*GATED, "deltanet", "deltaproduct")
+
+
+@pytest.mark.parametrize("fields", [{"mixer": mixer, "num_heads": 2 if mixer in GATED else 3} for mixer in IN_FLA])
 def test_flas_model_has_the_same_parameters(fields):
     config = LrnnConfig(hidden_size=64, num_hidden_layers=2, head_dim=32, intermediate_size=96, vocab_size=50, **fields)
     assert fla_model.reason_without(config, 1) is None
@@ -112,14 +116,14 @@ def test_flas_model_has_the_same_parameters(fields):
     theirs = fla_model.build(config, torch.bfloat16, "meta")
     assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
     kept = {n.rpartition(".")[2] for n, p in theirs.named_parameters() if p.dtype == torch.float32}
-    assert kept == ({"A_log", "dt_bias"} if config.mixer == "gated_deltanet" else set()) and theirs.training
+    assert kept == ({"A_log", "dt_bias"} if config.mixer in GATED else set()) and theirs.training
     assert theirs.config.fuse_linear_cross_entropy and not theirs.config.fuse_cross_entropy
 
 
 def test_fla_is_left_out_with_a_reason(monkeypatch):
     for mixer in MIXERS:
         reason = fla_model.reason_without(LrnnConfig(mixer=mixer), 1)
-        assert (reason is None) == (mixer in ("gated_deltanet", "deltanet")), mixer
+        assert (reason is None) == (mixer in IN_FLA), mixer
         assert reason is None or reason.endswith(f"mixer {mixer}")
     assert "one GPU" in fla_model.reason_without(LrnnConfig(), 2)
     with monkeypatch.context() as patch:

@@ -75,7 +75,7 @@ def content(folder: Path) -> dict[str, str]:
 
 
 def test_configuration(refused, tmp_path):
-    assert "unknown key optim.learning_rate; valid: lr, " in refused("optim.learning_rate=1")
+    assert "unknown key optim.learning_rate; valid: name, lr, " in refused("optim.learning_rate=1")
     assert "key steps = 'many': should be a valid integer" in refused("steps=many")
     assert f"model configuration {tmp_path / 'm.json'} does not exist" in refused(f"model={tmp_path / 'm.json'}")
     assert "DeepSpeed configuration none.json does not exist" in refused("deepspeed=none.json")
@@ -88,7 +88,7 @@ def test_no_such_configuration(lrnn, tmp_path):
     assert stderr == (
         f"lrnn: error: configuration {tmp_path / 'x.yaml'} does not exist; "
         "give the path of a file, or the name of one that comes with lrnn: "
-        "valid: 1.3b, 1.3b-hybrid, 340m, 340m-hybrid, 7b-hybrid, tiny\n"
+        "valid: 1.3b, 1.3b-hybrid, 340m, 340m-hybrid, 340m-stages, 7b-hybrid, tiny\n"
     )
 
 

@@ -92,7 +92,11 @@ def test_the_documented_job_can_share_its_batch():
     ("override", "key", "hint"),
     [
         ("step=3", "step", "did you mean steps?"),
-        ("optim.learning=3", "optim.learning", "valid: lr, betas, eps, weight_decay, clip"),
+        (
+            "optim.learning=3",
+            "optim.learning",
+            "valid: name, lr, betas, eps, weight_decay, decay_embeddings, z_loss, clip, muon",
+        ),
         ("optim.weight_decy=0.1", "optim.weight_decy", "did you mean weight_decay?"),
         ("checkpoint.keep_lst=2", "checkpoint.keep_lst", "did you mean keep_last?"),
         ("log.heldout_evry=2", "log.heldout_evry", "did you mean heldout_every?"),

@@ -385,7 +385,7 @@ def test_the_only_task_of_srun_starts_processes(started, monkeypatch):
     started(SLURM_STEP_ID=0, SLURM_STEP_NUM_TASKS=1, SLURM_PROCID=0, SLURM_LOCALID=0, SLURM_JOB_ID=7)
     monkeypatch.setattr(command_module, "load_config", lambda path, overrides: None)
     monkeypatch.setattr(command_module, "load_model_of", lambda config: None)
-    monkeypatch.setattr(command_module, "deepspeed_config", lambda config, processes: None)
+    monkeypatch.setattr(command_module, "stages_of", lambda config: [])
     monkeypatch.setattr(command_module, "launch", lambda processes, command: 40 + processes)
     assert main(["pretrain", "x.yaml", "--nproc", "2"]) == 42
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
