@@ -41,7 +41,7 @@ def runs(base, corpora, imported):
     for name in OPTIMIZERS:
         optim = {"name": name, "lr": 0.01, "z_loss": 1e-3, "decay_embeddings": False}
         for run, more in {"straight": {}, "stopped": WATCHED, "moved": {}}.items():
-            config = base(f"{name}-{run}", **changes, **more, optim=optim)
+            config = base(f"{name}-{run}", 1, **changes, **more, optim=optim)  # ZeRO-1, as the configurations have it
             configs[name, run] = {key: value for key, value in config.items() if key not in ("steps", "model")}
     return configs
 
