@@ -36,8 +36,10 @@ jobs: setup
 # The whole job runs from a wheel for every form of data and kind of tokenizer, published ones among them (see the file).
 torture: setup
 	LRNN_TORTURE=1 $(BIN)/pytest -q -s tests/pretrain/test_torture.py tests/pretrain/test_hosts.py \
+		tests/pretrain/test_stages.py tests/pretrain/test_state_passing_runs.py tests/pretrain/test_hybrid.py \
+		tests/pretrain/watch/test_watched_run.py tests/track/test_workers.py tests/slurm \
 		tests/eval/export/test_transformers_versions.py tests/eval/suites/test_state_tracking_suite.py \
-		tests/eval/export/test_oracle.py tests/lrnn/test_packaging.py tests/lrnn/test_images.py tests/lrnn/test_whole_job.py \
+		tests/eval/export/test_oracle.py tests/eval/export/test_olmo_hybrid.py tests/lrnn/test_packaging.py tests/lrnn/test_images.py tests/lrnn/test_whole_job.py \
 		tests/lrnn/test_lazy_import.py tests/model/test_compiled.py tests/kernels/test_compile.py \
 		tests/kernels/test_architectures.py tests/kernels/test_interpreted.py \
 		tests/kernels/delta_rule/hopper/test_scans.py

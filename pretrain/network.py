@@ -4,6 +4,7 @@ import ipaddress
 import json
 import os
 import socket
+from collections.abc import Callable
 from typing import NamedTuple
 
 import psutil
@@ -81,25 +82,23 @@ def _this_place() -> Place:
 
 def _bound_address(name: str) -> str:
     """Return the first address of a name that this host can bind to, loopback if there is none, as gloo chooses it."""
-    for family, address in _addresses(name):
-        with socket.socket(family, socket.SOCK_STREAM) as s:
-            try:
-                s.bind((address, 0))
-            except OSError:
-                continue
-            return address
-    return LOOPBACK
+    return _first_that_works(name, socket.SOCK_STREAM, lambda s, address: s.bind((address, 0)))
 
 
 def _own_address(other: str) -> str:
     """Return the address from which this host speaks to another one, loopback if it has none. Nothing is sent."""
-    for family, address in _addresses(other):
-        with socket.socket(family, socket.SOCK_DGRAM) as s:
+    return _first_that_works(other, socket.SOCK_DGRAM, lambda s, address: s.connect((address, 9)))
+
+
+def _first_that_works(name: str, kind: int, use: Callable[[socket.socket, str], object]) -> str:
+    """Return this host's address of the first socket with which `use` reaches an address of the name, or loopback."""
+    for family, address in _addresses(name):
+        with socket.socket(family, kind) as s:
             try:
-                s.connect((address, 9))
+                use(s, address)
             except OSError:
                 continue
-            return s.getsockname()[0]
+            return str(s.getsockname()[0])
     return LOOPBACK
 
 

@@ -90,7 +90,7 @@ class CarriedStates:
         self.reset()
 
     def reset(self) -> None:
-        """Drop all states: every row begins anew with its next sample."""
+        """Drop all states: every row begins with a fresh state at its next sample."""
         self._kept = [None] * len(self._rows)
 
     def fresh(self) -> "CarriedStates":
@@ -118,7 +118,7 @@ class CarriedStates:
 
     @torch.no_grad()
     def drop_bad_rows(self) -> None:
-        """Let rows whose state is not finite begin anew."""
+        """Let rows whose state is not finite begin with a fresh one."""
         for number, kept in enumerate(self._kept):
             if kept is not None:
                 tensors = [x for _, x in _named(kept) if x.is_floating_point()]

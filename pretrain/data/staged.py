@@ -1,6 +1,6 @@
 """The data of a run in stages, each with its own corpora, weights and lengths.
 
-A stage goes on where the last stage with samples of its length ended: at its next sample, if the stage has the same
+A stage continues where the last stage with samples of its length ended: at its next sample, if the stage has the same
 corpora and weights, else at samples of each corpus that earlier stages of this length did not take. Every window still
 comes at most once before a corpus is through. With other weights or corpora, up to `order.BLOCK` windows of those that
 the stage before had mixed are left out. Windows of different lengths overlap, and are not compared.

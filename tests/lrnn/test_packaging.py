@@ -92,7 +92,7 @@ def test_commands_work_in_an_empty_folder(installed, tmp_path):
     assert sorted(p.name for p in (tmp_path / "project").iterdir()) == ["README.md", "model.json", "run.yaml", "slurm"]
 
 
-@pytest.mark.skipif("LRNN_TORTURE" not in os.environ, reason="takes minutes: set LRNN_TORTURE=1")
+@pytest.mark.skipif(os.environ.get("LRNN_TORTURE") != "1", reason="takes minutes: set LRNN_TORTURE=1")
 def test_the_whole_job_in_an_empty_folder(installed, tmp_path):
     command = [sys.executable, installed / "bin" / "lrnn"]
     done = run(*command, "quickstart", "--steps", "8", cwd=tmp_path, PYTHONPATH=str(installed))

@@ -25,7 +25,7 @@ from other_transformers import fetched
 from lrnn.records import read_metrics
 from lrnn.tokenizer import load_tokenizer
 
-pytestmark = pytest.mark.skipif("LRNN_TORTURE" not in os.environ, reason="takes 20 minutes: set LRNN_TORTURE=1")
+pytestmark = pytest.mark.skipif(os.environ.get("LRNN_TORTURE") != "1", reason="takes 20 minutes: set LRNN_TORTURE=1")
 
 LINES = FORMS["jsonl"].taken_for
 EOS = "<|endoftext|>"

@@ -89,7 +89,9 @@ def check_evaluation(folder, trained, texts, tmp_path):
 
 
 def test_the_whole_way(runs, tmp_path):
-    exports = {"hf": "fla", "olmo_hybrid": "olmo_hybrid"} | ({"fla": "fla"} if "LRNN_TORTURE" in os.environ else {})
+    exports = {"hf": "fla", "olmo_hybrid": "olmo_hybrid"} | (
+        {"fla": "fla"} if os.environ.get("LRNN_TORTURE") == "1" else {}
+    )
     for export_format, form in exports.items():
         out = tmp_path / "exports" / export_format
         with pytest.MonkeyPatch.context() as patch:

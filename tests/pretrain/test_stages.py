@@ -48,7 +48,7 @@ CASES = [{"zero": 2, "optimizer": "adamw", "stops": [2, 3, 4]}, *(LONG if TORTUR
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['optimizer']}, ZeRO-{case['zero']}")
 def test_stop_and_resume_around_a_boundary(staged, tmp_path, case):
-    """The run is stopped before, at and after the boundary. Another one goes on with one process instead of two."""
+    """The run is stopped before, at and after the boundary. Another one continues with one process instead of two."""
     changes = {"log": {"every": 1, "heldout_every": 2, "heldout_batches": 4, "tensorboard": False}}
     changes["optim"] = {"lr": 0.01, "name": case["optimizer"]}
     straight, stopped, moved = (staged(run, case["zero"], **changes) for run in ("straight", "stopped", "moved"))
@@ -104,7 +104,7 @@ def test_a_rollback_over_a_boundary(staged, tmp_path):
 
 
 def test_the_samples_of_each_stage(staged, tmp_path):
-    """The first stage has the samples of a run without stages. A stage that keeps its data goes on where it is."""
+    """The first stage has the samples of a run without stages. A stage that keeps its data continues where it is."""
     raw = staged()
     whole = open_data(config := parse_config({**raw, "stages": [], "steps": 6}, "test"), load_model_of(config), LONE)
     raw["stages"] = [{"steps": 2}, {"steps": 1, "micro_batch_size": 4}, raw["stages"][1], {"steps": 9}]

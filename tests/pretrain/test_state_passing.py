@@ -103,7 +103,7 @@ def test_gradients_are_those_of_truncated_backpropagation(mixer):
             torch.testing.assert_close(p.grad, truth[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_rows_that_are_not_finite_begin_anew():
+def test_rows_that_are_not_finite_begin_with_fresh_states():
     model = tiny("slstm")
     _, pieces = pieces_of(False)
     carried, spoilt = carried_states(model), carried_states(model)

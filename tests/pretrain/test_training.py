@@ -22,7 +22,8 @@ FEW = 16  # tokens per sample in bfloat16, with which many CPUs compute many tim
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision", "optimizer"), [(1, "float32", "muon"), (2, "float32", "adamw"), (3, "bfloat16", "adamw")]
+    ("stage", "precision", "optimizer"),
+    [(1, "float32", "adamw"), (1, "float32", "muon"), (2, "float32", "adamw"), (3, "bfloat16", "adamw")],
 )
 def test_stop_and_resume_is_bitwise_the_same(base, hybrid_json, tmp_path, stage, precision, optimizer):
     """Compare a run that is stopped after every single step with one that never stopped. The model is a hybrid."""

@@ -182,7 +182,7 @@ def harmed(harm: str, folder: Path) -> None:
         "both": "has both model.safetensors and model.safetensors.index.json, which does not name it",
     }.items(),
 )
-def test_a_folder_that_is_not_as_it_should_be_is_refused(harm, said, tmp_path, capsys):
+def test_a_folder_that_is_not_as_it_should_be_is_refused(harm, said, tmp_path):
     folder, model = tmp_path / "folder", random_model("gated", num_heads=1)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(model.config.to_dict()))

@@ -18,7 +18,7 @@ from lrnn.eval.suites import hub_data
 from lrnn.eval.suites.request import Request
 from lrnn.records import events_by_step, read_metrics
 
-LONG = "LRNN_TORTURE" in os.environ
+LONG = os.environ.get("LRNN_TORTURE") == "1"
 long = pytest.mark.skipif(not LONG, reason="takes a minute: set LRNN_TORTURE=1")
 TASKS = ["lrnn_parity_mc", *(["lrnn_parity_gen"] if LONG else [])]
 PROMPTS = ["def f(x):", "import", "# naïve"]
