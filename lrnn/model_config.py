@@ -13,6 +13,13 @@ from lrnn.settings import name_hint, read_json
 if TYPE_CHECKING:
     from lrnn import LrnnConfig
 
+# Fields whose None means the value of another.
+SAME_AS = {
+    "num_value_heads": "num_heads",
+    "head_v_dim": "head_dim",
+    "num_kv_heads": "num_heads",
+    "gated_norm_eps": "norm_eps",
+}
 NOT_OF_THE_MODEL = ("auto_map", "lrnn_training")  # config.json of a saved or exported model also has these
 
 

@@ -16,8 +16,9 @@ from lrnn.pretrain.data.training_data import TrainingData
 from lrnn.pretrain.distributed import Ranks
 from lrnn.settings import read_json
 
-# Sections that name files and folders, which may have other paths on each host. What they hold is compared.
-PATHS = {"run_dir", "model", "data", "deepspeed", "init_from", "stages"}
+# Keys and sections of files and folders, which may have other paths on each host. What `model`, `data`, `deepspeed` and
+# `stages` hold is compared.
+PATHS = {"run_dir", "model", "data", "deepspeed", "init_from", "stages", "eval.include_path", "samples.prompt_file"}
 SEEN_WITHIN_S = 15  # NFS may show a file of another host late
 
 
@@ -36,7 +37,10 @@ def check_same(config: Config, model: LrnnConfig, data: TrainingData, ranks: Ran
         return
     facts = {"the checksum of lrnn's code": source_checksum()}
     facts |= {f"the version of {name}": version(name) for name in ("torch", "triton", "deepspeed")}
-    facts |= {key: value for key, value in flatten(config.model_dump()).items() if key.split(".")[0] not in PATHS}
+    settings = flatten(config.model_dump())
+    facts |= {key: value for key, value in settings.items() if not {key, key.split(".")[0]} & PATHS}
+    for number, stage in enumerate(config.stages):
+        facts |= flatten(stage.model_dump(exclude={"corpora"}), f"stages.{number}.")
     if config.deepspeed is not None:
         facts |= flatten({"deepspeed": read_json(config.deepspeed, "DeepSpeed configuration")})
     facts |= flatten(model.to_diff_dict(), "model.") | flatten(data.description, "data.") | {"stages": data.stages}

@@ -61,7 +61,7 @@ def check_network(store: Store, rank: int, world_size: int) -> None:
 
 
 def _fault(places: list[Place]) -> str:
-    """Return what is wrong with the places of all processes; empty if nothing is."""
+    """Return what is wrong with the places of all processes, an empty string if they are fine."""
     alone = next((place for place in places if _is_loopback(place.address)), None)
     if alone is None or len({place.host for place in places}) == 1:
         return ""

@@ -1,8 +1,8 @@
 """The stages of a run: which steps and samples each has, and the configuration that holds in it.
 
 A run without stages is one stage. Which stage a step belongs to depends on the number of its first sample alone, so it
-is the same on any number of processes and after any resume. After a rollback, where samples are left out, the samples
-are ahead of the steps: the next stage then begins by as many steps earlier, and the last one is so much longer.
+is the same on any number of processes and after any resume. A rollback leaves samples out, so each later stage begins
+that many steps earlier, and the last one is longer by as many steps.
 """
 
 import copy

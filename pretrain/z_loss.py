@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lrnn.model.modeling_lrnn import LOSS_CHUNK, SMALL_LOGITS, LrnnForCausalLM
+from lrnn.pretrain.data.micro_batch import IGNORED
 from lrnn.pretrain.fused.loss import FusedLoss
-
-IGNORED = -100  # label of tokens without one
 
 
 class LossWithZ:

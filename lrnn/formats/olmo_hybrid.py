@@ -16,6 +16,7 @@ from lrnn.errors import UserError
 from lrnn.formats.fla import shortest_pattern
 from lrnn.model.configuration_lrnn import OPTIONS
 from lrnn.model.rope_scaling import check_scaling
+from lrnn.model_config import SAME_AS
 
 LINEAR, FULL = "linear_attention", "full_attention"
 KINDS = {"gated_deltanet": LINEAR, "attention": FULL}
@@ -55,13 +56,6 @@ FIXED = {
     "linear_dt_min": 0.001,
     "linear_dt_max": 0.1,
     "linear_dt_init_floor": 1e-4,
-}
-# Fields whose None means the value of another.
-DEFAULTS = {
-    "num_value_heads": "num_heads",
-    "head_v_dim": "head_dim",
-    "num_kv_heads": "num_heads",
-    "gated_norm_eps": "norm_eps",
 }
 # Names of modules of a layer, where they differ from lrnn's.
 RENAMED = {
@@ -210,7 +204,7 @@ def _shared(layers: Sequence[LrnnConfig], types: Sequence[str], kind: str) -> di
 
 def _value(layer: LrnnConfig, field: str) -> Any:
     value = getattr(layer, field)
-    return getattr(layer, DEFAULTS[field]) if value is None and field in DEFAULTS else value
+    return getattr(layer, SAME_AS[field]) if value is None and field in SAME_AS else value
 
 
 def _refuse(what: str, instead: str) -> NoReturn:
@@ -243,7 +237,7 @@ def from_olmo_config(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{path}: eos_token_id is {content.eos_token_id!r}; lrnn supports only one id")
     fields = {name: getattr(content, name) for name in SAME} | {"norm_eps": content.rms_norm_eps}
     linear = {ours: getattr(content, theirs) for theirs, ours in SHARED[LINEAR].items()}
-    fields |= {name: x for name, x in linear.items() if name not in DEFAULTS or x != linear[DEFAULTS[name]]}
+    fields |= {name: x for name, x in linear.items() if name not in SAME_AS or x != linear[SAME_AS[name]]}
     fields["gated_norm_eps"] = ONLY[LINEAR]["gated_norm_eps"]
     entries: dict[str, str | dict[str, Any]] = {LINEAR: "gated_deltanet", FULL: _attention_entry(content, fields, path)}
     unknown = sorted(set(content.layer_types) - entries.keys())

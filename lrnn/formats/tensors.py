@@ -42,7 +42,6 @@ class TensorFiles:
     """
 
     def __init__(self, folder: Path):
-        self.folder = folder
         self.files = _files_of(folder)
         entries: dict[str, TensorEntry] = {}
         self._open = {file: _opened(file) for file in self.files}

@@ -85,7 +85,7 @@ def scaled_frequencies(size: int, base: float, scaling: dict[str, Any], device: 
 
 
 def _by_wavelength(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
-    """Return the frequencies of Llama 3.1: divided by the factor above a wavelength, and gradually so ahead of it."""
+    """Return the frequencies of Llama 3.1: low ones divided by the factor, high ones unchanged, others in between."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in the original length
     kept = ((turns - low) / (high - low)).clamp(0, 1)

@@ -1,7 +1,7 @@
 """The format of checkpoints: whole or invisible, verified when read, independent of processes and ZeRO stage.
 
     RUN/checkpoints/step-00001000/
-        state-00000-of-00002.safetensors   float32 parameters and the optimizer's state, in fragments (one per process),
+        state-00000-of-00002.safetensors   float32 parameters and the optimizer's state, in a file per process,
                                            and the states that rows of the batch carry on, if they do
         config.json                        the model, as transformers writes it
         run.yaml                           the run's resolved configuration

@@ -100,7 +100,7 @@ def names_of(paths: Sequence[str]) -> list[str]:
 
 
 def choose_windows(corpora: Sequence[TokenCorpus], seq_len: int, wanted: int) -> list[tuple[int, int]]:
-    """Return the first windows of the corpora in turn, as (window, corpus): so many, or as many as there are."""
+    """Return the first windows of the corpora in turn, as (window, corpus): at most `wanted`."""
     counts = [num_windows(corpus, seq_len) for corpus in corpora]
     return sorted((w, c) for c, count in enumerate(counts) for w in range(min(count, wanted)))[:wanted]
 

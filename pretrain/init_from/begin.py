@@ -16,7 +16,7 @@ from lrnn.tokenizer import Tokenizer, load_copy, load_tokenizer
 
 
 class Beginning:
-    """Where the weights of a run come from when it starts.
+    """Load the weights that a run starts with, and keep the record of them.
 
     Args:
         config: the run's configuration.

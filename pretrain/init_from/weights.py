@@ -12,6 +12,7 @@ from lrnn.errors import UserError
 from lrnn.formats.tokenizers import difference
 from lrnn.model.configuration_lrnn import OPTIONS
 from lrnn.model.pattern import options_of
+from lrnn.model_config import SAME_AS
 from lrnn.pretrain.init_from.source import open_source, tokenizer_of
 from lrnn.tokenizer import Tokenizer
 
@@ -25,13 +26,6 @@ OF_THE_MODEL = (
     "tie_word_embeddings",
 )
 NOT_COMPARED = ("delta_rule_precision",)  # decides how exactly a layer is computed, not what
-# Options whose None means the value of another field.
-SAME_AS = {
-    "num_value_heads": "num_heads",
-    "head_v_dim": "head_dim",
-    "num_kv_heads": "num_heads",
-    "gated_norm_eps": "norm_eps",
-}
 Differences = dict[str, tuple[Any, Any]]  # by field, the values of the folder and of the run
 
 

@@ -103,10 +103,11 @@ class MetricsLog:
         for sample in samples:
             error = lines.write(json.dumps({"step": step, **sample._asdict(), "time": utc_now()}, ensure_ascii=False))
         lines.close()
-        if error is not None:
+        if error is None:
+            self.write({"event": "samples", "step": step, "samples": len(samples)})
+            self.say(f"step {step}/{self._steps}  {len(samples)} samples in {file}")
+        else:
             self.say(f"the samples of step {step} could not be written: {error}")
-        self.write({"event": "samples", "step": step, "samples": len(samples)})
-        self.say(f"step {step}/{self._steps}  {len(samples)} samples in {file}")
         if self._tensorboard:
             texts = {f"samples/{number}": _plain(prompt + text) for number, (prompt, text) in enumerate(samples, 1)}
             self._to_tensorboard(lambda board: [board.add_text(name, text, step) for name, text in texts.items()])

@@ -26,6 +26,6 @@ def undisturbed(device: torch.device) -> Iterator[None]:
     finally:
         random.setstate(of_python)
         np.random.set_state(of_numpy)
-        gc.collect()  # A model may be part of a circle.
+        gc.collect()  # A model may be part of a reference cycle.
         if on_gpu:
             torch.cuda.empty_cache()

@@ -41,7 +41,7 @@ def make_evaluator(
 
 
 class Watch:
-    """Look at a run after those of its steps where something is due. Training does not notice.
+    """Evaluate a run after the steps where something is due, without changing its training.
 
     Args:
         config: the run's configuration.
@@ -77,7 +77,7 @@ class Watch:
     def _recorded(self, step: int) -> list[str]:
         """Return what the run's records show of a step."""
         run_dir = Path(self._config.run_dir)
-        records = read_metrics(run_dir) if (run_dir / "metrics.jsonl").is_file() else []  # a full disk
+        records = read_metrics(run_dir) if (run_dir / "metrics.jsonl").is_file() else []  # The disk may have been full.
         events = {"scores": "eval", "samples": "samples"}
         return [name for name, event in events.items() if step in events_by_step(records, event)]
 

@@ -8,7 +8,9 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import host_worker
 import pytest
@@ -16,6 +18,10 @@ from fork_server import CONTEXT
 from training_group import losses, run_group
 from two_hosts import DEBIAN, two_hosts
 
+from lrnn import LrnnConfig
+from lrnn.errors import UserError
+from lrnn.pretrain.config import parse_config
+from lrnn.pretrain.hosts import check_same
 from lrnn.pretrain.launch import STOPPED
 from lrnn.records import read_metrics
 
@@ -146,3 +152,18 @@ def test_launchers(hosts, base, tmp_path, launcher, status):
     assert [r["resumed"] for r in read_metrics(run) if r.get("event") == "start"] == [False, True]
     assert run_group(tmp_path, [{"config": one}]) == [0]
     assert losses(two) == losses(one) and len(losses(one)) == 40
+
+
+def test_settings_of_stages_are_compared(base):
+    """Ranks with another learning rate in a stage would train with it."""
+    seen = []
+
+    def gather(value):
+        seen.append(value)
+        return [seen[0], value]
+
+    ranks, data = SimpleNamespace(world_size=2, gather=gather), SimpleNamespace(description={}, stages=[])
+    for lr in (0.01, 0.02):
+        config = parse_config(base(stages=[{"steps": 2}, {"steps": 4, "lr": lr}]), "test")
+        with pytest.raises(UserError, match=r"stages\.1\.optim\.lr|stages\.1\.lr") if lr == 0.02 else nullcontext():
+            check_same(config, LrnnConfig(), data, ranks)

@@ -1,5 +1,6 @@
 """Test what a run does around an evaluation, with evaluators that find what the test says."""
 
+import errno
 import json
 import random
 import sys
@@ -23,7 +24,7 @@ from lrnn.pretrain.watch.protocol import Found, Sample, Score
 from lrnn.pretrain.watch.settings import SamplesConfig
 from lrnn.pretrain.watch.undisturbed import undisturbed
 from lrnn.pretrain.watch.watch import Watch, make_evaluator
-from lrnn.records import read_metrics
+from lrnn.records import DurableLines, read_metrics
 
 SCORES = [Score("a", "acc", "none", 0.5, 0.1), Score("b", "exact_match", "strict-match", 0.25, None)]
 SAMPLES = [Sample("def f", "(x):\n    return 1"), Sample("# ä", "b")]
@@ -140,6 +141,20 @@ def test_a_failure_is_a_warning(parts, tmp_path, capsys):
     assert (failed["step"], failed["what"], failed["error"]) == (11, "scores", "ValueError: no")
     assert (tmp_path / "samples.jsonl").exists()
     assert "warning: step 11: scores failed, training continues: ValueError: no" in capsys.readouterr().out
+
+
+def test_samples_that_cannot_be_written_are_not_recorded(config, tmp_path, capsys, monkeypatch):
+    write = DurableLines.write
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fail(lines, text):
+        return full if lines.path.name == "samples.jsonl" else write(lines, text)
+
+    monkeypatch.setattr(DurableLines, "write", fail)
+    with closing(MetricsLog(config, 0, False, RANKS)) as log:
+        log.write_samples(11, SAMPLES)
+    assert "the samples of step 11 could not be written: " in capsys.readouterr().out
+    assert not any(record.get("event") == "samples" for record in read_metrics(tmp_path))
 
 
 def test_tensorboard_has_scores_and_samples(config, tmp_path):
