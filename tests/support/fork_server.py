@@ -15,11 +15,16 @@ CONTEXT.set_forkserver_preload(["training_worker", "command_server", *PACKAGES, 
 
 
 def redirect_output(file: Path) -> None:
-    """Write to `file` what this process and its children print, to stdout and stderr."""
+    """Write to `file` what this process and its children print, to stdout and stderr.
+
+    Every line is one write, so that those of several processes do not mix: with PYTHONUNBUFFERED, its end is another.
+    """
     output = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True, write_through=False)
 
 
 def run_program(program: Path, output: Path, *arguments: object) -> int:
