@@ -57,7 +57,7 @@ def announce(stage: Stage, step: int, log: MetricsLog) -> None:
     """Record and show that a run enters a stage after `step` steps."""
     record = {"event": "stage", "step": step, "stage": stage.number, "name": stage.name, "steps": stage.steps}
     log.write(record | {"seq_len": stage.config.data.seq_len})
-    log.say(f"stage {stage.number}: {stage}")
+    log.say(str(stage))
 
 
 def report_changes(changes: Changes, step: int, log: MetricsLog) -> None:

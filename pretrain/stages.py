@@ -44,10 +44,16 @@ class Stage:
         """Length in samples."""
         return self.steps * self.config.global_batch_size
 
+    @property
+    def title(self) -> str:
+        """Return the number of the stage, and its name if it has another."""
+        numbered = f"stage {self.number}"
+        return numbered if self.name == numbered else f"{numbered} ({self.name})"
+
     def __str__(self) -> str:
         config = self.config
         shape = f"{config.global_batch_size} x {config.data.seq_len:,} tokens"
-        return f"{self.name}, {self.steps} steps of {shape} from step {self.first_step + 1} on"
+        return f"{self.title}, {self.steps} steps of {shape} from step {self.first_step + 1} on"
 
 
 def stages_of(config: Config) -> list[Stage]:
@@ -97,7 +103,7 @@ def naming(stage: Stage, config: Config) -> Iterator[None]:
     except UserError as error:
         if not config.stages:
             raise
-        raise UserError(f"stage {stage.number} ({stage.name}): {error}") from error
+        raise UserError(f"{stage.title}: {error}") from error
 
 
 def _with(config: Config, stage: StageConfig, steps: int) -> Config:

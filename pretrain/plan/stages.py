@@ -37,7 +37,7 @@ def plan_of(
             return record, text
         of_stage = {"stage": stage.number, "name": stage.name, "first_step": stage.first_step + 1, "steps": stage.steps}
         records.append(of_stage | record)
-        texts.append(f"stage {stage.number}: {stage}\n{text}")
+        texts.append(f"{stage}\n{text}")
     whole: dict[str, Any] = {"stages": records}
     if len(gpus) == 1:
         for column in ("configured", "suggested"):

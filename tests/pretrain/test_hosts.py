@@ -16,7 +16,7 @@ import host_worker
 import pytest
 from fork_server import CONTEXT
 from training_group import losses, run_group
-from two_hosts import DEBIAN, two_hosts
+from two_hosts import DEBIAN, NotPossible, two_hosts
 
 from lrnn import LrnnConfig
 from lrnn.errors import UserError
@@ -36,7 +36,7 @@ def hosts(tmp_path_factory):
     try:
         with two_hosts(tmp_path_factory.mktemp("hosts"), DEBIAN) as made:
             yield made
-    except RuntimeError as reason:
+    except NotPossible as reason:
         pytest.skip(str(reason))
 
 

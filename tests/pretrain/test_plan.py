@@ -217,7 +217,7 @@ def test_stages(capsys):
         assert stages[2].items() >= long.items()
     assert main(["plan", "340m-stages", "--gpus", "8", "--gpu", "H200"]) == 0
     text = capsys.readouterr().out
-    assert "stage 3: long, 2000 steps of 64 x 8,192 tokens from step 200001 on" in text
+    assert "stage 3 (long), 2000 steps of 64 x 8,192 tokens from step 200001 on" in text
     days = sum(stage["configured"]["days"] for stage in stages)
     assert found[0]["days_configured"] == days and f"all 3 stages as configured: {days:,.2f} days" in text
     assert main(["plan", "340m-stages", "--gpus", "3"]) == 2

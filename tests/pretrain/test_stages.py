@@ -177,6 +177,7 @@ def test_which_stage_a_sample_belongs_to(staged):
     raw["stages"][1]["global_batch_size"] = 4
     stages = stages_of(parse_config(raw, "test"))
     assert [(s.number, s.first_step, s.first_sample, s.samples) for s in stages] == [(1, 0, 0, 24), (2, 3, 24, 12)]
+    assert [s.title for s in stages] == ["stage 1", "stage 2 (long)"]
     assert [stage_at(stages, n).number for n in (-1, 0, 16, 23, 24, 36, 99)] == [1, 1, 1, 1, 2, 2, 2]
     left = [[(s.number, n) for s, n in steps_left(stages, *place)] for place in ((0, 0), (8, 1), (24, 3), (16, 1))]
     assert left == [[(1, 3), (2, 3)], [(1, 2), (2, 3)], [(2, 3)], [(1, 1), (2, 4)]]

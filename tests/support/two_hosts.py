@@ -24,6 +24,10 @@ NAMESPACES = ["--net", "--uts", "--mount", "--pid", "--fork", "--kill-child"]
 FIRST = ["sleep", "infinity"]  # the first process of a host; all others of the host end with it
 
 
+class NotPossible(RuntimeError):
+    """This machine lacks a program, or does not allow namespaces."""
+
+
 @dataclass
 class Host:
     """One of the two hosts."""
@@ -65,7 +69,8 @@ def two_hosts(folder: Path, names: dict[str, str] | None = None) -> Iterator[lis
         names: text of /etc/hosts, by host; by default both know both addresses.
 
     Raises:
-        RuntimeError: this machine does not allow it; the message says why.
+        NotPossible: this machine lacks a program, or does not allow namespaces. The message says which or why.
+        RuntimeError: making them failed in another way.
     """
     started: list[subprocess.Popen] = []
     try:
@@ -93,12 +98,12 @@ def _start(command: list[str], started: list[subprocess.Popen]) -> int:
     try:
         started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=_end_with_parent))
     except FileNotFoundError as error:
-        raise RuntimeError(f"{error.filename} is not installed") from None
+        raise NotPossible(f"{error.filename} is not installed") from None
     number = started[-1].pid
     children, deadline = Path(f"/proc/{number}/task/{number}/children"), time.monotonic() + START_S
     while time.monotonic() < deadline:
         if started[-1].poll() is not None:
-            raise RuntimeError(f"no namespaces: {started[-1].communicate()[1].strip()}")
+            raise _error("no namespaces", started[-1].communicate()[1])
         if found := children.read_text().split():
             first = int(found[0])
             if Path(f"/proc/{first}/cmdline").read_text().split("\0")[:-1] == FIRST:
@@ -115,4 +120,10 @@ def _end_with_parent() -> None:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"no network of namespaces: {done.stderr.strip()}")
+        raise _error("no network of namespaces", done.stderr)
+
+
+def _error(what: str, printed: str) -> RuntimeError:
+    """Return the error for a program that failed, from what it printed."""
+    missing = "not permitted" in printed or "No such file or directory" in printed
+    return (NotPossible if missing else RuntimeError)(f"{what}: {printed.strip()}")
