@@ -23,6 +23,11 @@ def bits_per_byte(pairs: np.ndarray) -> np.ndarray:
     return -nats / n_bytes / math.log(2)
 
 
+def nats_per_token(pairs: np.ndarray) -> np.ndarray:
+    """Return the loss over the axis n of (log-likelihood in nats, tokens) pairs `[..., n, 2]` float64."""
+    return -pairs[..., 0].sum(-1) / pairs[..., 1].sum(-1)
+
+
 def pairs_perplexity(pairs: np.ndarray) -> np.ndarray:
     """Return the perplexity over the axis n of (log-likelihood in nats, words or bytes) pairs `[..., n, 2]` float64."""
     return np.exp(-pairs[..., 0].sum(-1) / pairs[..., 1].sum(-1))
@@ -42,6 +47,7 @@ def given_answered(pairs: np.ndarray) -> np.ndarray:
 # How the values of documents become the value of a metric. All others are means.
 AGGREGATES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "bits_per_byte": bits_per_byte,
+    "nats_per_token": nats_per_token,
     "byte_perplexity": pairs_perplexity,
     "word_perplexity": pairs_perplexity,
     "perplexity": perplexity,

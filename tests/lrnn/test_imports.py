@@ -1,4 +1,4 @@
-"""Test who may import whom: kernels, traces < model < formats < pretrain < track, bench < eval, without circles.
+"""Test who may import whom: kernels, traces < model < formats < pretrain < track, bench < eval < ladder; no circles.
 
 All of them may import the floor: files, settings and others that know nothing of any room. Imports inside functions
 count; those under TYPE_CHECKING do not.
@@ -23,7 +23,8 @@ LEVELS = {  # a room imports rooms of lower levels, and itself
     "lrnn.track": 6,
     "lrnn.bench": 6,
     "lrnn.eval": 7,
-    "lrnn.commands": 8,
+    "lrnn.ladder": 8,
+    "lrnn.commands": 9,
 }
 FLOOR = {"environment", "errors", "files", "parsing", "paths", "records", "run_lock", "settings", "shipped", "threads"}
 FLOOR |= {"container", "sbatch", "sentencepiece_bpe", "tokenizer", "tokenizer_export"}
@@ -40,7 +41,7 @@ def modules() -> dict[str, Path]:
     found = {f"lrnn.{path.stem}".removesuffix(".__init__"): path for path in (REPOSITORY / "lrnn").glob("*.py")}
     for room, folder in (("kernels", "kernels"), ("pretrain", "pretrain"), ("eval", "eval")):
         found |= _modules_of(f"lrnn.{room}", REPOSITORY / folder)
-    for room in ("formats", "model", "traces", "track", "bench"):
+    for room in ("formats", "model", "traces", "track", "bench", "ladder"):
         found |= _modules_of(f"lrnn.{room}", REPOSITORY / "lrnn" / room)
     return found
 
