@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -33,6 +33,13 @@ class IsPath:
     only_if_exists: bool = False
     never: frozenset[str] = frozenset()
     within: str = ""
+
+
+@dataclass(frozen=True)
+class FieldsOf:
+    """Marks a key that holds a mapping with some fields of another schema, whose paths are paths here too."""
+
+    schema: type[BaseModel]
 
 
 @dataclass
@@ -108,6 +115,11 @@ def seen_from(text: str, folder: Path) -> str:
     return os.path.relpath(os.path.realpath(text), os.path.realpath(folder))
 
 
+def is_mapping_of(annotation: Any, section: type[BaseModel]) -> bool:
+    """Return whether a type is a mapping from names to sections, `dict[str, section]`."""
+    return get_origin(annotation) is dict and get_args(annotation)[1] is section
+
+
 def _paths(schema: type[BaseModel], values: Any, above: Key) -> Iterator[_Found]:
     for name, field in schema.model_fields.items():
         if not isinstance(values, dict) or name not in values:
@@ -116,10 +128,14 @@ def _paths(schema: type[BaseModel], values: Any, above: Key) -> Iterator[_Found]
         if (mark := _mark(schema, name)) is not None:
             yield from _texts(values, name, mark, key, _beside(schema, values, mark.within))
         candidates = [field.annotation, *get_args(field.annotation)]
+        candidates += [mark.schema for mark in field.metadata if isinstance(mark, FieldsOf)]
         for inner in (c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)):
             if isinstance(value, list):
                 for number, item in enumerate(value):
                     yield from _paths(inner, item, (*key, number))
+            elif isinstance(value, dict) and is_mapping_of(field.annotation, inner):
+                for name, item in value.items():
+                    yield from _paths(inner, item, (*key, name))
             else:
                 yield from _paths(inner, value, key)
 

@@ -298,10 +298,13 @@ def _in_values(loc: Key, raw: Any) -> Key:
 
 def _section_at(schema: type[BaseModel], loc: tuple) -> type[BaseModel]:
     section: Any = schema
+    is_name = False  # of a section in a mapping of sections
     for name in loc:
-        if isinstance(name, int):
+        if isinstance(name, int) or is_name:
+            is_name = False
             continue
         annotation = section.model_fields[name].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        is_name = paths.is_mapping_of(annotation, section)
     return section

@@ -10,12 +10,13 @@ from lrnn.errors import UserError
 from lrnn.files import expand
 
 PACKAGE = Path(__file__).parent
-RUNS, MODELS, GRIDS = PACKAGE / "configs", PACKAGE / "configs" / "models", PACKAGE / "configs" / "track"
+RUNS = PACKAGE / "configs"
+MODELS, GRIDS, LADDERS = RUNS / "models", RUNS / "track", RUNS / "ladder"
 BATCH_SCRIPTS = PACKAGE / "slurm"
 
 
 def names(folder: Path | None) -> list[str]:
-    """Return the names of the configurations in `RUNS`, `MODELS` or `GRIDS`, sorted; none if there is no folder."""
+    """Return the names of the configurations in a folder such as `RUNS`, sorted; none if there is no folder."""
     if folder is None:
         return []
     return sorted(path.stem for path in folder.iterdir() if path.suffix in (".yaml", ".json"))
@@ -26,7 +27,7 @@ def find(given: str | Path, folder: Path | None, what: str) -> Path:
 
     Args:
         given: path of a file, or a name such as `340m`.
-        folder: `RUNS`, `MODELS` or `GRIDS`, or None.
+        folder: `RUNS`, `MODELS`, `GRIDS` or `LADDERS`, or None.
         what: the kind of file, as the first words of a message.
 
     Raises:

@@ -181,7 +181,7 @@ def _settings_said(train: TrainSettings) -> dict[str, Any]:
     return said
 
 
-def _said(config: LrnnConfig) -> dict[str, Any]:
+def changed_fields(config: LrnnConfig) -> dict[str, Any]:
     """Return the fields that differ from their defaults, so that a field added later changes no fingerprint."""
     defaults = LrnnConfig().to_dict()
     return {name: value for name, value in config.to_dict().items() if value != defaults.get(name)}
@@ -196,7 +196,7 @@ def _cells(grid: GridConfig, origin: str) -> Iterator[Cell]:
             fields = dict(fields)
             train = _train_settings(grid, fields.pop("train", {}), f"{origin}: models.{model_name}.train")
             curriculum = tuple(_curriculum(task, parameters, train, origin))
-            for range_ in grid.ranges if _has_range(fields, f"{origin}: models.{model_name}") else [NO_RANGE]:
+            for range_ in grid.ranges if has_range(fields, f"{origin}: models.{model_name}") else [NO_RANGE]:
                 # No id of a task is special to the model: each may be an input or an answer.
                 fixed: dict[str, Any] = {"vocab_size": task.vocab_size, "allow_neg_eigval": range_ == "negative"}
                 fixed |= {"bos_token_id": None, "eos_token_id": None, "max_position_embeddings": grid.train.max_length}
@@ -205,7 +205,7 @@ def _cells(grid: GridConfig, origin: str) -> Iterator[Cell]:
                 config = model_config_from(fields | fixed, f"{origin}: models.{model_name}")
                 for seed in grid.seeds:
                     folder = Path(grid.out) / task_name / model_name / range_ / f"seed-{seed}"
-                    facts = [parameters, _said(config), seed]
+                    facts = [parameters, changed_fields(config), seed]
                     facts += [_settings_said(train), grid.test.model_dump(exclude=UNIMPORTANT)]
                     fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
                     yield Cell(
@@ -214,7 +214,7 @@ def _cells(grid: GridConfig, origin: str) -> Iterator[Cell]:
                     )  # fmt: skip
 
 
-def _has_range(fields: dict[str, Any], origin: str) -> bool:
+def has_range(fields: dict[str, Any], origin: str) -> bool:
     """Return whether a model's fields name a mixer that has a range of eigenvalues.
 
     Raises:
