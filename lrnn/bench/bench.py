@@ -62,6 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernels.add_argument("--value-heads", type=int, help="value heads, a multiple of --heads (default --heads)")
     kernels.add_argument("--value-size", type=int, help="size of values per head (default --head-size)")
     kernels.add_argument("--only-ours", action="store_true", help="leave out the peers, whose first calls take minutes")
+    kernels.add_argument(
+        "--only", nargs="+", metavar="NAME", help="measure these alone: lrnn, 'lrnn split', 'lrnn save_states'"
+    )
     kernels.add_argument("--breakdown", action="store_true", help="also print the time of each of our kernels")
     kernels.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
 

@@ -254,16 +254,27 @@ def parse_heads(args: argparse.Namespace) -> HeadSizes:
     return heads
 
 
+def parse_contenders(args: argparse.Namespace) -> tuple[list[str], bool]:
+    """Return which of our variants are measured, and whether peers are. Raises UserError for an unknown variant."""
+    if args.only is None:
+        return list(OURS), not args.only_ours
+    unknown = [name for name in args.only if name not in OURS]
+    if unknown:
+        raise UserError(f"--only {unknown[0]!r} is none of ours; give some of {', '.join(map(repr, OURS))}")
+    return args.only, False
+
+
 def bench_kernels(args: argparse.Namespace) -> None:
     """Print the tables of `lrnn bench kernels`."""
     shapes, heads = [parse_shape(shape) for shape in args.shapes], parse_heads(args)
+    ours, peers_wanted = parse_contenders(args)
     if not torch.cuda.is_available():
         raise UserError("lrnn bench kernels needs a GPU, and PyTorch finds none here")
     env = environment()
     print("\n".join(f"{name:22}{value}" for name, value in env.items()))
-    peers, lines = ([], ["fla, FlashQLA: left out (--only-ours)"]) if args.only_ours else find_peers()
+    peers, lines = find_peers() if peers_wanted else ([], ["fla, FlashQLA: left out (--only, --only-ours)"])
     print("\n".join(lines))
-    contenders = [*(Contender(name, run) for name, run in OURS.items()), *peers]
+    contenders = [*(Contender(name, OURS[name]) for name in ours), *peers]
     results = _bench_shapes(shapes, heads, contenders, args)
     if args.json:
         args.json.write_text(json.dumps({"environment": env, "notes": lines, "kernels": results}, indent=1) + "\n")

@@ -18,6 +18,7 @@ from lrnn.model.mixer_deltanet import HeadSizes
         (["--shapes", "0x64"], "'0x64'"),
         (["--heads", "2", "--value-heads", "3"], "--value-heads 3 should be a multiple of --heads 2"),
         (["--value-heads", "0"], "should be at least 1"),
+        (["--only", "lrnn", "fla"], "--only 'fla' is none of ours; give some of 'lrnn', 'lrnn split'"),
         (["--value-size", "257"], "head sizes up to 256; got 128 for keys and 257 for values"),
     ],
 )
