@@ -1,9 +1,12 @@
 """Documents for a corpus, in the formats that evaluation asks about, of the half of programs that it never shows."""
 
+import re
+
 from lrnn.traces.formats import FORMATS
 from lrnn.traces.program import SHORTEST, TRAINING, Rng
 
 MOST_PROGRAMS = 6  # per document
+ANSWER = re.compile(r"\S+(?=\n\n|\n?\Z)")  # the last word of a program
 
 
 def training_document(number: int, most_changes: int) -> str:
@@ -23,3 +26,8 @@ def training_document(number: int, most_changes: int) -> str:
         answer = rng.below(len(task.choices))
         programs.append(task.solved(task.draw_of_half(rng, length, answer, TRAINING)))
     return "\n\n".join(programs) + "\n"
+
+
+def answer_spans(text: str) -> list[tuple[int, int]]:
+    """Return where the answers are in a training document: from the first character to before the last's end."""
+    return [found.span() for found in ANSWER.finditer(text)]

@@ -1,9 +1,9 @@
 """What is measured of every trained model: the section `measure` of a ladder."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from lrnn.eval.retrieval.needles import FORMS
 from lrnn.paths import IsPath
@@ -123,6 +123,14 @@ class MeasureConfig(Section):
     """Number of steps, spread over training, whose eigenvalues are reported."""
     batch_tokens: Tokens = Field(65_536, gt=0)
     """Largest number of tokens that are read at once. Logits take 10 bytes per token and word of the vocabulary."""
+
+    @model_validator(mode="after")
+    def position_has_documents(self) -> Self:
+        names = [domain.name for domain in self.heldout]
+        if self.position is not None and self.position.domain not in names:
+            name = self.position.domain
+            raise ValueError(f"position.domain {name!r} is no domain of heldout; {name_hint(name, names)}")
+        return self
 
     def decisive(self) -> dict[str, Any]:
         """Return the settings that decide results. Files are left out, because their names do not."""
