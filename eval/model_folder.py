@@ -17,7 +17,7 @@ def check_export(folder: Path) -> dict[str, Any]:
 
     Raises:
         UserError: the folder is not a complete model, its weights are not safetensors (other formats are pickles), it
-            is not a causal language model, or needs code of its own.
+            is not a causal language model, needs code of its own, or has a configuration that its type refuses.
     """
     if not folder.is_dir():
         raise UserError(f"model folder not found: {folder}")
@@ -41,6 +41,7 @@ def check_export(folder: Path) -> dict[str, Any]:
         )
     if not _is_causal(config["model_type"]):
         raise UserError(f"{folder / 'config.json'}: a {config['model_type']!r} is not a causal language model")
+    _check_config(folder / "config.json", config)
     _check_shards(folder / "model.safetensors.index.json")
     return config
 
@@ -58,6 +59,17 @@ def _is_causal(model_type: str) -> bool:
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     return CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _check_config(file: Path, config: dict[str, Any]) -> None:
+    """Raise UserError if the type of model does not take the values of its configuration."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    except Exception as error:  # of the type's own code, of any type
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{file} cannot be read as a configuration of {config['model_type']!r}: {said}") from error
 
 
 def _check_shards(index: Path) -> None:

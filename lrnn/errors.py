@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     The command line prints the message alone, without a traceback, and exits with status 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or the name of its type if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lrnn.errors import UserError
+from lrnn.errors import UserError, first_line
 from lrnn.files import LFS_POINTER, NOT_FETCHED
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -228,7 +228,7 @@ def _huggingface_files(name: str) -> tuple[bytes, dict[str, Any], bytes | None]:
     except (OSError, ValueError) as error:
         raise UserError(
             f"tokenizer {name!r}: neither a local folder nor a tokenizer that can be reached on the hub "
-            f"({str(error).splitlines()[0]})"
+            f"({first_line(error)})"
         ) from error
     if "tokenizer.json" not in content:
         raise UserError(f"tokenizer {name!r}: it has no tokenizer.json; give its SentencePiece .model file instead")

@@ -9,8 +9,8 @@ import numpy as np
 from lrnn.errors import UserError
 from lrnn.eval import result_folder
 from lrnn.eval.documents import Document, find_documents, join_documents, load_ids
-from lrnn.eval.model_class import import_class
-from lrnn.eval.model_folder import check_export, default_device, describe_model
+from lrnn.eval.loading import choose_device, load_model
+from lrnn.eval.model_folder import check_export, describe_model
 from lrnn.eval.offline import go_offline
 from lrnn.eval.position import report
 from lrnn.eval.position.bins import log_edges
@@ -126,21 +126,6 @@ def check_sizes(sizes: dict[str, int | None], limit: int | None) -> None:
         raise UserError(f"--limit must be at least 2, got {limit}: a band over documents needs two or more")
 
 
-def choose_device(device: str | None, dtype: str | None) -> tuple["torch.device", "torch.dtype"]:
-    """Return torch's objects for the names. Raise UserError for an unknown dtype or an unusable device."""
-    import torch
-
-    device, dtype = default_device(device, dtype)
-    as_type = getattr(torch, dtype, None)
-    if not isinstance(as_type, torch.dtype) or not as_type.is_floating_point:
-        raise UserError(f"--dtype {dtype} is not a floating-point dtype; give float32, bfloat16 or float16")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # a torch without CUDA raises AssertionError
-        raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
-    return torch.device(device), as_type
-
-
 def load_tokenizer(folder: Path, config: dict[str, Any]) -> "Tokenizer":
     """Return the folder's tokenizer as a corpus uses it. Raise UserError if it cannot be loaded or does not fit."""
     from lrnn.tokenizer import load_tokenizer
@@ -165,23 +150,6 @@ def check_same_tokens(
             raise UserError(f"{which} have different tokenizers: their perplexities per token cannot be compared")
 
 
-def load_model(folder: Path, device: "torch.device", dtype: "torch.dtype") -> Any:
-    """Return the model in eval mode. The folder is untrusted: none of its code is run, and nothing is unpickled."""
-    from transformers import AutoModelForCausalLM
-
-    import_class(check_export(folder)["model_type"], device.type)
-    print(f"loading {folder} on {device} in {str(dtype).removeprefix('torch.')}", flush=True)
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
-    except OSError as error:
-        raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if info["missing_keys"]:  # transformers fills them with random numbers and continues
-        raise UserError(f"{folder} holds no weights for {', '.join(sorted(info['missing_keys'])[:3])}")
-    return model.to(device).eval()
-
-
 def measure(
     folder: Path,
     path: Path,
@@ -199,6 +167,7 @@ def measure(
 
     from lrnn.eval.position.nll import sum_by_bin
 
+    print(f"loading {folder} on {device} in {str(dtype).removeprefix('torch.')}", flush=True)
     model = load_model(folder, device, dtype)
     total = sum(document.length for document in documents)
     with tqdm(total=total, unit="token", unit_scale=True, desc=str(folder)) as bar:

@@ -29,8 +29,9 @@ def counter(metadata: dict[str, Any]) -> Callable[[str], int]:
 
 
 def context_length(metadata: dict[str, Any]) -> int:
-    """Return `max_length`, or else the context of the model in the folder `pretrained`."""
+    """Return `max_length`, or else the context of the model `pretrained`. Raise UserError if neither is given."""
     if metadata.get("max_length"):
         return int(metadata["max_length"])
-    tokenizer = tokenizer_of(metadata)
-    return prompts.context_length(Path(metadata["pretrained"]), tokenizer)
+    if not isinstance(metadata.get("pretrained"), str):
+        raise UserError("prompts that fill a context need its length: max_length=N or pretrained=DIR in --model_args")
+    return prompts.context_length(Path(metadata["pretrained"]), tokenizer_of(metadata))

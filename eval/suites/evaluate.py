@@ -6,6 +6,7 @@ from typing import Any
 
 from lrnn.errors import UserError
 from lrnn.eval import offline, result_folder
+from lrnn.eval.loading import choose_device
 from lrnn.eval.model_folder import check_export, describe_model, says_add_bos
 from lrnn.eval.statistics import RESAMPLES
 from lrnn.eval.suites import build, fetch_data, harness, hub_data, prompts, report, sandbox, sections
@@ -31,6 +32,8 @@ def evaluate(request: Request) -> dict[str, Any]:
             os.environ[variable] = str(path.resolve())
     check_export(request.model)
     result_folder.check_output(request.folder)
+    devices = harness.choose_devices(request.device, request.num_processes)
+    choose_device(devices[0], request.dtype)  # fails now, not after the prompts are built
     if request.suite:
         offline.go_offline()
         names, left_out = leave_out_missing(request, names, left_out)
@@ -46,7 +49,6 @@ def evaluate(request: Request) -> dict[str, Any]:
     build.check_lengths(loaded, tokenizer, len(bos.ids), max_length, request)
     if CODE_TASKS.intersection(loaded.tasks):
         sandbox.run("")  # fails now, not after hours of generation, if this system cannot isolate programs
-    devices = harness.choose_devices(request.device, request.num_processes)
     model, helpers = harness.load_model(
         request.model, devices, request.dtype, request.batch_size, max_length, request.bos
     )

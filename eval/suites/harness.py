@@ -66,10 +66,7 @@ def load_model(
     helpers = [Helper(folder, options | {"device": other}, len(devices)) for other in devices[1:]]
     if helpers:
         share_cores(len(devices))
-    try:
-        return Model(folder, device=device, **options), helpers
-    except OSError as error:
-        raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return Model(folder, device=device, **options), helpers
 
 
 def choose_devices(device: str | None, processes: int | None) -> list[str]:

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lrnn.errors import UserError
+from lrnn.errors import UserError, first_line
 from lrnn.eval.retrieval.windows import COLUMNS
 
 FOLDER = "LRNN_EVAL_DATASETS"  # the environment variable that --data-folder sets
@@ -62,7 +62,7 @@ def load(name: str) -> Any:
     try:
         found = _load(name, os.environ.get(FOLDER))
     except (OSError, ValueError) as error:
-        raise UserError(f"{_where(wanted)} cannot be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{_where(wanted)} cannot be read: {first_line(error)}") from error
     missing = [column for column in wanted.columns if column not in found.column_names]
     if missing:
         has = ", ".join(found.column_names)
@@ -96,7 +96,7 @@ def fetch(names: Iterable[str]) -> None:
         try:
             found = datasets.load_dataset(wanted.repository, wanted.config, split=wanted.split)
         except (OSError, ValueError) as error:
-            raise UserError(f"could not download {wanted.repository}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"could not download {wanted.repository}: {first_line(error)}") from error
         print(f"  {name}: {len(found)} rows")
 
 

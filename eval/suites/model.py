@@ -1,5 +1,6 @@
 """lm-eval's Hugging Face model as lrnn runs it: no code of a folder, float32 scores, a stated rule for bos, one bar."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lrnn.errors import UserError
 from lrnn.eval.generation.batch_size import free_memory, largest_batch
 from lrnn.eval.generation.decoding import GraphDecoding, is_of_lrnn
 from lrnn.eval.generation.stop_strings import StopStrings
-from lrnn.eval.model_class import import_class
+from lrnn.eval.loading import choose_device, load_model
 from lrnn.eval.model_folder import check_export, default_device, says_add_bos
 from lrnn.eval.suites.bos import Bos, decide
 from lrnn.eval.suites.prompts import load_tokenizer
@@ -70,12 +71,12 @@ class Model(HFLM):
                 "batch_size, max_batch_size and max_length, and never runs code of a folder; `--model hf` has others"
             )
         folder = Path(pretrained)
-        config = check_export(folder)
+        check_export(folder)
         self.bos = decide(bos, load_tokenizer(folder), says_add_bos(folder))
+        self._on, self._as_type = choose_device(device, dtype)
         device, dtype = default_device(device, dtype)
-        import_class(config["model_type"], device)
-        loading: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True, "device": device}
-        self._start(str(folder), batch_size, max_length, max_batch_size=max_batch_size, dtype=dtype, **loading)
+        loading: dict[str, Any] = {"trust_remote_code": False, "max_batch_size": max_batch_size}
+        self._start(str(folder), batch_size, max_length, device=device, dtype=dtype, **loading)
         self.settings: dict[str, Any] = {"device": device, "dtype": dtype, "batch_size": batch_size}
         self.settings |= {"max_length": self.max_length, "softmax_dtype": "float32"}
         self.settings |= {"bos": self.bos.rule, "bos_ids": list(self.bos.ids)}
@@ -98,6 +99,11 @@ class Model(HFLM):
             max_length=max_length,
             **options,
         )
+
+    def _create_model(self, pretrained: str, **options: Any) -> None:
+        """Load the weights. `HFLM` would fill those that are missing with random numbers."""
+        self._device = self._on  # `HFLM` takes another one for names that it does not know
+        self._model = load_model(Path(pretrained), self._on, self._as_type)
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
         """Return prompts and generated ids, int64 [B, T]. A model of lrnn decodes greedily on CUDA graphs."""
@@ -165,13 +171,13 @@ class Model(HFLM):
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **options: Any) -> list[Any]:
         if self._bar is not None:
-            found = super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
+            found = _finite(super()._loglikelihood_tokens(requests, disable_tqdm=True, **options))
             self._bar.update(sum(len(continuation) for _, _, continuation in requests))
             return found
         cut = [
             (texts, self._cut(context, len(continuation)), continuation) for texts, context, continuation in requests
         ]
-        return super()._loglikelihood_tokens(cut, disable_tqdm=disable_tqdm, **options)
+        return _finite(super()._loglikelihood_tokens(cut, disable_tqdm=disable_tqdm, **options))
 
     def _cut(self, context: list[int], continuation: int) -> list[int]:
         """Return the context, cut behind the ids of the rule if it is too long for a continuation of so many tokens.
@@ -189,3 +195,10 @@ class Model(HFLM):
         if length is not None:
             rest = rest[len(rest) - min(len(rest), max(length - len(first), 0)) :]
         return first + rest
+
+
+def _finite(answers: list[Any]) -> list[Any]:
+    """Return answers (nats, is greedy). Raise UserError if one is no number, which would score as a wrong answer."""
+    if not all(math.isfinite(nats) for nats, _ in answers):
+        raise UserError("the model computes log-likelihoods that are infinite or NaN; it may need --dtype float32")
+    return answers

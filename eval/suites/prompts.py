@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from lrnn.errors import UserError
+from lrnn.errors import UserError, first_line
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -15,8 +15,8 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except (ValueError, OSError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of transformers and tokenizers, of any type
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{folder}: its tokenizer cannot be loaded, or needs code of its own ({reason})") from error
 
 
@@ -26,8 +26,8 @@ def context_length(folder: Path, tokenizer: Any) -> int:
 
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except (ValueError, OSError, TypeError, KeyError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read as a configuration: {error}") from error
+    except Exception as error:  # of the type's own code, of any type
+        raise UserError(f"{folder / 'config.json'} cannot be read as a configuration: {first_line(error)}") from error
     return length_of(config, tokenizer)
 
 

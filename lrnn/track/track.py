@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lrnn.errors import UserError
+from lrnn.errors import UserError, first_line
 from lrnn.run_lock import RunLock
 from lrnn.settings import dump
 from lrnn.track.cell import train_cell
@@ -59,7 +59,7 @@ def _devices(wanted: str | None) -> list[torch.device]:
     try:
         device = torch.empty(0, device=wanted).device  # with its index
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {wanted} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {wanted} cannot be used: {first_line(error)}") from None
     return [device]
 
 

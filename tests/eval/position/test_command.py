@@ -237,15 +237,3 @@ def test_models_with_different_tokenizers_are_not_compared(error_of, folder, tmp
     spec["model"]["merges"] = spec["model"]["merges"][:1]
     (copy / "tokenizer.json").write_text(json.dumps(spec))
     assert "have different tokenizers" in error_of(models=[folder, copy])
-
-
-def test_missing_weights_are_not_filled_in(folder, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    weights = load_file(copy / "model.safetensors")
-    del weights["model.layers.1.attn.o_proj.weight"]
-    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"holds no weights for model\.layers\.1\.attn\.o_proj\.weight"):
-        position_evaluate.load_model(copy, torch.device("cpu"), torch.float32)

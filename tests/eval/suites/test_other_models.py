@@ -40,7 +40,7 @@ def test_numbers_and_texts_are_those_of_hflm(tiny_model, tmp_path, name, monkeyp
     assert model_folder.describe_model(folder)["model_type"] == name
     assert context_length(folder, load_tokenizer(folder)) == length
     imported = []
-    monkeypatch.setattr("lrnn.eval.suites.model.import_class", lambda *given: imported.append(given))
+    monkeypatch.setattr("lrnn.eval.loading.import_class", lambda *given: imported.append(given))
     ours = Model(folder, device="cpu", batch_size=2)
     assert imported == [(name, "cpu")]
     theirs = HFLM(str(folder), device="cpu", dtype="float32", batch_size=2)

@@ -198,7 +198,7 @@ def test_area_is_the_mean_over_lengths_of_scaled_accuracy(tiny_model):
     """A real model, and the numbers of lm-eval. The answer of a session is on a line of its own."""
     names = ["lrnn_trace_repl_4_mc", "lrnn_trace_repl_4_gen"]
     go_offline()
-    lm, _ = harness.load_model(tiny_model, "cpu", "float32", 8, 4096, "never")
+    lm, _ = harness.load_model(tiny_model, ["cpu"], "float32", 8, 4096, "never")
     raw = harness.run_tasks(lm, harness.load_tasks(names), 4)
     rows = {(row["task"], row["metric"]): row for row in report.metric_rows(raw)}
     for task in names:
