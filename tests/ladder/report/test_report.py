@@ -1,0 +1,277 @@
+"""Test the report of made-up results with a known truth: tables, pairs, verdicts, and what it says of gaps."""
+
+import csv
+import dataclasses
+import functools
+import io
+import random
+
+import numpy as np
+import pytest
+from made_up_ladder import DOMAINS, Truth, make_ladder, make_results
+
+from lrnn.eval.statistics import bits_per_byte
+from lrnn.ladder.measures import BYTES, MEASURES, NATS
+from lrnn.ladder.report import scaling
+from lrnn.ladder.report.differences import ALL, BETWEEN_RANGES, Differences, paired_stderr
+from lrnn.ladder.report.fit import fit
+from lrnn.ladder.report.gathered import MEAN, Gathered, Quantity
+from lrnn.ladder.report.wording import count, decimal, verdict
+from lrnn.ladder.report.write import write_report
+
+LOSS = Quantity("heldout_nats_per_token", MEAN, None)
+GRIDS = [
+    {"sizes": ["15m"], "arms": ["delta", "hybrid", "attention"], "seeds": [0, 1, 2]},
+    {"sizes": ["30m"], "arms": ["delta", "hybrid"], "seeds": [0, 1, 2]},
+    {"sizes": ["60m"], "arms": ["delta"], "seeds": [0]},
+]
+TRUTH = Truth(
+    offsets={("delta", "negative"): -0.02, ("hybrid", "negative"): -0.05, ("hybrid", "positive"): -0.05}, noise=0.001
+)
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """The fit's bootstrap is tested by itself."""
+    monkeypatch.setattr(scaling, "fit", functools.partial(fit, resamples=10))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A ladder, its cells, and results of all of them."""
+    ladder, cells = make_ladder(tmp_path_factory.mktemp("ladder"), GRIDS)
+    return ladder, cells, make_results(cells, TRUTH)
+
+
+def differences(ladder, results):
+    return Differences(Gathered(ladder, results))
+
+
+def at(found, quantity=LOSS, contrast=BETWEEN_RANGES, **place):
+    """Return the only difference at a place."""
+    (one,) = [
+        d
+        for d in found.all
+        if d.quantity == quantity
+        and d.place.contrast == contrast
+        and all(getattr(d.place, name) == value for name, value in place.items())
+    ]
+    return one
+
+
+def report(ladder, cells, results, folder):
+    """Return the Markdown, and the rows of the two tables."""
+    write_report(ladder, cells, results, folder)
+    files = [(folder / "report" / name).read_text() for name in ("ladder.md", "results.csv", "differences.csv")]
+    return files[0], *(list(csv.DictReader(io.StringIO(text))) for text in files[1:])
+
+
+def tables(markdown):
+    """Return the tables of a Markdown text as lists of cells, and check that all rows of one are equally long."""
+    found, rows = [], []
+    for line in [*markdown.splitlines(), ""]:
+        if line.startswith("|"):
+            rows.append([cell.strip().replace(r"\|", "|") for cell in line.replace(r"\|", "\0").strip("|").split("|")])
+        elif rows:
+            assert {len(row) for row in rows} == {len(rows[0])}, rows
+            assert all(set(cell) <= set("-:") for cell in rows[1])
+            found.append([rows[0], *rows[2:]])
+            rows = []
+    return found
+
+
+def test_a_difference_by_hand(made):
+    """Mean, own error, pooled error and Student's interval of one place are those of a calculation by hand."""
+    ladder, _, results = made
+    by_name = {result.name: result for result in results}
+
+    def loss(name):
+        of = {(f.measure, f.of): f.value for f in by_name[name].figures}
+        return sum(weight * of["heldout_nats_per_token", domain] for domain, (weight, _, _) in DOMAINS.items())
+
+    def pairs(size, arm, budget, seeds):
+        return [
+            loss(f"{size}/{arm}/negative/{budget}/seed-{s}") - loss(f"{size}/{arm}/positive/{budget}/seed-{s}")
+            for s in seeds
+        ]
+
+    own = pairs("15m", "delta", "308400K", (0, 1, 2))
+    places = [own, pairs("15m", "hybrid", "308400K", (0, 1, 2)), pairs("30m", "delta", "605400K", (0, 1, 2))]
+    places += [pairs("30m", "hybrid", "605400K", (0, 1, 2)), pairs("60m", "delta", "1231600K", (0,))]
+    d = at(differences(ladder, results), size="15m", arm="delta")
+    assert d.mean == pytest.approx(np.mean(own)) and d.seeds == 3
+    assert d.stderr_own == pytest.approx(np.std(own, ddof=1) / 3**0.5)
+    assert d.own_interval.high - d.mean == pytest.approx(4.3027 * d.stderr_own, rel=1e-4)
+    assert d.pooled.df == 8
+    assert d.pooled.deviation == pytest.approx((sum(np.var(p) * len(p) for p in places) / 8) ** 0.5)
+    # A single pair has no scatter of its own, and the pooled one.
+    one = at(differences(ladder, results), size="60m", arm="delta")
+    assert one.own is None and one.stderr_pooled == pytest.approx(d.pooled.deviation)
+    # Over sizes, every pair counts the same.
+    both = at(differences(ladder, results), size=ALL, arm="delta")
+    assert both.seeds == 7 and both.mean == pytest.approx(np.mean(places[0] + places[2] + places[4]))
+    assert both.place.tokens is None
+
+
+def test_the_truth_is_found(made):
+    """Where ranges differ, the verdict says so, and where they do not, it says within what they are equal."""
+    ladder, _, results = made
+    found = differences(ladder, results)
+    delta, hybrid = (at(found, size=ALL, arm=arm) for arm in ("delta", "hybrid"))
+    assert delta.interval.low <= -0.02 <= delta.interval.high and hybrid.interval.low <= 0 <= hybrid.interval.high
+    assert verdict(delta, ladder.effect, "[-1, 1]") == "[-1, 1] better"
+    within = verdict(hybrid, ladder.effect, "[-1, 1]")
+    assert within.startswith("equal within 0.00") and within.endswith("less than 0.005")
+    assert float(within.split()[2].rstrip(",")) >= hybrid.interval.bound
+    arm = at(found, contrast="hybrid - delta", range="positive", size=ALL)
+    assert arm.interval.low <= -0.05 <= arm.interval.high
+
+
+def test_pairs_are_surer_than_groups(made):
+    """The data's noise, which a pair shares, is not in the error of the difference."""
+    ladder, cells, _ = made
+    results = make_results(cells, dataclasses.replace(TRUTH, data_noise=0.02))
+    d = at(differences(ladder, results), size="15m", arm="delta")
+    gathered = Gathered(ladder, results)
+    groups = [group for group in gathered.measured if (group.size, group.arm) == ("15m", "delta")]
+    sides = [list(gathered.values(group, LOSS).values()) for group in groups]
+    unpaired = sum(np.var(side, ddof=1) / 3 for side in sides) ** 0.5
+    assert d.stderr_own < unpaired / 5
+
+
+def test_error_over_documents():
+    """It is that of a bootstrap which draws the same documents for both sides and all seeds."""
+    rng = np.random.default_rng(0)
+    n = 300
+    shared = rng.normal(3, 1, n)
+    n_bytes = rng.integers(50, 500, n).astype(float)
+    rates = shared + rng.normal(0, 0.05, (2, 3, n))
+    pairs = np.stack([-rates * n_bytes, np.broadcast_to(n_bytes, rates.shape)], -1)
+    draws = rng.integers(n, size=(1000, n))
+    drawn = [(bits_per_byte(pairs[0][:, i]) - bits_per_byte(pairs[1][:, i])).mean() for i in draws]
+    assert paired_stderr("bits_per_byte", pairs) == pytest.approx(np.std(drawn), rel=0.08)
+    means = [(rates[0] - rates[1])[:, i].mean() for i in draws]
+    assert paired_stderr("mean", rates) == pytest.approx(np.std(means), rel=0.08)
+    assert paired_stderr("mean", rates) < 0.1 * rates[0].mean(0).std() / n**0.5
+
+
+def test_all_measures_are_means_or_ratios():
+    """No other aggregate of documents has a closed form here."""
+    assert {measure.aggregate for measure in MEASURES.values()} <= {"mean", BYTES, NATS}
+
+
+def test_verdicts(made):
+    """One seed without documents has no interval; one with documents says that it is over documents alone."""
+    ladder, cells, _ = made
+    of_seed = [cell for cell in cells if cell.seed == 0 and cell.size == "15m"]
+    alone = at(differences(ladder, make_results(of_seed, TRUTH)), size="15m", arm="delta")
+    assert alone.pooled is None and alone.own_interval is None and alone.interval is not None
+    assert verdict(alone, 0.005, "[-1, 1]") == "[-1, 1] better (over documents alone: one seed)"
+    bare = make_results(of_seed, dataclasses.replace(TRUTH, with_documents=False))
+    none = at(differences(ladder, bare), size="15m", arm="delta")
+    assert none.interval is None and verdict(none, 0.005, "[-1, 1]").endswith("no interval")
+    seeds = make_results(cells, dataclasses.replace(TRUTH, with_documents=False))
+    assert "over seeds alone" in verdict(at(differences(ladder, seeds), size=ALL, arm="hybrid"), 0.005, "[-1, 1]")
+
+
+def test_order_of_results_is_of_no_matter(made, tmp_path):
+    """Permuted results give the same files, byte by byte."""
+    ladder, cells, results = made
+    mixed = random.Random(0).sample(results, len(results))
+    for name, given in (("a", results), ("b", mixed)):
+        (tmp_path / name).mkdir()
+        write_report(ladder, cells, given, tmp_path / name)
+    files = sorted(path.name for path in (tmp_path / "a/report").iterdir())
+    assert {"ladder.md", "results.csv", "differences.csv"} <= set(files)
+    for name in files:
+        assert (tmp_path / "a/report" / name).read_bytes() == (tmp_path / "b/report" / name).read_bytes(), name
+
+
+def test_tables_and_csv(made, tmp_path):
+    """The tables parse; mean and error of a cell are those of the figures, which are all in results.csv."""
+    ladder, cells, results = made
+    markdown, rows, pairs = report(ladder, cells, results, tmp_path)
+    assert len(rows) == sum(len(r.figures) + len(r.training) for r in results)
+    columns = ["size", "tokens", "arm", "seeds", "code", "mathematics", "mix"]
+    (bits,) = [table for table in tables(markdown) if table[0] == columns]
+    (row,) = [row for row in bits if row[:3] == ["15m", "308.4M", "gated DeltaNet [-1, 1]"]]
+    code = [row for row in rows if (row["measure"], row["of"]) == ("heldout_bits_per_byte", "code")]
+    values = [float(row["value"]) for row in code if row["cell"].startswith("15m/delta/negative")]
+    assert row[3] == "3" and row[4] == f"{np.mean(values):.4f} ± {np.std(values, ddof=1) / 3**0.5:.4f}"
+    (row,) = [row for row in bits if row[:3] == ["60m", "1.232B", "gated DeltaNet [-1, 1]"]]
+    assert row[3] == "1" and row[4].endswith("± 0.0100 d")
+    # Holm's p values: those of the family alone, none smaller than the raw one.
+    judged = [row for row in pairs if row["p_holm"]]
+    assert {(row["arm"], row["of"], row["size"]) for row in judged} == {
+        ("delta", "mean", "all"),
+        ("hybrid", "mean", "all"),
+    }
+    assert all(float(row["p_holm"]) >= float(row["p"]) for row in judged)
+    assert f"These {len(judged)} comparisons" in markdown and f"{len(pairs)} differences were computed" in markdown
+
+
+def test_what_is_missing_is_named(made, tmp_path):
+    """Cells without results, unequal text, unequal code and devices are said under Warnings; without them, none are."""
+    ladder, cells, results = made
+    assert "## Warnings" not in report(ladder, cells, results, tmp_path)[0]
+    few = results[2:]
+    few[0] = dataclasses.replace(few[0], corpora={"code": "ff" * 32})
+    few[1] = dataclasses.replace(few[1], environment=few[1].environment | {"source": "ba9876543210", "device": "cpu"})
+    markdown = report(ladder, cells, few, tmp_path)[0]
+    warnings = markdown.split("## Warnings")[1].split("\n## ")[0]
+    assert f"2 of {len(cells)} cells have no result: {cells[0].name}, {cells[1].name}" in warnings
+    assert "different text called code" in warnings and "ffff" in warnings and "abab" not in warnings.split("ffff")[1]
+    assert "different versions of the code" in warnings and "different devices" in warnings
+    assert f"{len(cells) - 2} of {len(cells)} cells have results" in markdown
+
+
+def test_parts_that_are_missing(made):
+    """A headline needs all of its parts: a cell that lacks one is left out of it, and named."""
+    ladder, _, results = made
+    lacking = dataclasses.replace(results[0], figures=tuple(f for f in results[0].figures if f.of != "code"))
+    gathered = Gathered(ladder, [lacking, *results[1:]])
+    assert gathered.incomplete == {"heldout_nats_per_token": [lacking.name]}
+    assert at(Differences(gathered), size="15m", arm="delta").seeds == 2
+
+
+def test_unequal_documents_are_not_paired(made):
+    """The difference has no error over documents, and a warning names the measure."""
+    ladder, _, results = made
+    key = "heldout_nats_per_token/code"
+    other = dataclasses.replace(results[0], documents=results[0].documents | {key: results[0].documents[key][:-1]})
+    found = differences(ladder, [other, *results[1:]])
+    assert at(found, size="15m", arm="delta").stderr_documents is None
+    assert at(found, size="30m", arm="delta").stderr_documents is not None
+    assert any("heldout_nats_per_token of code" in text and "different documents" in text for text in found.mismatched)
+
+
+def test_learning_rates(tmp_path):
+    """A sweep has a table with the best rate; its other rates are in no other result."""
+    sweep = {"sizes": ["15m"], "arms": ["delta"], "seeds": [0], "lr": [1e-3, 2e-3, 4e-3]}
+    ladder, cells = make_ladder(tmp_path, [sweep, {"sizes": ["15m"], "arms": ["delta"], "seeds": [0, 1]}])
+    markdown = report(ladder, cells, make_results(cells, TRUTH), tmp_path)[0]
+    (table,) = [table for table in tables(markdown) if "learning rate" in table[0] and table[0][0] == "arm"]
+    assert [(row[0], row[3], row[5], row[6]) for row in table[1:]] == [
+        (f"gated DeltaNet {range_}", lr, mark, "0")
+        for range_ in ("[-1, 1]", "[0, 1]")
+        for lr, mark in (("0.001", ""), ("0.002", "best, used"), ("0.004", ""))
+    ]
+    assert at(differences(ladder, make_results(cells, TRUTH)), size=ALL, arm="delta").seeds == 2
+
+
+def test_without_results(made, tmp_path):
+    ladder, cells, _ = made
+    markdown, rows, pairs = report(ladder, cells, [], tmp_path)
+    assert f"None of the {len(cells)} cells has a result yet." in markdown and rows == pairs == []
+
+
+@pytest.mark.parametrize(
+    "value, text", [(308_411_392, "308.4M"), (15_420_000, "15.42M"), (1.3e9, "1.3B"), (950, "950")]
+)
+def test_counts(value, text):
+    assert count(value) == text
+
+
+def test_no_negative_zero():
+    assert decimal(-0.00001, 4) == "0.0000" and decimal(-0.00001, 4, signed=True) == "0.0000"
+    assert decimal(0.00123, 4, signed=True) == "+0.0012"
