@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lrnn.errors import UserError
+from lrnn.pretrain.corpus.rows import BadRow, check_text
 from lrnn.tokenizer import Tokenizer
 
 
@@ -43,7 +44,15 @@ def _text(line: bytes, where: str) -> str:
         raise UserError(f'{where}: expected a JSON object with "text", got {line[:80]!r}') from error
     if not isinstance(text, str):
         raise UserError(f'{where}: "text" must be a string, got {type(text).__name__}')
-    return text
+    return usable(text, where)
+
+
+def usable(text: str, where: str) -> str:
+    """Return a text. Raise UserError if no corpus would take it, such as for half a surrogate pair."""
+    found = check_text(text)
+    if isinstance(found, BadRow):
+        raise UserError(f"{where}: {found.message}")
+    return found
 
 
 def document_ids(text: str, tokenizer: Tokenizer) -> list[int]:

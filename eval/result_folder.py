@@ -1,6 +1,8 @@
-"""The parts that result folders share: the version of results.json, and the rule on which folders may be replaced."""
+"""The parts that result folders share: results.json, and the rule on which folders may be replaced."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +19,24 @@ def check_output(out: Path) -> None:
         raise UserError(f"--out {out} is a file; it must be a folder")
     if out.is_dir() and any(out.iterdir()) and not (out / "results.json").is_file():
         raise UserError(f"--out {out} holds other files and no results.json; choose a new or empty folder")
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Return the content of a results.json of `lrnn eval` or `lrnn position`.
+
+    Raises:
+        UserError: it cannot be read, or an lrnn with another form of results wrote it.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); run the evaluation again") from error
+    if not isinstance(results, dict):
+        raise UserError(f"{path} holds no JSON object: it is not of `lrnn eval` or `lrnn position`")
+    version = results.get("schema_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{path} has schema_version {version}, and this program reads {SCHEMA_VERSION}; update lrnn")
+    return results
 
 
 def describe_environment(device: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ import torch
 
 from lrnn import LrnnForCausalLM
 from lrnn.errors import UserError
+from lrnn.eval.documents import usable
 from lrnn.eval.generation.decoding import GraphDecoding
 from lrnn.pretrain.watch.settings import SamplesConfig
 
@@ -23,7 +24,7 @@ def read_prompts(settings: SamplesConfig) -> list[str]:
         return settings.prompts
     path = Path(settings.prompt_file)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would also cut at U+2028 within a text
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"samples.prompt_file {path} cannot be read: {error}") from None
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -42,7 +43,7 @@ def _text_of(line: str, where: str) -> str:
     text = row.get("text") if isinstance(row, dict) else None
     if not (isinstance(text, str) and text):
         raise UserError(f'{where} should be a row {{"text": ...}} with a text, not {line[:80]}')
-    return text
+    return usable(text, where)
 
 
 def encode(tokenizer: Any, prompt: str, first: tuple[int, ...]) -> list[int]:

@@ -1,11 +1,11 @@
 """Put the results of `lrnn eval` and `lrnn position` into the model card of the exported folder that they are in."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from lrnn.eval.export.model_card import RESULTS_BEGIN, RESULTS_END
+from lrnn.eval.result_folder import read_results
 from lrnn.eval.suites import report
 from lrnn.files import write_atomically
 
@@ -44,7 +44,7 @@ def results_section(model: Path) -> str:
     """Return all results below the folder as a section of Markdown, empty if there are none."""
     parts = []
     for file in sorted(model.glob("eval/*/results.json")):
-        results = json.loads(file.read_text(encoding="utf-8"))
+        results = read_results(file)
         name = file.parent.name
         if "metrics" in results:
             parts.append(f"### {name}\n\n{_suite(results)}")

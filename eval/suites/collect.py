@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lrnn.errors import UserError
+from lrnn.eval.result_folder import read_results
 from lrnn.eval.suites import protocol
 
 ModelKey = tuple[str, int, str]  # the folder's name, the training step (-1 if unknown), checksums of the weights
@@ -84,19 +85,23 @@ def results_below(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Return every results.json of `lrnn eval` below a folder, with its path.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or as for `read_results`.
     """
-    suites = [(path, results) for path, results in all_results_below(folder) if "metrics" in results]
+    suites = [(path, results) for path, results in all_results_below(folder) if {"metrics", "model"} <= results.keys()]
     if not suites:
         raise UserError(f"{folder} holds no results.json at any depth; give folders written by `lrnn eval`")
     return suites
 
 
 def all_results_below(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Return every results.json below a folder, those of `lrnn position` too, with its path."""
+    """Return every results.json below a folder, those of `lrnn position` too, with its path.
+
+    Raises:
+        UserError: as for `read_results`.
+    """
     # A name that begins with a dot belongs to a result that is being written or replaced.
     paths = [p for p in folder.rglob("results.json") if not any(part.startswith(".") for part in p.parts[-2:])]
-    return [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(paths)]
+    return [(path, read_results(path)) for path in sorted(paths)]
 
 
 def model_key(model: dict[str, Any]) -> ModelKey:

@@ -140,6 +140,11 @@ def _collect(args: argparse.Namespace) -> int:
 
 
 def main(args: argparse.Namespace) -> int:
+    shown = {"html": ("collect",), "published": ("collect", "compare")}
+    for name, places in shown.items():
+        if getattr(args, name) is not None and not any(getattr(args, place) for place in places):
+            needed = " or ".join(f"--{place}" for place in places)
+            raise UserError(f"--{name} shows results that are there: it needs {needed}")
     if args.collect:
         return _collect(args)
     if args.compare:
@@ -150,9 +155,6 @@ def main(args: argparse.Namespace) -> int:
         if args.published is not None:
             print(published_table(args.published, [results for _, results in results_below(args.compare[1])]))
         return 0
-    for name in ("html", "published"):
-        if getattr(args, name) is not None:
-            raise UserError(f"--{name} shows results that are there: add --collect FOLDER")
     _find_folder(args)
     if args.fetch is not None:
         _fetch(args)

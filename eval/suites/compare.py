@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lrnn.errors import UserError
+from lrnn.eval.result_folder import read_results
 from lrnn.eval.statistics import INTERVAL, SEED, aggregate, resampled
 from lrnn.eval.suites import protocol
 
@@ -98,7 +99,7 @@ def _results(folder: Path) -> dict[str, Any]:
     path = folder / "results.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no results.json: it is not a result folder of `lrnn eval`")
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = read_results(path)
     if "metrics" not in results:
         raise UserError(
             f"{folder} is not a result folder of `lrnn eval`; `lrnn position` itself compares the models it is given"

@@ -47,21 +47,23 @@ def add_task_arguments(group: Any) -> None:
 
 def limit(text: str) -> float:
     """Return a number of documents, or a fraction of them."""
-    return int(text) if text.lstrip("+-").isdigit() else float(text)
+    return int(text) if text.lstrip("+-").isdecimal() else float(text)
 
 
 def batch_size(text: str) -> int | str:
     """Return a number of sequences, "auto" or "auto:N"."""
     word, _, times = text.partition(":")
-    if word == "auto" and (not times or times.isdigit()):
-        return text
-    return int(text)
+    if word != "auto":
+        return int(text)
+    if text != "auto" and (not times.isdecimal() or int(times) == 0):
+        raise argparse.ArgumentTypeError(f"{text!r} should be a number, auto, or auto:N with an N of at least 1")
+    return text
 
 
 def seeds(text: str) -> tuple[int | None, ...]:
     """Return four seeds from one, or from four separated by commas; `None` seeds nothing."""
     given = [None if word.strip().lower() == "none" else word.strip() for word in text.split(",")]
-    if len(given) not in (1, len(SEEDS)) or not all(word is None or word.isdigit() for word in given):
+    if len(given) not in (1, len(SEEDS)) or not all(word is None or word.isdecimal() for word in given):
         raise argparse.ArgumentTypeError(f"{text!r} is neither one number nor four, separated by commas")
     numbers = [None if word is None else int(word) for word in given]
     return tuple(numbers * len(SEEDS) if len(numbers) == 1 else numbers)
@@ -87,7 +89,8 @@ def make_request(args: argparse.Namespace) -> Request:
     """Return what the parsed arguments ask for. Raise UserError if they contradict each other, or name nothing."""
     if args.suite and args.tasks:
         raise UserError("give --suite or --tasks, not both: their results go to different folders")
-    if args.model is None or not (args.suite or args.tasks):
+    tasks = tuple(words(args.tasks or []))
+    if args.model is None or not (args.suite or tasks):
         raise UserError(
             f"name a model folder and a suite, or tasks: lrnn eval DIR --suite {{{','.join(SUITES)}}}, or "
             "lrnn eval DIR --tasks NAME,NAME"
@@ -101,7 +104,7 @@ def make_request(args: argparse.Namespace) -> Request:
     return Request(
         model=args.model,
         suite=args.suite or "",
-        tasks=tuple(words(args.tasks or [])),
+        tasks=tasks,
         out=args.out,
         heldout=args.heldout,
         haystack=args.haystack,

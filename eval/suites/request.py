@@ -112,7 +112,8 @@ class Request:
         ):
             if isinstance(value, int) and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
-        if self.limit is not None and (self.limit <= 0 or (self.limit >= 1 and self.limit != int(self.limit))):
+        # A comparison with NaN is false.
+        if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and float(self.limit).is_integer())):
             raise UserError(
                 f"--limit must be at least 1, got {self.limit:g}: a whole number of documents, or a fraction of them "
                 "between 0 and 1"

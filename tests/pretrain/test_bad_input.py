@@ -434,6 +434,7 @@ def test_resume_with_other_data(run, pretrain, corpora, foreign_corpus):
         ("eval={suite: fast}", "key eval = {'suite': 'fast'}: every is missing: the steps between two evaluations"),
         ("eval={every: 2, suite: quick, truncate: true}", "a suite has a fixed protocol: truncate,"),
         ("eval={every: 2, tasks: [a], limit: 1.5}", "limit 1.5 should be a whole number of documents, or a fraction"),
+        ("eval={every: 2, tasks: [a], limit: .inf}", "limit inf should be a whole number of documents, or a fraction"),
         ("samples={every: 2}", "key samples = {'every': 2}: give either prompts or prompt_file"),
         ("samples={prompts: [a]}", "every is missing: the steps from samples to samples, or 0 for none"),
         ("eval={every: 2, tasks: [none.yaml]}", "eval: unknown task 'none.yaml'; there is no such file"),
@@ -452,12 +453,15 @@ def test_files_of_prompts(tmp_path):
         return read_prompts(SamplesConfig(every=1, prompt_file=str(tmp_path / name)))
 
     assert prompts("a.txt", "def f(x):\n\n  ä\n".encode()) == ["def f(x):", "  ä"]
+    assert prompts("b.txt", "a\u2028b\r\nc\x0cd".encode()) == ["a\u2028b", "c\x0cd"], "only newlines end a line"
+    assert prompts("b.jsonl", '{"text": "a\u2028b"}'.encode()) == ["a\u2028b"]
     assert prompts("a.jsonl", b'{"text": "a\\nb"}\n{"text": "c", "id": 1}\n') == ["a\nb", "c"]
     for name, content, message in (
         ("b.txt", b"\n \n", "holds no prompt"),
         ("c.txt", b"\xff\xfe", "cannot be read: 'utf-8' codec"),
         ("b.jsonl", b'{"text": "a"}\n{"txt": 1}\n', r"line 2 should be a row .* not \{\"txt\": 1\}"),
         ("c.jsonl", b"a\n", "line 1 is not JSON"),
+        ("d.jsonl", b'{"text": "\\ud83d"}', r"line 1: half a surrogate pair, U\+D83D at character 0"),
     ):
         with pytest.raises(UserError, match=message):
             prompts(name, content)

@@ -189,6 +189,7 @@ def test_bad_options(error_of, arguments, message):
         ('{"text": "a"}\n{"body": "b"}\n', "line 2: expected a JSON object"),
         ('{"text": "a"}\nplain\n', "line 2: expected a JSON object"),
         ('{"text": 3}\n', "must be a string, got int"),
+        ('{"text": "a"}\n{"text": "b\\ud800"}\n', "line 2: half a surrogate pair"),
     ],
 )
 def test_bad_documents(error_of, tmp_path, content, message):

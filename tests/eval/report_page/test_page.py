@@ -152,7 +152,7 @@ def test_results_without_samples_are_shown_unpaired(tmp_path):
 
 def test_wrong_requests(results, capsys):
     assert main(["eval", "--html", "x.html"]) == 2
-    assert "--html shows results that are there: add --collect FOLDER" in capsys.readouterr().err
+    assert "--html shows results that are there: it needs --collect" in capsys.readouterr().err
     assert main(["eval", "--collect", str(results), "--html", str(results)]) == 2
     assert "must be a file in a folder that exists" in capsys.readouterr().err
     assert main(["eval", "--collect", str(results), "--published", "nobody"]) == 2

@@ -219,7 +219,10 @@ def test_prompts_that_cannot_be_built_or_do_not_fit(error_of, model):
     finally:
         (model / "elsewhere").rename(model / "chat_template.jinja")
     for option, value, text in (
-        ("--limit", "1.5", "--limit must be at least 1, got 1.5: a whole number of documents, or a fraction"),
+        *(
+            ("--limit", value, f"--limit must be at least 1, got {value}: a whole number of documents, or a fraction")
+            for value in ("1.5", "nan", "inf")
+        ),
         ("--include-path", "/nowhere", "--include-path /nowhere is not a folder"),
         ("--suite", "quick", "give --suite or --tasks, not both"),
     ):

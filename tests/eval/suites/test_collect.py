@@ -54,6 +54,31 @@ def test_results_that_cannot_be_collected(tmp_path):
         collect([tmp_path])
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"metrics": ', "cannot be read (Expecting value"),
+        ("", "cannot be read (Expecting value"),
+        ("[3]", "holds no JSON object"),
+        ('{"metrics": [], "schema_version": 2}', "has schema_version 2, and this program reads 1; update lrnn"),
+    ],
+)
+def test_results_that_cannot_be_read(tmp_path, capsys, content, message):
+    write(tmp_path / "x", 1, {"a": 0.5})
+    (tmp_path / "y").mkdir()
+    (tmp_path / "y/results.json").write_text(content)
+    for request in (["--collect", tmp_path], ["--compare", tmp_path / "x", tmp_path / "y"]):
+        assert main(["eval", *map(str, request)]) == 2
+        assert f"{tmp_path / 'y/results.json'} {message}" in capsys.readouterr().err
+
+
+def test_results_of_other_programs_are_passed_over(tmp_path):
+    write(tmp_path / "x", 1, {"a": 0.5})
+    (tmp_path / "y").mkdir()
+    (tmp_path / "y/results.json").write_text('{"metrics": {"loss": 1}}')
+    assert "a exact_match" in collect([tmp_path])
+
+
 def test_models_of_one_name_are_told_apart_by_their_runs(tmp_path):
     """A batch job exports a checkpoint into a folder of its own, whose name says nothing."""
     for run, value in (("a", 0.25), ("b", 0.5)):

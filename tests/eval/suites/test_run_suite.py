@@ -143,6 +143,11 @@ def test_bad_requests_are_one_clear_error(tiny_model, tmp_path, capsys, monkeypa
     assert f"unknown suite 'qick'; did you mean quick? valid: {', '.join(SUITES)}" in unknown
     assert "--allow-code-execution" in error_of(capsys, tiny_model, "--suite", "code_math")
     assert f"{{{','.join(SUITES)}}}" in error_of(capsys, tiny_model)
+    assert "or tasks" in error_of(capsys, tiny_model, "--tasks", ",")
+    for size in ("auto:", "auto:0", "auto4", "x"):
+        with pytest.raises(SystemExit):
+            error_of(capsys, tiny_model, "--suite", "quick", "--batch-size", size)
+        assert "argument --batch-size: " in capsys.readouterr().err
     assert "not found: /nowhere" in error_of(capsys, "/nowhere", "--suite", "quick")
     for missing in ("config.json", "tokenizer_config.json", "model.safetensors"):
         broken = tmp_path / f"without-{missing}"

@@ -130,6 +130,7 @@ def test_a_wheel_other_than_the_reviewed_one_is_refused(tmp_path, monkeypatch):
         ('{"text": "a"}\n{"body": "b"}\n', "line 2: expected a JSON object"),
         ('{"text": "a"}\nplain\n', "line 2: expected a JSON object"),
         ('{"text": 3}\n', "must be a string, got int"),
+        ('{"text": "a"}\n{"text": "b\\ud800"}\n', "line 2: half a surrogate pair"),
     ],
 )
 def test_bad_heldout_files(tmp_path, content, message):
