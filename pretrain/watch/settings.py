@@ -42,7 +42,7 @@ class EvalConfig(Section):
             raise ValueError("give either suite or tasks, which are measured every so many steps")
         if "every" not in self.model_fields_set and (self.suite or self.tasks):
             raise ValueError("every is missing: the steps between two evaluations, or 0 for none")
-        if self.limit is not None and self.limit > 1 and not float(self.limit).is_integer():
+        if self.limit is not None and self.limit > 1 and self.limit != int(self.limit):
             raise ValueError(f"limit {self.limit} should be a whole number of documents, or a fraction below 1")
         if self.suite and (self.truncate or self.num_fewshot is not None or self.include_path):
             raise ValueError("a suite has a fixed protocol: truncate, num_fewshot and include_path are for tasks")

@@ -434,7 +434,6 @@ def test_resume_with_other_data(run, pretrain, corpora, foreign_corpus):
         ("eval={suite: fast}", "key eval = {'suite': 'fast'}: every is missing: the steps between two evaluations"),
         ("eval={every: 2, suite: quick, truncate: true}", "a suite has a fixed protocol: truncate,"),
         ("eval={every: 2, tasks: [a], limit: 1.5}", "limit 1.5 should be a whole number of documents, or a fraction"),
-        ("eval={every: 2, tasks: [a], limit: .inf}", "limit inf should be a whole number of documents, or a fraction"),
         ("samples={every: 2}", "key samples = {'every': 2}: give either prompts or prompt_file"),
         ("samples={prompts: [a]}", "every is missing: the steps from samples to samples, or 0 for none"),
         ("eval={every: 2, tasks: [none.yaml]}", "eval: unknown task 'none.yaml'; there is no such file"),
