@@ -30,6 +30,10 @@ COMMANDS = {
     "export": ("lrnn.eval.export.command", "write a checkpoint as a Hugging Face model folder"),
     "eval": ("lrnn.eval.suites.command", "run an evaluation suite of lm-eval on an exported model"),
     "track": ("lrnn.track.track", "train small models on state-tracking tasks and compare their lengths"),
+    "ladder": (
+        "lrnn.ladder.ladder",
+        "train, measure and compare models over sizes, kinds, eigenvalue ranges and seeds",
+    ),
     "position": (
         "lrnn.eval.position.command",
         "measure perplexity by position, far past the training length",

@@ -20,12 +20,16 @@ class RunLock:
 
     The lock is on a file (flock, also over NFS); a process that is killed leaves no lock behind.
 
+    Args:
+        run_dir: the folder.
+        name: the setting that names it, for messages.
+
     Raises:
         UserError: another run holds the folder, or it cannot be written.
     """
 
-    def __init__(self, run_dir: Path):
-        self._run_dir, self._holder = run_dir, run_dir / ".running.json"
+    def __init__(self, run_dir: Path, name: str = "run_dir"):
+        self._run_dir, self._holder, self._name = run_dir, run_dir / ".running.json", name
         self._lock = FileLock(run_dir / ".lock", timeout=WAIT_S)
 
     def __enter__(self) -> Self:
@@ -35,11 +39,13 @@ class RunLock:
             write_atomically(self._holder, json.dumps(_this_process()))
         except Timeout:
             raise UserError(
-                f"run_dir {self._run_dir} is in use by {self._describe_holder()}; end that run, or choose another "
-                "run_dir"
+                f"{self._name} {self._run_dir} is in use by {self._describe_holder()}; end that run, or choose another "
+                f"{self._name}"
             ) from None
         except OSError as error:
-            raise UserError(f"run_dir {self._run_dir} cannot be written ({error.strerror}: {error.filename})") from None
+            raise UserError(
+                f"{self._name} {self._run_dir} cannot be written ({error.strerror}: {error.filename})"
+            ) from None
         return self
 
     def __exit__(self, *exception: object) -> None:

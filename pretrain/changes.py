@@ -74,7 +74,7 @@ def find_changes(before: dict[str, Any], config: Config, engine: dict[str, Any] 
             and decide results are among the keys: `deepspeed.communication_data_type`.
     """
     then, now = flatten(before), flatten(config.model_dump())
-    defaults = flatten(_defaults())
+    defaults = flatten(run_defaults())
     if then.get("deepspeed") is not None:  # which decides them, unless they are given too
         defaults |= {"zero": None, "precision": None}
     then = defaults | then
@@ -108,7 +108,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _defaults() -> dict[str, Any]:
+def run_defaults() -> dict[str, Any]:
     """Return a configuration in which every key that has a default has it."""
     data = {"seq_len": 1, "corpora": [{"path": "x"}]}
     required = {"run_dir": "x", "model": "x", "data": data, "optim": {"lr": 1.0}, "steps": 1}

@@ -65,6 +65,7 @@ def main(args: argparse.Namespace, make: "MakeEvaluator | None" = None) -> int:
             with naming(stage, config):
                 deepspeed_config(stage.config, processes)
         if processes > 1:
+            end_with_launcher()  # `lrnn ladder` may have started this process, which passes the signal on
             options = ["--allow-change"] if args.allow_change else []
             command = [sys.executable, "-m", "lrnn.cli", "pretrain", args.config, *args.overrides, *options]
             return launch(processes, command)

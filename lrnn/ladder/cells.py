@@ -84,11 +84,6 @@ class Cell:
         """Tokens that it trains on: the budget, rounded up to whole steps."""
         return self.steps * self.tokens_per_step
 
-    @property
-    def training_settings(self) -> dict[str, Any]:
-        """Return the settings that decide the trained weights, without what is measured of them."""
-        return {key: value for key, value in self.settings.items() if not key.startswith("measure.")}
-
     def corpora(self) -> dict[str, str]:
         """Return a digest of the content of each corpus. Raises UserError if one is not there."""
         return {Path(source.path).name: _digest(source.path) for source in self.config.data.corpora}

@@ -59,7 +59,7 @@ def plan(config: Config, setups: list[Setup], capacity: float) -> tuple[dict[str
         warnings.append(f"as configured, the run will not fit: {configured.need}")
     if suggested is None:
         warnings.append(f"nothing fits: at the least, {smallest(setup, capacity, stages).need}")
-    notes = list(_notes(setup))
+    notes = list(notes_on(setup))
     record = {
         "gpu": _gpu_record(setup, capacity),
         "gpus": setup.gpus,
@@ -118,7 +118,7 @@ def scaling(config: Config, setups: list[Setup], capacity: float) -> tuple[dict[
             f"{row['step_seconds'] * 1e3:7.0f} ms {row['tokens_per_second_per_gpu']:8,.0f} per GPU "
             f"{row['to_one_gpu']:6.2f} {row['memory_gb']:6.1f} GB{'' if row['fits'] else ' (does not fit)'}"
         )
-    notes = list(_notes(largest))
+    notes = list(notes_on(largest))
     return record | {"notes": notes}, "\n".join([*lines, *[""] * bool(notes), *notes])
 
 
@@ -140,7 +140,7 @@ def _links(setup: Setup) -> str:
     return f"collectives at {inside:.0f} GB/s within {setup.gpus_per_node} GPUs, {between:.0f} GB/s between nodes"
 
 
-def _notes(setup: Setup) -> Iterator[str]:
+def notes_on(setup: Setup) -> Iterator[str]:
     """Yield notes on figures that no measurement supports."""
     if setup.gpu.name != MEASURED_ON:
         yield (

@@ -1,0 +1,116 @@
+"""Run the cells that are left on the GPUs of this machine, each in a process of its own."""
+
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lrnn.ladder import processes
+from lrnn.ladder.cell import LOG
+from lrnn.ladder.cells import Cell
+from lrnn.ladder.devices import Devices
+from lrnn.ladder.progress import Progress
+from lrnn.pretrain.launch import STOPPED, StopRequest
+
+POLL_S = 0.2
+SAY_EVERY_S = 30.0
+LOG_LINES = 5  # of a failed cell, that are shown
+GRACE_S = 10.0  # between SIGTERM and SIGKILL when this command ends by an error
+
+
+@dataclass
+class _Outcome:
+    """What became of cells. Those that are in none of the lists were not started, or run."""
+
+    done: list[Cell] = field(default_factory=list)
+    failed: list[Cell] = field(default_factory=list)
+    stopped: list[Cell] = field(default_factory=list)
+
+
+def run_cells(cells: Sequence[Cell], settings: Path, devices: Devices, redo: bool, say: Callable[[str], None]) -> int:
+    """Run cells in their order, as many at once as there is room for.
+
+    After a stop signal no other cell starts, and the running ones write their checkpoints and stop. A cell that fails
+    does not stop the others.
+
+    Args:
+        settings: YAML file of the ladder, which the processes read.
+        redo: replace results and trainings of other settings.
+        say: is called with lines for the user.
+
+    Returns:
+        The exit status: 0, 1 if a cell failed, or 75 if a signal stopped the command.
+    """
+    outcome, waiting = _Outcome(), list(cells)
+    running: dict[str, tuple[Cell, subprocess.Popen]] = {}
+    progress, said = Progress(cells), time.monotonic()
+    options = ["--redo"] if redo else []
+    try:
+        with StopRequest() as stop:
+            was_told = False
+            while running or (waiting and stop.signal is None):
+                while waiting and stop.signal is None and (place := devices.place(waiting[0])):
+                    cell = waiting.pop(0)
+                    command = ["ladder", str(settings), "--cell", cell.name, *options]
+                    process = processes.start(command, _log(cell), **devices.variables(cell, place))
+                    devices.add(cell, place)
+                    running[cell.name] = cell, process
+                    say(f"started {cell} on {' and '.join(place)}; log in {_log(cell)}")
+                if stop.signal is not None and not was_told:
+                    was_told = True
+                    say(f"{stop.signal}: {len(running)} running cells write their checkpoints and stop")
+                    for _, process in running.values():
+                        process.terminate()
+                for cell, process in list(running.values()):
+                    if process.poll() is not None:
+                        del running[cell.name]
+                        devices.remove(cell)
+                        _note(outcome, cell, process.returncode, was_told, say)
+                if time.monotonic() - said >= SAY_EVERY_S:
+                    said = time.monotonic()
+                    say(progress.line(outcome.done, outcome.failed, [cell for cell, _ in running.values()]))
+                time.sleep(POLL_S)
+    finally:
+        _end([process for _, process in running.values()])
+    _say_failures(outcome.failed, say)
+    if was_told or outcome.stopped:
+        return STOPPED
+    return 1 if outcome.failed else 0
+
+
+def _log(cell: Cell) -> Path:
+    return cell.run_dir / LOG
+
+
+def _note(outcome: _Outcome, cell: Cell, status: int, was_told: bool, say: Callable[[str], None]) -> None:
+    """Note how a cell ended. One that was told to stop before its handlers were there is dead of SIGTERM."""
+    if status == 0:
+        outcome.done.append(cell)
+        say(f"finished {cell}")
+    elif status == STOPPED or (was_told and status == -15):
+        outcome.stopped.append(cell)
+        say(f"stopped {cell}")
+    else:
+        outcome.failed.append(cell)
+        how = f"was killed by signal {-status}" if status < 0 else f"failed with status {status}"
+        say(f"{cell} {how}; the others go on")
+
+
+def _say_failures(failed: Sequence[Cell], say: Callable[[str], None]) -> None:
+    for cell in failed:
+        lines = _log(cell).read_text(errors="replace").rstrip().splitlines()[-LOG_LINES:]
+        say(f"\nfailed: {cell}, {_log(cell)} ends with\n" + "\n".join(f"    {line}" for line in lines))
+
+
+def _end(processes: Sequence[subprocess.Popen]) -> None:
+    """End processes that are left because of an error in this one, or a second Ctrl-C."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + GRACE_S
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
