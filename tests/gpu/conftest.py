@@ -1,11 +1,15 @@
+import os
+
 import pytest
 import torch
+
+REHEARSED = os.environ.get("LRNN_REHEARSE") == "1"  # runs the tests of `recipes` in small on a CPU
 
 
 def pytest_collection_modifyitems(config, items):
     if not torch.cuda.is_available():
         for item in items:
-            if "tests/gpu" in str(item.path):
+            if "tests/gpu" in str(item.path) and not (REHEARSED and "tests/gpu/recipes" in str(item.path)):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
