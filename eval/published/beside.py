@@ -80,8 +80,7 @@ def own_protocol(results: dict[str, Any]) -> str:
     """Return how a result of `lrnn eval` was scored, in the words of the published tables' protocols."""
     settings = results["settings"]
     told = [f"window {settings['max_length']}", f"dtype {settings['dtype']}"]
-    # Results before the rule was recorded do not have it.
-    told += [f"bos {settings['bos']}, ids {settings['bos_ids']}"] if "bos" in settings else []
-    told.append(f"bos {protocol.bos_rule(results)[0]}")
+    rule, ids = protocol.bos_rule(results)
+    told.append(f"bos {rule}" + ("" if ids is None else f", ids {ids}"))
     told.append(f"shots {', '.join(sorted({str(row['shots']) for row in results['metrics']}))}")
     return ", ".join([*told, f"harness lm-eval {results['environment'].get('lm-eval', 'unknown')}"])

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrnn.eval import length_plot
-from lrnn.eval.suites.collect import Collection, model_key, run_name
+from lrnn.eval.suites import protocol
+from lrnn.eval.suites.collect import Collection, column, model_key, run_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +29,7 @@ def by_checkpoint(collection: Collection) -> str | None:
             names.setdefault(run, run_name(path, results))
             for row in results["metrics"]:
                 point = (training["step"], row["value"], row["stderr"] or 0.0)
-                runs.setdefault(run, {}).setdefault(f"{row['task']}\n{row['metric']}", []).append(point)
+                runs.setdefault(run, {}).setdefault(column(row, results).replace(" ", "\n", 1), []).append(point)
     runs = {run: {name: sorted(set(points)) for name, points in metrics.items()} for run, metrics in runs.items()}
     panels = dict.fromkeys(name for metrics in runs.values() for name, points in metrics.items() if len(points) > 1)
     if not panels:
@@ -50,9 +51,11 @@ def by_length(collection: Collection) -> str | None:
     """Return a panel per task with accuracy by length, a line per model; None without such results."""
     curves: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for _, results in collection.found:
-        label = collection.labels[model_key(results["model"])]
+        label = collection.name(model_key(results["model"]))
         for row in results.get("by_length") or []:
             title = " ".join(str(row[key]) for key in ("task", "kind") if row.get(key))
+            if labels := protocol.labels(results):
+                title += f",\n{', '.join(labels)}"
             curves.setdefault(title, {}).setdefault(label, []).append(row)
     if not curves:
         return None

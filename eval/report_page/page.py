@@ -73,17 +73,12 @@ def render(collection: Collection, everything: list[tuple[Path, dict[str, Any]]]
         pictures=pictures,
         samples=[
             {
-                "name": f"{_name(collection, model_key(results['model']))}, {path.parent.name}",
+                "name": f"{collection.name(model_key(results['model']))}, {path.parent.name}",
                 "tasks": read_samples(path.parent),
             }
             for path, results in collection.found
         ],
     )
-
-
-def _name(collection: Collection, key: ModelKey) -> str:
-    label, step = collection.labels[key], key[1]
-    return label if step < 0 or str(step) in label else f"{label}, step {step}"
 
 
 def _columns(collection: Collection) -> list[dict[str, str]]:
@@ -141,6 +136,6 @@ def _differences(collection: Collection) -> list[dict[str, Any]]:
                     notes.append(str(error))
         if rows or notes:
             pairs.append(
-                {"first": _name(collection, first), "second": _name(collection, other), "rows": rows, "notes": notes}
+                {"first": collection.name(first), "second": collection.name(other), "rows": rows, "notes": notes}
             )
     return pairs

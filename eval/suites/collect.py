@@ -19,8 +19,8 @@ class Collection:
     Attributes:
         columns: by name of a metric, its row in the first result that has it.
         rows: by model, the values of its metrics by name, as text with the standard error; ordered by training step.
-        labels: names of the models for people: the folder's, after its parent's if several models have folders of one
-            name, such as runs/a/hf and runs/b/hf.
+        labels: names of the models for people: the folder's, after its run's if several models of one step have folders
+            of one name, such as runs/a/hf and runs/b/hf; the path of the results if that is still the name of several.
         found: every results.json of `lrnn eval`, with its path.
     """
 
@@ -28,6 +28,11 @@ class Collection:
     rows: dict[ModelKey, dict[str, str]]
     labels: dict[ModelKey, str]
     found: list[tuple[Path, dict[str, Any]]]
+
+    def name(self, key: ModelKey) -> str:
+        """Return a name that no other model has: the label, with the step unless it says that."""
+        label, step = self.labels[key], key[1]
+        return label if step < 0 or str(step) in label else f"{label}, step {step}"
 
 
 def collect(folders: list[Path]) -> str:
@@ -58,7 +63,7 @@ def read_collection(folders: list[Path]) -> Collection:
     for path, results in everything:
         row = rows.setdefault(model_key(results["model"]), {})
         for metric in results["metrics"]:
-            name, cell = _column(metric, results), _cell(metric)
+            name, cell = column(metric, results), _cell(metric)
             if row.setdefault(name, cell) != cell:
                 raise UserError(f"{path} says {name} = {cell}, other results of the same model say {row[name]}")
             columns.setdefault(name, metric)
@@ -69,7 +74,10 @@ def read_collection(folders: list[Path]) -> Collection:
 def _labels(found: list[tuple[Path, dict[str, Any]]]) -> dict[ModelKey, str]:
     runs = {model_key(results["model"]): run_name(path, results) for path, results in found}
     known = [key[:2] for key in runs]
-    return {key: key[0] if known.count(key[:2]) == 1 else f"{run}/{key[0]}" for key, run in runs.items()}
+    labels = {key: key[0] if known.count(key[:2]) == 1 else f"{run}/{key[0]}" for key, run in runs.items()}
+    places = {model_key(results["model"]): str(path.parent.parent) for path, results in found}
+    shown = [(label, key[1]) for key, label in labels.items()]
+    return {key: label if shown.count((label, key[1])) == 1 else places[key] for key, label in labels.items()}
 
 
 def run_name(path: Path, results: dict[str, Any]) -> str:
@@ -110,7 +118,8 @@ def model_key(model: dict[str, Any]) -> ModelKey:
     return Path(model["path"]).name, step, json.dumps(model["weights_sha256"], sort_keys=True)
 
 
-def _column(metric: dict[str, Any], results: dict[str, Any]) -> str:
+def column(metric: dict[str, Any], results: dict[str, Any]) -> str:
+    """Return the name of a metric: its task, the filter, and what the result asked for beyond the defaults."""
     name = f"{metric['task']} {metric['metric']}"
     name += "" if metric["filter"] == "none" else f" ({metric['filter']})"
     return ", ".join([name, *protocol.labels(results)])

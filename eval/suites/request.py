@@ -65,6 +65,7 @@ class Request:
         words += [] if shots is None else [f"{shots}-shot"]
         words += ["chat"] if self.apply_chat_template else []
         words += [] if self.bos == "auto" else [f"bos-{self.bos}"]
+        words += [] if self.limit is None else [f"first-{self.limit}"]  # a trial does not replace whole results
         name = "-".join(words)
         if len(name) <= LONGEST_NAME:
             return name

@@ -128,7 +128,7 @@ def score(site: Path, folder: Path) -> float:
     heldout.write_text("".join(json.dumps({"text": text, "source": "x"}) + "\n" for text in HELDOUT))
     options = ["--suite", "quick", "--limit", len(HELDOUT), "--max-length", 1024, "--device", "cpu"]
     assert "bits_per_byte" in lrnn(site, folder, "eval", "hf", "--heldout", heldout, *options)
-    metrics = json.loads((folder / "hf/eval/quick/results.json").read_text())["metrics"]
+    metrics = json.loads((folder / f"hf/eval/quick-first-{len(HELDOUT)}/results.json").read_text())["metrics"]
     (value,) = [row["value"] for row in metrics if row["task"] == "lrnn_heldout_bpb"]
     return value
 

@@ -91,7 +91,7 @@ def test_an_array_and_a_job_that_collects(submit, run_dir, tmp_path):
     status, out, _ = submit("--eval", "my run", *what, "--", "--bos", "never", "--limit", "50")
     home = run_dir / "eval/slurm"
     steps = [str(run_dir / f"checkpoints/step-{step:08}") for step in (10, 20, 30)]
-    pairs = [("fast-bos-never", "--suite=fast"), ("quick-bos-never", "--suite=quick")]
+    pairs = [(f"{suite}-bos-never-first-50", f"--suite={suite}") for suite in ("fast", "quick")]
     assert status == 0 and lines(home / "jobs-1.tsv") == [[step, *pair] for step in steps for pair in pairs]
     array, collect = directives(home / "eval-1.sbatch"), directives(home / "collect-1.sbatch")
     assert (array["array"], array["time"], array["partition"], array["mem"]) == ("0-5%4", "1:00:00", "h200", "64G")

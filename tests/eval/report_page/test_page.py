@@ -9,9 +9,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 
 from lrnn.cli import main
+from lrnn.eval.report_page import curves
 from lrnn.eval.report_page.samples import LONGEST, PER_TASK, shorten
+from lrnn.eval.suites.collect import read_collection
 
 HOSTILE = "</pre><script>document.title = 'run'</script><img src=x onerror=\"document.title = 'run'\"> {{ 7 * 7 }}"
 BROWSER = os.environ.get("LRNN_BROWSER") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -112,7 +115,7 @@ def test_what_the_page_shows(text):
     for words in (
         "0.5000 ± 0.1000",
         "1.0000 ± 0.1000",
-        "window 2048",
+        ">window 2048, dtype bfloat16, bos never, ids [], shots 0, harness lm-eval 0.4.13<",
         "Transformer++",
         "arXiv 2412.06464, table 3",
         "0.7225",
@@ -133,6 +136,36 @@ def test_texts_of_models_stay_texts(text):
 
 def test_the_same_results_give_the_same_page(text, results):
     assert write_page(results, "again.html") == text
+
+
+def change(path: Path, **values) -> None:
+    results = json.loads(path.read_text())
+    path.write_text(json.dumps(results | values))
+
+
+def test_a_curve_is_of_one_model_under_one_protocol(tmp_path, monkeypatch):
+    """Models in folders of one name, two filters of one metric, and a trial on a part of the documents."""
+    for step in (10, 20):
+        folder = tmp_path / f"checkpoint-{step}/hf/eval/commonsense"
+        write_results(folder, "run", step, [0, 1])
+        results = json.loads((folder / "results.json").read_text())
+        (metric,) = results["metrics"]
+        filters = [metric | {"metric": "match", "filter": name, "value": 0.01 * step} for name in ("strict", "loose")]
+        change(folder / "results.json", metrics=filters, model=results["model"] | {"path": f"/runs/{step}/hf"})
+        shutil.copytree(folder, folder.parent / "trial")
+        change(folder.parent / "trial/results.json", limit=2)
+    drawn, draw = [], Axes.errorbar
+    monkeypatch.setattr(
+        Axes, "errorbar", lambda self, x, *args, **style: drawn.append(x) or draw(self, x, *args, **style)
+    )
+    collection = read_collection([tmp_path])
+    by_checkpoint, by_length = curves.by_checkpoint(collection), curves.by_length(collection)
+    assert drawn == [(10, 20)] * 4 + [[4, 8]] * 4
+    for name in ("strict", "loose"):
+        assert f">match ({name}), bos never</text>" in by_checkpoint
+        assert f">match ({name}), bos never, first 2</text>" in by_checkpoint
+    assert ">bos never</text>" in by_length and ">bos never, first 2</text>" in by_length
+    assert ">hf, step 10</text>" in by_length and ">hf, step 20</text>" in by_length
 
 
 def test_long_texts_keep_both_ends():

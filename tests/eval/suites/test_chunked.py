@@ -130,9 +130,9 @@ def test_two_processes_give_the_results_of_one(tiny_model, heldout, few_document
         options = ["--suite", "quick", "--heldout", str(heldout), "--limit", "6", "--batch-size", "2"]
         options += ["--num-processes", str(processes)]
         assert cli.main(["eval", str(model), *options, "--device", "cpu"]) == 0
-        results = json.loads((model / "eval/quick/results.json").read_text())
+        results = json.loads((model / "eval/quick-first-6/results.json").read_text())
         found[processes] = results["metrics"]
-        assert sorted(path.name for path in (model / "eval").iterdir()) == ["quick"]
+        assert sorted(path.name for path in (model / "eval").iterdir()) == ["quick-first-6"]
     assert found[1] == found[2]
 
 

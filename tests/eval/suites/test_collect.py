@@ -54,6 +54,17 @@ def test_results_that_cannot_be_collected(tmp_path):
         collect([tmp_path])
 
 
+def test_models_that_only_their_place_tells_apart(tmp_path):
+    for value, place in ((0.5, "a"), (0.25, "b")):
+        write(tmp_path / place / "x/hf/eval/fast", 20, {"a": value})
+        path = tmp_path / place / "x/hf/eval/fast/results.json"
+        results = json.loads(path.read_text())
+        results["model"] = {"path": f"/{place}/x/hf", "training": {"step": 20}, "weights_sha256": place}
+        path.write_text(json.dumps(results))
+    table = collect([tmp_path])
+    assert f"| {tmp_path}/a/x/hf/eval | 20 | 0.5000" in table and f"| {tmp_path}/b/x/hf/eval | 20 | 0.2500" in table
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
