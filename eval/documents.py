@@ -68,16 +68,18 @@ def find_documents(
     Raises:
         UserError: the file is missing or has a bad line, or fewer than two documents are long enough.
     """
-    lengths = []
     found = []
     for offset, text in _texts(path):
+        # A token has a byte or more, so that a short text need not be tokenised. Tokenizers may put a space in front.
+        if len(text.encode("utf-8")) + 1 + len(tokenizer.document_suffix) < min_length:
+            continue
         length = len(document_ids(text, tokenizer)) - 1
-        lengths.append(length)
         if length >= min_length:
             found.append(Document((offset,), min(length, max_length)))
         if len(found) == limit:
             break
     if len(found) < 2:
+        lengths = [len(document_ids(text, tokenizer)) - 1 for _, text in _texts(path)]
         longest = ", ".join(f"{n:,}" for n in sorted(lengths, reverse=True)[:3])
         raise UserError(
             f"{path}: {len(found)} of {len(lengths):,} documents have at least {min_length:,} tokens, and a band over "

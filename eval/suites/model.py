@@ -1,9 +1,11 @@
 """lm-eval's Hugging Face model as lrnn runs it: no code of a folder, float32 scores, a stated rule for bos, one bar."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import PreTrainedModel, StoppingCriteriaList
@@ -32,10 +34,13 @@ class Model(HFLM):
     where bars appear after half a minute, none appears at all. Here one bar counts tokens.
 
     Greedy generation of a model of lrnn runs on CUDA graphs, and ends a row at any of its stop strings.
+
+    Prompts are tokenised on all cores. On one, long prompts with several answers take longer than a small model does.
     """
 
     _bar: tqdm | None = None
     _decoding: GraphDecoding | None = None
+    _encoded: dict[tuple[str, str], tuple[list[int], list[int]]] | None = None
     batch_size_per_gpu: int | str
 
     def __init__(
@@ -133,6 +138,24 @@ class Model(HFLM):
             return super().generate_until(requests, disable_tqdm=disable_tqdm)
         finally:
             self.batch_size_per_gpu = size
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return the log-likelihood of every continuation in nats, and whether it is the likeliest."""
+        pairs = list(dict.fromkeys(request.args for request in requests if request.args[0]))
+        encode = super()._encode_pair
+        # The first one alone: it may change settings of the tokenizer, which threads cannot do while others use it.
+        first = [encode(*pair) for pair in pairs[:1]]
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # they compute without Python's lock
+            rest = threads.map(lambda pair: encode(*pair), pairs[1:])
+            self._encoded = dict(zip(pairs, [*first, *rest], strict=True))
+        try:
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self._encoded = None
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        found = (self._encoded or {}).get((context, continuation))
+        return super()._encode_pair(context, continuation) if found is None else found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of every document in nats, with a bar that counts tokens."""

@@ -1,5 +1,6 @@
 """Test what is measured of a trained model: held-out loss, answers of traces, loss by position, against float64."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -81,7 +82,7 @@ def true_losses(export: Path, file: Path) -> list[tuple[str, list[int], torch.Te
         if text:
             windows = [ids[start : start + WINDOW + 1] for start in range(0, len(ids) - 1, WINDOW)]
             found.append((text, ids[1:], torch.cat([true_log_likelihoods(model, window) for window in windows])))
-    return found
+    return sorted(found, key=lambda of_text: hashlib.sha256(of_text[0].encode()).digest())
 
 
 def test_heldout_loss_against_float64(export, files, measured):
@@ -153,14 +154,20 @@ def test_batches_change_nothing(export, files):
     assert sum(read) == 3 * sum(len(document.groups) for document in documents)
 
 
-def test_documents_are_read_until_they_have_enough_tokens(export, files):
-    tokenizer = load_tokenizer(export, {})
-    everything = read_documents(files / "prose.jsonl", tokenizer, 10**6)
-    first = len(everything[0].groups) + len(everything[1].groups)
-    assert len(read_documents(files / "prose.jsonl", tokenizer, first)) == 2
-    assert len(read_documents(files / "prose.jsonl", tokenizer, first + 1)) == 3
-    with pytest.raises(UserError, match=r"prose\.jsonl holds 1 documents up to 5 tokens"):
-        read_documents(files / "prose.jsonl", tokenizer, 5)
+def test_documents_are_sampled_until_they_have_enough_tokens(export, tmp_path):
+    tokenizer, texts = load_tokenizer(export, {}), [f"text {number} " * (1 + number % 3) for number in range(30)]
+    by_hash = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    file = write_jsonl(tmp_path / "texts.jsonl", [*texts, ""])
+
+    def taken(limit):
+        return [tokenizer.decode(document.ids[1:]) for document in read_documents(file, tokenizer, limit)]
+
+    assert taken(10**6) == by_hash != texts
+    for number in (2, 7):
+        tokens = sum(map(len, tokenizer.encode_batch(by_hash[:number])))
+        assert taken(tokens) == by_hash[:number] and taken(tokens + 1) == by_hash[: number + 1]
+    with pytest.raises(UserError, match=r"texts\.jsonl holds 1 documents up to 2 tokens"):
+        read_documents(file, tokenizer, 2)
 
 
 def test_the_mix_is_the_weighted_mean_of_its_domains():

@@ -5,9 +5,11 @@ which the model starts afresh, as in training. Every token of the text is predic
 not, because it has no bytes.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,9 @@ class Text:
 
 
 def read_documents(path: Path, tokenizer: Tokenizer, limit: int, answers_by: Any = None) -> list[Text]:
-    """Return the first documents of a jsonl file, until they have `limit` tokens or more.
+    """Return a sample of the documents of a jsonl file: as many as have `limit` tokens or more.
+
+    They are those with the smallest SHA-256 of their text, because neighbours in the file are alike.
 
     Args:
         path: rows `{"text": ...}`; empty texts are left out.
@@ -75,7 +79,7 @@ def read_documents(path: Path, tokenizer: Tokenizer, limit: int, answers_by: Any
         raise UserError(f"held-out file not found: {path}")
     documents: list[Text] = []
     tokens, cores = 0, usable_cores()
-    batches = _batches(text for _, text in read_texts(path) if text)
+    batches = _batches(_in_order_of_hash(path))
     with ThreadPoolExecutor(cores) as threads:  # tokenizers compute without Python's lock
         while tokens < limit and (some := list(islice(batches, cores))):
             for text in (text for texts in threads.map(read, some) for text in texts):
@@ -85,6 +89,15 @@ def read_documents(path: Path, tokenizer: Tokenizer, limit: int, answers_by: Any
     if len(documents) < 2:
         raise UserError(f"{path} holds {len(documents)} documents up to {limit:,} tokens; an error needs two or more")
     return documents
+
+
+def _in_order_of_hash(path: Path) -> Iterator[str]:
+    """Yield the texts of a file that are not empty. Only a hash and a place of each are in memory at once."""
+    places = sorted((sha256(text.encode("utf-8")).digest(), at) for at, text in read_texts(path) if text)
+    with path.open("rb") as file:
+        for _, at in places:
+            file.seek(at)
+            yield json.loads(file.readline())["text"]
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:

@@ -12,8 +12,9 @@ from tqdm import tqdm
 from lrnn import LrnnForCausalLM
 from lrnn.errors import UserError
 from lrnn.eval import offline, result_folder
+from lrnn.eval.loading import choose_device, load_model
 from lrnn.eval.model_folder import check_export, describe_model
-from lrnn.eval.position.evaluate import choose_device, load_model, load_tokenizer
+from lrnn.eval.position.evaluate import load_tokenizer
 from lrnn.eval.suites import fetch_data
 from lrnn.files import sha256
 from lrnn.ladder.measure.heldout import ANSWER, REST, Text, read_documents, sum_losses

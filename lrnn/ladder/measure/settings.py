@@ -106,7 +106,7 @@ class MeasureConfig(Section):
     heldout: Annotated[list[Domain], AfterValidator(_distinct)] = Field(default_factory=list)
     """Held-out documents by domain."""
     tokens: Tokens = Field(4_000_000, ge=1000)
-    """Held-out tokens of each domain: its first documents, until they have so many."""
+    """Held-out tokens of each domain: those of a sample of its documents."""
     gold: Annotated[list[Literal["humaneval", "mbpp", "gsm8k", "math500"]], AfterValidator(_distinct)] = Field(
         default_factory=list
     )
