@@ -2,6 +2,7 @@
 
     page.py        gathers what the page shows, and writes it
     page.html.j2   its template
+    frame.html.j2  head, style and navigation, for other pages too
     curves.py      pictures: by checkpoint, by length, by position
     samples.py     prompts and answers to leaf through
 

@@ -7,7 +7,7 @@
     fit.py           loss by parameters and tokens: one shape for all arms, an offset for each; bootstrap over seeds
     sections.py      the findings, results and differences as text and tables; wording.py how numbers are written
     protocol.py      what was run: sizes, arms, cells, cost, versions, corpora, and warnings
-    pictures.py      the pictures
+    pictures.py      pictures of results and differences;  curves.py of the training;  style.py colours and lines
     document.py      sections as Markdown;  page.py as one HTML page
 
 Nothing is chosen by its outcome: all figures of all cells are in results.csv, all differences in differences.csv, and

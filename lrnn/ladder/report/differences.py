@@ -46,7 +46,8 @@ class Difference:
         pooled: scatter of all places of the same contrast and quantity.
         stderr_documents: paired over documents, averaged over the pairs first; None if values by document are lacking.
         documents: their number.
-        interval: by `pooled` and `stderr_documents` together; None if neither is known.
+        interval: by `pooled` and `stderr_documents` together; None without pooled scatter, because documents do not
+            tell how another seed would fare.
     """
 
     place: Place
@@ -160,11 +161,8 @@ class Differences:
         own_interval = None if own is None else student(mean, own.deviation / n**0.5, own.df)
         by_documents = self._over_documents(quantity, [pair for member in members for pair in pairs[member]])
         stderr_documents, documents = (None, None) if by_documents is None else by_documents
-        interval = both_errors(
-            mean,
-            None if pooled is None else (pooled.deviation / n**0.5, pooled.df),
-            None if stderr_documents is None or documents is None else (stderr_documents, documents - 1),
-        )
+        of_documents = None if stderr_documents is None or documents is None else (stderr_documents, documents - 1)
+        interval = None if pooled is None else both_errors(mean, (pooled.deviation / n**0.5, pooled.df), of_documents)
         return Difference(place, quantity, mean, n, own, own_interval, pooled, stderr_documents, documents, interval)
 
     def _over_documents(self, quantity: Quantity, pairs: list[Pair]) -> tuple[float, int] | None:

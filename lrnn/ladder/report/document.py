@@ -83,7 +83,8 @@ def _block(block: Block) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    return cell == "" or cell[0] in "+-[<0123456789"
+    """Return whether a cell holds a number, with a unit such as M at most, an interval or nothing."""
+    return not set("".join(filter(str.isalpha, cell))) - set("kMBedn") and (not cell or cell[0] in "+-[<0123456789")
 
 
 def _row(cells: tuple[str, ...] | list[str]) -> str:

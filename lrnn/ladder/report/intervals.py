@@ -62,18 +62,14 @@ def scatter(groups: Sequence[Sequence[float]]) -> Scatter | None:
     return Scatter(math.sqrt(squares / df), df)
 
 
-def both_errors(
-    mean: float, seeds: tuple[float, float] | None, documents: tuple[float, float] | None
-) -> Interval | None:
-    """Return the interval of a mean whose error has two independent sources, each a (standard error, df) or unknown.
+def both_errors(mean: float, seeds: tuple[float, float], documents: tuple[float, float] | None) -> Interval:
+    """Return the interval of a mean whose error has two independent sources, each a (standard error, df).
 
     The variances add up, with the degrees of freedom of Welch and Satterthwaite. Seeds that share their documents
     also scatter by what a seed does on single documents, which the documents' error holds too: it counts twice, so
-    that the interval is wide rather than narrow. None if both sources are unknown.
+    that the interval is wide rather than narrow. Where values by document are lacking, it is that of the seeds.
     """
-    known = [source for source in (seeds, documents) if source is not None]
-    if not known:
-        return None
+    known = [seeds] if documents is None else [seeds, documents]
     variance = sum(stderr**2 for stderr, _ in known)
     if variance == 0:
         return student(mean, 0.0, 1)

@@ -59,18 +59,15 @@ def _fitted(gathered: Gathered, found: Fit) -> list[Block]:
     for arm, estimate in found.between_ranges.items():
         rows.append((f"{arm_title(gathered, arm)}: offset of [-1, 1] - [0, 1]", *_nats(estimate)))
     blocks.append(Table(("parameter", "value", "95% interval"), tuple(rows)))
-    blocks.append(_prediction(gathered, found))
-    return blocks
+    return blocks + _prediction(gathered, found)
 
 
-def _prediction(gathered: Gathered, found: Fit) -> Block:
+def _prediction(gathered: Gathered, found: Fit) -> list[Block]:
+    if found.form == "levels":
+        return [f"This form says nothing of the loss with {TARGET_NAME}."]
     if found.predict is None:
-        return (
-            f"This form says nothing of the loss with {TARGET_NAME}."
-            if found.form == "levels"
-            else f"This form continues the ladder's own tokens per parameter; {TARGET_NAME} are off that line, so it "
-            "says nothing of the loss there."
-        )
+        off = f"This form continues the ladder's own tokens per parameter; {TARGET_NAME} are off that line"
+        return [f"{off}, so it says nothing of the loss there."]
     items = []
     for kind in [found.base, *found.offsets]:
         estimate = found.predict(kind, *TARGET)
@@ -79,8 +76,9 @@ def _prediction(gathered: Gathered, found: Fit) -> Block:
         if not width <= WIDEST or not all(e.determined for e in found.shape.values()):  # NaN too
             items.append(f"{name}: not determined" + (f" (interval wider than {WIDEST:g})." if width > WIDEST else "."))
         else:
-            items.append(f"{name}: {decimal(estimate.value, 3)} {interval(estimate, LOSS)}.")
-    return Bullets((f"Held-out loss with {TARGET_NAME}, if the form holds so far outside of the ladder:", *items))
+            value, low, high = (decimal(x, 3) for x in (estimate.value, estimate.low, estimate.high))
+            items.append(f"{name}: {value} [{low}, {high}].")
+    return [f"Held-out loss with {TARGET_NAME}, if the form holds so far outside of the ladder:", Bullets(tuple(items))]
 
 
 def _trends(gathered: Gathered) -> list[Block]:

@@ -19,6 +19,7 @@ IN_TABLES = (
     "heldout_bits_per_byte", "gold_bits_per_byte", "traces_accuracy", "recall_accuracy", "needle_accuracy",
     "position_nats",
 )  # fmt: skip
+RESULTS, RANGES, TRAINING = "Results", "Differences between ranges", "Training"  # sections with pictures
 FIRST = "[-1, 1]"  # what verdicts between ranges are about
 
 
@@ -51,8 +52,11 @@ def findings(differences: Differences, gathered: Gathered) -> Section:
     for d in differences.family():
         where = f"{arm_title(gathered, d.place.arm)}, {_title(d.quantity)}"
         said = verdict(d, gathered.ladder.effect, FIRST)
+        error = interval(d.interval, d.quantity.measure)
+        if d.interval is None and d.stderr_documents is not None:
+            error = f"± {number(d.stderr_documents, d.quantity.measure)} over documents"
         mean = number(d.mean, d.quantity.measure, signed=True)
-        items.append(f"{where}: {said} ({mean} {interval(d.interval, d.quantity.measure)}, {_pairs(d)}).")
+        items.append(f"{where}: {said} ({mean} {error}, {_pairs(d)}).")
     if not items:
         return Section("Findings", ["No arm has results in both ranges with the same size, tokens and seed."])
     lead = "[-1, 1] - [0, 1] over all sizes of an arm, with 95% intervals over seeds and documents:"
@@ -73,7 +77,7 @@ def results(gathered: Gathered) -> Section:
             better = "" if known.better is None else f"; {'lower' if known.better == 'low' else 'higher'} is better"
             unit = ", ".join(part for part in (known.unit, f"by {known.at}" if known.at else "") if part)
             blocks += [Heading(f"{_capital(known.title)} ({unit}{better})"), _table(gathered, quantities)]
-    return Section("Results", blocks)
+    return Section(RESULTS, blocks)
 
 
 def between_ranges(gathered: Gathered, differences: Differences) -> Section | None:
@@ -94,8 +98,8 @@ def between_ranges(gathered: Gathered, differences: Differences) -> Section | No
         "A difference is the mean over pairs of the same size, tokens and seed. 'Seeds, own' is the standard error by "
         "the scatter of the place alone, with Student's interval; 'seeds, pooled' takes the scatter of all places "
         "together, as if it were the same at all sizes and arms; 'documents' is the standard error over documents, "
-        "paired. The last interval adds both errors, pooled seeds and documents, and the verdict goes by it. Means "
-        "over sizes are about these sizes, not about others."
+        "paired. The last interval adds both errors, pooled seeds and documents, and the verdict goes by it; without "
+        "two seeds anywhere there is none. Means over sizes are about these sizes, not about others."
     )
     number_of = (
         f"These {len(family)} comparisons were fixed before the runs, and Holm's adjustment counts them: each arm over "
@@ -107,8 +111,8 @@ def between_ranges(gathered: Gathered, differences: Differences) -> Section | No
     blocks: list[Block] = [number_of, Table(("arm", *START, "[-1, 1] is", "p", "p, Holm"), rows), ways]
     if scatters:
         blocks.append(f"Pooled scatter of single pairs: {'; '.join(scatters)}.")
-    blocks += [Heading("By size"), _by_place(gathered, found, "[-1, 1] is", FIRST)]
-    return Section("Differences between ranges", blocks)
+    blocks += [Heading("By size and tokens"), _by_place(gathered, found, "[-1, 1] is", FIRST)]
+    return Section(RANGES, blocks)
 
 
 def between_arms(gathered: Gathered, differences: Differences) -> Section | None:
@@ -177,7 +181,7 @@ def training(gathered: Gathered) -> Section:
         )
     columns = ("arm", "size", "tokens", "runs", "tokens/s", "GPU-hours per run", "peak GB", "spikes", "skipped steps")
     text = "Means over the runs; spikes and skipped steps are sums. Runs that share a GPU slow each other."
-    return Section("Training", [text, Table(columns, tuple(rows))])
+    return Section(TRAINING, [text, Table(columns, tuple(rows))])
 
 
 def everything(gathered: Gathered, differences: Differences) -> Section | None:

@@ -51,12 +51,8 @@ def verdict(difference: Difference, effect: float, first: str) -> str:
     measure = MEASURES[difference.quantity.measure]
     found = difference.interval
     if found is None:
-        return "one seed and no values by document: no interval"
-    alone = ""
-    if difference.pooled is None:
-        alone = " (over documents alone: one seed)"
-    elif difference.stderr_documents is None:
-        alone = " (over seeds alone)"
+        return "not decided: single seeds"
+    alone = " (over seeds alone)" if difference.stderr_documents is None else ""
     small = measure.unit == NATS and found.bound <= effect
     if found.low == found.high == 0:
         return "equal in all pairs" + alone

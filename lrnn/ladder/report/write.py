@@ -9,11 +9,15 @@ from lrnn.files import write_atomically
 from lrnn.ladder.cells import Cell
 from lrnn.ladder.config import LadderConfig
 from lrnn.ladder.measures import FACTS, MEASURES
+from lrnn.ladder.report.curves import draw_training
 from lrnn.ladder.report.differences import Difference, Differences
-from lrnn.ladder.report.document import to_markdown
+from lrnn.ladder.report.document import Picture, to_markdown
 from lrnn.ladder.report.gathered import Gathered
 from lrnn.ladder.report.intervals import holm
-from lrnn.ladder.report.sections import make_sections
+from lrnn.ladder.report.page import to_html
+from lrnn.ladder.report.pictures import Drawn, draw_differences, draw_results
+from lrnn.ladder.report.sections import RANGES, RESULTS, TRAINING, make_sections
+from lrnn.ladder.report.style import DPI
 from lrnn.ladder.results import CellResult
 
 TITLE = "Ladder of pretraining runs"
@@ -35,7 +39,12 @@ def write_report(ladder: LadderConfig, cells: Sequence[Cell], results: Sequence[
     _write_csv(folder / "results.csv", RESULT_COLUMNS, _result_rows(gathered))
     _write_csv(folder / "differences.csv", DIFFERENCE_COLUMNS, _difference_rows(differences))
     sections = make_sections(gathered, differences, cells)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    for section in sections:
+        section.blocks += [_save(folder, *drawn) for drawn in _pictures(section.title, gathered, differences)]
     write_atomically(folder / "ladder.md", to_markdown(TITLE, sections))
+    write_atomically(folder / "report.html", to_html(TITLE, sections, folder))
 
 
 RESULT_COLUMNS = (
@@ -57,6 +66,23 @@ def _result_rows(gathered: Gathered) -> Iterable[Sequence[Any]]:
         for name, value in r.training.items():
             if name in FACTS and value is not None:
                 yield *cell, name, "training", None, value, None, FACTS[name].unit
+
+
+def _pictures(section: str, gathered: Gathered, differences: Differences) -> Iterable[Drawn]:
+    """Yield the pictures that belong to a section."""
+    if not gathered.measured:
+        return
+    if section == RESULTS:
+        yield from draw_results(gathered)
+    elif section == RANGES:
+        yield from draw_differences(gathered, differences)
+    elif section == TRAINING:
+        yield from draw_training(gathered)
+
+
+def _save(folder: Path, file: str, title: str, caption: str, figure: Any) -> Picture:
+    figure.savefig(folder / file, dpi=DPI, metadata={"Software": None})
+    return Picture(file, title, caption)
 
 
 def _difference_rows(differences: Differences) -> Iterable[Sequence[Any]]:

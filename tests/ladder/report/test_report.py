@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import functools
 import io
-import random
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from made_up_ladder import DOMAINS, Truth, make_ladder, make_results
 
 from lrnn.eval.statistics import bits_per_byte
 from lrnn.ladder.measures import BYTES, MEASURES, NATS
-from lrnn.ladder.report import scaling
+from lrnn.ladder.report import scaling, write
 from lrnn.ladder.report.differences import ALL, BETWEEN_RANGES, Differences, paired_stderr
 from lrnn.ladder.report.fit import fit
 from lrnn.ladder.report.gathered import MEAN, Gathered, Quantity
@@ -31,9 +30,10 @@ TRUTH = Truth(
 
 
 @pytest.fixture(autouse=True)
-def few_resamples(monkeypatch):
-    """The fit's bootstrap is tested by itself."""
+def quick(monkeypatch):
+    """The fit's bootstrap and the pictures are tested by themselves."""
     monkeypatch.setattr(scaling, "fit", functools.partial(fit, resamples=10))
+    monkeypatch.setattr(write, "_pictures", lambda *_: [])
 
 
 @pytest.fixture(scope="module")
@@ -160,31 +160,28 @@ def test_all_measures_are_means_or_ratios():
     assert {measure.aggregate for measure in MEASURES.values()} <= {"mean", BYTES, NATS}
 
 
-def test_verdicts(made):
-    """One seed without documents has no interval; one with documents says that it is over documents alone."""
+def test_single_seeds_decide_nothing(made, tmp_path):
+    """Documents do not tell how another seed would fare: there is their error, but no interval, verdict or p value."""
     ladder, cells, _ = made
-    of_seed = [cell for cell in cells if cell.seed == 0 and cell.size == "15m"]
-    alone = at(differences(ladder, make_results(of_seed, TRUTH)), size="15m", arm="delta")
-    assert alone.pooled is None and alone.own_interval is None and alone.interval is not None
-    assert verdict(alone, 0.005, "[-1, 1]") == "[-1, 1] better (over documents alone: one seed)"
-    bare = make_results(of_seed, dataclasses.replace(TRUTH, with_documents=False))
-    none = at(differences(ladder, bare), size="15m", arm="delta")
-    assert none.interval is None and verdict(none, 0.005, "[-1, 1]").endswith("no interval")
-    seeds = make_results(cells, dataclasses.replace(TRUTH, with_documents=False))
-    assert "over seeds alone" in verdict(at(differences(ladder, seeds), size=ALL, arm="hybrid"), 0.005, "[-1, 1]")
+    results = make_results([cell for cell in cells if cell.seed == 0 and cell.size == "15m"], TRUTH)
+    d = at(differences(ladder, results), size="15m", arm="delta")
+    assert d.own is d.own_interval is d.pooled is d.interval is None and d.stderr_documents > 0
+    assert verdict(d, 0.005, "[-1, 1]") == "not decided: single seeds"
+    markdown, _, pairs = report(ladder, cells, results, tmp_path)
+    assert f"({decimal(d.mean, 4, True)} ± {d.stderr_documents:.4f} over documents, 1 pair)" in markdown
+    assert not any(row["p"] or row["p_holm"] or row["low"] for row in pairs)
+    ends = ("[-1, 1] is", "the arm is")
+    verdicts = {row[-1] for table in tables(markdown) if table[0][-1] in ends for row in table[1:]}
+    assert verdicts == {"not decided: single seeds"}
 
 
-def test_order_of_results_is_of_no_matter(made, tmp_path):
-    """Permuted results give the same files, byte by byte."""
-    ladder, cells, results = made
-    mixed = random.Random(0).sample(results, len(results))
-    for name, given in (("a", results), ("b", mixed)):
-        (tmp_path / name).mkdir()
-        write_report(ladder, cells, given, tmp_path / name)
-    files = sorted(path.name for path in (tmp_path / "a/report").iterdir())
-    assert {"ladder.md", "results.csv", "differences.csv"} <= set(files)
-    for name in files:
-        assert (tmp_path / "a/report" / name).read_bytes() == (tmp_path / "b/report" / name).read_bytes(), name
+def test_without_documents(made):
+    """The interval is that of the seeds, and the verdict says so."""
+    ladder, cells, _ = made
+    found = differences(ladder, make_results(cells, dataclasses.replace(TRUTH, with_documents=False)))
+    d = at(found, size=ALL, arm="hybrid")
+    assert d.stderr_documents is None and d.interval.high - d.mean == pytest.approx(2.306 * d.stderr_pooled, rel=1e-4)
+    assert "over seeds alone" in verdict(d, 0.005, "[-1, 1]")
 
 
 def test_tables_and_csv(made, tmp_path):
