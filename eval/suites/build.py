@@ -110,27 +110,33 @@ class Need:
     cut: int = 0
 
 
-def check_lengths(loaded: Loaded, tokenizer: Any, first: int, max_length: int, request: Request) -> None:
-    """Raise UserError if a request does not fit into `max_length` tokens.
+def check_lengths(loaded: Loaded, tokenizer: Any, first: int, max_length: int, request: Request) -> dict[str, int]:
+    """Check that requests fit into `max_length` tokens, and return by task how many will be cut to fit.
 
     lm-eval cuts a prompt that is too long from the left. That changes what a task asks, so it is refused unless the
     user allows it, or a suite has no objection. What must fit anyway is the answer, or the tokens to generate.
 
     Args:
         first: the number of ids that the rule for bos puts in front of a prompt.
+
+    Raises:
+        UserError: a request does not fit, and must not be cut.
     """
 
     def whole(name: str) -> bool:
         return name in WHOLE_PROMPTS if request.suite else not request.truncate
 
-    needs = [
-        (need, name)
-        for name, task in loaded.tasks.items()
-        for need in _needs(task, tokenizer, first, max_length, whole(name))
-        if need.tokens > max_length
-    ]
+    needs, cut = [], {}
+    for name, task in loaded.tasks.items():
+        for need in _needs(task, tokenizer, first, max_length):
+            if need.tokens <= max_length:
+                continue
+            if need.cut and not whole(name):
+                cut[name] = need.cut
+            else:
+                needs.append((need, name))
     if not needs:
-        return
+        return cut
     need, name = max(needs, key=lambda item: item[0].tokens)
     longer = f"give --max-length {max(2048, need.tokens)} (a linear RNN has no hard limit of its own)"
     if request.tasks and all(need.cut for need, _ in needs):
@@ -141,13 +147,10 @@ def check_lengths(loaded: Loaded, tokenizer: Any, first: int, max_length: int, r
     )
 
 
-def _needs(task: Any, tokenizer: Any, first: int, max_length: int, whole: bool) -> Iterator[Need]:
+def _needs(task: Any, tokenizer: Any, first: int, max_length: int) -> Iterator[Need]:
     """Yield what a task needs.
 
     A text with fewer bytes than there is room for tokens fits, because no token is empty. It is not tokenised.
-
-    Args:
-        whole: whether the prompts must fit too.
     """
     from lm_eval.models.utils import normalize_gen_kwargs
 
@@ -169,9 +172,8 @@ def _needs(task: Any, tokenizer: Any, first: int, max_length: int, whole: bool) 
     yield Need(max(lengths(answers, AROUND), default=0), "has gold answers of")
     for generated in sorted({generated for _, generated in prompts}):
         yield Need(generated + 1, "generates")
-    if whole:
-        found = lengths(pairs, first - 1)  # nothing follows the last token
-        for generated in sorted({generated for _, generated in prompts}):
-            texts = [context for context, of_context in prompts if of_context == generated]
-            found += lengths(texts, first + generated)
-        yield Need(max(found, default=0), "has prompts with answers of", sum(length > max_length for length in found))
+    found = lengths(pairs, first - 1)  # nothing follows the last token
+    for generated in sorted({generated for _, generated in prompts}):
+        texts = [context for context, of_context in prompts if of_context == generated]
+        found += lengths(texts, first + generated)
+    yield Need(max(found, default=0), "has prompts with answers of", sum(length > max_length for length in found))

@@ -46,7 +46,9 @@ def evaluate(request: Request) -> dict[str, Any]:
     render = prompts.chat_renderer(tokenizer, request.apply_chat_template)
     loaded = load(request, names, max_length)
     build.build(loaded, request, render)
-    build.check_lengths(loaded, tokenizer, len(bos.ids), max_length, request)
+    cut = build.check_lengths(loaded, tokenizer, len(bos.ids), max_length, request)
+    if cut:
+        print(report.cut_note(cut, max_length), flush=True)
     if CODE_TASKS.intersection(loaded.tasks):
         sandbox.run("")  # fails now, not after hours of generation, if this system cannot isolate programs
     model, helpers = harness.load_model(
@@ -62,7 +64,8 @@ def evaluate(request: Request) -> dict[str, Any]:
         kept.close()
         for helper in helpers:
             helper.close()
-    results = collect_results(request, raw, about, left_out + loaded.left_out, round(time.time() - start, 1))
+    left_out += loaded.left_out
+    results = collect_results(request, raw, about, left_out, cut, round(time.time() - start, 1))
     report.write(request.folder, results, raw)
     kept.remove()
     update_card(request.model)
@@ -103,15 +106,30 @@ def describe(request: Request, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def collect_results(
-    request: Request, raw: dict[str, Any], about: dict[str, Any], left_out: list[str], seconds: float
+    request: Request,
+    raw: dict[str, Any],
+    about: dict[str, Any],
+    left_out: list[str],
+    cut: dict[str, int],
+    seconds: float,
 ) -> dict[str, Any]:
-    """Return the content of results.json."""
+    """Return the content of results.json.
+
+    Args:
+        request: what was asked for.
+        raw: the result of `run_tasks`.
+        about: what the results depend on.
+        left_out: names of tasks.
+        cut: by task, the number of prompts that were cut to fit into the context.
+        seconds: wall time of the evaluation.
+    """
     rows = report.metric_rows(raw)
     return {
         "schema_version": result_folder.SCHEMA_VERSION,
         **about,
         "out": str(request.folder),
         "left_out": left_out,
+        "cut": cut,
         "metrics": [*sections.score_rows(rows), *rows],
         "by_length": sections.length_rows(raw),
         "seconds": seconds,

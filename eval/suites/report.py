@@ -88,6 +88,8 @@ def metrics_table(results: Raw) -> list[str]:
         lines += [f"Only the first {share} of every task: not comparable with complete runs.", ""]
     if results["left_out"]:
         lines += [f"Left out: {', '.join(results['left_out'])}.", ""]
+    if results.get("cut"):  # results before it was recorded do not have it
+        lines += [cut_note(results["cut"], results["settings"]["max_length"]), ""]
     lines += ["| task | metric | | value | +- | n | shots |", "|---|---|---|---:|---:|---:|---:|"]
     for row in results["metrics"]:
         name = row["metric"] if row["filter"] == "none" else f"{row['metric']} ({row['filter']})"
@@ -96,6 +98,12 @@ def metrics_table(results: Raw) -> list[str]:
         cells = (row["task"], name, arrow, f"{row['value']:.4f}", stderr, row["n"], row["shots"])
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
+
+
+def cut_note(cut: dict[str, int], max_length: int) -> str:
+    """Return a sentence on prompts that exceed the context, by task the number of them."""
+    tasks = ", ".join(f"{number} of {task}" for task, number in cut.items())
+    return f"Prompts are cut from the left, because they exceed the context of {max_length:,} tokens: {tasks}."
 
 
 def write(out: Path, results: Raw, raw: Raw) -> None:

@@ -157,6 +157,11 @@ def test_through_the_command_line(tiny_model, copies, tmp_path, capsys, monkeypa
     assert cli.main(["eval", str(tiny_model), *map(str, options)]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {row["task"] for row in results["metrics"]} == {"recall_avg6", *RECALL} and results["left_out"] == []
+    assert cli.main(["eval", str(tiny_model), *map(str, options), "--max-length", "2047"]) == 2
+    assert (
+        "lrnn_recall_swde shows windows of 2048 tokens, which exceed the context of 2047: give --max-length 2048"
+        in capsys.readouterr().err
+    )
     monkeypatch.delenv(hub_data.FOLDER)
     monkeypatch.setattr(hub_data, "_is_there", lambda name: False)
     monkeypatch.setattr(harness, "load_model", lambda *args: pytest.fail("the model was loaded"))

@@ -15,6 +15,7 @@ from lrnn.errors import UserError
 from lrnn.eval import result_folder
 from lrnn.eval.suites import fetch_data, harness, hub_data, report
 from lrnn.eval.suites.evaluate import choose_tasks
+from lrnn.eval.suites.prompts import load_tokenizer
 from lrnn.eval.suites.suites import SUITES
 
 LIMIT = 3
@@ -91,7 +92,7 @@ def test_result_folder(quick, tiny_model):
     assert sorted(p.name for p in quick.parent.iterdir()) == ["quick"], "no temporary folder is left"
 
 
-def test_code_and_maths_end_to_end(few_documents, tiny_model, tmp_path, monkeypatch):
+def test_code_and_maths_end_to_end(few_documents, tiny_model, tmp_path, monkeypatch, capsys):
     from lm_eval.models.huggingface import HFLM
 
     monkeypatch.setenv(hub_data.FOLDER, str(write_hub_copies(tmp_path / "hub")))
@@ -105,6 +106,22 @@ def test_code_and_maths_end_to_end(few_documents, tiny_model, tmp_path, monkeypa
         assert named[key] == 0.0
     assert ("lrnn_gsm8k_cot", "exact_match", "flexible-extract") in named
     assert ("lrnn_minerva_math", "math_verify", "none") in named
+    # Prompts with examples exceed the context of 2,048 tokens, which are bytes or few of them here.
+    long = {task for task in SUITES["code_math"].tasks if exceeds(tmp_path / f"out/samples_{task}.jsonl", tiny_model)}
+    assert results["cut"] == dict.fromkeys(sorted(long, key=SUITES["code_math"].tasks.index), 1)
+    assert {"lrnn_gsm8k_cot", "lrnn_gsm8k_bpb"} <= long and "lrnn_mathqa" not in long
+    note = "Prompts are cut from the left, because they exceed the context of 2,048 tokens: 1 of "
+    assert note in (tmp_path / "out/table.md").read_text() and note in capsys.readouterr().out.splitlines()[0]
+
+
+def exceeds(samples, model):
+    """Return whether the prompt of the only document, with its answer, has more than 2,048 tokens, without bos."""
+    tokenizer = load_tokenizer(model)
+    (sample, *_) = map(json.loads, samples.read_text().splitlines())
+    (context, rest), *_ = sample["arguments"]
+    if isinstance(rest, str):
+        return len(tokenizer(context + rest).input_ids) - 1 > 2048
+    return len(tokenizer(context).input_ids) + rest.get("max_gen_toks", 256) > 2048
 
 
 def test_code_tasks_can_be_left_out():

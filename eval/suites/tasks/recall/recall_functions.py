@@ -4,6 +4,7 @@ from typing import Any
 
 import datasets
 
+from lrnn.errors import UserError
 from lrnn.eval.retrieval import pairs, windows
 from lrnn.eval.retrieval.scores import ratio, scores_of
 from lrnn.eval.retrieval.tokens import context_length, counter, tokenizer_of
@@ -16,6 +17,12 @@ Doc = dict[str, Any]
 
 def windows_documents(hub: str, **metadata: Any) -> dict[str, datasets.Dataset]:
     """Return the data set made from one of the hub. lm-eval passes `dataset_kwargs` and the model's arguments."""
+    longest = context_length(metadata)
+    if longest < windows.CONTEXT:  # lm-eval would cut off the half of a window before the answer, or the answer too
+        raise UserError(
+            f"lrnn_recall_{hub} shows windows of {windows.CONTEXT} tokens, which exceed the context of {longest}: give "
+            f"--max-length {windows.CONTEXT}"
+        )
     rows = windows.documents(hub, hub_data.load(hub), tokenizer_of(metadata))
     return {"test": datasets.Dataset.from_list([dict(row) for row in rows])}
 
