@@ -10,6 +10,7 @@ streams         a source as a stream, with a position that a checkpoint can stor
 traces          generated programs as a source
 dataset         what only `datasets.load_dataset` can read
 shard_writer    one part of a source -> one shard per split
+finish          written shards -> a corpus, with its manifest
 shard_table     the checksums and the layout of a shard, in a file beside it
 reader          `TokenCorpus`: the shards of a split as one stream of tokens with document boundaries
 block_reader    reads a shard in blocks, each checked against its checksum at every read

@@ -17,19 +17,17 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import lrnn
 from lrnn.errors import UserError
 from lrnn.files import write_json
-from lrnn.pretrain.corpus import shard_table
 from lrnn.pretrain.corpus.dataset import DatasetSource
 from lrnn.pretrain.corpus.file_source import FileSource
+from lrnn.pretrain.corpus.finish import describe, finish_split
 from lrnn.pretrain.corpus.locate import locate
 from lrnn.pretrain.corpus.progress import Progress
-from lrnn.pretrain.corpus.reader import FORMAT, FORMAT_VERSION
+from lrnn.pretrain.corpus.reader import FORMAT_VERSION
 from lrnn.pretrain.corpus.shard_writer import token_dtype, watch_parent, write_part
 from lrnn.pretrain.corpus.source import Source, SourceArguments
 from lrnn.pretrain.corpus.streams import DatasetStream, FileStream, StreamingSource
@@ -302,40 +300,6 @@ def _tokenise(args: argparse.Namespace, source: Source, work: Path, pool) -> lis
     return [entries[index] for index in range(len(entries))]
 
 
-def _finish_split(work: Path, split: str, dtype: str, entries: list[dict]) -> dict:
-    """Give the shards their final names, and add the files that `datasets.load_from_disk` needs.
-
-    Returns:
-        The split's entry in the manifest.
-    """
-    shards = []
-    for index, entry in enumerate(entries):
-        name = f"{split}/data-{index:05d}-of-{len(entries):05d}.arrow"
-        for suffix in ("", shard_table.SUFFIX):
-            written = work / split / f"part-{index:05d}.arrow{suffix}"
-            if written.exists():  # False if an earlier run was cut off below.
-                os.replace(written, work / f"{name}{suffix}")
-        shards.append({"file": name, **{k: v for k, v in entry["splits"][split].items() if k != "bytes"}})
-    features = {"tokens": {"feature": {"dtype": dtype, "_type": "Value"}, "_type": "List"}}
-    write_json(work / split / "dataset_info.json", {"features": features})
-    state = {
-        "_data_files": [{"filename": Path(shard["file"]).name} for shard in shards],
-        "_fingerprint": shards[0]["sha256"][:16],
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": split,
-    }
-    write_json(work / split / "state.json", state)
-    return {
-        "documents": sum(shard["documents"] for shard in shards),
-        "tokens": sum(shard["tokens"] for shard in shards),
-        "bytes": sum(entry["splits"][split]["bytes"] for entry in entries),
-        "shards": shards,
-    }
-
-
 def _finish(args: argparse.Namespace, source: Source, work: Path, tokenizer: Tokenizer, entries: list[dict]) -> dict:
     """Turn the finished parts into the corpus. Return its manifest."""
     skipped = source.skipped + sum((Counter(entry["skipped"]) for entry in entries), Counter())
@@ -346,27 +310,13 @@ def _finish(args: argparse.Namespace, source: Source, work: Path, tokenizer: Tok
             + (f" beside those held out by --heldout {args.heldout}" if args.heldout else "")
         )
     dtype = token_dtype(tokenizer.vocab_size)
-    splits = {split: _finish_split(work, split, dtype, entries) for split in entries[0]["splits"]}
+    splits = {split: finish_split(work, split, dtype, entries) for split in entries[0]["splits"]}
     if "heldout" in splits:
         with open(work / "heldout.jsonl", "wb") as joined:
             for index in range(len(entries)):
                 with open(work / "done" / f"{index:05d}.jsonl", "rb") as text:
                     shutil.copyfileobj(text, joined)
-    manifest = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "tokenizer": tokenizer.description(),
-        "dtype": dtype,
-        "document_prefix": tokenizer.document_prefix,
-        "document_suffix": tokenizer.document_suffix,
-        "splits": splits,
-        "skipped": dict(skipped),
-        "arguments": _arguments_record(args),
-        "versions": {
-            "lrnn": lrnn.__version__,
-            **{name: version(name) for name in ("datasets", "pyarrow", "sentencepiece", "transformers")},
-        },
-    }
+    manifest = describe(tokenizer, splits, dict(skipped), _arguments_record(args))
     write_json(work / "manifest.json", manifest)
     if args.out.exists():
         shutil.rmtree(args.out)

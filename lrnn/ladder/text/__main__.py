@@ -1,6 +1,7 @@
 """Make the text of the ladder from packages. Run `python -m lrnn.ladder.text --help`."""
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -8,7 +9,9 @@ from pathlib import Path
 
 from lrnn.errors import UserError
 from lrnn.eval.suites.fetch_data import data_dir
+from lrnn.ladder.text.chunks import make_chunks
 from lrnn.ladder.text.make import make_text
+from lrnn.ladder.text.pack import pack
 from lrnn.ladder.text.table import SHIPPED, read_table
 
 
@@ -27,6 +30,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--benchmarks", type=Path, metavar="DIR", help="data that `lrnn eval --fetch` wrote (default: where it does)"
     )
+    parser.add_argument("--text-alone", action="store_true", help="stop before the tokenizer, the tokens and the parts")
+    parser.add_argument(
+        "--tokens", type=float, default=math.inf, metavar="MILLIONS", help="tokenise about so many (default: all)"
+    )
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
     return parser
 
@@ -42,6 +49,9 @@ def main() -> int:
                 raise UserError(f"--only {min(unknown)}: {args.table} has no such package")
             table = table.model_copy(update={"packages": {name: table.packages[name] for name in args.only}})
         make_text(table, args.folder, args.benchmarks or data_dir(), args.newest, args.processes, _say)
+        if not args.text_alone:
+            make_chunks(args.folder, args.tokens * 1e6, args.processes, _say)
+            pack(args.folder, _say)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

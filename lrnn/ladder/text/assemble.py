@@ -11,7 +11,8 @@ from typing import BinaryIO, NamedTuple
 from lrnn.ladder.text.extract import Entry, read_index
 from lrnn.ladder.text.table import DOMAINS
 
-FILE_BYTES = 32_000_000  # of one train-*.jsonl
+CHUNKS = 64  # train-*.jsonl of a domain; the files of one number hold the same share of every domain
+LEAST_BYTES = 100_000  # of a train-*.jsonl; a domain with less text has fewer files
 LONG_LINE = 50  # characters; shorter lines are alike by chance
 MOST_KNOWN = 0.5  # share of a held-out document's bytes in long lines that may stand in the train documents as well
 
@@ -119,7 +120,7 @@ def _long_lines(text: str) -> set[str]:
 def _write_train(documents: list[Placed], files: dict[str, BinaryIO], folder: Path) -> Iterator[bytes]:
     """Write files of about equal size, and yield every line after it was written."""
     total = sum(d.entry.length for d in documents)
-    count = max(1, round(total / FILE_BYTES))
+    count = min(CHUNKS, max(1, total // LEAST_BYTES))
     rows = zip(documents, _rows(documents, files), strict=True)
     done = 0
     for number in range(count):
