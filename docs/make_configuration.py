@@ -19,6 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
+from lrnn.ladder.config import LadderConfig
 from lrnn.model.mixers import MIXERS
 from lrnn.model.registry import ALIASES
 from lrnn.model_config import described_fields
@@ -63,6 +64,8 @@ def page() -> str:
         mixer_table(),
         "## A grid of state-tracking trainings\n\nThe YAML file of `lrnn track`.\n",
         *tables(GridConfig),
+        "## A ladder of pretraining runs\n\nThe YAML file of `lrnn ladder`.\n",
+        *tables(LadderConfig),
     ]
     return "\n".join(parts)
 
@@ -75,7 +78,7 @@ def tables(schema: type[Section], path: str = "") -> Iterator[str]:
     for name, field in schema.model_fields.items():
         inner = section_of(field.annotation)
         if inner is not None:
-            many = "[]" if get_origin(field.annotation) is list else ""
+            many = {list: "[]", dict: ".NAME"}.get(get_origin(field.annotation), "")
             yield from tables(inner, f"{path}.{name}{many}".removeprefix("."))
 
 
@@ -135,7 +138,7 @@ def type_name(annotation: Any) -> str:
     if origin is list:
         return "list of sections" if section_of(annotation) else f"list of {type_name(arguments[0])}"
     if origin is dict:
-        return "mapping"
+        return "mapping of sections" if section_of(annotation) else "mapping"
     if hasattr(annotation, "__metadata__"):  # Annotated
         bounds = [
             bound

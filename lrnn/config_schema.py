@@ -1,6 +1,7 @@
 """JSON schemas of the configuration files, by which editors complete keys, describe them, and mark mistakes.
 
-They are made from what reads the files: the schemas of runs and grids, and the signature and docstring of `LrnnConfig`.
+They are made from what reads the files: the schemas of runs, grids and ladders, and the signature and docstring of
+`LrnnConfig`.
 """
 
 from collections.abc import Iterator
@@ -8,24 +9,30 @@ from typing import Any, get_args
 
 from pydantic import TypeAdapter
 
+from lrnn.ladder.config import LadderConfig
 from lrnn.model.mixers import MIXERS
 from lrnn.model.pattern import options_of
 from lrnn.model.registry import ALIASES
 from lrnn.model_config import described_fields
+from lrnn.paths import FieldsOf
 from lrnn.pretrain.config import Config
 from lrnn.settings import BASE, FileOrFields, Section, Unit
 from lrnn.track.grid import GridConfig
 
-RUN, GRID, MODEL = KINDS = ("run", "grid", "model")
+RUN, GRID, LADDER, MODEL = KINDS = ("run", "grid", "ladder", "model")
+SECTIONS: dict[str, type[Section]] = {RUN: Config, GRID: GridConfig, LADDER: LadderConfig}
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def json_schema(kind: str) -> dict[str, Any]:
-    """Return the JSON schema of a run, a grid or a model."""
+    """Return the JSON schema of a run, a grid, a ladder or a model."""
     if kind == MODEL:
         return {"$schema": DIALECT, "title": "lrnn model", **model_schema()}
-    section: type[Section] = Config if kind == RUN else GridConfig
+    section = SECTIONS[kind]
     schema = section.model_json_schema()
+    for other in {other for s in sections(section) for other in _fields_of_others(s)}:
+        own = other.model_json_schema()
+        schema["$defs"] |= own.pop("$defs", {}) | {other.__name__: own}
     in_lists = {item for s in sections(section) for item in _items_of_lists(s)}
     for inner in sections(section):
         found = schema if inner is section else schema["$defs"][inner.__name__]
@@ -70,11 +77,24 @@ def _entry_schema(mixer: str, fields: dict[str, dict[str, Any]]) -> dict[str, An
 
 
 def sections(section: type[Section]) -> Iterator[type[Section]]:
-    """Yield a section and those in it."""
-    yield section
+    """Yield a section and those in it, each once. One of which a key holds some fields counts as in it."""
+    found = {section: None}
+    waiting = [section]
+    while waiting:
+        current = waiting.pop(0)
+        yield current
+        inner = [s for field in current.model_fields.values() for s in _sections_of(field.annotation)]
+        new = [s for s in dict.fromkeys([*inner, *_fields_of_others(current)]) if s not in found]
+        found |= dict.fromkeys(new)
+        waiting += new
+
+
+def _fields_of_others(section: type[Section]) -> Iterator[type[Section]]:
+    """Yield the sections of which keys of this one hold some fields."""
     for field in section.model_fields.values():
-        for inner in _sections_of(field.annotation):
-            yield from sections(inner)
+        for mark in field.metadata:
+            if isinstance(mark, FieldsOf) and issubclass(mark.schema, Section):
+                yield mark.schema
 
 
 def _sections_of(annotation: Any) -> list[type[Section]]:
@@ -98,6 +118,12 @@ def _describe(schema: dict[str, Any], section: type[Section]) -> None:
         entry["description"] = " ".join((field.description or "").split())
         if units:
             entry["description"] += f" Unit: {units[0]}."
+        for mark in field.metadata:
+            if isinstance(mark, FieldsOf):
+                description, default = entry["description"], entry.get("default")
+                entry.clear()
+                entry |= {"$ref": f"#/$defs/{mark.schema.__name__}", "description": description}
+                entry |= {} if default is None else {"default": default}
         if FileOrFields() in field.metadata:
             fields = model_schema()
             fields["properties"][BASE] = {

@@ -1,7 +1,7 @@
 """Print a configuration as lrnn reads it, with where each value was written, or its JSON schema for editors.
 
-What is printed is the whole: base files, changes on the command line and defaults. It is a configuration itself. A run
-or a grid that would be refused is refused here too, with the same message.
+What is printed is the whole: base files, changes on the command line and defaults. It is a configuration itself. A run,
+a grid or a ladder that would be refused is refused here too, with the same message.
 """
 
 import argparse
@@ -14,8 +14,10 @@ from typing import Any
 import yaml
 
 from lrnn import config_schema, shipped
-from lrnn.config_schema import GRID, MODEL, RUN
+from lrnn.config_schema import GRID, LADDER, MODEL, RUN, SECTIONS
 from lrnn.errors import UserError
+from lrnn.ladder.cells import load_ladder
+from lrnn.ladder.config import LadderConfig
 from lrnn.model_config import described_fields, every_field, load_model_config
 from lrnn.parsing import Key
 from lrnn.pretrain import old_config
@@ -25,13 +27,20 @@ from lrnn.settings import BASE, parse_json_file, resolve
 from lrnn.track.grid import GridConfig, load_grid
 
 DEFAULT = "default"
-TITLES = {RUN: "a run of lrnn pretrain", GRID: "a grid of lrnn track", MODEL: "a model"}
+TITLES = {
+    RUN: "a run of lrnn pretrain",
+    GRID: "a grid of lrnn track",
+    LADDER: "a ladder of lrnn ladder",
+    MODEL: "a model",
+}
 COMMENT_COLUMN = 50  # of the comments, unless a line is longer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `lrnn config`."""
-    parser.add_argument("config", nargs="?", help="YAML file of a run or a grid, JSON file of a model, or a name")
+    parser.add_argument(
+        "config", nargs="?", help="YAML file of a run, a grid or a ladder, JSON file of a model, or a name"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the configuration")
     parser.add_argument(
         "--schema", choices=config_schema.KINDS, help="print the JSON schema of such files instead, for an editor"
@@ -52,22 +61,22 @@ def main(args: argparse.Namespace) -> int:
     if args.config is None:
         raise UserError("give the configuration to print, or --schema with one of " + ", ".join(config_schema.KINDS))
     kind = kind_of(args.config)
-    values, origins = {RUN: _run, GRID: _grid, MODEL: _model}[kind](args.config, args.overrides)
+    values, origins = {RUN: _run, GRID: _grid, LADDER: _ladder, MODEL: _model}[kind](args.config, args.overrides)
     print(f"# {args.config}: {TITLES[kind]}")
     print("\n".join(annotate(values, origins)))
     return 0
 
 
 def kind_of(given: str) -> str:
-    """Return whether a file, or a configuration that comes with lrnn, describes a run, a grid or a model."""
+    """Return whether a file, or a configuration that comes with lrnn, describes a run, a grid, a ladder or a model."""
     path = Path(given)
     if not path.is_file():
-        in_folder = {RUN: shipped.RUNS, GRID: shipped.GRIDS, MODEL: shipped.MODELS}
+        in_folder = {RUN: shipped.RUNS, GRID: shipped.GRIDS, LADDER: shipped.LADDERS, MODEL: shipped.MODELS}
         return next((kind for kind, folder in in_folder.items() if given in shipped.names(folder)), RUN)
     if path.suffix == ".json":
         return MODEL
     keys = resolve(Config, path).values.keys()
-    return GRID if len(keys & GridConfig.model_fields.keys()) > len(keys & Config.model_fields.keys()) else RUN
+    return max(SECTIONS, key=lambda kind: len(keys & SECTIONS[kind].model_fields.keys()))  # the first of equal ones
 
 
 def annotate(values: dict[str, Any], origins: dict[Key, str]) -> list[str]:
@@ -126,6 +135,11 @@ def _run(given: str, overrides: list[str]) -> tuple[dict[str, Any], dict[Key, st
 def _grid(given: str, overrides: list[str]) -> tuple[dict[str, Any], dict[Key, str]]:
     grid, _ = load_grid(given, overrides)
     return grid.model_dump(), resolve(GridConfig, given, overrides).origins
+
+
+def _ladder(given: str, overrides: list[str]) -> tuple[dict[str, Any], dict[Key, str]]:
+    ladder, _ = load_ladder(given, overrides)
+    return ladder.model_dump(), resolve(LadderConfig, given, overrides).origins
 
 
 def _model(given: str, overrides: list[str]) -> tuple[dict[str, Any], dict[Key, str]]:

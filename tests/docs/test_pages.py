@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from lrnn import cli
+from lrnn.ladder.cells import load_ladder
 from lrnn.pretrain.config import load_config
 from lrnn.track.grid import load_grid
 
 REPOSITORY = Path(__file__).parents[2]
 GUIDES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 PAGES = [*GUIDES, *sorted((REPOSITORY / "docs" / "results").glob("*.md"))]
-SCHEMAS = {"pretrain": load_config, "submit": load_config, "track": load_grid}
+SCHEMAS = {"pretrain": load_config, "submit": load_config, "track": load_grid, "ladder": load_ladder}
 TOP = {path.name for path in REPOSITORY.iterdir()} - {"build", "runs"}  # these two are written by commands
 # A path below a top-level folder, such as `kernels/delta_rule/api.py`; * and {a,b} are expanded.
 PATH = re.compile(r"`([\w.-]+(?:/[\w.*{},-]+)+/?)`")
@@ -55,7 +56,7 @@ def test_commands_are_accepted(page, monkeypatch):
 
 def test_the_guides_have_commands():
     found = {command.split()[1] for page in PAGES for command in commands(page)}
-    assert found >= {"corpus", "pretrain", "submit", "export", "eval", "track", "position", "bench"}
+    assert found >= {"corpus", "pretrain", "submit", "export", "eval", "track", "ladder", "position", "bench"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))

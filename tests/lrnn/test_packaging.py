@@ -16,6 +16,7 @@ import lrnn
 # What the commands need beside their modules.
 DATA = {
     "py.typed", "configs/tiny.yaml", "configs/340m.yaml", "configs/models/1.3b.json", "configs/track/s5.yaml",
+    "configs/ladder/ranges.yaml", "slurm/ladder.sbatch", "slurm/report.sbatch",
     "slurm/train.sbatch", "slurm/corpus.sbatch", "slurm/eval.sbatch", "eval/suites/tasks/_gold_bpb.yaml",
     "eval/suites/tasks/state_tracking/lrnn_s5_mc.yaml", "docs/index.md", "docs/results/index.md",
 }  # fmt: skip

@@ -8,8 +8,11 @@ import yaml
 
 from lrnn.cli import main
 from lrnn.config_schema import KINDS, json_schema, sections
+from lrnn.ladder.cells import load_ladder
+from lrnn.ladder.config import LadderConfig
 from lrnn.model_config import load_model_config
 from lrnn.pretrain.config import Config, load_config, load_model_of
+from lrnn.show_config import kind_of
 from lrnn.track.grid import GridConfig, load_grid
 
 ROOT = Path(__file__).parents[2]
@@ -86,15 +89,24 @@ def test_a_model(show, tmp_path):
     assert comment(text, "vocab_size") == f"{MODEL}:3" and comment(text, "use_cache") == "default"
 
 
-@pytest.mark.parametrize("name", ["tiny", "parity_small"])
-def test_names(show, name):
-    assert show(name).startswith(f"# {name}: a {'run' if name == 'tiny' else 'grid'} of lrnn ")
+def test_a_ladder(show, tmp_path):
+    text = show("ranges", "sizes.15m.lr=0.001")
+    (tmp_path / "again.yaml").write_text(text)
+    first, again = load_ladder("ranges", ["sizes.15m.lr=0.001"])[1], load_ladder(tmp_path / "again.yaml")[1]
+    assert [(cell.name, cell.settings) for cell in again] == [(cell.name, cell.settings) for cell in first]
+    assert comment(text, "effect").startswith(str(ROOT / "lrnn/configs/ladder/ranges.yaml"))
+    assert kind_of(str(tmp_path / "again.yaml")) == "ladder" and "lr: 0.001" in text
+
+
+@pytest.mark.parametrize(("name", "kind"), [("tiny", "run"), ("parity_small", "grid"), ("ranges", "ladder")])
+def test_names(show, name, kind):
+    assert show(name).startswith(f"# {name}: a {kind} of lrnn ")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give the configuration to print, or --schema with one of run, grid, model"),
+        ([], "give the configuration to print, or --schema with one of run, grid, ladder, model"),
         (["none.yaml"], "configuration none.yaml does not exist"),
         (["tiny", "stps=3"], "command line: unknown key stps; did you mean steps?"),
         (["tiny", "model.hidden=3"], "unknown field hidden; did you mean hidden_size?"),
@@ -120,13 +132,23 @@ def test_every_key_has_a_description(show, kind):
             assert key == "model_type" or entry.get("description", "").endswith("."), key
 
 
-@pytest.mark.parametrize(("kind", "section"), [("run", Config), ("grid", GridConfig)])
+@pytest.mark.parametrize(("kind", "section"), [("run", Config), ("grid", GridConfig), ("ladder", LadderConfig)])
 def test_the_keys_are_those_that_are_read(kind, section):
     schema = json_schema(kind)
     for inner in sections(section):
         found = schema if inner is section else schema["$defs"][inner.__name__]
         assert set(found["properties"]) - {"base"} == set(inner.model_fields) and not found["additionalProperties"]
     assert "base" in schema["properties"] and "required" not in schema  # a base file may have the key
+
+
+def test_a_ladder_has_the_keys_of_runs_where_it_takes_them():
+    schema = json_schema("ladder")
+    size = schema["$defs"]["SizeConfig"]["properties"]
+    assert size["run"]["$ref"] == schema["properties"]["run"]["$ref"] == "#/$defs/Config"
+    run = json_schema("run")
+    assert set(schema["$defs"]["Config"]["properties"]) == set(run["properties"]) - {"base"}
+    assert schema["$defs"]["OptimConfig"] == run["$defs"]["OptimConfig"]
+    assert schema["$defs"]["LadderGrid"]["required"] == ["sizes", "arms"]
 
 
 def test_types_bounds_and_units():

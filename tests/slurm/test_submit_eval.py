@@ -12,39 +12,11 @@ from lrnn.cli import main
 from lrnn.pretrain.checkpoint.format import manifest_text
 
 ROOT = Path(__file__).parents[2]
-STUB = """\
-#!/bin/sh
-# Counts jobs from 4711 and puts those of an array into the queue, task by task.
-for script; do :; done
-case $script in
-    *"$REFUSE"*) [ -z "$REFUSE" ] || { echo "sbatch: error: invalid partition" >&2; exit 1; } ;;
-esac
-echo "$*" >> calls
-number=$((4710 + $(grep -c "" calls)))
-last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
-comment=$(sed -n "s/^#SBATCH --comment='\\(.*\\)'$/\\1/p" "$script")
-if [ -n "$last" ]; then
-    for task in $(seq 0 "$last"); do echo "${number}_$task|PENDING|Resources|$comment" >> queue; done
-fi
-echo "$number;cluster"
-"""
 
 
 @pytest.fixture
-def submit(tmp_path, monkeypatch, capsys):
+def submit(fake_slurm, capsys):
     """`submit(*arguments)` runs it in `tmp_path`, where the stubs have their files, and returns (status, out, err)."""
-    stubs = tmp_path / "bin"
-    stubs.mkdir()
-    for name, text in {
-        "squeue": "#!/bin/sh\ncat queue\n",
-        "sbatch": STUB,
-        "scancel": '#!/bin/sh\necho "$@" >> cancelled\n',
-    }.items():
-        (stubs / name).write_text(text)
-        (stubs / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{stubs}:{os.environ['PATH']}")
-    monkeypatch.chdir(tmp_path)
-    Path("queue").touch()
 
     def run(*arguments: str) -> tuple[int, str, str]:
         status = main(["submit", *arguments])
