@@ -1,6 +1,7 @@
 """The parts that result folders share: results.json, and the rule on which folders may be replaced."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,22 @@ PACKAGES = ("lm-eval", "transformers", "datasets", "tokenizers", "numpy")  # the
 
 
 def check_output(out: Path) -> None:
-    """Raise UserError unless `out` is absent, empty, or holds earlier results, which are replaced."""
-    if out.exists() and not out.is_dir():
+    """Raise UserError unless `out` can be written, and is absent, empty or holds earlier results, to be replaced."""
+    if os.path.exists(out) and not out.is_dir():
         raise UserError(f"--out {out} is a file; it must be a folder")
+    _check_writable(out)
     if out.is_dir() and any(out.iterdir()) and not (out / "results.json").is_file():
         raise UserError(f"--out {out} holds other files and no results.json; choose a new or empty folder")
+
+
+def _check_writable(out: Path) -> None:
+    """Raise UserError unless the folder can be made and replaced."""
+    # os.path.exists is false for what is below an unreadable folder, where Path.exists raises.
+    place = next(folder for folder in out.absolute().parents if os.path.exists(folder))
+    if not place.is_dir():
+        raise UserError(f"--out {out} cannot be a folder: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{out} cannot be written, because {place} is read-only; name another folder with --out")
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class Repository:
 def step_of(folder: Path) -> int | None:
     """Return the step of the checkpoint that a folder was exported from, None if its config.json names none."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    step = config.get("lrnn_training", {}).get("step")
+    step = (config.get("lrnn_training") or {}).get("step")
     return None if step is None else int(step)
 
 

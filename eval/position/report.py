@@ -127,14 +127,12 @@ def _fill(new: Path, results: dict[str, Any]) -> None:
 
 def plot(path: Path, results: dict[str, Any]) -> None:
     """Plot perplexity over position, a line and a band per model, and below it the paired differences, if any."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, whose state and backend are the user's
 
     differences = results["differences"]
     n = 2 if differences else 1
-    figure, axes = plt.subplots(n, 1, figsize=(9, 5 * n), sharex=True, squeeze=False, layout="constrained")
+    figure = Figure(figsize=(9, 5 * n), layout="constrained")
+    axes = figure.subplots(n, 1, sharex=True, squeeze=False)
     for i, block in enumerate(results["curves"]):
         _line(axes[0, 0], block, ("ppl", "ppl_low", "ppl_high"), f"C{i % 10}")
     if any(row["ppl"] is not None for block in results["curves"] for row in block):  # an empty axis has no logarithm
@@ -154,7 +152,6 @@ def plot(path: Path, results: dict[str, Any]) -> None:
         axis.legend(fontsize=8)
     axes[-1, 0].set_xlabel("position (tokens before)")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _set_log_scale(axis: Any) -> None:

@@ -12,17 +12,17 @@ from typing import Any
 
 from lrnn.eval.commonsense.averages import average_rows
 from lrnn.eval.length_plot import by_length, panels
+from lrnn.eval.retrieval.needles import FORMS
+from lrnn.eval.retrieval.windows import PROMPTS
 
 Raw = dict[str, Any]
 
 NAME = "retrieval"
 UNITS = {  # of the tasks whose documents have lengths
-    **{f"lrnn_needle_{form}": "tokens" for form in ("single_1", "single_2", "single_3")},
-    **{f"lrnn_needle_{form}": "tokens" for form in ("multikey_1", "multikey_2", "multikey_3")},
+    **{f"lrnn_needle_{form}": "tokens" for form in FORMS},
     "lrnn_recall_pairs": "pairs",
 }
-JRT = ("swde", "squad", "fda", "triviaqa", "nq", "drop")
-AVERAGES = {"recall_avg6": tuple((f"lrnn_recall_{name}", "contains") for name in JRT)}
+AVERAGES = {"recall_avg6": tuple((f"lrnn_recall_{name}", "contains") for name in PROMPTS)}
 THIRDS = ("first_third", "middle_third", "last_third")
 COLUMNS = (
     "task",

@@ -19,18 +19,24 @@ Values = dict[tuple[str, int, str], Any]  # by task, number of the document, and
 def compare(first: Path, second: Path) -> str:
     """Return a Markdown table of `second - first` for every metric that both folders hold, with a 95% interval.
 
+    Metrics that cannot be paired by document are named below it.
+
     Raises:
         UserError: as for `differences`.
     """
     rows = ["| task | metric | first | second | difference | 95% interval | n |", "|---|---|---:|---:|---:|---:|---:|"]
-    for row in differences(first, second):
-        name = row.metric if row.filter == "none" else f"{row.metric} ({row.filter})"
+    found = differences(first, second)
+    for row in found:
         rows.append(
-            f"| {row.task} | {name} | {row.first:.4f} | {row.second:.4f} | {row.difference:+.4f} "
-            f"| [{row.low:+.4f}, {row.high:+.4f}] | {row.n} |"
+            f"| {row.task} | {_shown(row.metric, row.filter)} | {row.first:.4f} | {row.second:.4f} "
+            f"| {row.difference:+.4f} | [{row.low:+.4f}, {row.high:+.4f}] | {row.n} |"
         )
-    note = protocol.bos_note(_results(first), _results(second))
-    return "\n".join([*rows, *(["", note] if note else [])]) + "\n"
+    whole = _results(first), _results(second)
+    notes = [protocol.bos_note(*whole)]
+    paired = {(row.task, row.metric, row.filter) for row in found}
+    if others := [f"{task} {_shown(*metric)}" for task, *metric in _common(*whole) if (task, *metric) not in paired]:
+        notes.append(f"Not compared, because their values do not follow from those of documents: {', '.join(others)}.")
+    return "\n".join([*rows, *(line for note in notes if note for line in ("", note))]) + "\n"
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,7 @@ def differences(first: Path, second: Path) -> list[Difference]:
     rows = []
     whole = [_results(first), _results(second)]
     protocol.check_comparable(*whole)
-    metrics = [{(row["task"], row["metric"], row["filter"]): row for row in of["metrics"]} for of in whole]
-    for key in (key for key in metrics[0] if key in metrics[1]):
-        found = [folder[key] for folder in metrics]
+    for key, found in _common(*whole).items():
         a, b = (_values(*of_folder) for of_folder in zip((first, second), found, strict=True))
         if [part.keys() for part in a] != [part.keys() for part in b]:
             raise UserError(
@@ -73,6 +77,16 @@ def differences(first: Path, second: Path) -> list[Difference]:
     if not rows:
         raise UserError(f"{first} and {second} have no metric in common")
     return [row for row in rows if row is not None]
+
+
+def _common(first: dict[str, Any], second: dict[str, Any]) -> dict[Key, list[dict[str, Any]]]:
+    """Return the metrics that two results have in common, with the row of each."""
+    metrics = [{(row["task"], row["metric"], row["filter"]): row for row in of["metrics"]} for of in (first, second)]
+    return {key: [row, metrics[1][key]] for key, row in metrics[0].items() if key in metrics[1]}
+
+
+def _shown(metric: str, filter_name: str) -> str:
+    return metric if filter_name == "none" else f"{metric} ({filter_name})"
 
 
 def _difference(key: Key, found: list[dict[str, Any]], documents: list[tuple[Values, Values]]) -> Difference | None:

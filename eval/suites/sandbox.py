@@ -111,10 +111,10 @@ def run(program: str, timeout_s: float = TIMEOUT_S, memory_bytes: int = MEMORY_B
         stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - 2000))
         tail = stderr.read().decode("utf-8", "replace")
     if not said.startswith(b"R") and not timed_out:
+        why = next(reversed(tail.strip().splitlines()), f"exit status {process.returncode}")
         raise UserError(
             "code written by the model was not run: this system does not let the sandbox isolate it (Linux 5.12 or "
-            "newer and root or unprivileged user namespaces are needed): "
-            f"{tail.strip().splitlines()[-1:] or process.returncode}"
+            f"newer and root or unprivileged user namespaces are needed): {why}"
         )
     passed = not timed_out and process.returncode == 0 and said == b"R" + token.encode()
     return Outcome(passed, timed_out, tail)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lrnn.errors import UserError
 from lrnn.eval.retrieval.needles import FORMS
+from lrnn.eval.retrieval.windows import PROMPTS
 from lrnn.eval.state_tracking.report import REPORT as STATE_TRACKING_REPORT
 from lrnn.eval.traces.report import REPORT as TRACES_REPORT
 from lrnn.settings import name_hint
@@ -17,7 +18,7 @@ STATE_TRACKING, TRACES = (
     (*report.task_names["mc"], *report.task_names["gen"]) for report in (STATE_TRACKING_REPORT, TRACES_REPORT)
 )
 WHOLE_PROMPTS = frozenset({*STATE_TRACKING, *TRACES})  # the right answer to a truncated prompt would be another
-RECALL = tuple(f"lrnn_recall_{name}" for name in ("pairs", "swde", "fda", "squad", "triviaqa", "nq", "drop"))
+RECALL = ("lrnn_recall_pairs", *(f"lrnn_recall_{name}" for name in PROMPTS))
 NEEDLES = tuple(f"lrnn_needle_{form}" for form in FORMS)
 
 

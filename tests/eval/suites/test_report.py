@@ -89,7 +89,8 @@ def test_a_mean_over_documents_of_tasks_and_metrics_that_are_none(tmp_path):
             {"task": "small", "metric": "bleu", "filter": "none", "value": 12.5},
         ]
         (folder / "results.json").write_text(json.dumps({"metrics": metrics}))
-    lines = compare(tmp_path / "a", tmp_path / "b").splitlines()[2:]
+    *lines, blank, note = compare(tmp_path / "a", tmp_path / "b").splitlines()[2:]
+    assert not blank and note.endswith("their values do not follow from those of documents: small bleu.")
     assert [line.split("|")[1:6] for line in lines] == [
         [" by_task ", " acc ", " 0.7500 ", " 0.2500 ", " -0.5000 "],
         [" by_document ", " acc ", " 0.8750 ", " 0.3750 ", " -0.5000 "],
