@@ -3,7 +3,9 @@
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -18,11 +20,13 @@ from lrnn.model_config import model_config_from
 from lrnn.paths import IsPath
 from lrnn.settings import Section, Unit, load, validate
 from lrnn.track.tasks.base import Task
+from lrnn.track.tasks.counter_rng import MAX_SEED
 from lrnn.track.tasks.registry import make_task
 
 Range = Literal["negative", "positive"]
 Tokens = Annotated[int, Unit("tokens")]
 Sequences = Annotated[int, Unit("sequences")]
+LONGEST_NAME = 200  # bytes of a task's or model's name; file systems take 255, and a plot's name holds more
 NO_RANGE = "none"  # the range, in results, of mixers that have none
 UNIMPORTANT = {"log_every", "checkpoint_seconds", "cuda_graphs", "concurrent"}  # settings that do not change results
 OF_THE_GRID = {"min_length", "max_length", "concurrent"}  # training settings that a model cannot override
@@ -111,7 +115,7 @@ class GridConfig(Section):
     that this model has for itself."""
     ranges: list[Range] = Field(["negative", "positive"], min_length=1)
     """Eigenvalue ranges to train each model with, if it has any: `negative` is [-1, 1], `positive` is [0, 1]."""
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=MAX_SEED)]] = Field([0, 1, 2], min_length=1)
     """Seeds of the weights and of the samples."""
     train: TrainSettings
     """How every model is trained."""
@@ -151,6 +155,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> tuple[GridConf
         UserError: the file is wrong (see `lrnn.settings.load`), or a task, a model or a length does not exist.
     """
     grid = load(GridConfig, path, overrides)
+    _check_names(grid, str(path))
     cells = list(_cells(grid, str(path)))
     for cell in cells:
         for task, train in cell.stages:
@@ -158,6 +163,21 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> tuple[GridConf
             _check_state_passing(task, train, cell.model_config, f"{path}: {cell}")
         cell.task.sizes(cell.test.min_length, cell.test.max_length)
     return grid, cells
+
+
+def _check_names(grid: GridConfig, origin: str) -> None:
+    """Raise UserError, which begins with `origin`, if cells would share a folder, or have none within `out`."""
+    for key, names in (("tasks", list(grid.tasks)), ("models", list(grid.models))):
+        for name in names:
+            if name in ("", ".", "..") or "/" in name or len(name.encode()) > LONGEST_NAME:
+                raise UserError(
+                    f"{origin}: {key}: {name!r} should be a name of at most {LONGEST_NAME} bytes without /, which "
+                    "folders and plots can have"
+                )
+    for key, values in (("ranges", grid.ranges), ("seeds", grid.seeds)):
+        for value, count in Counter[Any](values).items():
+            if count > 1:
+                raise UserError(f"{origin}: {key}: {value!r} is given twice; remove one")
 
 
 def _check_state_passing(task: Task, train: TrainSettings, config: LrnnConfig, origin: str) -> None:
@@ -187,15 +207,29 @@ def changed_fields(config: LrnnConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if value != defaults.get(name)}
 
 
+@contextmanager
+def _naming(origin: str) -> Iterator[None]:
+    """Begin a UserError that is raised in the `with` block with `origin`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None
+
+
+def _make_task(parameters: dict[str, Any]) -> Task:
+    return make_task(parameters["task"], **{name: value for name, value in parameters.items() if name != "task"})
+
+
 def _cells(grid: GridConfig, origin: str) -> Iterator[Cell]:
     for task_name, parameters in grid.tasks.items():
         if "task" not in parameters:
             raise UserError(f"{origin}: tasks.{task_name} should have a key task, such as task: parity")
-        task = make_task(parameters["task"], **{k: v for k, v in parameters.items() if k != "task"})
+        with _naming(f"{origin}: tasks.{task_name}"):
+            task = _make_task(parameters)
         for model_name, fields in grid.models.items():
             fields = dict(fields)
             train = _train_settings(grid, fields.pop("train", {}), f"{origin}: models.{model_name}.train")
-            curriculum = tuple(_curriculum(task, parameters, train, origin))
+            curriculum = tuple(_curriculum(task, parameters, train, f"{origin}: tasks.{task_name}"))
             for range_ in grid.ranges if has_range(fields, f"{origin}: models.{model_name}") else [NO_RANGE]:
                 # No id of a task is special to the model: each may be an input or an answer.
                 fixed: dict[str, Any] = {"vocab_size": task.vocab_size, "allow_neg_eigval": range_ == "negative"}
@@ -244,7 +278,8 @@ def _curriculum(
 ) -> Iterator[tuple[Task, TrainSettings]]:
     """Yield task and settings of each stage before the last. Raise UserError for a task with other ids."""
     for number, stage in enumerate(train.curriculum):
-        easier = make_task(parameters["task"], **{k: v for k, v in (parameters | stage.task).items() if k != "task"})
+        with _naming(f"{origin}: train.curriculum[{number}].task"):
+            easier = _make_task(parameters | stage.task | {"task": parameters["task"]})
         if (easier.vocab_size, easier.pad_id) != (task.vocab_size, task.pad_id):
             raise UserError(
                 f"{origin}: train.curriculum[{number}].task makes a task with {easier.vocab_size} ids and padding "

@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> int:
     grid, cells = load_grid(args.config, args.overrides)
     devices = _devices(args.device)
     out = Path(grid.out)
-    with RunLock(out):
+    with RunLock(out, "out"):
         (out / "grid.yaml").write_text(dump(grid))
         results: dict[Path, dict[str, Any]] = {}
         start = time.monotonic()
@@ -57,6 +57,8 @@ def _devices(wanted: str | None) -> list[torch.device]:
     if wanted is None:
         return [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
     try:
+        if torch.device(wanted).type not in ("cpu", "cuda"):
+            raise UserError(f"--device {wanted} cannot be used: give cpu or cuda, or one GPU, such as cuda:1")
         device = torch.empty(0, device=wanted).device  # with its index
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {wanted} cannot be used: {first_line(error)}") from None

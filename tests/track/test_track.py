@@ -261,12 +261,38 @@ def test_word_problems_are_measured_by_prefix(grid_file, tmp_path):
         ({"models": {"m": {"train": {"max_length": 7}}}}, "models.m.train.max_length is set for the whole grid"),
         ({"ranges": ["both"]}, "key ranges.0 = 'both'"),
         ({"stepz": 1}, "unknown key stepz"),
+        ({"tasks": {"p": {"task": 5}}}, "tasks.p: unknown task 5"),
+        ({"tasks": {"p": {"task": ["parity"]}}}, "tasks.p: unknown task ['parity']"),
+        ({"tasks": {"w": {"task": "group_word", "group": 5}}}, "tasks.w: not a list of permutations: 5"),
+        ({"tasks": {"w": {"task": "group_word", "inputs": 3}}}, "tasks.w: not a list of permutations: 3"),
+        ({"tasks": {"w": {"task": "group_word", "variant": 5}}}, "tasks.w: group_word: unknown variant 5"),
+        ({"tasks": {"a/b": {"task": "parity"}}}, "tasks: 'a/b' should be a name"),
+        ({"tasks": {"": {"task": "parity"}}}, "tasks: '' should be a name"),
+        ({"models": {"..": {}}}, "models: '..' should be a name"),
+        ({"seeds": [1, 0, 1]}, "seeds: 1 is given twice"),
+        ({"ranges": ["negative", "negative"]}, "ranges: 'negative' is given twice"),
+        ({"seeds": [2**64]}, "key seeds.0 = 18446744073709551616: should be less than"),
         ({"test": GRID["test"] | {"min_length": 300}}, "parity: min_length 300 is above max_length 256"),
     ],
 )
 def test_errors_come_before_any_training(grid_file, tmp_path, capsys, changes, message):
     assert main(["track", str(grid_file(**changes))]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"), [("meta", "give cpu or cuda"), ("mps", "give cpu or cuda"), ("", "empty")]
+)
+def test_devices_that_cannot_train_are_refused(grid_file, tmp_path, capsys, device, reason):
+    assert main(["track", str(grid_file()), "--device", device]) == 2
+    assert f"--device {device} cannot be used" in (error := capsys.readouterr().err) and reason in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_called_out(grid_file, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["track", str(grid_file()), f"out={tmp_path}/file"]) == 2
+    assert f"error: out {tmp_path}/file cannot be written" in capsys.readouterr().err
 
 
 CONFIGS = Path(__file__).parents[2] / "configs/track"

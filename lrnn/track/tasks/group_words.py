@@ -63,6 +63,8 @@ def named_generators(name: str) -> list[Permutation]:
 
 def check_generators(generators: Sequence[Sequence[int]]) -> list[Permutation]:
     """Return the generators as tuples. Raise UserError if one is not a permutation of 0..n-1 or degrees differ."""
+    if not isinstance(generators, Sequence | None) or isinstance(generators, str):
+        raise UserError(f"not a list of permutations: {generators!r}")
     if not generators:
         raise UserError("a group needs at least one generator")
     checked = []
@@ -143,7 +145,9 @@ class GroupWord(Task):
         inputs: Sequence[Sequence[int]] | None = None,
     ) -> None:
         if variant not in VARIANTS:
-            raise UserError(f"group_word: unknown variant {variant!r}; {name_hint(variant, VARIANTS, list_all=True)}")
+            raise UserError(
+                f"group_word: unknown variant {variant!r}; {name_hint(str(variant), VARIANTS, list_all=True)}"
+            )
         self.group = generate_group(named_generators(group) if isinstance(group, str) else group)
         self.answer_table = self.group.table
         self.variant = variant

@@ -27,8 +27,8 @@ def make_task(name: str, **parameters: Any) -> Task:
     Raises:
         UserError: the task or a parameter is unknown; the message names the nearest and lists all.
     """
-    if name not in TASKS:
-        raise UserError(f"unknown task {name!r}; {name_hint(name, list(TASKS), list_all=True)}")
+    if not isinstance(name, str) or name not in TASKS:  # it may be anything that YAML can hold
+        raise UserError(f"unknown task {name!r}; {name_hint(str(name), list(TASKS), list_all=True)}")
     known = list(inspect.signature(TASKS[name]).parameters)
     for parameter in parameters:
         if parameter not in known:
