@@ -17,7 +17,7 @@ from lrnn.eval.export.write import set_tokens
 from lrnn.eval.in_run.answers import SAMPLE, Answers
 from lrnn.eval.in_run.crew import Crew, Failed, Interrupted, describe
 from lrnn.eval.in_run.prompts import read_prompts
-from lrnn.eval.in_run.weights import empty_copy, fill
+from lrnn.eval.in_run.weights import empty_copy, fill, make_room
 from lrnn.eval.model_folder import default_device
 from lrnn.eval.suites.bos import decide
 from lrnn.pretrain.config import Config
@@ -87,6 +87,7 @@ class InRun:
         model, error = None, None
         try:
             model = empty_copy(self._model_config, self._ranks.device, self._dtype)
+            make_room(engine, self._ranks.device)
         except Exception as raised:  # of memory, above all; the others would wait in the first collective
             error = describe(raised, self._ranks)
         errors = [found for found in self._ranks.gather(error) if found is not None]

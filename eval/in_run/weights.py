@@ -28,6 +28,18 @@ def empty_copy(config: LrnnConfig, device: torch.device, dtype: torch.dtype) -> 
     return model.eval().requires_grad_(False)
 
 
+def make_room(engine: Engine, device: torch.device) -> None:
+    """Allocate what `fill` takes to gather the largest weight under ZeRO-3, and free it: torch keeps it for `fill`.
+
+    A rank without that memory raises its error here, where no other rank waits for it in a collective yet.
+    """
+    weights = [weight for weight in engine.module.parameters() if _is_partitioned(weight)]
+    if weights:
+        largest: Any = max(weights, key=lambda weight: weight.ds_numel)
+        padding = largest.ds_tensor.ds_numel  # all ranks have parts of this size
+        torch.empty(largest.ds_numel + padding, dtype=largest.ds_tensor.dtype, device=device)
+
+
 @torch.no_grad()
 def fill(model: LrnnForCausalLM, engine: Engine) -> None:
     """Copy the weights of a run into a model, rounded to its dtypes. All ranks call this together."""
@@ -39,9 +51,17 @@ def fill(model: LrnnForCausalLM, engine: Engine) -> None:
 
 def _whole(weight: nn.Parameter) -> AbstractContextManager[Any]:
     """Return a context in which a weight is whole on every rank, although ZeRO-3 may have partitioned it."""
-    if not hasattr(weight, "ds_status"):
+    if not _is_partitioned(weight):
         return nullcontext()
-    from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-    # Small ones are always whole, and would be partitioned at the end of the context.
-    return nullcontext() if weight.ds_status == ZeroParamStatus.AVAILABLE else GatheredParameters([weight])
+    return GatheredParameters([weight])
+
+
+def _is_partitioned(weight: nn.Parameter) -> bool:
+    """Return whether a rank has only a part of a weight. ZeRO-3 keeps small ones whole on every rank."""
+    if not hasattr(weight, "ds_status"):
+        return False
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    return weight.ds_status != ZeroParamStatus.AVAILABLE

@@ -14,13 +14,14 @@ import torch
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.errors import UserError
 from lrnn.eval.generation.decoding import GraphDecoding
+from lrnn.eval.in_run.evaluator import InRun
 from lrnn.eval.in_run.prompts import write_on
 from lrnn.pretrain.config import parse_config
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.metrics import speed as speed_module
 from lrnn.pretrain.metrics.log import MetricsLog
 from lrnn.pretrain.metrics.speed import Speed
-from lrnn.pretrain.watch.protocol import Found, Sample, Score
+from lrnn.pretrain.watch.protocol import Found, Sample, Score, Wants
 from lrnn.pretrain.watch.settings import SamplesConfig
 from lrnn.pretrain.watch.undisturbed import undisturbed
 from lrnn.pretrain.watch.watch import Watch, make_evaluator
@@ -141,6 +142,22 @@ def test_a_failure_is_a_warning(parts, tmp_path, capsys):
     assert (failed["step"], failed["what"], failed["error"]) == (11, "scores", "ValueError: no")
     assert (tmp_path / "samples.jsonl").exists()
     assert "warning: step 11: scores failed, training continues: ValueError: no" in capsys.readouterr().out
+
+
+def test_memory_that_zero_3_lacks_is_a_failure_before_weights_are_gathered(config):
+    """A rank that raised an error while others gather a weight would leave them waiting."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    evaluator = object.__new__(InRun)
+    evaluator._ranks, evaluator._dtype, evaluator._prompts = RANKS, torch.float32, ["x"]
+    evaluator._model_config = LrnnConfig(
+        vocab_size=10, hidden_size=16, num_hidden_layers=1, num_heads=1, head_dim=16, intermediate_size=16
+    )
+    module = torch.nn.Linear(1, 1, bias=False)
+    module.weight.ds_status, module.weight.ds_numel = ZeroParamStatus.NOT_AVAILABLE, 2**50
+    module.weight.ds_tensor = SimpleNamespace(ds_numel=2**49, dtype=torch.float32)
+    found = evaluator.evaluate(SimpleNamespace(module=module), Wants(4, True, False), lambda: None, lambda: False)
+    assert list(found.errors) == ["scores"] and "allocate memory" in found.errors["scores"]
 
 
 def test_samples_that_cannot_be_written_are_not_recorded(config, tmp_path, capsys, monkeypatch):
