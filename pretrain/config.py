@@ -148,6 +148,9 @@ class ScheduleConfig(Section):
     """Final learning rate divided by the peak."""
 
 
+RUN_OF_ITS_OWN = "make the stage a run of its own that begins with init_from of the run before"
+
+
 class StageConfig(Section):
     """The stages of a run, one after the other. A stage takes from the run what it does not give itself."""
 
@@ -169,6 +172,14 @@ class StageConfig(Section):
     """Peak learning rate; `null`: `optim.lr`."""
     schedule: ScheduleConfig | None = None
     """The learning rate over the steps of this stage alone; `null`: `schedule`, which runs over the whole run."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def has_own_keys(cls, values: Any) -> Any:
+        for name in values if isinstance(values, dict) else ():
+            if name not in cls.model_fields and name in (*Config.model_fields, "state_passing"):
+                raise ValueError(f"{name} is no key of a stage, because all stages share it; {RUN_OF_ITS_OWN}")
+        return values
 
     @model_validator(mode="after")
     def one_length(self) -> Self:
@@ -342,7 +353,7 @@ class Config(Section):
                 "stages take corpora, and data.stream is a stream; build a corpus of it with `lrnn corpus`"
             )
         if self.stages and self.data.state_passing:
-            raise ValueError("data.state_passing does not go with stages; set it to false, or train without stages")
+            raise ValueError(f"data.state_passing does not go with stages; set it to false, or {RUN_OF_ITS_OWN}")
         names = self.stage_names
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"stages: {names.count(twice[0])} of them have the name {twice[0]!r}; give each its own")

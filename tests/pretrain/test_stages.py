@@ -189,6 +189,11 @@ WRONG = {
     "no length": ({"stages": [{}]}, "key stages.0 .*: give exactly one of steps and tokens"),
     "two lengths": ({"stages": [{"steps": 1, "tokens": 9}]}, "key stages.0 .*: give exactly one of steps and tokens"),
     "same name": ({"stages": [{"steps": 1, "name": "x"}] * 2}, "2 of them have the name 'x'; give each its own"),
+    "a model": (
+        {"stages": [{"steps": 1, "model": {"rope_theta": 1.0}}]},
+        "model is no key of a stage, because all stages share it; make the stage a run of its own that begins with",
+    ),
+    "states": ({"stages": [{"steps": 1, "state_passing": 2}]}, "state_passing is no key of a stage"),
     "unknown key": ({"stages": [{"steps": 1, "seqlen": 9}]}, "unknown key stages.0.seqlen; did you mean seq_len?"),
     "schedule": (
         {"stages": [{"steps": 4, "schedule": {"warmup_steps": 5}}]},
