@@ -151,8 +151,8 @@ def _serving(name: str) -> list[str]:
         f"vllm serve {name} --mamba-ssm-cache-dtype float32",
         "```",
         "",
-        "Names and shapes of the weights are those that vLLM's class reads; it was not run with this folder. vLLM 0.32.0 "
-        "needs https://github.com/vllm-project/vllm/pull/55858 to load models of this class.",
+        "Names and shapes of the weights are those that vLLM's class reads; it was not run with this folder. vLLM "
+        "0.32.0 needs https://github.com/vllm-project/vllm/pull/55858 to load models of this class.",
     ]
 
 
