@@ -109,7 +109,8 @@ class Variant:
 
 # Gated training in bf16 with raw gates and normalised keys, the same on packed documents, and the variant that differs
 # most from it: no gate, and step sizes and keys as given. Then the scans that split the values that enter their state,
-# and, in float32 at the smallest heads, the scans and the backward pass inside chunks. Last, two factors per token.
+# and, in float32 at the smallest heads, the scans and the backward pass inside chunks. Then two factors per token. Last,
+# several of these at once: what compiles the most branches in one case.
 VARIANTS = (
     Variant(""),
     Variant("_packed", packed=True),
@@ -117,6 +118,7 @@ VARIANTS = (
     Variant("_split", split=True, only="SPLIT"),
     Variant("_fp32", size=64, dtype=torch.float32, only="STAGES"),
     Variant("_product", factors=2, only="FACTORS"),
+    Variant("_plain_product", gate="none", normalize=False, split=True, factors=2, only="FACTORS"),
 )
 
 
