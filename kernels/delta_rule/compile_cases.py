@@ -109,8 +109,8 @@ class Variant:
 
 # Gated training in bf16 with raw gates and normalised keys, the same on packed documents, and the variant that differs
 # most from it: no gate, and step sizes and keys as given. Then the scans that split the values that enter their state,
-# and, in float32 at the smallest heads, the scans and the backward pass inside chunks. Then two factors per token. Last,
-# several of these at once: what compiles the most branches in one case.
+# and, in float32 at the smallest heads, the scans and the backward pass inside chunks. Then two factors per token.
+# Last, several of these at once, so that tests that compile few cases compile every branch.
 VARIANTS = (
     Variant(""),
     Variant("_packed", packed=True),

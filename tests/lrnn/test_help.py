@@ -5,7 +5,6 @@ import resource
 import pytest
 from own_process import run
 
-pytestmark = pytest.mark.alone
 HEAVY = ("torch", "transformers")
 CPU_SECONDS = 0.5
 

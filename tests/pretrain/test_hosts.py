@@ -26,7 +26,6 @@ from lrnn.pretrain.launch import STOPPED
 from lrnn.records import read_metrics
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.alone
 PORT = "29500"
 
 

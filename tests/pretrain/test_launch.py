@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -35,8 +36,6 @@ from lrnn.pretrain.launch import (
     launch,
     threads_per_process,
 )
-
-pytestmark = pytest.mark.alone
 
 # A worker notes its environment and each signal it gets in a folder, and ends as the code that follows says.
 WORKER = """
@@ -237,20 +236,20 @@ def test_workers_end_with_a_launcher_that_is_killed(command, tmp_path, late):
         [sys.executable, "-c", code, json.dumps(command(worker))], env=without_models.ENVIRONMENT
     )
 
-    def wait_for(pattern: str) -> None:
+    def wait_for(name: str, condition: Callable[[Path], bool] = Path.exists) -> None:
         deadline = time.monotonic() + 60
-        while len(list(tmp_path.glob(pattern))) < 2:
-            assert time.monotonic() < deadline, pattern
+        while not all(condition(tmp_path / f"{name}-{rank}") for rank in range(2)):
+            assert time.monotonic() < deadline, name
             time.sleep(0.05)
 
-    wait_for("process-*")
+    wait_for("process")
     if not late:
         (tmp_path / "go").touch()
-        wait_for("asked-*")
+        wait_for("asked")
     launcher.kill()
     launcher.wait()
     (tmp_path / "go").touch()
-    wait_for("signals-*")
+    wait_for("signals", lambda file: file.exists() and file.read_text() != "")  # it is empty for a moment
     # The kernel may send it twice, once for each of the launcher's threads that ends.
     assert set(signals(tmp_path, 0)) == set(signals(tmp_path, 1)) == {"SIGTERM"}
 

@@ -18,7 +18,6 @@ from lrnn.pretrain.watchdog.heartbeats import Hub, connect
 from lrnn.pretrain.watchdog.watchdog import HUNG, AwakeClock, Watchdog
 from lrnn.records import read_metrics
 
-pytestmark = pytest.mark.alone
 SETTINGS = WatchdogConfig(lost_seconds=10, stall_seconds=100, startup_seconds=1000, heartbeat_seconds=20)
 DATA, STEP = Place("waiting for data", 5, 30, False), Place("computing the step", 5, 31, False)
 FIRST = Place("trying a first pass", 0, 3, True)
