@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from lrnn.errors import UserError, first_line
+from lrnn.eval.generation.decoding import is_of_lrnn
 from lrnn.eval.model_class import import_class
 from lrnn.eval.model_folder import check_export, default_device
 
@@ -32,7 +33,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
 
     Raises:
         UserError: the weights cannot be read, or one of them is missing, of another shape than config.json asks for,
-            infinite or NaN.
+            infinite or NaN, or left over in a model of lrnn.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -44,7 +45,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
-            device_map={"": device},
+            device_map={"": str(device)},
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
@@ -53,6 +54,10 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     # transformers fills weights of both kinds with random numbers and continues.
     if info["missing_keys"]:
         raise UserError(f"{folder} holds no weights for {', '.join(sorted(info['missing_keys'])[:3])}")
+    # Folders of others may hold weights for training or for other heads; an export holds none.
+    if info["unexpected_keys"] and is_of_lrnn(model):
+        left_over = ", ".join(sorted(info["unexpected_keys"])[:3])
+        raise UserError(f"{folder} holds weights that the model of config.json lacks: {left_over}")
     for name, found, wanted in sorted(info["mismatched_keys"]):
         raise UserError(f"{folder}: {name} has shape {list(found)}; config.json asks for {list(wanted)}")
     for name, weight in model.named_parameters():

@@ -10,7 +10,7 @@ from transformers import StoppingCriteria
 class StopStrings(StoppingCriteria):
     """Say that a row is finished once its new text contains one of some strings.
 
-    lm-eval's own criterion decodes the last tokens of every row after every token, once per string, and goes on until
+    lm-eval's own criterion decodes the last tokens of every row after every token, once per string, and continues until
     all rows have met the same string. What lies behind a stop string is cut off in any case, so that a row may run a
     few tokens beyond it.
 
@@ -24,8 +24,8 @@ class StopStrings(StoppingCriteria):
     def __init__(self, tokenizer: Any, strings: list[str], prompt_length: int, every: int):
         self._tokenizer, self._strings = tokenizer, [string for string in strings if string]
         self._every = every
-        # A string that began before the last look needs some tokens of before. A character takes at least one byte, and
-        # a token at least one byte; more than its bytes in tokens it cannot take.
+        # A string that began before the last look needs some tokens from before it: as many as it has bytes, because a
+        # token has at least one byte.
         self._overlap = max((len(string.encode()) for string in self._strings), default=0)
         self._looked = self._start = prompt_length
         self._done: Tensor | None = None

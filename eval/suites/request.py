@@ -140,7 +140,7 @@ class Request:
             "--include-path": self.include_path,
         }
         if self.haystack is not None and self.suite != "needle":
-            raise UserError(f"--haystack is the text of needles, which the suite {self.suite!r} has not")
+            raise UserError(f"--haystack is the text of needles, which the suite {self.suite!r} does not have")
         if given := [option for option, value in asked.items() if value]:
             raise UserError(
                 f"{', '.join(given)}: a suite has a fixed protocol; name its tasks with --tasks to change it"

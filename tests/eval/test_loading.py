@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lrnn import cli
+from lrnn import LrnnConfig, LrnnForCausalLM, cli
 from lrnn.errors import UserError, first_line
 from lrnn.eval import loading, model_folder
 from lrnn.eval.suites import harness
@@ -55,6 +55,18 @@ def test_damaged_weights_are_not_evaluated(copy, harm, message):
         Model(copy, device="cpu")
     with pytest.raises(UserError, match=message):
         loading.load_model(copy, torch.device("cpu"), torch.float32)
+
+
+def test_weights_that_are_left_over(tiny_model, tmp_path):
+    """The configuration of an export with fewer layers than it has weights for. Others may hold more than a model."""
+    size = {"hidden_size": 16, "num_heads": 1, "head_dim": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    folder = tmp_path / "gated"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("eval", "model*", "config.json"))
+    LrnnForCausalLM(LrnnConfig(vocab_size=300, **size)).save_pretrained(folder)
+    assert loading.load_model(folder, torch.device("cpu"), torch.float32).config.num_hidden_layers == 2
+    change_config(folder, num_hidden_layers=1)
+    with pytest.raises(UserError, match=r"holds weights that the model of config\.json lacks: model\.layers\.1\."):
+        loading.load_model(folder, torch.device("cpu"), torch.float32)
 
 
 def test_a_model_that_computes_no_numbers_has_no_scores(tiny_model, monkeypatch):

@@ -176,7 +176,7 @@ def test_through_the_command_line(tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "load_model", lambda *args: pytest.fail("the model was loaded"))
     capsys.readouterr()
     assert cli.main(["eval", str(tiny_model), "--suite", "quick", "--haystack", str(book)]) == 2
-    assert "--haystack is the text of needles, which the suite 'quick' has not" in capsys.readouterr().err
+    assert "--haystack is the text of needles, which the suite 'quick' does not have" in capsys.readouterr().err
     assert cli.main(["eval", str(tiny_model), "--suite", "needle", "--max-length", "1000"]) == 2
     assert "needles need a context of at least 1024 tokens, not 1000" in capsys.readouterr().err
 
