@@ -1,6 +1,7 @@
 """Read the description of a model, a Hugging Face `config.json`, strictly."""
 
 import inspect
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -79,9 +80,14 @@ def every_field(config: "LrnnConfig") -> dict[str, Any]:
 
 
 def _check_type(value: Any, kind: Any, what: str) -> None:
-    """Raise UserError for a value of another type. transformers checks none: the string "false" would be true."""
+    """Raise UserError for a value of another type, or one that is not finite.
+
+    transformers checks none: the string "false" would be true.
+    """
     if kind in (bool, int, float) and type(value) not in ((int, float) if kind is float else (kind,)):
         raise UserError(f"{what} = {value!r} should be {kind.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{what} = {value!r} should be a finite number")
 
 
 @dataclass(frozen=True)

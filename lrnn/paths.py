@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 
 from lrnn import shipped
+from lrnn.errors import UserError
 from lrnn.files import expand
 from lrnn.parsing import Key
 
@@ -85,11 +86,13 @@ def place(schema: type[BaseModel], values: Any, folder: Path, origin: Callable[[
         A notice if the paths start at the current folder for this reason, otherwise None.
 
     Raises:
-        UserError: an environment variable is not set, or a user does not exist.
+        UserError: an environment variable is not set, a user does not exist, or a path is empty.
     """
     found = list(_paths(schema, values, ()))
     for path in found:
         path.holder[path.name] = expand(path.text, f"{origin(path.key)}: {_dotted(path.key)}")
+        if not path.text:
+            raise UserError(f"{origin(path.key)}: {_dotted(path.key)} is empty; give a path")
     relative = [path for path in found if path.is_relative and not path.is_within(folder, HERE)]
     here = [path for path in relative if path.exists(HERE)]
     notice = None

@@ -55,7 +55,7 @@ def utc_now() -> str:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return all records of a run in the order they were written, without lines that a crash cut short.
+    """Return all records of a run in the order they were written, without lines that a crash cut short or spoilt.
 
     Raises:
         UserError: the folder has no `metrics.jsonl`.
@@ -64,11 +64,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{run_dir} holds no metrics.jsonl; give the run_dir of a run")
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except ValueError:
             continue
+        if isinstance(record, dict):
+            records.append(record)
     return records
 
 

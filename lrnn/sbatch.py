@@ -18,7 +18,8 @@ OVER = {
     "TIMEOUT",
 }  # fmt: skip
 LOCK_WAIT_S = 60  # wait for another `lrnn submit` of the folder; squeue and sbatch take seconds at most
-DIRECTIVE = re.compile(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", re.MULTILINE)
+DIRECTIVE = re.compile(r"^#SBATCH[ \t]+--([a-z-]+)(?:[ \t]*[= \t](.*?))?[ \t]*$", re.MULTILINE)
+SHORT = re.compile(r"^#SBATCH[ \t]+-[A-Za-z].*$", re.MULTILINE)
 
 
 @dataclass
@@ -32,9 +33,15 @@ class Job:
 
 
 def read_template(path: Path) -> str:
-    """Return the text of a batch script. Raises UserError if the file is not one."""
+    """Return the text of a batch script.
+
+    Raises:
+        UserError: the file is not one, or has an option in its short form, which could be one that is filled in.
+    """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"--template {path} is not UTF-8 text; give the path of a batch script") from None
     except OSError as error:
         raise UserError(
             f"--template {path} cannot be read ({error.strerror}); give the path of a batch script, such as one of "
@@ -42,12 +49,14 @@ def read_template(path: Path) -> str:
         ) from None
     if not DIRECTIVE.search(text):
         raise UserError(f"--template {path} holds no line that begins with #SBATCH --; give a batch script")
+    if short := SHORT.search(text):
+        raise UserError(f"--template {path} has the line {short[0]!r}; write its option in full, as #SBATCH --nodes=4")
     return text
 
 
 def count(option: str, value: str, lowest: int) -> int:
     """Return a number from an option's text. Raise UserError if it is not one, or below `lowest`."""
-    if not value.isdigit() or int(value) < lowest:
+    if not value.isdecimal() or int(value) < lowest:
         raise UserError(f"{option} {value} should be a number, at least {lowest}")
     return int(value)
 
@@ -79,7 +88,9 @@ def pattern(path: Path) -> str:
 
 
 def fill(template: str, options: dict[str, str | None], arguments: list[str], container: Sequence[str] = ()) -> str:
-    """Return the template with `options` among its #SBATCH lines and with `arguments` as its own arguments.
+    """Return the template with `options` after its own #SBATCH lines and with `arguments` as its own arguments.
+
+    Its lines stay, but for those of the same options.
 
     Args:
         template: text of the batch script.
@@ -92,12 +103,11 @@ def fill(template: str, options: dict[str, str | None], arguments: list[str], co
     """
     if container and "${in_container[@]}" not in template:
         raise UserError('--template starts no container: write srun "${in_container[@]}" in it, as slurm/*.sbatch do')
-    found = list(DIRECTIVE.finditer(template))
-    kept = [match[0] for match in found if match[1] not in options]
-    set_ = [_directive(name, value) for name, value in options.items() if value is not None]
-    head, tail = template[: found[0].start()], template[found[-1].end() :]
+    end = [match.end() for match in DIRECTIVE.finditer(template)][-1]
+    head = [line for line in template[:end].split("\n") if not ((own := DIRECTIVE.match(line)) and own[1] in options)]
+    head += [_directive(name, value) for name, value in options.items() if value is not None]
     words = f"\nin_container=({shlex.join(container)})" if container else ""
-    return head + "\n".join(kept + set_) + f"\nset -- {shlex.join(arguments)}{words}" + tail
+    return "\n".join(head) + f"\nset -- {shlex.join(arguments)}{words}" + template[end:]
 
 
 def _directive(name: str, value: str) -> str:

@@ -1,6 +1,7 @@
 """Test the configuration of a run: errors name the key by its full path and say what would be right."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -162,9 +163,15 @@ def test_all_errors_are_named_at_once(load):
         ("data.corpora.0.path=c", "override data.corpora.0.path: corpora holds a value, not a section"),
         ("optim.lr=[1", "override optim.lr=[1: the value is not YAML"),
         ("=3", "override '=3' should look like key.sub=value"),
+        ("steps=2026-13-45", "override steps=2026-13-45: the value is not YAML: month must be in 1..12"),
+        ("run_dir=''", "command line: run_dir is empty; give a path"),
+        ("run_dir=$EMPTY", "command line: run_dir is empty; give a path"),
+        ("data.corpora=[{path: ''}]", "command line: data.corpora.0.path is empty; give a path"),
+        ("model={base: ''}", "command line: model.base is empty; give a path"),
     ],
 )
-def test_bad_override(load, override, message):
+def test_bad_override(load, monkeypatch, override, message):
+    monkeypatch.setenv("EMPTY", "")
     assert message in error_of(load, override)
 
 
@@ -212,6 +219,9 @@ def test_bad_file(tmp_path):
     assert "is not a mapping of keys to values" in error_of(load_config, file)
     file.write_text("a: [1\nb: {\n")
     assert f"{file} is not YAML" in error_of(load_config, file)
+    for value in ("2026-13-45", "0x_", "!!int x", "!!float x", "9" * 5000, "[" * 3000):
+        file.write_text(f"steps: {value}\n")
+        assert f"{file} is not YAML" in error_of(load_config, file), value[:20]
     file.write_bytes(b"steps: \xff\xfe")
     assert f"{file} is not UTF-8 text" in error_of(load_config, file)
 
@@ -295,6 +305,8 @@ def test_model_is_what_the_file_says(tmp_path):
         ({"allow_neg_eigval": "false"}, "allow_neg_eigval = 'false' should be bool"),
         ({"allow_neg_eigval": 0}, "allow_neg_eigval = 0 should be bool"),
         ({"norm_eps": "1e-6"}, "norm_eps = '1e-6' should be float"),
+        ({"norm_eps": math.nan}, "norm_eps = nan should be a finite number"),
+        ({"initializer_range": math.inf}, "initializer_range = inf should be a finite number"),
         ({"initializer_range": None}, "initializer_range = None should be float"),
         ({"max_position_embeddings": 512.5}, "max_position_embeddings = 512.5 should be int"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings = 'no' should be bool"),

@@ -134,6 +134,11 @@ def test_a_line_cut_by_a_crash(config, tmp_path):
     assert [(r["step"], r.get("resumed")) for r in read_metrics(tmp_path)] == [(0, False), (10, None), (10, True)]
 
 
+def test_lines_that_are_no_records_are_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\0\n3\n[]\n\n{"step": 2}\n')
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
 def test_no_metrics(tmp_path):
     with pytest.raises(UserError, match=r"holds no metrics\.jsonl; give the run_dir of a run"):
         read_metrics(tmp_path)

@@ -3,6 +3,7 @@
 import os
 import shlex
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -109,13 +110,30 @@ def test_other_jobs_do_not_matter(submit, tmp_path):
     assert submit("--gpus-per-node", "2", queue=queue)[0] == 0
 
 
+def test_lines_of_a_template_stay(submit, tmp_path):
+    """Those between its options do too, and an option counts with a space in place of =, as sbatch reads it."""
+    (own := tmp_path / "own.sbatch").write_text(
+        "#!/bin/bash\n#SBATCH --time=1:00\n# why\n#SBATCH  --nodes 2\nmodule load x\n#SBATCH --requeue\nsrun lrnn\n"
+    )
+    _, out, _, _ = submit("--gpus-per-node", "1", "--template", str(own), "--dry-run")
+    assert out.startswith(
+        "#!/bin/bash\n#SBATCH --time=1:00\n# why\nmodule load x\n#SBATCH --requeue\n#SBATCH --job-name="
+    )
+    assert directives(out)["nodes"] == "2" and out.count("nodes") == 1 and "\nsrun lrnn\n" in out
+
+
 def test_errors_are_reported_before_the_job_is_queued(submit, monkeypatch, tmp_path):
+    (short := tmp_path / "short").write_text("#!/bin/bash\n#SBATCH -N 4\n#SBATCH --time=1\nsrun lrnn\n")
+    (words := tmp_path / "words").write_text("#!/bin/bash\n#SBATCH --nodes=two\nsrun lrnn\n")
     for arguments, message in [
         (["--nodes", "0"], "--nodes 0 should be a number, at least 1"),
         (["--nodes", "3"], "global_batch_size"),
         (["--sbatch", "nodes=3"], "--sbatch nodes=3 cannot be set: use --nodes"),
         (["--sbatch", "3"], "--sbatch 3 should be a long option"),
         (["--template", "nowhere"], "--template nowhere cannot be read"),
+        (["--template", sys.executable], f"--template {sys.executable} is not UTF-8 text"),
+        (["--template", str(short)], "has the line '#SBATCH -N 4'; write its option in full, as #SBATCH --nodes=4"),
+        (["--template", str(words)], "--nodes two should be a number, at least 1"),
         (["steps=x"], "steps"),
     ]:
         status, _, err, calls = submit(*arguments)

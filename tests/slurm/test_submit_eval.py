@@ -153,6 +153,7 @@ def test_checkpoints_and_model_folders(submit, run_dir, tmp_path):
         (["--suite", "fast", "--checkpoints", "every:7"], "no checkpoint at a multiple of 7; it has 10, 20, 30"),
         (["--suite", "fast", "--checkpoints", "10,40"], "has no whole checkpoint of step 40; it has 10, 20, 30"),
         (["--suite", "fast", "--max-concurrent", "0"], "--max-concurrent 0 should be a number, at least 1"),
+        (["--suite", "fast", "--max-concurrent", "²"], "--max-concurrent ² should be a number, at least 1"),
         (["--suite", "fast", "--gpus-per-node", "-1"], "--gpus-per-node -1 should be a number, at least 0"),
         (["--suite", "fast", "--nodes", "2"], "--nodes is for training"),
         (["--suite", "fast", "--sbatch", "array=1"], "--sbatch array=1 cannot be set: the table of jobs sets it"),
