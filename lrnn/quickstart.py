@@ -24,6 +24,7 @@ from lrnn.records import read_metrics
 CONFIG = "tiny"
 OUT = Path("runs/quickstart")  # the configuration reads the corpus in it
 EVAL_DOCUMENTS, EVAL_CHARACTERS = 12, 4000  # held-out text that is evaluated; all of it would take minutes
+FEWEST_STEPS = 20  # the run is stopped after half of them, which records of every fifth step show
 PROMPT = "import os\n\ndef "
 LEFT_OUT = ("site-packages/*", "*test*", "idlelib/*", "lib2to3/*")  # 11 MB of text remain
 
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    _check(args)
     out = _unused(args.out)
     print("$ lrnn eval --fetch", flush=True)
     fetch_data.fetch()  # Without network access this fails, so it comes before what takes minutes.
@@ -61,6 +63,19 @@ def main(args: argparse.Namespace) -> int:
     print(f"\nThe model continues {PROMPT!r}:\n\n{_continuation(export)}\n")
     print("\n".join(["Next:", *(f"  {line}" for line in _next(out))]))
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise UserError for what would fail only after minutes."""
+    from lrnn.pretrain.config import load_config  # here, because it imports torch
+
+    for name, lowest in (("steps", FEWEST_STEPS), ("processes", 1)):
+        if getattr(args, name) < lowest:
+            raise UserError(f"--{name} {getattr(args, name)} should be at least {lowest}")
+    try:
+        load_config(CONFIG).batching(0, args.processes)
+    except UserError as error:
+        raise UserError(f"--processes {args.processes}: {error}") from None
 
 
 def _sample_of(documents: Path, sample: Path) -> Path:

@@ -7,6 +7,7 @@ bench kernels` measures the delta-rule kernels beside those of flash-linear-atte
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from lrnn.errors import UserError
@@ -73,11 +74,15 @@ def main(args: argparse.Namespace) -> int:
     """Run the measurement that `args.part` names.
 
     Raises:
-        UserError: the folder of `--json` does not exist; see also the measurements.
+        UserError: the file of `--json` cannot be written; see also the measurements.
     """
     file = getattr(args, "json", None)
     if file is not None and not file.parent.is_dir():
         raise UserError(f"--json {file}: the folder {file.parent} does not exist; create it first")
+    if file is not None and file.is_dir():
+        raise UserError(f"--json {file}: it is a folder; name a file")
+    if file is not None and not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise UserError(f"--json {file} cannot be written; name another file")
     if args.part == "data":
         from lrnn.bench.loader import bench_data
 

@@ -1,6 +1,7 @@
 """Measure how fast one process makes training batches of a corpus, in the random order of training."""
 
 import argparse
+import math
 import os
 import platform
 import statistics
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lrnn.errors import UserError
 from lrnn.files import write_json
 from lrnn.pretrain.batching import Batching
 from lrnn.pretrain.corpus.reader import FORMAT, FORMAT_VERSION, TokenCorpus
@@ -85,7 +87,8 @@ def measure_loader(
 
 
 def bench_data(args: argparse.Namespace) -> None:
-    """Print the table of `lrnn bench data`."""
+    """Print the table of `lrnn bench data`. Raises UserError for a size or time that cannot be."""
+    _check(args)
     with tempfile.TemporaryDirectory(prefix="lrnn-bench-") as temporary:
         path = args.corpus
         if path is None:
@@ -109,6 +112,15 @@ def bench_data(args: argparse.Namespace) -> None:
             )
             row = [min(rates), statistics.median(rates), max(rates)]
             print(f"{name:24} " + " ".join(f"{rate / 1e6:8.1f}" for rate in row), flush=True)
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("seq_len", "micro_batch_size", "global_batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} should be at least 1")
+    if not (args.seconds > 0 and math.isfinite(args.seconds)):
+        raise UserError(f"--seconds {args.seconds:g} should be a positive number")
+    Batching(args.global_batch_size, args.micro_batch_size)  # before a synthetic corpus is written
 
 
 def _cpu_name() -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from lrnn.errors import UserError
 from lrnn.pretrain.config import Config, load_config, load_model_of
 from lrnn.pretrain.data.micro_batch import model_inputs
 from lrnn.pretrain.data.training_data import open_data
@@ -59,7 +60,9 @@ def whole_steps(config: Config, ranks: Ranks) -> tuple[list[float], list[float]]
 
 
 def bench_loop(path: str, overrides: list[str], steps: int) -> None:
-    """Print the table of `lrnn bench loop`, with bare and whole steps in turn."""
+    """Print the table of `lrnn bench loop`, with bare and whole steps in turn. Raises UserError for too few steps."""
+    if steps <= SETTLING:
+        raise UserError(f"--steps {steps} should be at least {SETTLING + 1}: the first {SETTLING} are not counted")
     ranks = init_ranks()
     rows: list[tuple[str, list[float]]] = []
     shares = []

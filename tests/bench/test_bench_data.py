@@ -31,6 +31,23 @@ def test_loader_speed(corpus_path, reset):
     assert max(rates) > 5e6  # about 80e6 on an idle core; the best counts, because other tests may run beside it
 
 
+@pytest.mark.parametrize(
+    ("part", "options", "message"),
+    [
+        ("data", ["--seq-len", "0"], "--seq-len 0 should be at least 1"),
+        ("data", ["--micro-batch-size", "0"], "--micro-batch-size 0 should be at least 1"),
+        ("data", ["--global-batch-size", "12"], "global_batch_size=12 is not a multiple of micro_batch_size=8"),
+        ("data", ["--seconds", "0"], "--seconds 0 should be a positive number"),
+        ("data", ["--seconds", "nan"], "--seconds nan should be a positive number"),
+        ("loop", ["tiny", "--steps", "5"], "--steps 5 should be at least 6: the first 5 are not counted"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused_at_once(part, options, message, capsys):
+    assert main(["bench", part, *options]) == 2
+    out, error = capsys.readouterr()
+    assert not out and message in error and error.count("\n") == 1
+
+
 def test_command(corpus_path, capsys):
     assert main(["bench", "data", "--corpus", str(corpus_path), "--seconds", "0.2"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -34,6 +34,7 @@ CPU = Ranks(0, 1, torch.device("cpu"), None)
         (["optim.lrr=1"], "command line: unknown key optim.lrr; did you mean lr?"),
         (["model.mixer=gated"], "mixer"),
         (["--json", "no_such_folder/x.json"], "--json no_such_folder/x.json: the folder no_such_folder does not exist"),
+        (["--json", "/"], "--json /: it is a folder; name a file"),
     ],
 )
 def test_refusals(options, message, capsys):

@@ -4,9 +4,11 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from lrnn import quickstart, shipped
+from lrnn.cli import main
 
 
 def test_the_configuration_reads_the_corpus_that_quickstart_builds():
@@ -21,6 +23,20 @@ def test_the_evaluated_text_is_the_beginning_of_the_held_out_documents(tmp_path)
     sample = quickstart._sample_of(tmp_path / "heldout.jsonl", tmp_path / "sample.jsonl")
     found = [json.loads(line)["text"] for line in sample.read_text().splitlines()]
     assert found == [text[:4000] for text in texts[:12]] and len(found[-1]) < len(texts[39])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "19"], "--steps 19 should be at least 20"),
+        (["--processes", "0"], "--processes 0 should be at least 1"),
+        (["--processes", "3"], "--processes 3: global_batch_size=8 has too few samples for 3 processes"),
+    ],
+)
+def test_what_would_fail_half_way_is_refused_at_once(options, message, tmp_path, capsys):
+    assert main(["quickstart", "--out", str(tmp_path / "out"), *options]) == 2
+    out, error = capsys.readouterr()
+    assert not out and message in error and not (tmp_path / "out").exists()
 
 
 def test_what_comes_next(monkeypatch, tmp_path):
