@@ -11,9 +11,10 @@ import numpy as np
 
 from lrnn.eval.statistics import aggregate
 from lrnn.ladder.measures import BYTES, MEASURES, MIX, NATS
-from lrnn.ladder.report.gathered import Gathered, Group, Quantity
+from lrnn.ladder.report.gathered import RANGE_ORDER, Gathered, Group, Quantity
 from lrnn.ladder.report.intervals import Interval, Scatter, both_errors, scatter, student
 from lrnn.ladder.results import CellResult
+from lrnn.track.grid import NO_RANGE
 
 ALL = "all"
 BETWEEN_RANGES = "negative - positive"
@@ -23,12 +24,16 @@ Pair = tuple[CellResult, CellResult]  # the second is subtracted from the first
 
 @dataclass(frozen=True)
 class Place:
-    """Where two things are compared: `size` and `arm` may be `ALL`, and `tokens` is None over several lengths."""
+    """Where two things are compared: `size` and `arm` may be `ALL`, and `tokens` is None over several lengths.
+
+    Arms are compared in the same range. If one of the two arms has none, it is compared with each range of the other.
+    """
 
     contrast: str  # BETWEEN_RANGES, or "arm - reference"
     size: str
     arm: str
-    range: str  # the one that both share, or "" between ranges
+    range: str  # of the arm, or "" between ranges
+    against: str  # the range of the reference, or "" between ranges
     tokens: int | None
 
 
@@ -106,45 +111,46 @@ class Differences:
 
     def _of(self, contrast: str, quantity: Quantity) -> Iterator[Difference]:
         """Yield a quantity's differences by group, then over the sizes of an arm, then over all arms."""
-        pairs = {
-            place: [(a, b) for a, b in of_place if self._both(a, b, quantity)]
-            for place, of_place in self._pairs(contrast)
-        }
-        pairs = {place: of_place for place, of_place in pairs.items() if of_place}
-        values = {place: self._values(of_place, quantity) for place, of_place in pairs.items()}
-        pooled = scatter(list(values.values()))
+        pairs, values = {}, {}
+        for place, first, second in self._places(contrast):
+            if found := self._gathered.paired(first, second, quantity):
+                pairs[place] = found
+                values[place] = self._gathered.differences(first, second, quantity)
+        pooled = self._pooled(values)
         for place in pairs:
-            yield self._difference(place, quantity, [place], pairs, values, pooled)
-        arms: dict[tuple[str, str], list[Place]] = {}
+            yield self._difference(place, quantity, [place], pairs, values, pooled[place])
+        arms: dict[tuple[str, str, str], list[Place]] = {}
         for place in pairs:
-            arms.setdefault((place.arm, place.range), []).append(place)
-        for (arm, range_), members in arms.items():
-            over = Place(contrast, ALL, arm, range_, _common([place.tokens for place in members]))
-            yield self._difference(over, quantity, members, pairs, values, pooled)
+            arms.setdefault((place.arm, place.range, place.against), []).append(place)
+        for kind, members in arms.items():
+            over = Place(contrast, ALL, *kind, _common([place.tokens for place in members]))
+            yield self._difference(over, quantity, members, pairs, values, pooled[members[0]])
         if contrast == BETWEEN_RANGES and len(arms) > 1:
-            over = Place(contrast, ALL, ALL, "", _common([place.tokens for place in pairs]))
-            yield self._difference(over, quantity, list(pairs), pairs, values, pooled)
+            over = Place(contrast, ALL, ALL, "", "", _common([place.tokens for place in pairs]))
+            yield self._difference(over, quantity, list(pairs), pairs, values, pooled[next(iter(pairs))])
 
-    def _pairs(self, contrast: str) -> Iterator[tuple[Place, list[Pair]]]:
-        measured = self._gathered.measured
-        for group, seeds in measured.items():
+    def _pooled(self, values: dict[Place, list[float]]) -> dict[Place, Scatter | None]:
+        """Return the pooled scatter of each place. Places that share runs are not pooled: they are not independent."""
+        pooled = {}
+        for place in values:
+            apart = place.range != place.against
+            members = [p for p in values if (p.range, p.against) == (place.range, place.against) or not apart]
+            pooled[place] = scatter([values[p] for p in members if (p.range != p.against) == apart])
+        return pooled
+
+    def _places(self, contrast: str) -> Iterator[tuple[Place, Group, Group]]:
+        """Yield the places of a contrast, with the two groups."""
+        reference = str(self._gathered.ladder.reference)
+        for group in self._gathered.measured:
             if contrast == BETWEEN_RANGES:
-                other = Group(group.size, group.arm, "positive", group.tokens, group.lr)
-                fits, range_ = group.range == "negative", ""
-            else:
-                reference = str(self._gathered.ladder.reference)
-                other = Group(group.size, reference, group.range, group.tokens, group.lr)
-                fits, range_ = contrast == f"{group.arm} - {reference}", group.range
-            if fits and other in measured:
-                both = [(a, measured[other][seed]) for seed, a in seeds.items() if seed in measured[other]]
-                yield Place(contrast, group.size, group.arm, range_, group.tokens), both
-
-    def _both(self, a: CellResult, b: CellResult, quantity: Quantity) -> bool:
-        return self._gathered.value(a, quantity) is not None and self._gathered.value(b, quantity) is not None
-
-    def _values(self, pairs: list[Pair], quantity: Quantity) -> list[float]:
-        values = [[self._gathered.value(result, quantity) for result in pair] for pair in pairs]
-        return [a - b for a, b in values if a is not None and b is not None]
+                second = self._gathered.partner(group, group.arm, "positive")
+                if group.range == "negative" and second is not None:
+                    yield Place(contrast, group.size, group.arm, "", "", group.tokens), group, second
+            elif contrast == f"{group.arm} - {reference}":
+                for against in RANGE_ORDER:
+                    second = self._gathered.partner(group, reference, against)
+                    if second is not None and (against == group.range or NO_RANGE in (against, group.range)):
+                        yield Place(contrast, group.size, group.arm, group.range, against, group.tokens), group, second
 
     def _difference(
         self,

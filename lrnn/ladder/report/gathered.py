@@ -104,6 +104,23 @@ class Gathered:
         found = {seed: self.value(result, quantity) for seed, result in self.groups[group].items()}
         return {seed: value for seed, value in found.items() if value is not None}
 
+    def partner(self, group: Group, arm: str, range_: str) -> Group | None:
+        """Return the measured group with another arm or range and the same size, tokens and learning rate."""
+        other = Group(group.size, arm, range_, group.tokens, group.lr)
+        return other if other in self.measured else None
+
+    def paired(self, first: Group, second: Group, quantity: Quantity) -> list[tuple[CellResult, CellResult]]:
+        """Return the results of two groups by pairs of the same seed, both of which have the quantity."""
+        pairs = (
+            (a, self.groups[second][seed]) for seed, a in self.groups[first].items() if seed in self.groups[second]
+        )
+        return [pair for pair in pairs if all(self.value(result, quantity) is not None for result in pair)]
+
+    def differences(self, first: Group, second: Group, quantity: Quantity) -> list[float]:
+        """Return first - second by pairs of the same seed."""
+        ours, theirs = self.values(first, quantity), self.values(second, quantity)
+        return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
     def figure(self, result: CellResult, quantity: Quantity) -> Figure | None:
         """Return a result's figure of a quantity that is no headline."""
         return self._figures[result.name].get(quantity)

@@ -81,7 +81,12 @@ def _loss(gathered: Gathered, style: Style) -> Any:
             means, errors = np.transpose([mean_and_error(list(gathered.values(g, HEADLINE).values())) for g in members])
             axes[0].errorbar(n, means, errors, capsize=2, **look)
             axes[1].errorbar(6 * n * tokens, means, errors, capsize=2, **look)
-            pairs = [(x, _pairs(gathered, g, base)) for x, g in zip(n, members, strict=True)]
+            others = [gathered.partner(g, *base) for g in members]
+            pairs = [
+                (x, gathered.differences(g, other, HEADLINE))
+                for x, g, other in zip(n, members, others, strict=True)
+                if other is not None
+            ]
             pairs = [(x, values) for x, values in pairs if values]
             if pairs and kind != base:
                 means, errors = np.transpose([mean_and_error(values) for _, values in pairs])
@@ -123,14 +128,6 @@ def _parameters(gathered: Gathered, group: Group) -> int:
 def _ratio(gathered: Gathered, group: Group) -> int:
     """Return tokens per parameter, such that values within some 5% of one another are mostly equal."""
     return round(np.log(group.tokens / _parameters(gathered, group)) / 0.05)
-
-
-def _pairs(gathered: Gathered, group: Group, base: Kind) -> list[float]:
-    other = Group(group.size, *base, group.tokens, group.lr)
-    if other not in gathered.measured:
-        return []
-    ours, theirs = gathered.values(group, HEADLINE), gathered.values(other, HEADLINE)
-    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
 def _forest(gathered: Gathered, found: list[Difference]) -> Any:

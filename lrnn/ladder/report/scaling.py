@@ -83,22 +83,16 @@ def _prediction(gathered: Gathered, found: Fit) -> list[Block]:
 
 def _trends(gathered: Gathered) -> list[Block]:
     """Return, for each arm in both ranges, how their difference changes with size."""
-    by_arm: dict[str, list[tuple[int, list[float]]]] = {}
     headline = Quantity(LOSS, MEAN, None)
+    by_arm: dict[str, list[tuple[int, list[float]]]] = {}
     for group, seeds in gathered.measured.items():
-        if group.range != "negative":
-            continue
-        for other in gathered.measured:
-            same = (other.size, other.arm, other.tokens, other.range)
-            if same == (group.size, group.arm, group.tokens, "positive"):
-                a, b = gathered.values(group, headline), gathered.values(other, headline)
-                pairs = [a[seed] - b[seed] for seed in a if seed in b]
-                if pairs:
-                    n = next(iter(seeds.values())).non_embedding_parameters
-                    by_arm.setdefault(group.arm, []).append((n, pairs))
+        other = gathered.partner(group, group.arm, "positive") if group.range == "negative" else None
+        if other is not None and (pairs := gathered.differences(group, other, headline)):
+            n = next(iter(seeds.values())).non_embedding_parameters
+            by_arm.setdefault(group.arm, []).append((n, pairs))
     items = []
-    for arm, pairs in by_arm.items():
-        if (found := trend(pairs, TARGET[0])) is not None:
+    for arm, by_size in by_arm.items():
+        if (found := trend(by_size, TARGET[0])) is not None:
             items.append(f"{arm_title(gathered, arm)}: {_trend(found)}")
     if not items:
         return []

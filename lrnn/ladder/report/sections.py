@@ -14,6 +14,7 @@ from lrnn.ladder.report.intervals import holm
 from lrnn.ladder.report.protocol import arm_title, protocol, warnings
 from lrnn.ladder.report.scaling import scaling
 from lrnn.ladder.report.wording import count, interval, number, probability, verdict
+from lrnn.track.grid import RANGE_NAMES
 
 IN_TABLES = (
     "heldout_bits_per_byte", "gold_bits_per_byte", "traces_accuracy", "recall_accuracy", "needle_accuracy",
@@ -29,8 +30,11 @@ def make_sections(gathered: Gathered, differences: Differences, cells: Sequence[
     if not gathered.groups:
         none = Section("Results", [f"None of the {len(cells)} cells has a result yet."])
         return [Section("Question", [question]), none] if question else [none]
+    first = findings(differences, gathered)
+    if question:
+        first.blocks.insert(0, f"Question: {question}")
     found = [
-        findings(differences, gathered),
+        first,
         warnings(gathered, differences, cells),
         protocol(gathered, cells),
         results(gathered),
@@ -41,8 +45,6 @@ def make_sections(gathered: Gathered, differences: Differences, cells: Sequence[
         training(gathered),
         everything(gathered, differences),
     ]
-    if question:
-        found[0].blocks.insert(0, f"Question: {question}")
     return [section for section in found if section is not None]
 
 
@@ -123,7 +125,8 @@ def between_arms(gathered: Gathered, differences: Differences) -> Section | None
         return None
     title = arm_title(gathered, reference)
     text = (
-        f"Arm - {title} of the same range. p values are not adjusted: no comparison here belongs to the family above."
+        f"Arm - {title} of the same range; an arm without a range is compared with each range of the other. p values "
+        "are not adjusted: no comparison here belongs to the family above."
     )
     return Section("Differences between arms", [text, _by_place(gathered, found, "the arm is", "arm")])
 
@@ -135,6 +138,7 @@ def learning_rates(gathered: Gathered) -> Section | None:
     for group in gathered.groups:
         swept.setdefault((group.size, group.arm, group.range, group.tokens), []).append(group)
     rows = []
+    best_of: dict[tuple[str, str, str, int], Group] = {}
     for (size, arm, range_, tokens), groups in swept.items():
         if len(groups) < 2 or headline is None:
             continue
@@ -144,6 +148,7 @@ def learning_rates(gathered: Gathered) -> Section | None:
             continue
         means = {lr: float(np.mean([values[seed] for seed in shared])) for lr, values in by_rate.items()}
         best = min(means, key=lambda lr: means[lr])
+        best_of[size, arm, range_, tokens] = next(group for group in groups if group.lr == best)
         own = gathered.ladder.sizes[size].lr
         for lr, mean in means.items():
             marks = [word for word, is_so in (("best", lr == best), ("used", lr == own)) if is_so]
@@ -158,7 +163,15 @@ def learning_rates(gathered: Gathered) -> Section | None:
         "is the rate's."
     )
     columns = ("arm", "size", "tokens", "learning rate", MEASURES[headline.measure].unit, "", "seeds")
-    return Section("Learning rates", [text, Table(columns, tuple(rows))])
+    items = []
+    for (size, arm, range_, tokens), group in best_of.items():
+        other = best_of.get((size, arm, "positive", tokens)) if range_ == "negative" else None
+        if other is not None and (pairs := gathered.differences(group, other, headline)):
+            difference = number(float(np.mean(pairs)), headline.measure, signed=True)
+            where = f"{arm_title(gathered, arm)}, {size}, {count(tokens)} tokens, each range at its own best rate"
+            said = f"[-1, 1] - [0, 1] {difference} nats per token, by {len(pairs)} pair{'s' if len(pairs) > 1 else ''}"
+            items.append(f"{where}: {said}. The rates were chosen by the same losses, so this is no test.")
+    return Section("Learning rates", [text, Table(columns, tuple(rows)), *([Bullets(tuple(items))] if items else [])])
 
 
 def training(gathered: Gathered) -> Section:
@@ -206,6 +219,8 @@ START = ("measure", "difference", "pairs", "95% interval")
 
 def _start(gathered: Gathered, d: Difference) -> tuple[str, ...]:
     arm = "all arms" if d.place.arm == ALL else arm_title(gathered, d.place.arm, d.place.range)
+    if d.place.range != d.place.against:
+        arm += f" against {RANGE_NAMES[d.place.against]}"
     measure = d.quantity.measure
     return arm, _title(d.quantity), number(d.mean, measure, True), str(d.seeds), interval(d.interval, measure)
 
@@ -216,12 +231,13 @@ def _said(d: Difference, effect: float, first: str) -> str:
 
 def _by_place(gathered: Gathered, found: list[Difference], what: str, first: str) -> Table:
     rows = []
-    places: dict[tuple[Quantity, str, str, str], int] = {}  # of an arm, besides the one over all sizes
+    places: dict[tuple[Quantity, str, str, str, str], int] = {}  # of an arm, besides the one over all sizes
     for d in found:
-        key = (d.quantity, d.place.contrast, d.place.arm, d.place.range)
+        key = (d.quantity, d.place.contrast, d.place.arm, d.place.range, d.place.against)
         places[key] = places.get(key, 0) + (d.place.size != ALL)
     for d in found:
-        if places[d.quantity, d.place.contrast, d.place.arm, d.place.range] == 1 and d.place.size == ALL:
+        key = (d.quantity, d.place.contrast, d.place.arm, d.place.range, d.place.against)
+        if places[key] == 1 and d.place.size == ALL:
             continue  # it would repeat the only size
         measure = d.quantity.measure
         arm, title, mean, pairs, both = _start(gathered, d)

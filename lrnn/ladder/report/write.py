@@ -52,8 +52,9 @@ RESULT_COLUMNS = (
     "at", "value", "stderr", "unit",
 )  # fmt: skip
 DIFFERENCE_COLUMNS = (
-    "contrast", "size", "arm", "range", "tokens", "measure", "of", "at", "difference", "pairs", "stderr_own", "df_own",
-    "low_own", "high_own", "stderr_pooled", "df_pooled", "stderr_documents", "documents", "low", "high", "p", "p_holm",
+    "contrast", "size", "arm", "range", "against", "tokens", "measure", "of", "at", "difference", "pairs",
+    "stderr_own", "df_own", "low_own", "high_own", "stderr_pooled", "df_pooled", "stderr_documents", "documents",
+    "low", "high", "p", "p_holm",
 )  # fmt: skip
 
 
@@ -91,7 +92,7 @@ def _difference_rows(differences: Differences) -> Iterable[Sequence[Any]]:
     for d in differences.all:
         own, interval = d.own_interval, d.interval
         yield (
-            d.place.contrast, d.place.size, d.place.arm, d.place.range, d.place.tokens,
+            d.place.contrast, d.place.size, d.place.arm, d.place.range, d.place.against, d.place.tokens,
             d.quantity.measure, d.quantity.of, d.quantity.at, d.mean, d.seeds,
             d.stderr_own, d.own and d.own.df, own and own.low, own and own.high,
             d.stderr_pooled, d.pooled and d.pooled.df, d.stderr_documents, d.documents,

@@ -125,6 +125,11 @@ def test_the_truth_is_found(made):
     assert float(within.split()[2].rstrip(",")) >= hybrid.interval.bound
     arm = at(found, contrast="hybrid - delta", range="positive", size=ALL)
     assert arm.interval.low <= -0.05 <= arm.interval.high
+    # The transformer has no range, and is compared with both; these comparisons share its runs.
+    for against, truth in (("negative", 0.02), ("positive", 0.0)):
+        arm = at(found, contrast="attention - delta", range="none", against=against, size=ALL)
+        assert arm.seeds == 3 and arm.pooled.df == 2
+        assert arm.interval.low <= truth <= arm.interval.high
 
 
 def test_pairs_are_surer_than_groups(made):
