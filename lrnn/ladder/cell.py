@@ -3,6 +3,7 @@
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Self
@@ -127,7 +128,9 @@ def _is_trained(cell: Cell) -> bool:
 def _measured(ladder: LadderConfig, cell: Cell, folder: Path) -> CellResult:
     """Measure an exported model, and return the result of its cell."""
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    start = time.monotonic()
     figures, documents = measure(cell.run_dir, folder, ladder.measure, device, lambda text: print(text, flush=True))
+    measuring = {"measuring_gpu_seconds": round((time.monotonic() - start) / cell.at_once, 1)}
     records = read_metrics(cell.run_dir)
     parameters, non_embedding = count_parameters(cell.model)
     return CellResult(
@@ -145,7 +148,7 @@ def _measured(ladder: LadderConfig, cell: Cell, folder: Path) -> CellResult:
         settings=cell.settings,
         corpora=cell.corpora(),
         figures=tuple(figures),
-        training=training_facts(records),
+        training=training_facts(records, cell.at_once) | measuring,
         environment=describe_environment(device),
         documents=documents,
         metrics=records,

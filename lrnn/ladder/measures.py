@@ -50,10 +50,11 @@ MEASURES = {
     "smallest_eigenvalue": Measure("first percentile of eigenvalues", "eigenvalue", None, of="layer", at="step"),
     "median_eigenvalue": Measure("median of eigenvalues", "eigenvalue", None, of="layer", at="step"),
 }
-# What `training_facts` says of a run, by name.
+# What is known of a training, by name. The time of measuring is taken by who measures, the others by `training_facts`.
 FACTS = {
     "seconds": Measure("time of training", "s", "low"),
-    "gpu_seconds": Measure("time of training times GPUs", "GPU-s", "low"),
+    "gpu_seconds": Measure("time of training times its share of GPUs", "GPU-s", "low"),
+    "measuring_gpu_seconds": Measure("time of measuring times its share of a GPU", "GPU-s", "low"),
     "tokens_per_second": Measure("median speed of the run", "tokens/s", "high"),
     "peak_gb": Measure("peak memory of a process", "GB", "low"),
     "loss": Measure("training loss at the end", "nats per token", "low"),

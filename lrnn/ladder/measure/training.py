@@ -14,13 +14,14 @@ from lrnn.pretrain.metrics.curves import split_records
 Records = list[dict[str, Any]]
 
 
-def training_facts(records: Records) -> dict[str, Any]:
+def training_facts(records: Records, at_once: int = 1) -> dict[str, Any]:
     """Return the facts of a training by the names of `lrnn.ladder.measures.FACTS`.
 
     The time is that from each start of the run to its last record before the next, so pauses between do not count.
 
     Args:
         records: of the run, from `read_metrics`.
+        at_once: runs that share a GPU.
 
     Raises:
         UserError: they hold no step.
@@ -33,7 +34,7 @@ def training_facts(records: Records) -> dict[str, Any]:
     speeds = [record["tokens_per_second_per_gpu"] * processes for record, processes in _with_processes(records)]
     return {
         "seconds": round(sum(span for _, span in seconds), 1),
-        "gpu_seconds": round(sum(processes * span for processes, span in seconds), 1),
+        "gpu_seconds": round(sum(processes * span for processes, span in seconds) / at_once, 1),
         "tokens_per_second": round(statistics.median(speeds), 1),
         "peak_gb": max(record["memory_gb"] for record in steps),
         "loss": steps[-1]["loss"],

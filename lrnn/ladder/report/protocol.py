@@ -42,9 +42,13 @@ def protocol(gathered: Gathered, cells: Sequence[Cell]) -> Section:
     """Return what was run and measured."""
     ladder, results = gathered.ladder, gathered.results
     done = len(cells) - len(missing_cells(gathered, cells))
-    hours = sum(result.training.get("gpu_seconds") or 0.0 for result in results) / 3600
+    training, measuring = (
+        sum(result.training.get(name) or 0.0 for result in results) / 3600
+        for name in ("gpu_seconds", "measuring_gpu_seconds")
+    )
     facts = [
-        f"{done} of {len(cells)} cells have results. Their training took {hours:.2f} GPU-hours.",
+        f"{done} of {len(cells)} cells have results. Training took {training:.2f} GPU-hours, and measuring "
+        f"{measuring:.2f}.",
         f"The learning rate rises over the first {ladder.warmup:.0%} of the steps"
         + (f" and falls over the last {ladder.decay:.0%}." if _schedule(results) == "wsd" else "."),
         "Runs of a seed share the order of the data; the two ranges of an arm share the initial weights too.",
