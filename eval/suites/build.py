@@ -65,11 +65,21 @@ def build(
             task.build_all_requests(**options)
         except (AssertionError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"the prompts of the task {name!r} cannot be built: {error}") from error
+        _check_answers(name, task)
         task.build_all_requests = functools.partial(_built, name)
 
 
 def _built(name: str, **_: Any) -> None:
     """Stand in for a task's `build_all_requests`, which would build everything again with other draws."""
+
+
+def _check_answers(name: str, task: Any) -> None:
+    """Raise UserError if an answer to score is empty, which has no likelihood. lm-eval finds this while it runs."""
+    for instance in task.instances:
+        if instance.request_type == "loglikelihood" and not instance.args[1]:
+            raise UserError(
+                f"the task {name!r}: an answer of document {instance.doc_id} is empty; its file may be wrong"
+            )
 
 
 def _set(name: str, task: Any, request: Request) -> None:

@@ -48,7 +48,7 @@ def load_tasks(
             refuses groups that have some.
 
     Raises:
-        UserError: a name is unknown, its data or a package that it needs is missing, or its file is wrong.
+        UserError: a name is unknown, its data or a package that it needs is missing, or its file or name is wrong.
     """
     manager, wanted, left_out = choose(names, include_path, metadata, code)
     items = [item for name in wanted for item in _load(manager, name)]
@@ -56,6 +56,10 @@ def load_tasks(
         loaded = manager.load(items)
     except ValueError as error:
         raise UserError(f"--tasks: {error}; name one of the two") from error
+    if in_folder := [name for name in loaded["tasks"] if "/" in name]:
+        raise UserError(
+            f"the task {in_folder[0]!r}: a name with a slash cannot be that of its file of samples; rename it"
+        )
     if code != "run":  # also those that say so only in Python
         _refuse_code([name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)])
     return Loaded(loaded["tasks"], loaded["groups"], left_out)
@@ -221,6 +225,8 @@ def _reason(name: str, error: Exception) -> str:
     if isinstance(error, (ConnectionError, DatasetNotFoundError)) or on_the_hub:
         where = "where the hub can be reached, with the same HF_HOME" if config.HF_HUB_OFFLINE else "with a network"
         return f"the data of the task {name!r} is not on this machine ({text}): run `lrnn eval --fetch {name}` {where}"
+    if isinstance(error, StopIteration):
+        return f"the task {name!r} has no documents"
     if isinstance(error, KeyError):
         return f"the task {name!r} cannot be loaded: its data or its file has no {error}"
     return f"the task {name!r} cannot be loaded: {type(error).__name__}: {text}"

@@ -181,6 +181,14 @@ def test_tasks_that_cannot_be_loaded(error_of, monkeypatch):
     assert "needs a package that is missing" in line and line.endswith("pip install a-package-that-is-not-there")
     sys.modules.pop("own_functions", None)
     assert "its data or its file has no 'nosuch'" in error_of("own_split", like="tiny_choice", test_split="nosuch")
+    (error_of.folder / "own_slash.yaml").write_text("include: tiny_choice.yaml\ntask: own/slash\ntag: null\n")
+    assert "'own/slash': a name with a slash" in error_of("own/slash")
+    changes = {"doc_to_choice": ["x", "", "y"], "target_delimiter": ""}
+    assert "an answer of document 0 is empty" in error_of("own_answer", like="tiny_choice", **changes)
+    (error_of.folder / "none.jsonl").touch()
+    files = {"data_files": {"test": str(error_of.folder / "none.jsonl")}}
+    changes = {"dataset_kwargs": files, "test_split": "test", "fewshot_split": None, "training_split": None}
+    assert "the task 'own_none' has no documents" in error_of("own_none", like="tiny_choice", **changes)
     line = error_of("own_picture", like="tiny_choice", doc_to_image="q")
     assert "'own_picture' shows images" in line
     assert "Duplicate task 'tiny_choice'" in error_of("tiny_group,tiny_choice")
