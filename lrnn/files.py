@@ -84,11 +84,17 @@ def new_folder(out: Path) -> Iterator[Path]:
     """Fill a hidden folder beside `out` that takes its name when the block succeeds, and is deleted otherwise.
 
     `out` must be absent or an empty folder.
+
+    Raises:
+        UserError: the folder beside `out` cannot be made.
     """
     out = out.absolute()
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}: {error.filename})") from None
     try:
         yield partial
         if out.is_dir():

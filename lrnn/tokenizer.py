@@ -221,8 +221,7 @@ def _huggingface_files(name: str) -> tuple[bytes, dict[str, Any], bytes | None]:
     try:
         found = {file: cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in wanted}
         content = {file: Path(path).read_bytes() for file, path in found.items() if path is not None}
-        settings = json.loads(content.get("tokenizer_config.json", b"{}"))
-        named = json.loads(content.get("special_tokens_map.json", b"{}"))
+        settings, named = (json.loads(content.get(file, b"{}")) for file in wanted[1:3])
         if not content:
             raise FileNotFoundError("none of its files is found")
     except (OSError, ValueError) as error:
@@ -234,6 +233,9 @@ def _huggingface_files(name: str) -> tuple[bytes, dict[str, Any], bytes | None]:
         raise UserError(f"tokenizer {name!r}: it has no tokenizer.json; give its SentencePiece .model file instead")
     if content["tokenizer.json"].startswith(LFS_POINTER):
         raise UserError(f"tokenizer {name!r}: its tokenizer.json is {NOT_FETCHED}")
+    for file, values in zip(wanted[1:3], (settings, named), strict=True):
+        if not isinstance(values, dict):
+            raise UserError(f"tokenizer {name!r}: its {file} should hold a JSON object, not {type(values).__name__}")
     _check_needs_no_code(name, settings)
     settings = {**{token: named[token] for token in SPECIAL_TOKENS if token in named}, **settings}
     if not {"bos_token", "eos_token"} <= set(settings):
@@ -242,6 +244,8 @@ def _huggingface_files(name: str) -> tuple[bytes, dict[str, Any], bytes | None]:
     for token in SPECIAL_TOKENS:
         if isinstance(settings.get(token), dict):  # an AddedToken
             settings[token] = settings[token].get("content")
+        if not isinstance(settings.get(token), str | None):
+            raise UserError(f"tokenizer {name!r}: its {token} should be text, not {settings[token]!r}")
     return content["tokenizer.json"], settings, content.get("chat_template.jinja")
 
 
@@ -249,6 +253,8 @@ def _check_needs_no_code(name: str, settings: dict[str, Any]) -> None:
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
     named = settings.get("tokenizer_class") or ""
+    if not isinstance(named, str):
+        raise UserError(f"tokenizer {name!r}: its tokenizer_class should be text, not {named!r}")
     if "auto_map" in settings and all(tokenizer_class_from_name(n) is None for n in (named, f"{named}Fast")):
         raise UserError(f"tokenizer {name!r}: its class {named!r} needs code of its own, which is not run")
 

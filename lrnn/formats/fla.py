@@ -156,6 +156,7 @@ def from_fla_config(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
         fla = config_class.from_pretrained(folder)
     except Exception as error:  # of any kind: fla checks little, and transformers has classes of its own
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    _check_sizes(fla, kind, path)
     mixer = _mixer_of(fla, kind, path)
     for field, value in FIXED[mixer].items():
         if getattr(fla, field) != value:
@@ -169,6 +170,17 @@ def from_fla_config(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
         ratio = 4 if fla.hidden_ratio is None else fla.hidden_ratio
         fields["intermediate_size"] = 256 * -(-int(fla.hidden_size * ratio * 2 / 3) // 256)
     return fields | {"mixer": _pattern(fla, mixer, fields, path)}
+
+
+def _check_sizes(fla: Any, kind: str, path: Path) -> None:
+    """Raise UserError for a size from which others are computed that is none. fla checks few of them."""
+    whole = ["hidden_size", "num_heads", "num_hidden_layers", *(["head_dim"] if kind != "delta_net" else [])]
+    for field in (*whole, *(["expand_k"] if kind == "delta_net" else []), "expand_v"):
+        value = getattr(fla, field)
+        kinds = int if field in whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
+            what = "whole number" if field in whole else "number"
+            raise UserError(f"{path}: {field} is {value!r}; it should be a positive {what}")
 
 
 def _mixer_of(fla: Any, kind: str, path: Path) -> str:

@@ -102,7 +102,9 @@ def _opened(file: Path) -> safetensors.safe_open:
     try:
         return safetensors.safe_open(file, framework="pt")
     except (safetensors.SafetensorError, OSError) as error:
-        with file.open("rb") as content:
-            pointer = content.read(len(LFS_POINTER)) == LFS_POINTER
+        pointer = False
+        if file.is_file():  # not a folder, or a link to what is gone
+            with file.open("rb") as content:
+                pointer = content.read(len(LFS_POINTER)) == LFS_POINTER
         reason = NOT_FETCHED if pointer else f"cannot be read as safetensors ({error}); it may be cut short"
         raise UserError(f"{file} {f'is {reason}' if pointer else reason}") from None

@@ -406,6 +406,12 @@ def test_a_model_made_by_fla_is_read(tmp_path, sentencepiece_model):
         ("gated_deltaproduct", "use_forget_gate", False),
         ("gated_deltaproduct", "use_short_conv", False),
         ("gated_deltaproduct", "num_householder", 5),
+        ("gated_deltanet", "num_heads", 0),
+        ("gated_deltanet", "head_dim", "x"),
+        ("gated_deltanet", "num_hidden_layers", 0),
+        ("gated_deltanet", "expand_v", None),
+        ("delta_net", "num_heads", 0),
+        ("delta_net", "expand_k", "1"),
         ("rwkv7", "model_type", "rwkv7"),
     ],
 )

@@ -153,6 +153,9 @@ def harmed(harm: str, folder: Path) -> None:
         file.write_bytes(file.read_bytes()[:-9])
     elif harm == "pointer":
         file.write_bytes(LFS_POINTER + b"v1\n")
+    elif harm in ("link to nothing", "folder"):
+        file.unlink()
+        file.mkdir() if harm == "folder" else file.symlink_to("gone")
     elif harm == "twice":
         save_file({NAME: state[NAME]}, folder / "model-extra.safetensors")
     elif harm in ("index of a pickle", "index outside", "both"):
@@ -175,6 +178,8 @@ def harmed(harm: str, folder: Path) -> None:
         "json": "config.json is not",
         "pickle": "has no model.safetensors, and pytorch_model.bin is a pickle, which can run code when it is read",
         "cut": "model.safetensors cannot be read as safetensors",
+        "link to nothing": "model.safetensors cannot be read as safetensors",
+        "folder": "model.safetensors cannot be read as safetensors",
         "pointer": "model.safetensors is a pointer of Git LFS in place of the file; fetch it with `git lfs pull`",
         "twice": f"model-extra.safetensors and model.safetensors both hold the tensor {NAME}",
         "index of a pickle": "names 'a.bin'; only safetensors files of the folder itself are read",
@@ -222,6 +227,7 @@ def test_the_command_says_what_is_wrong(source, tmp_path, capsys):
         (str(tmp_path), "out"): "is not a model folder: it has no config.json",
         (str(bare), "out"): f"tokenizer {bare}: neither a SentencePiece .model file nor a folder with",
         (str(source), str(bare)): f"{bare} exists and is not an empty folder",
+        (str(source), str(source / "config.json/out")): "config.json/out cannot be written (Not a directory: ",
     }.items():
         assert cli.main(["import", *arguments]) == 2
         captured = capsys.readouterr().err

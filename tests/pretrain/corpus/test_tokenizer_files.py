@@ -108,6 +108,27 @@ def test_refused_files(file, tmp_path):
         load_tokenizer(folder_of(tmp_path / "unknown", file, eos_token=EOS, bos_token="<s>"))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", "[]", "its tokenizer_config.json should hold a JSON object, not list"),
+        ("tokenizer_config.json", "3", "its tokenizer_config.json should hold a JSON object, not int"),
+        ("special_tokens_map.json", '"x"', "its special_tokens_map.json should hold a JSON object, not str"),
+        ("tokenizer_config.json", '{"eos_token": "x", "bos_token": 7}', "its bos_token should be text, not 7"),
+        (
+            "tokenizer_config.json",
+            '{"tokenizer_class": 5, "auto_map": {}}',
+            "its tokenizer_class should be text, not 5",
+        ),
+    ],
+)
+def test_settings_that_are_none(file, tmp_path, name, content, message):
+    folder = folder_of(tmp_path / "a", file, eos_token=EOS, bos_token=None)
+    (folder / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(folder)
+
+
 @pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "GPT2Tokenizer"])
 def test_a_corpus_of_0_1_0_keeps_the_rules_that_made_it(file, tmp_path, tokenizer_class):
     """There the ids were those of the class, and the fingerprint was the checksum of the file."""
