@@ -27,7 +27,7 @@ EXAMPLES = """examples:
   lrnn ladder ranges --cells '15m/*/seed-0'      # only some of it
   lrnn ladder ranges --submit --time 2:00:00 --sbatch partition=h200
   lrnn ladder ranges --report                    # report the results that are there"""
-OF_SUBMIT = ("time", "sbatch", "template", "container", "max_concurrent")
+OF_SUBMIT = ("time", "gpus_per_node", "sbatch", "template", "container", "max_concurrent")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     slurm.add_argument(
         "--time", metavar="LIMIT", help="time limit of a cell in the format of sbatch (default: as in the template)"
+    )
+    slurm.add_argument(
+        "--gpus-per-node", metavar="N", help="GPUs of each cell, 0 for none (default: sizes.NAME.gpus of the ladder)"
     )
     slurm.add_argument(
         "--sbatch",

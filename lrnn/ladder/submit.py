@@ -23,8 +23,8 @@ MARK = "lrnn ladder="  # begins the comment of an array, and the file with its c
 RESERVED = {
     "array": "the cells that are left decide it; --max-concurrent limits how many run at the same time",
     "comment": "it names the cells, so that the next --submit finds them",
-    "gpus": "the ladder says it: sizes.NAME.gpus",
-    "gpus-per-node": "the ladder says it: sizes.NAME.gpus",
+    "gpus": "use --gpus-per-node, or sizes.NAME.gpus of the ladder",
+    "gpus-per-node": "use --gpus-per-node, or sizes.NAME.gpus of the ladder",
     "nodes": "a cell runs on one node",
     "time": "use --time",
 }
@@ -76,7 +76,7 @@ def submit(args: argparse.Namespace, ladder: LadderConfig, chosen: Sequence[Cell
     done = f"{len(chosen) - len(left)} with results"
     if args.dry_run:
         plan = Submission(out, _next_number(out))
-        for array in _arrays(left):
+        for array in _arrays(left, args.gpus_per_node):
             print(_script(template, directives, args, ladder, plan, array))
             print("".join(f"# {cell}\n" for cell in array.cells))
         print(f"# {len(left)} to run, {done}; not submitted, and SLURM not asked what is queued (--dry-run)")
@@ -93,7 +93,10 @@ def submit(args: argparse.Namespace, ladder: LadderConfig, chosen: Sequence[Cell
             return 0
         plan = Submission(out, _next_number(out))
         write_settings(ladder, plan.file("ladder.yaml"))
-        scripts = [(array, _script(template, directives, args, ladder, plan, array)) for array in _arrays(left)]
+        scripts = [
+            (array, _script(template, directives, args, ladder, plan, array))
+            for array in _arrays(left, args.gpus_per_node)
+        ]
         jobs, last = _submit(plan, scripts, _reporting(directives, args, plan))
     for job, (array, _) in zip(jobs, scripts, strict=True):
         print(f"submitted job {job}: {len(array.cells)} cells with {array.gpus} GPUs each")
@@ -104,14 +107,21 @@ def submit(args: argparse.Namespace, ladder: LadderConfig, chosen: Sequence[Cell
 def _directives(args: argparse.Namespace) -> dict[str, str | None]:
     """Return the options of sbatch that the user asked for. Raise UserError if one cannot be set."""
     options: dict[str, str | None] = {} if args.time is None else {"time": args.time}
+    if args.gpus_per_node is not None:
+        sbatch.count("--gpus-per-node", args.gpus_per_node, 0)
     if args.max_concurrent is not None:
         sbatch.count("--max-concurrent", args.max_concurrent, 1)
     return options | sbatch.other_options(args.sbatch, RESERVED)
 
 
-def _arrays(cells: Sequence[Cell]) -> list[Array]:
-    ordered = sorted(cells, key=lambda cell: cell.gpus)  # stable: within an array the order is that of the ladder
-    return [Array(gpus, list(found)) for gpus, found in groupby(ordered, key=lambda cell: cell.gpus)]
+def _arrays(cells: Sequence[Cell], gpus: str | None) -> list[Array]:
+    """Return the arrays of cells. `gpus`, if it is given, is the number of GPUs of each cell."""
+
+    def of(cell: Cell) -> int:
+        return cell.gpus if gpus is None else int(gpus)
+
+    ordered = sorted(cells, key=of)  # stable: within an array the order is that of the ladder
+    return [Array(count, list(found)) for count, found in groupby(ordered, key=of)]
 
 
 def _script(
@@ -132,7 +142,7 @@ def _script(
         "output": plan.log("%A-%a.log"),
         "array": f"0-{len(array.cells) - 1}{limit}",
         "gpus": None,
-        "gpus-per-node": str(array.gpus),
+        "gpus-per-node": str(array.gpus) if array.gpus else None,
     }
     words = [str(table), str(settings), *(["--redo"] if args.redo else [])]
     read = container.paths_in([*(cell.config.model_dump() for cell in array.cells), ladder.measure.model_dump()])

@@ -11,67 +11,18 @@ import os
 import re
 import shutil
 import signal
-import sysconfig
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from ladder_process import Ladders, ladders
+from tiny_ladder import HELDOUT, NAMES, STEPS, write_ladder
 
-from lrnn.cli import main
 from lrnn.ladder.progress import last_step
 from lrnn.ladder.results import read_result
 from lrnn.records import read_metrics
 from lrnn.run_lock import RunLock
-
-SOURCE = Path(sysconfig.get_paths()["stdlib"])
-MODEL = {"hidden_size": 128, "num_hidden_layers": 4, "num_heads": 2, "head_dim": 64, "vocab_size": 400}
-STEPS = 6
-HELDOUT = ("keyword.py", "sched.py")
-NAMES = [
-    f"1m/{arm}/{range_}/1536/seed-{seed}"
-    for seed in (0, 1)
-    for arm, range_ in (("delta", "negative"), ("delta", "positive"), ("attention", "none"))
-]
-
-
-def write_ladder(folder: Path) -> Path:
-    """Write a corpus, held-out documents, and the file of a ladder that reads them. Return the file."""
-    command = ["corpus", str(SOURCE), "--include", "json/*.py", "--processes", "1", "--train-tokenizer", "400"]
-    assert main([*command, "--out", str(folder / "code")]) == 0
-    with (folder / "heldout.jsonl").open("w") as file:
-        for name in HELDOUT:
-            file.write(json.dumps({"text": (SOURCE / name).read_text()[:400]}) + "\n")
-    content = {
-        "out": "out",
-        "question": "Does the command work?",
-        "run": {
-            "precision": "float32",
-            "data": {"seq_len": 64, "corpora": [{"path": "code"}]},
-            "schedule": {"name": "wsd", "min_lr_ratio": 0.0},
-            "log": {"every": 1, "tensorboard": False},
-            "checkpoint": {"every": 6, "keep_last": 1, "background": False},
-        },
-        "sizes": {
-            "1m": {
-                "model": MODEL | {"intermediate_size": 384},
-                "tokens": [STEPS * 256],
-                "lr": 3e-3,
-                "run": {"global_batch_size": 4, "micro_batch_size": 4},
-                "at_once": 2,
-            }
-        },
-        "arms": {
-            "delta": {"title": "gated DeltaNet", "model": {"mixer": "gated_deltanet"}},
-            "attention": {"model": {"mixer": "attention", "intermediate_size": 448}},
-        },
-        "grids": [{"sizes": ["1m"], "arms": ["delta", "attention"], "seeds": [0, 1]}],
-        "measure": {"heldout": [{"name": "code", "documents": "heldout.jsonl"}], "tokens": 1000, "eigenvalue_steps": 2},
-    }
-    (folder / "ladder.yaml").write_text(yaml.safe_dump(content))
-    return folder / "ladder.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +74,8 @@ def test_results(out):
         assert result.training["loss"] == [r["loss"] for r in read_metrics(out / "runs" / name) if "loss" in r][-1]
         (figure,) = [f for f in result.figures if (f.measure, f.of) == ("heldout_bits_per_byte", "code")]
         nats, n_bytes = result.documents[figure.documents].sum(0)
-        assert n_bytes == sum(len(text) for text in heldout(out)) and len(result.documents[figure.documents]) == len(
-            HELDOUT
-        )
+        assert n_bytes == sum(len(text) for text in heldout(out))
+        assert len(result.documents[figure.documents]) == len(HELDOUT)
         assert figure.value == pytest.approx(-nats / n_bytes / math.log(2), rel=1e-12)
     assert (out / "runs" / NAMES[0] / "hf/config.json").is_file()
 

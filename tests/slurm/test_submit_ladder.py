@@ -3,11 +3,14 @@
 import os
 import shlex
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 from ladder_results import result_of
+from tiny_ladder import NAMES, write_ladder
 
 from lrnn.cli import main
 from lrnn.ladder.cells import Cell, load_ladder
@@ -124,6 +127,14 @@ def test_a_dry_run_submits_nothing(submit):
     assert out.count("ladder-1.yaml' --redo") == 2 and "# 4 to run, 0 with results; not submitted" in out
 
 
+def test_gpus_of_the_command_line_are_those_of_all_cells(submit, tmp_path):
+    status, *_ = submit("--gpus-per-node", "0")
+    home = tmp_path / "my out/slurm"
+    assert status == 0 and (home / "cells-on-0-1.txt").read_text().splitlines() == LARGE + SMALL
+    assert not {"gpus", "gpus-per-node"} & directives(home / "cells-on-0-1.sbatch").keys()
+    assert directives(home / "cells-on-0-1.sbatch")["array"] == "0-3"
+
+
 def test_a_refused_job_cancels_those_before_it(submit, monkeypatch):
     monkeypatch.setenv("REFUSE", "report-1")
     status, _, err = submit()
@@ -134,8 +145,9 @@ def test_a_refused_job_cancels_those_before_it(submit, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--sbatch", "gpus=2"], "--sbatch gpus=2 cannot be set: the ladder says it: sizes.NAME.gpus"),
+        (["--sbatch", "gpus=2"], "--sbatch gpus=2 cannot be set: use --gpus-per-node, or sizes.NAME.gpus"),
         (["--sbatch", "array=0-9"], "cannot be set: the cells that are left decide it"),
+        (["--gpus-per-node", "two"], "--gpus-per-node two should be a number, at least 0"),
         (["--max-concurrent", "0"], "--max-concurrent 0 should be a number, at least 1"),
         (["--template", "nowhere"], "--template nowhere cannot be read"),
     ],
@@ -180,3 +192,41 @@ def test_the_batch_scripts(fake_slurm):
     assert run_script("report", "my ladder.yaml")[1] == ["srun lrnn ladder my ladder.yaml --report"]
     for name in ("ladder", "report"):
         assert run_script(name)[0] == 2
+
+
+LRNN = f"""\
+#!/usr/bin/env bash
+# Is lrnn, but a cell that is started first gets the signal of a time limit.
+if [[ "$*" == *--cell* ]] && mkdir started 2> /dev/null; then exit 75; fi
+exec {sys.executable} -m lrnn.cli "$@"
+"""
+
+
+@pytest.mark.skipif(os.environ.get("LRNN_TORTURE") != "1", reason="minutes of SLURM; set LRNN_TORTURE=1")
+def test_on_a_cluster(slurm, tmp_path, monkeypatch, capsys):
+    """The cells run as tasks, one is requeued, and the report follows. What is queued is not submitted again."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/lrnn").write_text(LRNN)
+    (tmp_path / "bin/lrnn").chmod(0o755)
+    for name, value in {**slurm.env, "PATH": f"{tmp_path}/bin:{slurm.env['PATH']}", "PYTHONPATH": str(ROOT)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    command = ["ladder", str(write_ladder(tmp_path)), "--submit", "--cells", "*/attention/*", "--gpus-per-node", "0"]
+    command += ["--sbatch", "cpus-per-task=1"]
+
+    def submit(*arguments: str) -> str:
+        assert main([*command, *arguments]) == 0
+        return capsys.readouterr().out
+
+    assert "2 cells with 0 GPUs each" in submit("--sbatch", "begin=now+10")
+    assert "nothing to submit: 0 with results, 2 queued or running" in submit()
+    deadline = time.monotonic() + 1200
+    while slurm.run("squeue", "-h"):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    logs = "".join(log.read_text() for log in (tmp_path / "out/slurm").glob("*.log"))
+    assert logs.count("goes back into the queue") == 1 and logs.count("wrote ") == 2, logs
+    cells = [name for name in NAMES if "attention" in name]
+    assert all((tmp_path / "out/results" / name / "cell.json").is_file() for name in cells), logs
+    assert "2 of 6 cells have results" in (tmp_path / "out/report/ladder.md").read_text(), logs
+    assert "nothing to submit: 2 with results" in submit()
