@@ -17,7 +17,7 @@ APPTAINER_SCHEMES = ("docker://", "oras://", "library://")
 CACHES = {"TRITON_CACHE_DIR": "~/.triton", "HF_HOME": "~/.cache/huggingface", "TMPDIR": "/tmp"}
 
 
-def add_argument(parser: argparse.ArgumentParser) -> None:
+def add_argument(parser: argparse._ActionsContainer) -> None:
     """Add the option `--container`."""
     parser.add_argument("--container", metavar="IMAGE", help=HELP)
 
