@@ -130,7 +130,7 @@ def _measured(ladder: LadderConfig, cell: Cell, folder: Path) -> CellResult:
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     start = time.monotonic()
     figures, documents = measure(cell.run_dir, folder, ladder.measure, device, lambda text: print(text, flush=True))
-    measuring = {"measuring_gpu_seconds": round((time.monotonic() - start) / cell.at_once, 1)}
+    measuring = {"measuring_gpu_seconds": round((time.monotonic() - start) * cell.gpus / cell.at_once, 1)}
     records = read_metrics(cell.run_dir)
     parameters, non_embedding = count_parameters(cell.model)
     return CellResult(
