@@ -183,8 +183,7 @@ def test_tasks_that_cannot_be_loaded(error_of, monkeypatch):
     assert "its data or its file has no 'nosuch'" in error_of("own_split", like="tiny_choice", test_split="nosuch")
     (error_of.folder / "own_slash.yaml").write_text("include: tiny_choice.yaml\ntask: own/slash\ntag: null\n")
     assert "'own/slash': a name with a slash" in error_of("own/slash")
-    changes = {"doc_to_choice": ["x", "", "y"], "target_delimiter": ""}
-    assert "an answer of document 0 is empty" in error_of("own_answer", like="tiny_choice", **changes)
+    assert "an answer of document 0 is empty" in error_of("own_answer", like="tiny_last", doc_to_target="")
     (error_of.folder / "none.jsonl").touch()
     files = {"data_files": {"test": str(error_of.folder / "none.jsonl")}}
     changes = {"dataset_kwargs": files, "test_split": "test", "fewshot_split": None, "training_split": None}
