@@ -9,10 +9,12 @@
     contamination.py  documents that share 13 words in a row with benchmarks
     extract.py        the documents of each package
     assemble.py       all packages: duplicates out, whole subtrees held out, JSON lines written
-    corpora.py        a tokenizer, and a corpus per domain with `lrnn corpus`
-    pack.py           tokens in parts of at most 56 MiB for a machine without internet, and back
+    chunks.py         a tokenizer, and token ids in chunks that each hold a share of every domain
+    pack.py           chunks in parts of at most 56 MiB for a machine without internet
+    unpack.py         parts as a corpus for each domain
+    report.py         what came out, as a table
     make.py           the text of a table, with its manifest
     __main__.py       the command
 
-Text flows downwards: FOLDER/downloads, documents, text, corpora, parts. Each step resumes by itself.
+Text flows downwards: FOLDER/downloads, documents, text, chunks, parts. Each step resumes by itself.
 """

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from lrnn.errors import UserError
 from lrnn.eval.suites.fetch_data import data_dir
-from lrnn.ladder.text.chunks import make_chunks
+from lrnn.files import write_atomically
+from lrnn.ladder.text.chunks import counts_of, make_chunks
 from lrnn.ladder.text.make import make_text
 from lrnn.ladder.text.pack import pack
+from lrnn.ladder.text.report import table as markdown
 from lrnn.ladder.text.table import SHIPPED, read_table
 
 
@@ -48,10 +50,11 @@ def main() -> int:
             if unknown := set(args.only) - table.packages.keys():
                 raise UserError(f"--only {min(unknown)}: {args.table} has no such package")
             table = table.model_copy(update={"packages": {name: table.packages[name] for name in args.only}})
-        make_text(table, args.folder, args.benchmarks or data_dir(), args.newest, args.processes, _say)
+        manifest = make_text(table, args.folder, args.benchmarks or data_dir(), args.newest, args.processes, _say)
         if not args.text_alone:
             make_chunks(args.folder, args.tokens * 1e6, args.processes, _say)
             pack(args.folder, _say)
+            write_atomically(args.folder / "text.md", markdown(manifest, counts_of(args.folder / "chunks")))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

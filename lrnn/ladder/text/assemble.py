@@ -3,10 +3,10 @@
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from lrnn.ladder.text.extract import Entry, read_index
 from lrnn.ladder.text.table import DOMAINS
@@ -59,7 +59,7 @@ def held_out_subtrees(documents: Iterable[Placed], shares: dict[str, float]) -> 
 
 def assemble(
     names: list[str], shares: dict[str, float], source: Path, out: Path, say: Callable[[str], None]
-) -> dict[str, dict[str, int]]:
+) -> dict[str, dict[str, Any]]:
     """Write `DOMAIN/train-*.jsonl` and `DOMAIN/heldout.jsonl` into `out`, which must be empty.
 
     A line has `text`, `package` and `path`. Subtrees follow each other in the order of a hash, so that every run of
@@ -70,11 +70,12 @@ def assemble(
         shares: share of each package's text to hold out, by domain.
 
     Returns:
-        By package: the number of documents that were `repeated`, and of held-out documents `known` from the train text.
+        By package: `left_out`, the number of documents that were `repeated` and of held-out documents `known` from the
+        train text, and `text`: `documents` and `bytes` by domain and split.
     """
     documents, repeated = without_duplicates(Placed(name, e) for name in names for e in read_index(name, source))
     held = held_out_subtrees(documents, shares)
-    known: dict[str, int] = defaultdict(int)
+    found = {name: {"left_out": {"repeated": repeated.get(name, 0), "known": 0}, "text": {}} for name in names}
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(source / f"{name}.jsonl", "rb")) for name in names}
         for domain in DOMAINS:
@@ -85,25 +86,35 @@ def assemble(
             heldout = [d for d in mine if (domain, d.entry.subtree) in held]
             train = [d for d in mine if (domain, d.entry.subtree) not in held]
             say(f"{domain}: {len(train):,} documents, {len(heldout):,} held out, {_megabytes(mine):,.1f} MB")
+            for document in train:
+                _count(found, document, "train")
             lines = [_long_lines(_text(row)) for row in _rows(heldout, files)]
-            wanted = {line for found in lines for line in found}
+            wanted = set[str]().union(*lines)
             common: set[str] = set()
             for row in _write_train(train, files, out / domain):
                 common |= wanted & _long_lines(_text(row))
             with open(out / domain / "heldout.jsonl", "wb") as file:
-                for document, row, found in zip(heldout, _rows(heldout, files), lines, strict=True):
-                    if found and sum(map(len, found & common)) > MOST_KNOWN * sum(map(len, found)):
-                        known[document.package] += 1
+                for document, row, own in zip(heldout, _rows(heldout, files), lines, strict=True):
+                    if own and sum(map(len, own & common)) > MOST_KNOWN * sum(map(len, own)):
+                        found[document.package]["left_out"]["known"] += 1
                     else:
                         file.write(row)
-    return {name: {"repeated": repeated.get(name, 0), "known": known.get(name, 0)} for name in names}
+                        _count(found, document, "heldout")
+    return found
+
+
+def _count(found: dict[str, dict[str, Any]], document: Placed, split: str) -> None:
+    entry = found[document.package]["text"].setdefault(document.entry.domain, {})
+    counts = entry.setdefault(split, {"documents": 0, "bytes": 0})
+    counts["documents"] += 1
+    counts["bytes"] += document.entry.size
 
 
 def _order(subtree: str) -> bytes:
     return hashlib.sha256(subtree.encode()).digest()
 
 
-def _rows(documents: Iterable[Placed], files: dict[str, BinaryIO]) -> Iterator[bytes]:
+def _rows(documents: Iterable[Placed], files: Mapping[str, BinaryIO]) -> Iterator[bytes]:
     for package, entry in documents:
         files[package].seek(entry.offset)
         yield files[package].read(entry.length)
@@ -117,7 +128,7 @@ def _long_lines(text: str) -> set[str]:
     return {stripped for line in text.split("\n") if len(stripped := line.strip()) >= LONG_LINE}
 
 
-def _write_train(documents: list[Placed], files: dict[str, BinaryIO], folder: Path) -> Iterator[bytes]:
+def _write_train(documents: list[Placed], files: Mapping[str, BinaryIO], folder: Path) -> Iterator[bytes]:
     """Write files of about equal size, and yield every line after it was written."""
     total = sum(d.entry.length for d in documents)
     count = min(CHUNKS, max(1, total // LEAST_BYTES))

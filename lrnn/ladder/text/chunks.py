@@ -10,6 +10,7 @@ import json
 import lzma
 import math
 import multiprocessing
+import shutil
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -81,8 +82,9 @@ def make_tokenizer(folder: Path, say: Callable[[str], None]) -> Path:
     out, key = folder / "tokenizer", _text_key(folder)
     if (out / "trained_on.json").is_file():
         if json.loads((out / "trained_on.json").read_text()) != {"text": key}:
-            raise UserError(f"{out} was trained on other text; remove it and {folder / 'chunks'} to make both again")
+            raise UserError(f"{out} was trained on other text; remove it to train another and make all chunks again")
         return out
+    shutil.rmtree(folder / "chunks", ignore_errors=True)  # they hold ids of another tokenizer
     texts = list(_sample(folder / "text"))
     say(f"training a tokenizer of {VOCAB_SIZE} pieces on {sum(map(len, texts)) / 1e6:.1f} million characters")
     with replace_folder(out) as new:
@@ -144,8 +146,7 @@ def make_chunk(number: int, domains: list[str], text: Path, tokenizer: Path, out
         tokens += len(documents.tokens)
         _write(out, _name(domain, number), documents, counts)
     if number < 0:
-        traces: Iterable[dict] = (_trace(-1 - i) for i in range(HELDOUT_TRACES))
-        documents, counts = _encoded(traces, tokenizer)
+        documents, counts = _encoded(heldout_traces(), tokenizer)
     else:
         traces = (_trace(number * TRACES_APART + i) for i in count())
         documents, counts = _encoded(traces, tokenizer, int(tokens * TRACES_SHARE / (1 - TRACES_SHARE)))
@@ -160,6 +161,11 @@ def _name(domain: str, number: int) -> str:
 def _write(out: Path, name: str, documents: Documents, counts: dict) -> None:
     write_atomically(out / f"{name}.xz", documents.compressed())
     write_json(out / f"{name}.json", counts)
+
+
+def heldout_traces() -> list[dict]:
+    """Return the documents of programs that are held out."""
+    return [_trace(-1 - i) for i in range(HELDOUT_TRACES)]
 
 
 def _trace(number: int) -> dict:

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import multiprocessing
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from lrnn.errors import UserError
-from lrnn.files import replace_folder, sha256, write_json
+from lrnn.files import new_folder, sha256, write_json
 from lrnn.ladder.text.assemble import assemble
 from lrnn.ladder.text.contamination import BENCHMARKS
 from lrnn.ladder.text.download import fetch, version_of
@@ -56,9 +57,11 @@ def make_text(
     if (text / "manifest.json").is_file() and (done := json.loads((text / "manifest.json").read_text()))["key"] == key:
         say(f"{text} is complete")
         return done
-    with replace_folder(text) as new:
-        repeated = assemble(list(files), table.heldout, documents, new, say)
-        manifest = {"key": key, "heldout": table.heldout, "packages": {}, "files": {}}
+    if text.exists():
+        shutil.rmtree(text)
+    with new_folder(text) as new:
+        found = assemble(list(files), table.heldout, documents, new, say)
+        manifest: dict[str, Any] = {"key": key, "heldout": table.heldout, "packages": {}, "files": {}}
         for name, package in table.packages.items():
             counts = json.loads((documents / f"{name}.json").read_text())
             manifest["packages"][name] = {
@@ -67,7 +70,8 @@ def make_text(
                 "sha256": sha256(files[name]),
                 "licence": package.licence,
                 "download_bytes": files[name].stat().st_size,
-                "left_out": counts["left_out"] | repeated[name],
+                "left_out": counts["left_out"] | found[name]["left_out"],
+                "text": found[name]["text"],
             }
         for file in sorted(new.glob("*/*.jsonl")):
             manifest["files"][str(file.relative_to(new))] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
