@@ -3,7 +3,6 @@
 import hashlib
 import shutil
 import sys
-import tarfile
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
-from triton.runtime import cache
+import triton.language as tl
+from triton.runtime import autotuner, cache
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import compile_ahead
@@ -107,13 +107,43 @@ def test_the_key_of_an_unpacked_wheel(tmp_path):
         compile_ahead.triton_key(tmp_path)
 
 
-def test_a_cache_is_packed_without_intermediate_code(tmp_path):
-    entry = tmp_path / "cache" / hashlib.sha256(b"kernel").hexdigest()
-    entry.mkdir(parents=True)
-    for suffix in ("ttir", "ptx", "cubin", "json"):
-        (entry / f"kernel.{suffix}").write_text(suffix)
-    (tmp_path / "cache" / "lock").touch()
-    compile_ahead.pack(tmp_path / "cache", tmp_path / "cache.tar.xz")
-    with tarfile.open(tmp_path / "cache.tar.xz") as tar:
-        assert tar.getnames() == [f"{entry.name}/kernel.cubin", f"{entry.name}/kernel.json"]
-    assert compile_ahead.entries(tmp_path / "cache") == {entry.name}
+def test_a_cache_is_moved(tmp_path):
+    """The entry that is read elsewhere names its files there. Intermediate code is left behind."""
+    key = hashlib.sha256(b"kernel").hexdigest()
+    name, metadata = "kernel.cubin", "kernel.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path / "here"))
+        manager = cache.FileCacheManager(key)
+        files = {file: manager.put(file, file, binary=False) for file in ("kernel.ptx", name, metadata)}
+        manager.put_group(metadata, files)
+        (tmp_path / "here" / "lock").touch()
+        compile_ahead.pack(tmp_path / "here", tmp_path / "cache.tar.xz")
+        (tmp_path / "here").rename(tmp_path / "gone")
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path / "there"))
+        compile_ahead.unpack(tmp_path / "cache.tar.xz", tmp_path / "there")
+        found = cache.FileCacheManager(key).get_group(metadata)
+    assert found.keys() == {name, metadata}
+    assert {Path(path).read_text() for path in found.values()} == {name, metadata}
+    assert compile_ahead.entries(tmp_path / "there") == {Path(found[name]).parent.name}
+
+
+def test_configurations_that_a_tuner_tries(asked):
+    """A tuner with a `run` of its own, as fla has one, asks for each configuration."""
+
+    class Other(autotuner.Autotuner):
+        def run(self, *args, **kwargs):
+            raise AssertionError("it should not measure")
+
+    @triton.jit
+    def kernel(x, BLOCK: tl.constexpr):
+        tl.store(x, BLOCK)
+
+    configs = [triton.Config({"BLOCK": size}) for size in (1, 2, 4)]
+    tuner = Other(kernel, kernel.arg_names, configs, [], None, None)
+    compilation = compile_ahead.Compilation(1)
+    compilation.mode.executor = Noted()
+    with ExitStack() as exits:
+        compile_ahead.without_gpu(exits)
+        exits.enter_context(compilation.instead_of_launches())
+        tuner[(1,)](torch.zeros(4))
+    assert len(compilation.mode.executor.functions) == 3 and compilation.launched == {"kernel"}

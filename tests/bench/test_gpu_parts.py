@@ -1,6 +1,7 @@
 """`tests/benchmarks/gpu_parts.py` as a command, with names in place of GPUs: order, limits, and what a cut leaves."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from lrnn.pretrain.config import load_config, load_model_of
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_parts.py"
 
@@ -91,3 +94,21 @@ def test_some_of_the_parts(start):
     assert "base" in printed and "wanted" in printed and "other" not in printed
     printed, _ = start(parts, "--only", "unknown").communicate(timeout=60)
     assert "there is no part 'unknown'; it has base, other, wanted" in printed
+
+
+@pytest.mark.parametrize("file", sorted((SCRIPT.parent / "parts").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_lists_of_parts(file):
+    """Their files, tests and options exist, and so do the runs that they name."""
+    sys.path.append(str(SCRIPT.parent))
+    from gpu_parts import read_parts
+
+    parts = read_parts(file, [])
+    assert len({part.name for part in parts}) == len(parts) > 2
+    for part in parts:
+        assert subprocess.run(["bash", "-n", "-c", part.run], check=False).returncode == 0, part.name
+        for word in part.run.replace("'", " ").split():
+            if word.startswith("tests/"):
+                assert (SCRIPT.parents[2] / word.partition("::")[0]).exists(), word
+        for quoted in re.findall(r'"(?:\w+: )?(340m[^"$]*)"', part.run):
+            config, *overrides = quoted.split()
+            load_model_of(load_config(config, overrides))

@@ -13,7 +13,7 @@ Without a GPU, they are compiled for an H200 or H100 (sm_90a). The cache fits an
 ptxas are the same there, byte by byte. The files depend on the version of Python. `--triton FOLDER` names an unpacked
 wheel of Triton: the entries are those that Triton of this wheel looks for. This Triton then has to be of the same
 version, and TRITON_PTXAS_PATH has to name the same ptxas on both machines. `--pack FILE.tar.xz` writes what the other
-machine needs of the cache; unpack it there in its TRITON_CACHE_DIR.
+machine needs of the cache, and `--unpack FILE.tar.xz` adds it to the cache there. If it fits, nothing is compiled then.
 """
 
 import argparse
@@ -21,13 +21,14 @@ import ast
 import functools
 import hashlib
 import itertools
+import json
 import os
 import sys
 import sysconfig
 import tarfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -132,24 +133,28 @@ class Compilation:
             for config in tuner.prune_configs(kwargs):
                 tuner.fn.run(*args, **kwargs, **config.all_kwargs())
 
-        with (
-            patch.object(jit.JITFunction, "run", lambda f, *args, **kwargs: self.submit(original, f, args, kwargs)),
-            patch.object(autotuner.Autotuner, "run", tried),
-        ):
+        tuners = autotuner.Autotuner, *autotuner.Autotuner.__subclasses__()  # fla has one of its own
+        with ExitStack() as exits:
+            run = functools.partial(self.submit, original)
+            exits.enter_context(patch.object(jit.JITFunction, "run", lambda f, *args, **kwargs: run(f, args, kwargs)))
+            for tuner in (tuner for tuner in tuners if "run" in vars(tuner)):
+                exits.enter_context(patch.object(tuner, "run", tried))
             yield
 
     def wait(self) -> list[str]:
-        """Wait for all kernels, and return what failed."""
-        futures: list[Future] = self.mode.raw_futures
-        errors = []
-        for future in futures:
+        """Wait for all kernels, and return what failed. On a GPU, also build their launchers and load them."""
+
+        def finish(future: Future) -> str | None:
             try:
                 kernel = future.result()
                 if torch.cuda.is_available():
-                    _ = kernel.run  # builds the launcher, and loads the kernel
+                    _ = kernel.run
             except Exception as error:
-                errors.append(f"{type(error).__name__}: {str(error).strip()[-300:]}")
-        return errors
+                return f"{type(error).__name__}: {str(error).strip()[-300:]}"
+            return None
+
+        wait(self.mode.raw_futures)
+        return [error for error in self.executor.map(finish, self.mode.raw_futures) if error is not None]
 
 
 def one_of_each(config: LrnnConfig) -> LrnnConfig:
@@ -197,8 +202,7 @@ def _states(model: LrnnForCausalLM, config: Config) -> CarriedStates:
 
 def go_through_fla(config: Config, model_config: LrnnConfig, device: torch.device) -> None:
     """Call what a training step of fla's model calls."""
-    reason = fla_model.reason_without(model_config, 1)
-    if reason is not None:
+    if (reason := fla_model.reason_without(model_config, 1)) is not None:
         raise SystemExit(f"--fla: {reason}")
     model = fla_model.build(one_of_each(model_config), torch.float32, device)
     one = config.model_copy(update={"global_batch_size": config.micro_batch_size})
@@ -242,6 +246,17 @@ def pack(folder: Path, file: Path) -> None:
                 tar.add(path, path.relative_to(folder))
 
 
+def unpack(file: Path, folder: Path) -> None:
+    """Add what `pack` wrote to a cache. An entry names its files with their whole paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file) as tar:
+        tar.extractall(folder, filter="data")
+        groups = [folder / name for name in tar.getnames() if Path(name).name.startswith("__grp__")]
+    for group in groups:
+        files = [group.parent / name for name in json.loads(group.read_text())["child_paths"]]
+        group.write_text(json.dumps({"child_paths": {file.name: str(file) for file in files if file.exists()}}))
+
+
 def entries(folder: Path) -> set[str]:
     """Return the kernels of a cache, each in a folder."""
     return {path.parent.name for path in folder.glob("*/*.cubin")}
@@ -255,13 +270,18 @@ def main() -> None:
     parser.add_argument("--fla", action="store_true", help="also compile the kernels of fla's model, on a GPU")
     parser.add_argument("--triton", type=Path, metavar="FOLDER", help="make entries for Triton of this unpacked wheel")
     parser.add_argument("--pack", type=Path, metavar="FILE.tar.xz", help="write the cache to this file")
+    parser.add_argument("--unpack", type=Path, metavar="FILE.tar.xz", help="first add this file to the cache")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="kernels at a time (default one per core)")
     args = parser.parse_args()
     os.environ.setdefault("TRITON_CACHE_MANAGER", COMPILE_ONCE)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(triton.knobs.cache.dir)
+    if args.unpack is not None:
+        unpack(args.unpack, folder)
     before, start = entries(folder), time.perf_counter()
     compilation = Compilation(args.threads)
+    if args.fla and (reason := fla_model.reason_without(LrnnConfig(), 1)) is not None:  # imports fla's own tuner
+        raise SystemExit(f"--fla: {reason}")
     with ExitStack() as exits:
         key = cache.triton_key() if args.triton is None else triton_key(args.triton)
         exits.enter_context(patch.object(cache, "triton_key", functools.cache(lambda: key)))
