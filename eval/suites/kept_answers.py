@@ -54,18 +54,24 @@ class KeptAnswers:
         os.fsync(self._file.fileno())
 
     def _read(self, digest: str) -> dict[str, list[Any]]:
-        """Return the answers in the file, without a last line that was cut off; none if they are of something else."""
+        """Return the answers in the file, up to a damaged line; none if they are of something else."""
         if not self.path.is_file():
             return {}
         content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        rows = [json.loads(line) for line in whole.splitlines()]
+        rows: list[dict[str, Any]] = []
+        whole = 0  # bytes
+        for line in content.splitlines(keepends=True):
+            try:
+                rows.append(json.loads(line if line.endswith(b"\n") else b""))
+            except ValueError:
+                break
+            whole += len(line)
         if not rows or rows[0].get("about") != digest:
             if len(rows) > 1:
                 print(
                     f"answers in {self.path} are dropped: the model, the settings or a version has changed", flush=True
                 )
             return {}
-        if len(whole) < len(content):
-            self.path.write_bytes(whole)  # the next line must not follow half of one
+        if whole < len(content):
+            os.truncate(self.path, whole)  # the next line must not follow half of one
         return {row["key"]: row["answers"] for row in rows[1:]}

@@ -78,6 +78,19 @@ def test_a_stopped_evaluation_continues_with_the_chunk_it_was_at(tmp_path):
     assert answer(again, tmp_path, wanted) == [[-float(len(r.args[0])), True] for r in wanted] and not again.chunks
 
 
+def test_answers_behind_a_damaged_line_are_computed_again(tmp_path):
+    """A disk that lost power may leave zeros."""
+    wanted = requests(200, " y")
+    answer(Lengths(), tmp_path, wanted)
+    path = tmp_path / ".out.answers.jsonl"
+    about, first, second, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(about + first + b"\0" * len(second) + b"".join(rest))
+    again = Lengths()
+    assert answer(again, tmp_path, wanted) == [[-float(len(r.args[0])), True] for r in wanted]
+    assert [len(chunk) for chunk in again.chunks] == [64, 64, 8]
+    assert len([json.loads(line) for line in path.read_text().splitlines()]) == 1 + 4
+
+
 def test_answers_of_another_model_are_dropped(tmp_path, capsys):
     answer(Lengths(), tmp_path, requests(100, " y"))
     model = Lengths()
