@@ -67,14 +67,16 @@ def both_errors(mean: float, seeds: tuple[float, float], documents: tuple[float,
 
     The variances add up, with the degrees of freedom of Welch and Satterthwaite. Seeds that share their documents
     also scatter by what a seed does on single documents, which the documents' error holds too: it counts twice, so
-    that the interval is wide rather than narrow. Where values by document are lacking, it is that of the seeds.
+    that the interval is wide rather than narrow. It is never narrower than that of the seeds alone, which it would be
+    where few seeds happen to agree and the many documents lend them their degrees of freedom.
     """
-    known = [seeds] if documents is None else [seeds, documents]
-    variance = sum(stderr**2 for stderr, _ in known)
-    if variance == 0:
-        return student(mean, 0.0, 1)
-    df = variance**2 / sum(stderr**4 / df for stderr, df in known)
-    return student(mean, math.sqrt(variance), df)
+    alone = student(mean, *seeds)
+    if documents is None or documents[0] == 0:
+        return alone
+    variance = seeds[0] ** 2 + documents[0] ** 2
+    df = variance**2 / sum(stderr**4 / df for stderr, df in (seeds, documents))
+    both = student(mean, math.sqrt(variance), df)
+    return alone if alone.high > both.high else both
 
 
 def holm(p: Sequence[float | None]) -> list[float | None]:

@@ -25,8 +25,8 @@ def draw_results(gathered: Gathered) -> Iterator[Drawn]:
     style = Style(gathered)
     if HEADLINE in gathered.headlines:
         caption = (
-            f"Held-out loss by size and by compute, and its difference from the first arm in [0, 1]. {BARS} Bars of "
-            "differences are over pairs of seeds."
+            "Held-out loss by size and by compute, and its difference from "
+            f"{arm_title(gathered, *_base(gathered))}. {BARS} Bars of differences are over pairs of seeds."
         )
         yield "loss.png", "Held-out loss by size and compute", caption, _loss(gathered, style)
     for size in dict.fromkeys(group.size for group in gathered.measured):

@@ -46,8 +46,9 @@ def protocol(gathered: Gathered, cells: Sequence[Cell]) -> Section:
         sum(result.training.get(name) or 0.0 for result in results) / 3600
         for name in ("gpu_seconds", "measuring_gpu_seconds")
     )
+    unit = "hours of CPUs" if all(result.environment.get("device") == "cpu" for result in results) else "GPU-hours"
     facts = [
-        f"{done} of {len(cells)} cells have results. Training took {training:.2f} GPU-hours, and measuring "
+        f"{done} of {len(cells)} cells have results. Training took {training:.2f} {unit}, and measuring "
         f"{measuring:.2f}.",
         f"The learning rate rises over the first {ladder.warmup:.0%} of the steps"
         + (f" and falls over the last {ladder.decay:.0%}." if _schedule(results) == "wsd" else "."),
@@ -86,7 +87,7 @@ def _sizes(gathered: Gathered) -> Table:
                 _range([count(n) for n in parameters]),
                 _range([count(n) for n in sorted({r.parameters for r in members})]),
                 count(tokens),
-                _range([f"{tokens / n:.1f}" for n in reversed(parameters)]),
+                _range([f"{tokens / n:.3g}" for n in reversed(parameters)]),
                 f"{gathered.ladder.sizes[size].lr:g}",
                 f"{one.tokens_per_step:,}",
                 f"{one.steps:,}",

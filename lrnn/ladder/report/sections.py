@@ -13,7 +13,7 @@ from lrnn.ladder.report.gathered import MEAN, Gathered, Group, Quantity
 from lrnn.ladder.report.intervals import holm
 from lrnn.ladder.report.protocol import arm_title, protocol, warnings
 from lrnn.ladder.report.scaling import scaling
-from lrnn.ladder.report.wording import count, interval, number, probability, verdict
+from lrnn.ladder.report.wording import count, interval, number, probability, several, verdict
 from lrnn.track.grid import RANGE_NAMES
 
 IN_TABLES = (
@@ -58,7 +58,7 @@ def findings(differences: Differences, gathered: Gathered) -> Section:
         if d.interval is None and d.stderr_documents is not None:
             error = f"± {number(d.stderr_documents, d.quantity.measure)} over documents"
         mean = number(d.mean, d.quantity.measure, signed=True)
-        items.append(f"{where}: {said} ({mean} {error}, {_pairs(d)}).")
+        items.append(f"{where}: {said} ({mean} {error}, {several(d.seeds, 'pair')}).")
     if not items:
         return Section("Findings", ["No arm has results in both ranges with the same size, tokens and seed."])
     lead = "[-1, 1] - [0, 1] over all sizes of an arm, with 95% intervals over seeds and documents:"
@@ -91,11 +91,11 @@ def between_ranges(gathered: Gathered, differences: Differences) -> Section | No
     raw = [None if d.interval is None else d.interval.p for d in family]
     adjusted = dict(zip(map(id, family), holm(raw), strict=True))
     judged = [(d, probability(p), probability(adjusted[id(d)])) for d, p in zip(family, raw, strict=True)]
-    scatters = [
-        f"{_title(d.quantity)} {number(d.pooled.deviation, d.quantity.measure)} ({d.pooled.df} degrees of freedom)"
-        for d in {d.quantity: d for d in found}.values()
-        if d.pooled is not None
-    ]
+    scatters = []
+    for d in {d.quantity: d for d in found}.values():
+        if d.pooled is not None:
+            deviation = number(d.pooled.deviation, d.quantity.measure)
+            scatters.append(f"{_title(d.quantity)} {deviation} ({several(d.pooled.df, 'degree')} of freedom)")
     ways = (
         "A difference is the mean over pairs of the same size, tokens and seed. 'Seeds, own' is the standard error by "
         "the scatter of the place alone, with Student's interval; 'seeds, pooled' takes the scatter of all places "
@@ -103,11 +103,12 @@ def between_ranges(gathered: Gathered, differences: Differences) -> Section | No
         "paired. The last interval adds both errors, pooled seeds and documents, and the verdict goes by it; without "
         "two seeds anywhere there is none. Means over sizes are about these sizes, not about others."
     )
+    headlines = several(len({d.quantity for d in family}), "headline")
     number_of = (
-        f"These {len(family)} comparisons were fixed before the runs, and Holm's adjustment counts them: each arm over "
-        f"all its sizes in {len({d.quantity for d in family})} headlines, which are means over everything that a "
-        f"measure was taken of and at. {len(differences.all)} differences were computed in all; they are in "
-        "differences.csv, and those outside of this table are to look at, not to judge by."
+        f"The table holds {several(len(family), 'comparison')} that were fixed before the runs, and Holm's adjustment "
+        f"counts them: each arm over all its sizes in {headlines}, which are means over everything that a measure was "
+        f"taken of and at. {len(differences.all)} differences were computed in all; they are in differences.csv, and "
+        "those outside of this table are to look at, not to judge by."
     )
     rows = tuple((*_start(gathered, d), _said(d, gathered.ladder.effect, FIRST), p, p_holm) for d, p, p_holm in judged)
     blocks: list[Block] = [number_of, Table(("arm", *START, "[-1, 1] is", "p", "p, Holm"), rows), ways]
@@ -169,7 +170,7 @@ def learning_rates(gathered: Gathered) -> Section | None:
         if other is not None and (pairs := gathered.differences(group, other, headline)):
             difference = number(float(np.mean(pairs)), headline.measure, signed=True)
             where = f"{arm_title(gathered, arm)}, {size}, {count(tokens)} tokens, each range at its own best rate"
-            said = f"[-1, 1] - [0, 1] {difference} nats per token, by {len(pairs)} pair{'s' if len(pairs) > 1 else ''}"
+            said = f"[-1, 1] - [0, 1] {difference} nats per token, by {several(len(pairs), 'pair')}"
             items.append(f"{where}: {said}. The rates were chosen by the same losses, so this is no test.")
     return Section("Learning rates", [text, Table(columns, tuple(rows)), *([Bullets(tuple(items))] if items else [])])
 
@@ -300,10 +301,6 @@ def _title(quantity: Quantity) -> str:
         return title
     at = "" if quantity.at is None else f" at {quantity.at:g}"
     return f"{title}, {quantity.of}{at}"
-
-
-def _pairs(d: Difference) -> str:
-    return f"{d.seeds} pair{'s' if d.seeds > 1 else ''}"
 
 
 def _capital(text: str) -> str:

@@ -38,6 +38,11 @@ def count(value: float) -> str:
     return f"{value:g}"
 
 
+def several(n: int, what: str) -> str:
+    """Return a number of things, such as "1 pair" or "3 pairs"."""
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
 def probability(p: float | None) -> str:
     """Return a p value, "-" if there is none."""
     return "-" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.1 else f"{p:.2f}"

@@ -209,7 +209,10 @@ def test_tables_and_csv(made, tmp_path):
         ("hybrid", "mean", "all"),
     }
     assert all(float(row["p_holm"]) >= float(row["p"]) for row in judged)
-    assert f"These {len(judged)} comparisons" in markdown and f"{len(pairs)} differences were computed" in markdown
+    assert (
+        f"The table holds {len(judged)} comparisons" in markdown
+        and f"{len(pairs)} differences were computed" in markdown
+    )
 
 
 def test_what_is_missing_is_named(made, tmp_path):
