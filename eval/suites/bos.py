@@ -33,7 +33,7 @@ def decide(rule: str, tokenizer: Any, said: bool | None) -> Bos:
         said: `add_bos_token` of its tokenizer_config.json, None if that does not say.
 
     Raises:
-        UserError: the rule is unknown, or the tokenizer has neither bos nor eos.
+        UserError: the rule is unknown, the tokenizer has neither bos nor eos, or what it does itself is unclear.
     """
     if rule not in RULES:
         raise UserError(f"--bos must be one of {', '.join(RULES)}; it is {rule!r}")
@@ -46,7 +46,12 @@ def decide(rule: str, tokenizer: Any, said: bool | None) -> Bos:
 
 
 def own_prefix(tokenizer: Any) -> tuple[int, ...]:
-    """Return the ids that a tokenizer itself puts in front of a text."""
+    """Return the ids that a tokenizer itself puts in front of a text. Raise UserError if it changes the text's ids."""
     plain, whole = (list(tokenizer("a", add_special_tokens=special).input_ids) for special in (False, True))
-    start = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)
+    start = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), None)
+    if start is None:
+        raise UserError(
+            f"the tokenizer has the ids {plain} for the text 'a', and {whole} with special tokens, so what a prompt "
+            "begins with is unknown: give --bos always or --bos never"
+        )
     return tuple(whole[:start])

@@ -126,6 +126,16 @@ def test_a_rule_that_cannot_be(folders, plain):
 
     with pytest.raises(UserError, match="neither bos nor eos"):
         bos.decide("auto", Bare(), None)
+
+    class Strange:
+        bos_token_id = eos_token_id = 1
+
+        def __call__(self, text, add_special_tokens):
+            return SimpleNamespace(input_ids=[1, 5] if add_special_tokens else [4])
+
+    with pytest.raises(UserError, match=r"has the ids \[4\] for the text 'a', and \[1, 5\] with special tokens"):
+        bos.decide("auto", Strange(), None)
+    assert bos.decide("auto", Strange(), True).ids == (1,)
     with pytest.raises(UserError, match="--bos must be one of auto, always, never; it is 'yes'"):
         bos.decide("yes", Bare(), None)
     (folders["says no"] / "tokenizer_config.json").write_text('{"add_bos_token": "yes"}')
