@@ -28,7 +28,7 @@ from lrnn.records import read_metrics
 
 VERSION = 1  # of the files that keep parts; another one begins anew
 FOLDER = "measures"  # of a run, with these files
-MOST_SHOWN = 8  # figures of a line
+MOST_SHOWN = 10  # figures of a line
 
 
 def measure(
@@ -201,14 +201,16 @@ def _position(subject: Subject, settings: MeasureConfig, kept: Kept, say: Callab
 
 
 def _timed(name: str, kept: Kept, about: Any, say: Callable[[str], None], compute: Callable[[], Part]) -> Part:
-    """Return a part that is kept or computed, and say what it holds and how long it took."""
+    """Return a part that is kept or computed, and say how long it took and what it holds, in a line per measure."""
     start = time.monotonic()
     part = kept.get(name.replace(" ", "-"), about, compute)
-    shown = [
-        f"{f.of}{'' if f.at is None else f' at {f.at:,}'} {f.value:.4f} {MEASURES[f.measure].unit}"
-        for f in part.figures
-    ]
-    more = f", and {len(shown) - MOST_SHOWN} more" if len(shown) > MOST_SHOWN else ""
-    documents = sum(len(values) for values in part.documents.values())
-    say(f"{name}: {', '.join(shown[:MOST_SHOWN])}{more} ({documents:,} values, {time.monotonic() - start:.1f} s)")
+    say(f"{name}: {time.monotonic() - start:.1f} s")
+    for measure in dict.fromkeys(figure.measure for figure in part.figures):
+        shown = [
+            f"{figure.of}{'' if figure.at is None else f' at {figure.at:,}'} {figure.value:.4f}"
+            for figure in part.figures
+            if figure.measure == measure
+        ]
+        more = f" and {len(shown) - MOST_SHOWN} more" if len(shown) > MOST_SHOWN else ""
+        say(f"  {MEASURES[measure].title}, {MEASURES[measure].unit}: {', '.join(shown[:MOST_SHOWN])}{more}")
     return part

@@ -14,7 +14,7 @@ from lrnn.ladder.measure.parts import Part
 from lrnn.ladder.measure.settings import Position
 from lrnn.tokenizer import Tokenizer
 
-PER_OCTAVE = 2  # bins
+PER_OCTAVE = 1  # bins
 PIECE = 2048  # tokens that are read at a time
 
 
