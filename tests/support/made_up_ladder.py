@@ -149,6 +149,13 @@ def _questions(cell: Cell, seed: int, own: np.random.Generator) -> tuple[list[Fi
             error = float(right.std(ddof=1) / n**0.5)
             figures.append(Figure(measure, of, float(at), float(right.mean()), error, key))
             documents[key] = right
+            if measure != "traces_accuracy":
+                more = measure.replace("accuracy", "bits_per_byte")
+                n_bytes = _rng(seed, more, of, at).integers(3, 9, n).astype(float)
+                nats = n_bytes * (2.2 - 1.5 * p + 0.5 * _rng(seed, more, of, at).random(n) + 0.1 * own.random(n))
+                value = float(nats.sum() / n_bytes.sum() / np.log(2))
+                figures.append(Figure(more, of, float(at), value, 0.01, f"{more}/{of}/{at}"))
+                documents[f"{more}/{of}/{at}"] = np.stack([-nats, n_bytes], 1)
     for of in ("humaneval", "gsm8k"):
         n_bytes = _rng(seed, of).integers(40, 400, 80).astype(float)
         nats = n_bytes * (1.1 + 0.1 * _rng(seed, of).normal(size=80) + 0.01 * own.normal(size=80) + 0.01 * own.normal())

@@ -12,7 +12,8 @@ from lrnn.ladder.results import CellResult, Figure
 # held-out text by the weights of the domains. They are fixed here, before any run, and Holm's adjustment counts them.
 # Other differences are looked at, not judged.
 HEADLINES = (
-    "heldout_nats_per_token", "gold_bits_per_byte", "traces_accuracy", "recall_accuracy", "needle_accuracy",
+    "heldout_nats_per_token", "gold_bits_per_byte", "traces_accuracy", "recall_accuracy", "recall_bits_per_byte",
+    "needle_accuracy", "needle_bits_per_byte",
 )  # fmt: skip
 MEAN = "mean"  # `of` of a headline
 RANGE_ORDER = ("negative", "positive", "none")

@@ -1,6 +1,7 @@
 """The pictures of results and differences: loss by size and compute, forest plot, accuracies by length, positions."""
 
 from collections.abc import Iterator
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from lrnn.ladder.report.gathered import MEAN, Gathered, Group, Quantity
 from lrnn.ladder.report.protocol import arm_title
 from lrnn.ladder.report.scaling import LOSS
 from lrnn.ladder.report.style import Kind, Style, add_legend, grid_of_panels
-from lrnn.ladder.report.wording import count
+from lrnn.ladder.report.wording import ACCURACY, count
 
 Drawn = tuple[str, str, str, Any]  # file, title, caption and matplotlib's Figure
 HEADLINE = Quantity(LOSS, MEAN, None)
@@ -33,6 +34,7 @@ def draw_results(gathered: Gathered) -> Iterator[Drawn]:
         for name, title, measures in (
             ("traces", "Program traces", ["traces_accuracy"]),
             ("retrieval", "Recall and needles", ["recall_accuracy", "needle_accuracy"]),
+            ("answers", "Right answers of recall and needles", ["recall_bits_per_byte", "needle_bits_per_byte"]),
         ):
             figure = _by_length(gathered, style, size, measures)
             if figure is not None:
@@ -141,7 +143,7 @@ def _forest(gathered: Gathered, found: list[Difference]) -> Any:
     # An arm with one place repeats it over all sizes.
     places = [p for p in places if p.arm == ALL or not (p.size == ALL and p.arm in singles)]
     places.sort(key=lambda p: (p.arm == ALL, list(gathered.ladder.arms).index(p.arm) if p.arm != ALL else 0))
-    figure = Figure(figsize=(2.2 + 2.5 * len(quantities), 1.6 + 0.32 * len(places)), layout="constrained")
+    figure = Figure(figsize=(2.2 + 2.2 * len(quantities), 1.6 + 0.32 * len(places)), layout="constrained")
     axes = figure.subplots(1, len(quantities), sharey=True, squeeze=False)[0]
     for axis, quantity in zip(axes, quantities, strict=True):
         measure = MEASURES[quantity.measure]
@@ -156,10 +158,10 @@ def _forest(gathered: Gathered, found: list[Difference]) -> Any:
         if quantity.measure == LOSS:
             axis.axvspan(-gathered.ladder.effect, gathered.ladder.effect, color="grey", alpha=0.15, lw=0)
         arrow = "<- better" if measure.better == "low" else "better ->"
-        axis.set_title(measure.title, fontsize=9)
+        axis.set_title("\n".join(wrap(measure.title, 26)), fontsize=9)
         axis.set_xlabel(f"{measure.unit}\n{arrow}", fontsize=8)
         axis.tick_params(labelsize=8)
-        axis.locator_params(axis="x", nbins=4)
+        axis.locator_params(axis="x", nbins=3)
         axis.grid(alpha=0.3)
     names = ["all arms" if p.arm == ALL else arm_title(gathered, p.arm) for p in places]
     tokens = {p: "" if p.tokens is None or _one_length(places, p.size) else f" {count(p.tokens)}" for p in places}
@@ -177,25 +179,30 @@ def _one_length(places: list[Any], size: str) -> bool:
 
 
 def _by_length(gathered: Gathered, style: Style, size: str, measures: list[str]) -> Any | None:
-    """Draw a panel per kind of question with accuracy by length at a size, for its longest training."""
+    """Draw a panel per kind of question at a size, by length, for its longest training."""
     groups = _longest(gathered, size)
     quantities = [q for q in gathered.quantities if q.measure in measures and q.at is not None and q.of != ALL_KINDS]
     quantities = [q for q in quantities if any(gathered.values(g, q) for g in groups)]
     parts = list(dict.fromkeys((q.measure, q.of) for q in quantities))
     if not parts:
         return None
-    figure, axes = grid_of_panels(len(parts), 4)
+    unit = MEASURES[measures[0]].unit
+    figure, axes = grid_of_panels(len(parts), 4, sharey=unit == ACCURACY)
     for axis, (measure, of) in zip(axes, parts, strict=True):
         ats = sorted({q.at for q in quantities if (q.measure, q.of) == (measure, of) and q.at is not None})
         for group in groups:
             _line(axis, gathered, group, [Quantity(measure, of, at) for at in ats], style)
-        title = of if len(measures) == 1 else f"{MEASURES[measure].title}: {of}"
-        axis.set(xlabel=MEASURES[measure].at, ylim=(-0.03, 1.03))
+        title = of if len(measures) == 1 else f"{MEASURES[measure].title}:\n{of}"
+        axis.set(xlabel=MEASURES[measure].at)
+        if unit == ACCURACY:
+            axis.set_ylim(-0.03, 1.03)
         axis.set_title(title, fontsize=9)
         _powers_of_two(axis, ats)
-    axes[0].set_ylabel("accuracy")
+    axes[0].set_ylabel(unit)
     add_legend(figure, axes)
-    figure.suptitle(f"{' and '.join(MEASURES[m].title for m in measures)}, {size}", fontsize=10)
+    figure.suptitle(
+        f"{' and '.join(MEASURES[m].title for m in dict.fromkeys(m for m, _ in parts))}, {size}", fontsize=10
+    )
     return figure
 
 

@@ -17,8 +17,8 @@ from lrnn.ladder.report.wording import count, interval, number, probability, sev
 from lrnn.track.grid import RANGE_NAMES
 
 IN_TABLES = (
-    "heldout_bits_per_byte", "gold_bits_per_byte", "traces_accuracy", "recall_accuracy", "needle_accuracy",
-    "position_nats",
+    "heldout_bits_per_byte", "gold_bits_per_byte", "traces_accuracy", "recall_accuracy", "recall_bits_per_byte",
+    "needle_accuracy", "needle_bits_per_byte", "position_nats",
 )  # fmt: skip
 RESULTS, RANGES, TRAINING = "Results", "Differences between ranges", "Training"  # sections with pictures
 FIRST = "[-1, 1]"  # what verdicts between ranges are about

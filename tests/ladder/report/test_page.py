@@ -54,7 +54,8 @@ def bars(axis):
 
 def test_files(drawn):
     assert set(drawn) == {
-        "loss.png", "traces-15m.png", "traces-30m.png", "retrieval-15m.png", "retrieval-30m.png", "position.png",
+        "loss.png", "traces-15m.png", "traces-30m.png", "retrieval-15m.png", "retrieval-30m.png", "answers-15m.png",
+        "answers-30m.png", "position.png",
         "differences.png", "training.png", "eigenvalues.png",
     }  # fmt: skip
 
