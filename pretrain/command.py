@@ -7,9 +7,11 @@ a checkpoint and exit with status 75.
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lrnn.errors import UserError
+from lrnn.pretrain.checkpoint.format import samples_consumed
 from lrnn.pretrain.config import Config, load_config, load_model_of
 from lrnn.pretrain.deepspeed_config import deepspeed_config
 from lrnn.pretrain.launch import (
@@ -27,7 +29,7 @@ from lrnn.pretrain.launch import (
 )
 from lrnn.pretrain.metrics.start_up import StartUp, process_age_s
 from lrnn.pretrain.old_config import notice
-from lrnn.pretrain.stages import naming, stages_of
+from lrnn.pretrain.stages import naming, stages_left
 
 if TYPE_CHECKING:  # It imports the model, which a process that starts others does without.
     from lrnn.pretrain.watch.protocol import MakeEvaluator
@@ -61,7 +63,7 @@ def main(args: argparse.Namespace, make: "MakeEvaluator | None" = None) -> int:
         processes = default_processes() if args.nproc is None else args.nproc
         check_world(processes)
         load_model_of(config)  # Cheap checks come before processes start.
-        for stage in stages_of(config):
+        for stage in stages_left(config, samples_consumed(Path(config.run_dir))):
             with naming(stage, config):
                 deepspeed_config(stage.config, processes)
         if processes > 1:

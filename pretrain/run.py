@@ -42,7 +42,7 @@ from lrnn.pretrain.optim import has_other_groups_by_shape
 from lrnn.pretrain.progress import Progress, check_same_run
 from lrnn.pretrain.run_yaml import write_config
 from lrnn.pretrain.schedule import learning_rate
-from lrnn.pretrain.stages import model_in, naming, stage_at, stages_of
+from lrnn.pretrain.stages import model_in, naming, stage_at, stages_left, stages_of
 from lrnn.pretrain.state_passing import open_states
 from lrnn.pretrain.step import Step, warm_up
 from lrnn.pretrain.watch.protocol import MakeEvaluator
@@ -112,13 +112,16 @@ class Run:
         self._stopped, self._same_data = False, True
         self._watchdog = exits.enter_context(Watchdog(ranks, config.watchdog))
         with self.phase("checking data and checkpoints", step=0):
-            self._model_config, self._data, self._heldout = ranks.together(self._check_parts)
+            consumed = self._on_main(lambda: checkpoint.samples_consumed(Path(config.run_dir))) or 0
+            self._model_config, self._data, self._heldout = ranks.together(lambda: self._check_parts(consumed))
             check_same(config, self._model_config, self._data, ranks)
             evaluator = make_evaluator(make, config, self._model_config, self._data.save_tokenizer, ranks)
             self._engine_copy = ranks.together(self._read_engine_copy)
             self._saved = self._open_folder(exits)
             self._beginning = Beginning(config, self._model_config, self._saved, ranks)
             changes = self._resume(self._saved, allow_change) if self._saved is not None else {}
+            if self.progress.samples < consumed:  # The newest checkpoint is broken: stages before it are done again.
+                _, self._data, self._heldout = ranks.together(lambda: self._check_parts(self.progress.samples))
             self._first_step = self.progress.step
             self._on_main(lambda: write_config(config))
         start_up.lap("data and checkpoints")
@@ -363,18 +366,17 @@ class Run:
             self._say("stopped by a signal: run the same command to resume" if self._stopped else "done")
         return STOPPED if self._stopped else 0
 
-    def _check_parts(self) -> tuple[LrnnConfig, TrainingData, HeldOut]:
-        """Open and check the model's configuration, the training data and the held-out data."""
+    def _check_parts(self, samples: int) -> tuple[LrnnConfig, TrainingData, HeldOut]:
+        """Open and check the model's configuration, the training data and the held-out data, from a sample on."""
         model_config = load_model_of(self.config)
-        for stage in self._stages:
+        for stage in stages_left(self.config, samples):
             with naming(stage, self.config):
-                deepspeed_config(stage.config, self.ranks.world_size)
-        dtype = compute_dtype(deepspeed_config(self._stages[0].config, self.ranks.world_size))
+                dtype = compute_dtype(deepspeed_config(stage.config, self.ranks.world_size))
         if self.ranks.device.type == "cuda":
             check_kernels(model_config, dtype, architecture(self.ranks.device))
         uses_fused_layers(self.config, self.ranks.device, dtype)  # which may be impossible
-        data = open_run_data(self.config, model_config, self.ranks)
-        return model_config, data, HeldOut(self.config, self.ranks)
+        data = open_run_data(self.config, model_config, self.ranks, samples)
+        return model_config, data, HeldOut(self.config, self.ranks, samples)
 
     def _read_engine_copy(self) -> dict[str, str]:
         """Return the files of a checkpoint that keep the DeepSpeed JSON, which may change while the run goes on."""
@@ -438,7 +440,8 @@ class Run:
                 "this run began with an earlier version of lrnn, and keeps its weight decay: the mixer's gate biases "
                 "have it, and recurrent matrices do not; new runs have it on linear maps only"
             )
-        engine = build_engine(model.to(self.ranks.device), self._stages[0].config, self.ranks, by_shape)
+        stage = stages_left(self.config, self.progress.samples)[0]
+        engine = build_engine(model.to(self.ranks.device), stage.config, self.ranks, by_shape)
         start_up.lap("engine")
         if state is not None:
             zero_state.restore(engine, state.read, self.progress.optimizer_step)

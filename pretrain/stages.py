@@ -66,6 +66,15 @@ def stages_of(config: Config) -> list[Stage]:
     return stages or [Stage(1, "the run", config, 0, 0)]
 
 
+def stages_left(config: Config, samples: int) -> list[Stage]:
+    """Return the stages that a run has not ended after so many samples. The last one is always among them.
+
+    Those that are over are not trained again, so their batches need not fit the processes that a run resumes with.
+    """
+    stages = stages_of(config)
+    return [stage for stage in stages if stage is stages[-1] or stage.first_sample + stage.samples > samples]
+
+
 def stage_at(stages: Sequence[Stage], sample: int) -> Stage:
     """Return the stage of the step whose first sample has this number."""
     return next((stage for stage in reversed(stages) if stage.first_sample <= sample), stages[0])

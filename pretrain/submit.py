@@ -36,13 +36,13 @@ def submit(args: argparse.Namespace) -> int:
     from lrnn.pretrain.changes import check_changes
     from lrnn.pretrain.config import load_config, load_model_of
     from lrnn.pretrain.deepspeed_config import deepspeed_config
-    from lrnn.pretrain.stages import naming, stages_of
+    from lrnn.pretrain.stages import naming, stages_left
 
     config = load_config(args.config, args.overrides)
     template = sbatch.read_template(args.template or TEMPLATE)
     options = sbatch_options(config, args, dict(sbatch.DIRECTIVE.findall(template)))
     load_model_of(config)  # errors that would stop the run are reported before it waits in a queue
-    for stage in stages_of(config):
+    for stage in stages_left(config, checkpoint.samples_consumed(Path(config.run_dir))):
         with naming(stage, config):
             deepspeed_config(stage.config, int(options["nodes"] or 1) * int(options["ntasks-per-node"] or 1))
     saved = checkpoint.list_checkpoints(Path(config.run_dir))

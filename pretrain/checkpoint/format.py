@@ -166,6 +166,18 @@ def read_progress(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "progress.json").read_text())
 
 
+def samples_consumed(run_dir: Path) -> int:
+    """Return the samples that a run has consumed by its newest checkpoint that looks whole; 0 if there is none.
+
+    It is for checks before the checkpoint is read: if its content is damaged, `find_newest` says so.
+    """
+    newest = next((folder for folder in reversed(list_checkpoints(run_dir)) if looks_whole(folder)), None)
+    try:
+        return 0 if newest is None else int(read_progress(newest)["progress"]["samples"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint. Raises BrokenCheckpoint if it is missing, damaged or of another format."""
     file = folder / "manifest.json"

@@ -16,7 +16,7 @@ from lrnn.pretrain.data.samples import num_windows, read_window
 from lrnn.pretrain.distributed import Ranks
 from lrnn.pretrain.engine import Engine
 from lrnn.pretrain.fused.layers import refresh
-from lrnn.pretrain.stages import Stage, naming, stages_of
+from lrnn.pretrain.stages import Stage, naming, stages_left, stages_of
 
 LOSS = "heldout_loss"
 
@@ -27,11 +27,16 @@ class HeldOut:
     In a run with stages the corpora are those of all stages, so that the losses can be compared throughout, and a
     window has the length of the stage's samples.
 
+    Args:
+        config: the run's configuration.
+        ranks: this process among all.
+        samples: those that the run has consumed. Nothing is measured in stages that are over.
+
     Raises:
         UserError: `log.heldout_every` is set, and the data is a stream or a held-out split is smaller than one sample.
     """
 
-    def __init__(self, config: Config, ranks: Ranks):
+    def __init__(self, config: Config, ranks: Ranks, samples: int = 0):
         self._every, self._steps, self._device = config.log.heldout_every, config.steps, ranks.device
         self._batches: list[dict[str, list[MicroBatch]]] = []  # by stage and by the name of the loss
         if self._every:
@@ -40,9 +45,10 @@ class HeldOut:
             stages = stages_of(config)
             paths = dict.fromkeys(corpus.path for stage in stages for corpus in stage.config.data.corpora)
             corpora = {path: TokenCorpus(path, "heldout") for path in paths}
+            left = {stage.number for stage in stages_left(config, samples)}
             for stage in stages:
                 with naming(stage, config):
-                    self._batches.append(batches_in(stage, corpora, ranks))
+                    self._batches.append(batches_in(stage, corpora, ranks) if stage.number in left else {})
 
     def due(self, step: int) -> bool:
         """Return whether to measure after `step` steps: every `log.heldout_every` steps and after the last one."""

@@ -28,7 +28,7 @@ from lrnn.pretrain.data.training_data import (
     tokenizer_writer,
 )
 from lrnn.pretrain.distributed import Ranks
-from lrnn.pretrain.stages import Stage, naming, stages_of
+from lrnn.pretrain.stages import Stage, naming, stages_left, stages_of
 
 
 @dataclass
@@ -38,13 +38,13 @@ class Part:
     Attributes:
         stage: the stage.
         data: its samples.
-        batching: its batch sizes, and the place of this process among all.
+        batching: its batch sizes, and the place of this process among all; None if the stage is over.
         start: number among the samples of `data` of the first sample of the stage.
     """
 
     stage: Stage
     data: CorpusData
-    batching: Batching
+    batching: Batching | None
     start: int
 
     @property
@@ -90,6 +90,8 @@ class StagedLoader(Loader):
             start = start_sample
             ends: list[int | None] = [part.stage.first_sample for part in parts[1:]]
             for part, stop in zip(parts, [*ends, None], strict=True):
+                if part.batching is None:
+                    continue
                 size = part.batching.global_batch_size
                 yield from steps_from(part.data, part.batching, start, stop, part.origin)
                 if stop is not None and start < stop:
@@ -103,7 +105,7 @@ class StagedData(TrainingData):
     """The data of a run in stages.
 
     Attributes:
-        parts: the stages, of which `source` and `batching` are those of the first.
+        parts: the stages. `source` is that of the first, `batching` that of the first which is not over.
     """
 
     parts: Sequence[Part] = ()
@@ -123,7 +125,7 @@ class StagedData(TrainingData):
     def throwaway_batches(self, samples: int) -> Iterator[MicroBatch]:
         ends = [part.stage.first_sample for part in self.parts[1:]]
         for part, end in zip(self.parts, [*ends, None], strict=True):
-            if end is None or samples < end:
+            if part.batching is not None and (end is None or samples < end):
                 yield throwaway_batch(part.batching.micro_batch_size, part.data)
 
     def _taken(self, samples: int) -> Iterator[int]:
@@ -133,15 +135,21 @@ class StagedData(TrainingData):
             yield max(0, end - part.stage.first_sample)
 
 
-def open_run_data(config: Config, model_config: LrnnConfig, ranks: Ranks) -> TrainingData:
+def open_run_data(config: Config, model_config: LrnnConfig, ranks: Ranks, samples: int = 0) -> TrainingData:
     """Open and check the data of a run, of all of its stages if it has some.
+
+    Args:
+        config: the run's configuration.
+        model_config: its model.
+        ranks: this process among all.
+        samples: those that the run has consumed. Batch sizes of stages that are over are not looked at.
 
     Raises:
         UserError: see `open_data`. The message names the stage.
     """
     if not config.stages:
         return open_data(config, model_config, ranks)
-    parts = list(_open_parts(stages_of(config), config, ranks))
+    parts = list(_open_parts(config, ranks, samples))
     corpora = [corpus for part in parts for corpus in part.data.corpora]
     for part in parts:
         with naming(part.stage, config):
@@ -160,22 +168,23 @@ def open_run_data(config: Config, model_config: LrnnConfig, ranks: Ranks) -> Tra
         source=first_part.data,
         description=description,
         save_tokenizer=tokenizer_writer(str(corpora[0].path)),
-        batching=first_part.batching,
+        batching=next(part.batching for part in parts if part.batching is not None),
         as_of_0_1_0={"tokenizer": corpora[0].tokenizer_file_sha256},
         stages=facts,
         parts=parts,
     )
 
 
-def _open_parts(stages: Sequence[Stage], config: Config, ranks: Ranks) -> Iterator[Part]:
+def _open_parts(config: Config, ranks: Ranks, samples: int) -> Iterator[Part]:
     """Yield the data of each stage. Raises UserError that names the stage."""
+    left = {stage.number for stage in stages_left(config, samples)}
     opened: dict[str, TokenCorpus] = {}
     keys: dict[Hashable, int] = {}  # of a corpus that may occur several times in a stage
     by_length: dict[int, _Taken] = {}
-    for stage in stages:
+    for stage in stages_of(config):
         with naming(stage, config):
             data = stage.config.data
-            batching = stage.config.batching(ranks.rank, ranks.world_size)
+            batching = stage.config.batching(ranks.rank, ranks.world_size) if stage.number in left else None
             for corpus in data.corpora:
                 if corpus.path not in opened:
                     opened[corpus.path] = TokenCorpus(corpus.path)
@@ -196,7 +205,8 @@ def _open_parts(stages: Sequence[Stage], config: Config, ranks: Ranks) -> Iterat
                 keys=[keys[name] for name in names],
                 offsets=[taken.offsets.get(name, 0) for name in names],
             )
-            check_enough_samples(source, ranks.world_size)
+            if batching is not None:
+                check_enough_samples(source, ranks.world_size)
         yield Part(stage, source, batching, taken.samples)
         taken.samples += stage.samples
         for name, count in zip(names, source.reserved(taken.samples), strict=True):

@@ -14,6 +14,7 @@ from lrnn.pretrain.changes import check_changes
 from lrnn.pretrain.checkpoint import format as checkpoint
 from lrnn.pretrain.config import load_model_of, parse_config
 from lrnn.pretrain.corpus.reader import TokenCorpus
+from lrnn.pretrain.data.heldout import HeldOut
 from lrnn.pretrain.data.staged import open_run_data
 from lrnn.pretrain.data.training_data import open_data
 from lrnn.pretrain.distributed import Ranks
@@ -238,6 +239,40 @@ def test_a_stage_that_does_not_fit(staged, build_corpus, text_folder, tmp_path):
         config = parse_config(raw, "test")
         with pytest.raises(UserError, match=rf"^stage 2 \(long\): .*{message}"):
             open_run_data(config, load_model_of(config), LONE)
+
+
+def test_batches_of_stages_that_are_over_need_not_fit_the_processes(staged):
+    """A run that began with 8 samples per step resumes in its second stage, of 32, on 16 processes."""
+    raw = staged()
+    raw["log"] = {"heldout_every": 2, "heldout_batches": 1, "tensorboard": False}
+    raw["stages"] = [{"steps": 3, "micro_batch_size": 4}, {"steps": 3, "global_batch_size": 32, "micro_batch_size": 2}]
+    config, many = parse_config(raw, "test"), [Ranks(rank, 16, torch.device("cpu"), None) for rank in range(16)]
+    model = load_model_of(config)
+    for samples in (0, 23):
+        with pytest.raises(UserError, match=r"^stage 1: global_batch_size=8 has too few samples for 16 processes"):
+            open_run_data(config, model, many[0], samples)
+        with pytest.raises(UserError, match=r"^stage 1: global_batch_size=8 has too few samples for 16 processes"):
+            HeldOut(config, many[0], samples)
+    alone = open_run_data(config, model, LONE).loader(24, None, False)
+    found = [open_run_data(config, model, ranks, 24).loader(24, None, False) for ranks in many]
+    with alone as expected:
+        step = torch.cat([batch.input_ids for batch in next(expected)])
+    taken = []
+    for loader in found:
+        with loader as own:
+            taken += [batch.input_ids for batch in next(own)]
+    assert torch.cat(taken).equal(step)
+    assert [list(batches)[:1] for batches in HeldOut(config, many[3], 24)._batches] == [[], ["heldout_loss"]]
+    sizes = [batch.input_ids.shape for batch in open_run_data(config, model, many[0], 24).throwaway_batches(24)]
+    assert sizes == [(2, 64)]
+
+
+def test_a_run_grows_onto_processes_that_its_first_stage_does_not_fit(staged, tmp_path):
+    raw = {**staged(), "global_batch_size": 4, "micro_batch_size": 4}
+    raw["stages"] = [{"steps": 2}, {"steps": 1, "global_batch_size": 8}]
+    assert run_group(tmp_path, [{"config": raw, "stop_at": 2}], 1) == [STOPPED]
+    assert run_group(tmp_path, [{"config": raw}], 2) == [0]
+    assert [r["step"] for r in read_metrics(Path(raw["run_dir"])) if "loss" in r] == [1, 2, 3]
 
 
 @pytest.fixture
