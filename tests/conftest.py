@@ -22,6 +22,7 @@ LONGEST = (
     "eval/export/test_exported_folders.py",
     "track/test_track.py",
     "track/test_training.py",
+    "ladder/test_ladder.py",
     "pretrain/test_torture.py",
     "pretrain/test_recipe_chain.py",
     "pretrain/checkpoint/test_storage.py",

@@ -13,7 +13,7 @@ from lrnn.ladder.devices import Devices
 from lrnn.ladder.progress import Progress
 from lrnn.pretrain.launch import STOPPED, StopRequest
 
-POLL_S = 0.2
+POLL_S = 0.05
 SAY_EVERY_S = 30.0
 LOG_LINES = 5  # of a failed cell, that are shown
 GRACE_S = 10.0  # between SIGTERM and SIGKILL when this command ends by an error

@@ -38,7 +38,7 @@ def written() -> dict[str, Any]:
             "hybrid": {
                 "model": {"mixer": ["gated_deltanet", "attention"]},
                 "sizes": {"large": {"intermediate_size": 160}},
-                "run": {"optim": {"eps": 1e-6}},
+                "run": {"optim": {"eps": 1e-6, "weight_decay": 0.3}},
             },
             "attention": {"model": {"mixer": "attention"}},
         },

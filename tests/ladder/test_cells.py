@@ -52,7 +52,7 @@ def test_the_run_of_a_cell(write, written, tmp_path):
     assert (negative.steps, negative.tokens, negative.tokens_per_step) == (steps, steps * 256, 256)
     assert (config.schedule.warmup_steps, config.schedule.decay_steps) == (round(0.1 * steps), round(0.25 * steps))
     # The keys of the arm change those of the size, and these those of the ladder.
-    assert (config.optim.betas, config.optim.weight_decay, config.optim.eps) == ([0.9, 0.99], 0.2, 1e-6)
+    assert (config.optim.betas, config.optim.weight_decay, config.optim.eps) == ([0.9, 0.99], 0.3, 1e-6)
     assert (config.optim.lr, config.seed, config.global_batch_size, config.micro_batch_size) == (2e-3, 3, 8, 4)
     assert negative.model.intermediate_size == 160 and negative.model.max_position_embeddings == 32
     assert (negative.model.allow_neg_eigval, positive.model.allow_neg_eigval) == (True, False)
