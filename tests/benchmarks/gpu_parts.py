@@ -102,16 +102,20 @@ class Parts:
         for part in parts:
             if part.gpus > len(gpus):
                 part.note = f"left out: needs {part.gpus} GPUs"
-        self._start, self._renewed = time.monotonic(), 0.0
+        self._start, self._renewed, self._is_stopped = time.monotonic(), 0.0, False
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._start
 
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        """Stop soon; a handler of signals, which may come while a part starts."""
+        self._is_stopped = True
+
     def run(self) -> None:
         """Run all parts, until they have ended or the time is up."""
         try:
-            while not all(part.has_ended for part in self.parts) and self.seconds < self.limit:
+            while not (all(part.has_ended for part in self.parts) or self.seconds > self.limit or self._is_stopped):
                 self._start_parts()
                 for part in self.parts:
                     self._look_at(part)
@@ -119,11 +123,12 @@ class Parts:
                     self.renew()
                 time.sleep(0.05)
         finally:
+            reason = "a signal came" if self._is_stopped else "the time of all is up"
             for part in self.parts:
                 if part.process is not None and not part.has_ended:
-                    self._stop(part, "cut off: the time of all is up")
+                    self._stop(part, f"cut off: {reason}")
                 elif not part.has_ended:
-                    part.note = "not started: the time of all is up"
+                    part.note = f"not started: {reason}"
             self.renew()
 
     def _start_parts(self) -> None:
@@ -209,15 +214,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="run these, and what they come after")
     args = parser.parse_args()
     parts = Parts(read_parts(args.file, args.only), visible_gpus(), args.work.resolve(), args.results, args.limit)
-    signal.signal(signal.SIGTERM, _stop_all)
+    signal.signal(signal.SIGTERM, parts.stop)
     parts.run()
     print(f"\n{parts.seconds:.0f} s in all; what was printed is in {args.results / 'outputs.txt'}")
     print("\n".join(line_of(part) for part in parts.parts), flush=True)
     sys.exit(any(part.status != 0 for part in parts.parts))
-
-
-def _stop_all(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(f"stopped by signal {number}")
 
 
 if __name__ == "__main__":
