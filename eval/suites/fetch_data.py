@@ -75,9 +75,11 @@ def manifest_sha256() -> str | None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Return whether every file that the manifest names exists unchanged, and it names all of `FILES`."""
+    """Return whether the data is of this wheel, and every file of `FILES` and of the manifest is there unchanged."""
     manifest = _read_manifest(folder)
-    if manifest is None or not manifest["files"].keys() >= {f"{name}.jsonl" for name in FILES}:
+    if manifest is None or manifest["wheel_sha256"] != WHEEL_SHA256:
+        return False
+    if not manifest["files"].keys() >= {f"{name}.jsonl" for name in FILES}:
         return False
     return all(
         (folder / name).is_file() and sha256(folder / name) == entry["sha256"]
@@ -140,9 +142,10 @@ def _read_manifest(folder: Path) -> dict | None:
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and run `lrnn eval --fetch`") from error
-    return manifest if manifest.get("version") == MANIFEST_VERSION else None
+        version = manifest["version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error!r}); delete it and run `lrnn eval --fetch`") from error
+    return manifest if version == MANIFEST_VERSION else None
 
 
 def _download(folder: Path) -> Path:

