@@ -10,7 +10,7 @@ import yaml
 
 from lrnn.errors import UserError
 from lrnn.files import sha256
-from lrnn.ladder.text import extract
+from lrnn.ladder.text import assemble, extract
 from lrnn.ladder.text.contamination import Benchmarks
 from lrnn.ladder.text.make import make_text
 from lrnn.ladder.text.table import DOMAINS, SHIPPED, read_table
@@ -109,6 +109,17 @@ def test_holds_out_whole_folders_of_every_package(maker):
     files = {str(file.relative_to(text)): sha256(file) for file in text.glob("*/*.jsonl")}
     assert {name: entry["sha256"] for name, entry in manifest["files"].items()} == files
     assert manifest["packages"]["aaa"]["version"] == "1:2-3"
+
+
+def test_holds_out_no_folder_that_would_be_most_of_it():
+    def placed(subtree: str, size: int) -> assemble.Placed:
+        return assemble.Placed("aaa", extract.Entry(0, 0, size, "code", subtree, subtree))
+
+    documents = [placed("large", 60), *(placed(f"small{i}", 1) for i in range(940))]
+    for name in range(50):  # whatever the order that its name gives it
+        documents[0] = placed(f"large{name}", 60)
+        chosen = assemble.held_out_subtrees(documents, {"code": 0.1})
+        assert len(chosen) == 100 and ("code", f"large{name}") not in chosen
 
 
 def test_leaves_out_repeated_documents_and_those_with_a_benchmark_question(maker):

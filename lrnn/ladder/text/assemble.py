@@ -13,6 +13,7 @@ from lrnn.ladder.text.table import DOMAINS
 
 CHUNKS = 64  # train-*.jsonl of a domain; the files of one number hold the same share of every domain
 LEAST_BYTES = 100_000  # of a train-*.jsonl; a domain with less text has fewer files
+LARGEST = 0.5  # share of what is held out of a package that one subtree may be
 LONG_LINE = 50  # characters; shorter lines are alike by chance
 MOST_KNOWN = 0.5  # share of a held-out document's bytes in long lines that may stand in the train documents as well
 
@@ -41,8 +42,8 @@ def without_duplicates(documents: Iterable[Placed]) -> tuple[list[Placed], dict[
 def held_out_subtrees(documents: Iterable[Placed], shares: dict[str, float]) -> set[tuple[str, str]]:
     """Return the (domain, subtree) that are held out.
 
-    Of each package and domain, subtrees are taken in the order of a hash of their names, unless the share would be
-    exceeded by one.
+    Of each package and domain, subtrees are taken in the order of a hash of their names. One that has more than half of
+    the text that is to be held out, or more than is left of it, is not taken.
     """
     sizes: dict[tuple[str, str], dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for package, entry in documents:
@@ -50,8 +51,9 @@ def held_out_subtrees(documents: Iterable[Placed], shares: dict[str, float]) -> 
     chosen = set()
     for (_, domain), subtrees in sizes.items():
         room = shares[domain] * sum(subtrees.values())
+        largest = room * LARGEST
         for subtree in sorted(subtrees, key=_order):
-            if subtrees[subtree] <= room:
+            if subtrees[subtree] <= min(room, largest):
                 room -= subtrees[subtree]
                 chosen.add((domain, subtree))
     return chosen
