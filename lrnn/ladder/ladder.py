@@ -108,6 +108,10 @@ def _check(args: argparse.Namespace) -> None:
     """Raise UserError for options that do not go together."""
     if args.submit and (args.report or args.cell is not None):
         raise UserError("--submit submits the cells that are left; leave out --report and --cell")
+    if args.cells is not None and (args.report or args.cell is not None):
+        raise UserError("--cells chooses among the cells that are left; leave it out beside --report and --cell")
+    if args.redo and args.report:
+        raise UserError("--redo runs cells again; leave it out beside --report")
     for name in OF_SUBMIT if not args.submit else ():
         if getattr(args, name) not in (None, []):
             raise UserError(f"--{name.replace('_', '-')} is for SLURM; add --submit")

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -172,3 +174,12 @@ def test_keys_of_a_run_keep_their_paths(tmp_path, monkeypatch, write):
     assert cell.config.data.corpora[0].path == "/data/code"
     assert LadderConfig.model_fields["run"].metadata[0].schema is Config
     assert yaml.safe_load((tmp_path / "ladder.yaml").read_text())["run"]["data"]["corpora"][0]["path"] == "corpora/code"
+
+
+def test_the_example_of_the_documentation(tmp_path):
+    page = (Path(__file__).parents[2] / "docs/ladder.md").read_text()
+    (tmp_path / "ladder.yaml").write_text(re.search(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1])
+    names = {cell.name for cell in cells_of(tmp_path / "ladder.yaml")}
+    assert len(names) == 4 + 2 * 3 + 3
+    for name in re.findall(r"`(15m/\S+)`", page):
+        assert name in names or any(name == other.partition("/seed-")[0] for other in names), name

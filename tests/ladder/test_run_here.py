@@ -170,6 +170,8 @@ def test_what_is_missing_is_found_before_anything_runs(write, written, tmp_path,
         (["--cell", "small/delta/negative/5K/seed-7"], "did you mean small/delta/negative/5K/seed-1?"),
         (["--time", "1:00:00"], "--time is for SLURM; add --submit"),
         (["--submit", "--report"], "leave out --report"),
+        (["--report", "--cells", "*"], "--cells chooses among the cells that are left"),
+        (["--report", "--redo"], "--redo runs cells again"),
         (["--report"], None),
     ):
         assert main(["ladder", str(path), *arguments]) == 2
