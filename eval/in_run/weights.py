@@ -33,9 +33,9 @@ def make_room(engine: Engine, device: torch.device) -> None:
 
     A rank without that memory raises its error here, where no other rank waits for it in a collective yet.
     """
-    weights = [weight for weight in engine.module.parameters() if _is_partitioned(weight)]
+    weights: list[Any] = [weight for weight in engine.module.parameters() if _is_partitioned(weight)]
     if weights:
-        largest: Any = max(weights, key=lambda weight: weight.ds_numel)
+        largest = max(weights, key=lambda weight: weight.ds_numel)
         padding = largest.ds_tensor.ds_numel  # all ranks have parts of this size
         torch.empty(largest.ds_numel + padding, dtype=largest.ds_tensor.dtype, device=device)
 
