@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 from turns import turn
 
+# Every process of the tests computes with one thread. Threads that wait for others keep a core busy: if there are fewer
+# cores than threads, a test can take five times the processor time. PyTorch reads this when it is imported.
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
 # What is imported is not garbage, and a search of it takes seconds.
 gc.disable()
 

@@ -11,11 +11,6 @@ from lrnn.kernels.reference.diagonal import diagonal_recurrence, recurrent, sign
 B, H, K, V = 2, 2, 6, 5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def random(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 

@@ -7,11 +7,6 @@ import torch.nn.functional as F
 from lrnn.kernels.reference.steps import rwkv7_recurrence, selective_scan
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def random(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 

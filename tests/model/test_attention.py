@@ -18,11 +18,6 @@ HIDDEN, HEADS, HEAD_DIM, T = 48, 6, 8, 40
 SIZE = {"hidden_size": HIDDEN, "num_attention_heads": HEADS, "num_hidden_layers": 4, "rms_norm_eps": 1e-6}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def theirs(config, kv_heads: int, window: int | None, theta: float | None):
     """Return transformers' attention in float64 with random weights, and what it is called with besides its input."""
     name = type(config).__name__.removesuffix("Config")

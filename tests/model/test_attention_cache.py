@@ -21,11 +21,6 @@ HYBRID = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def model():
     return make_model("gated_deltanet", mixer=HYBRID, num_hidden_layers=3, max_position_embeddings=16).double()

@@ -19,7 +19,6 @@ JOINED = "linear_attn.conv1d.weight"  # the convolutions of q, k and v
 @pytest.fixture(scope="module")
 def olmo():
     """Return the module of the class, which computes with its own functions."""
-    torch.set_num_threads(1)
     import_class("olmo_hybrid", "cpu")
     return importlib.import_module("transformers.models.olmo_hybrid.modeling_olmo_hybrid")
 

@@ -28,11 +28,6 @@ A, B = tokens(1, 13, seed=1), tokens(1, 17, seed=2)
 FREE = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(autouse=True)
 def no_gradients():
     with torch.no_grad():

@@ -18,11 +18,6 @@ RANGES = {True: (-1, 1), False: (0, 1)}
 both_ranges = pytest.mark.parametrize("allow_neg_eigval", [True, False])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 # ---- the equations, token by token in float64: x [T, hidden] -> output [T, hidden], eigenvalues or None
 
 

@@ -13,11 +13,6 @@ from lrnn.pretrain.metrics.eigenvalues import EigenvalueProbe
 from lrnn.pretrain.optim import has_other_groups_by_shape, parameter_groups
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def states(cache, layer: int = 0) -> tuple[torch.Tensor, ...]:
     state = cache.layers[layer].state
     return state if isinstance(state, tuple) else (state,)

@@ -23,11 +23,6 @@ SIZE = {
 MIXERS = ["gated_deltanet", "deltanet"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def make_model(**config) -> LrnnForCausalLM:
     """Return a model in which every parameter affects the logits."""
     torch.manual_seed(0)

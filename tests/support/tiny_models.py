@@ -16,7 +16,6 @@ def write_tiny_model(folder: Path, texts: list[str], *, vocab_size: int = 300, s
     Args:
         sentences: let a token be as long as a sentence instead of a word, so that prompts like `texts` have few tokens.
     """
-    torch.set_num_threads(1)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if sentences:

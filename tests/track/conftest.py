@@ -1,7 +1,6 @@
 import json
 
 import pytest
-import torch
 
 from lrnn.track.grid import load_grid
 
@@ -32,12 +31,3 @@ def tiny_cells(tmp_path):
         return load_grid(path)[1]
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are slower with several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -5,7 +5,6 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-import torch
 from export_checkpoints import OTHER_MIXERS, random_model, write_checkpoint, write_manifest
 from safetensors.torch import load_file, save_file
 
@@ -18,11 +17,6 @@ from lrnn.formats.fla import to_fla_config
 from lrnn.tokenizer import train_sentencepiece
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

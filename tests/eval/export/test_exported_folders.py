@@ -45,11 +45,6 @@ NOT_RELOADED = {
 DTYPES = EXPORTED | NOT_RELOADED
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def load_with_lrnn(folder: Path, batch: torch.Tensor, texts: list[str]) -> tuple[dict[str, torch.Tensor], list]:
     """Return what the exporter reads back without lrnn, but from this process."""
     return export_check._load_with_lrnn(folder, batch), load_tokenizer(folder).encode_batch(texts)

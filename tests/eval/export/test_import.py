@@ -31,11 +31,6 @@ HYBRID |= {"mixer": ["gated_deltanet", ATTENTION], "allow_neg_eigval": False}
 NAME = "model.layers.1.mlp.up_proj.weight"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def model() -> LrnnForCausalLM:
     """Return a hybrid that `olmo_hybrid` has, with weights that bfloat16 holds."""

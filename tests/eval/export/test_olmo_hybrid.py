@@ -42,11 +42,6 @@ READ_BY_VLLM = {
 PROMPTS = ["def f(x):\n    return", "import os"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def environment(modules: Path) -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(modules)}
 

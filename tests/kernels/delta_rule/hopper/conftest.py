@@ -1,7 +1,6 @@
 import functools
 
 import pytest
-import torch
 from delta_rule_calls import replace_launch
 from gluon_on_cpu import launch_on_cpu
 
@@ -14,7 +13,6 @@ def run_on_cpu(monkeypatch):
 
     Persistent kernels run with that many programs.
     """
-    torch.set_num_threads(1)
 
     def make(programs=1, seed=0, changes=()):
         monkeypatch.setattr(chunk_backward, "multiprocessors", lambda device: programs)
