@@ -60,7 +60,8 @@ class Request:
     @property
     def name(self) -> str:
         """The suite, or the tasks, with what is not the default: the name of the result folder in DIR/eval."""
-        words = [self.suite or "+".join(re.sub(r"[^\w.,-]+", "_", Path(task).stem) for task in self.tasks)]
+        tasks = (Path(task).stem if task.endswith(".yaml") else task for task in self.tasks)
+        words = [self.suite or "+".join(re.sub(r"[^\w.,-]+", "_", task) for task in tasks)]
         shots = self.num_fewshot
         words += [] if shots is None else [f"{shots}-shot"]
         words += ["chat"] if self.apply_chat_template else []

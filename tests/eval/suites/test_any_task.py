@@ -16,6 +16,7 @@ from lrnn import cli
 from lrnn.eval.suites import fetch_data, harness, task_objects
 from lrnn.eval.suites.collect import collect
 from lrnn.eval.suites.compare import compare
+from lrnn.eval.suites.request import Request
 
 OPTIONS = {"dtype": "float32", "softmax_dtype": "float32"}
 SHOTS = 2
@@ -276,3 +277,22 @@ def test_the_folder_may_follow_the_tasks(folder, monkeypatch, model):
         with pytest.raises(ZeroDivisionError):
             cli.main(["eval", *words])
     assert [(request.tasks, request.model) for request in asked] == [(("a", "b", "c"), Path(model))] * 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ({"tasks": ("arc_*", "own/tasks/mine.yaml")}, "arc__+mine"),
+        ({"tasks": ("latxa-7b-v1",)}, "latxa-7b-v1"),
+        ({"tasks": ("latxa-7b-v1.1",)}, "latxa-7b-v1.1"),
+        ({"tasks": ("mmlu",), "num_fewshot": 0, "apply_chat_template": True}, "mmlu-0-shot-chat"),
+        ({"suite": "fast", "bos": "never", "limit": 0.1}, "fast-bos-never-first-0.1"),
+    ],
+)
+def test_what_differs_has_a_folder_of_its_own(asked, name):
+    assert Request(model=Path("m"), **asked).folder == Path("m/eval") / name
+
+
+def test_a_long_name_is_cut_and_stays_different():
+    long, other = (Request(model=Path("m"), tasks=(f"{'x' * 150}{end}",)).name for end in "ab")
+    assert long[:100] == other[:100] == "x" * 100 and long != other and len(long) < 120
