@@ -33,6 +33,7 @@ jobs: setup
 # Runs 300 kills instead of 9, twenty endings of a job instead of two, and other numbers of processes, in some 50
 # minutes. The jobs need root and Debian, because they start their own SLURM. Exports of every mixer are used in five
 # versions of transformers. Plain lm-eval reads its own tasks too, and every solution of HumanEval runs.
+# Tests of recipes on a GPU run in small on the CPU.
 # The whole job runs from a wheel for every form of data and kind of tokenizer, published ones among them (see the file).
 torture: setup
 	LRNN_TORTURE=1 $(BIN)/pytest -q -s tests/pretrain/test_torture.py tests/pretrain/test_hosts.py \
@@ -43,6 +44,7 @@ torture: setup
 		tests/lrnn/test_lazy_import.py tests/model/test_compiled.py tests/kernels/test_compile.py \
 		tests/kernels/test_architectures.py tests/kernels/test_interpreted.py \
 		tests/kernels/delta_rule/hopper/test_scans.py
+	LRNN_REHEARSE=1 $(BIN)/pytest -q tests/gpu/recipes
 
 lint: setup
 	$(BIN)/ruff check .

@@ -41,7 +41,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import _async_compile, autotuner, cache, driver, jit
 
 from lrnn import LrnnConfig, LrnnForCausalLM
-from lrnn.bench import fla_model, kernels
+from lrnn.bench import fla_model, kernels, peers
 from lrnn.bench.step import random_batches
 from lrnn.cli import COMPILE_ONCE
 from lrnn.kernels.common import dispatch
@@ -210,14 +210,17 @@ def go_through_fla(config: Config, model_config: LrnnConfig, device: torch.devic
     fla_model.training_step(model, config, batches, device)()
 
 
-def go_through_kernels(heads: tuple[int, int, int], shape: tuple[int, int], device: torch.device) -> None:
-    """Call what `lrnn bench kernels` calls of ours."""
+def go_through_kernels(
+    heads: tuple[int, int, int], shape: tuple[int, int], device: torch.device, with_fla: bool
+) -> None:
+    """Call what `lrnn bench kernels` calls."""
     H, K, V = heads
     x = kernels.make_inputs(*shape, H, K, str(device), value_size=V)
-    for run in kernels.OURS.values():
+    for run in (*kernels.OURS.values(), *((peers.fla,) if with_fla else ())):
         forward, both = kernels.passes(run, x)
-        forward()
-        both()
+        with peers.fla_guard_lifted() if with_fla else nullcontext():
+            forward()
+            both()
 
 
 def triton_key(folder: Path) -> str:
@@ -267,7 +270,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", metavar="'CONFIG key=value ...'", help="runs")
     parser.add_argument("--heads", nargs="+", default=[], metavar="HxKxV", help="heads of `lrnn bench kernels`")
     parser.add_argument("--shapes", nargs="+", default=["8x4096"], metavar="BxT", help="shapes of `lrnn bench kernels`")
-    parser.add_argument("--fla", action="store_true", help="also compile the kernels of fla's model, on a GPU")
+    parser.add_argument("--fla", action="store_true", help="also those of fla, on a GPU")
     parser.add_argument("--triton", type=Path, metavar="FOLDER", help="make entries for Triton of this unpacked wheel")
     parser.add_argument("--pack", type=Path, metavar="FILE.tar.xz", help="write the cache to this file")
     parser.add_argument("--unpack", type=Path, metavar="FILE.tar.xz", help="first add this file to the cache")
@@ -298,7 +301,7 @@ def main() -> None:
         for heads in args.heads:
             for shape in args.shapes:
                 H, K, V = (int(x) for x in heads.split("x"))
-                go_through_kernels((H, K, V), kernels.parse_shape(shape), device)
+                go_through_kernels((H, K, V), kernels.parse_shape(shape), device, args.fla)
         walked = time.perf_counter() - start
         errors = compilation.wait()
     for error in sorted(set(errors)):

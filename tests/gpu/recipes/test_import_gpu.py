@@ -27,8 +27,8 @@ SHAPE = {
 if not ON_GPU:
     SHAPE = {name: MODEL[name] for name in SHAPE}
 STEPS = 100 if ON_GPU else 20
-# Relative errors of the logits, in the norm of all.
-TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 3e-2}
+# Relative errors of the logits, in the norm of all: in float32 fla multiplies as tf32, with 3e-4 per product.
+TOLERANCES = {torch.float32: 5e-3, torch.bfloat16: 5e-2}
 
 
 @pytest.fixture(scope="module")
