@@ -32,7 +32,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Quantity:
-    """What a figure is about: a measure, and what it was taken of and at. Headlines are of `MEAN`, at None."""
+    """What a figure is about: a measure, and what it was taken of and at.
+
+    Headlines are of `MEAN`, at None; of `MEAN` at some place is the mean over all kinds there.
+    """
 
     measure: str
     of: str
@@ -87,8 +90,14 @@ class Gathered:
         return [result for seeds in self.groups.values() for result in seeds.values()]
 
     def parts(self, quantity: Quantity) -> dict[Quantity, float]:
-        """Return the quantities of which a headline is the mean, with weights that sum to 1; others are their own."""
-        return self._parts[quantity.measure] if quantity.of == MEAN else {quantity: 1.0}
+        """Return the quantities of which a quantity is the mean, with weights that sum to 1: itself if of no mean."""
+        if quantity.of != MEAN:
+            return {quantity: 1.0}
+        if quantity.at is None:
+            return self._parts[quantity.measure]
+        kinds = [q for q in self.quantities if (q.measure, q.at) == (quantity.measure, quantity.at)]
+        kinds = [q for q in kinds if q.of not in (ALL, MIX)]
+        return dict.fromkeys(kinds, 1 / len(kinds))
 
     def value(self, result: CellResult, quantity: Quantity) -> float | None:
         """Return a result's value of a quantity, None if it has none. A headline needs all of its parts."""
@@ -99,6 +108,13 @@ class Gathered:
                 return None
             total += weight * figure.value
         return total
+
+    def stderr(self, result: CellResult, quantity: Quantity) -> float | None:
+        """Return a value's standard error over documents, None if there is none. Parts have documents of their own."""
+        parts = self.parts(quantity).items()
+        found = [(self._figures[result.name].get(part), weight) for part, weight in parts]
+        errors = [weight * f.stderr for f, weight in found if f is not None and f.stderr is not None]
+        return sum(error**2 for error in errors) ** 0.5 if errors and len(errors) == len(found) else None
 
     def values(self, group: Group, quantity: Quantity) -> dict[int, float]:
         """Return the values of a quantity by seed, for the seeds that have one."""

@@ -43,6 +43,8 @@ def make_sections(gathered: Gathered, differences: Differences, cells: Sequence[
         learning_rates(gathered),
         scaling(gathered),
         training(gathered),
+        results_by_kind(gathered),
+        by_size(gathered, differences),
         everything(gathered, differences),
     ]
     return [section for section in found if section is not None]
@@ -69,17 +71,35 @@ def results(gathered: Gathered) -> Section:
     """Return a table per measure: mean and standard error over seeds by size, arm and range."""
     text = (
         "Mean ± standard error over seeds. With one seed, the standard error is that over documents, marked d; it "
-        "says nothing of how another seed would fare."
+        "says nothing of how another seed would fare. The HTML page has the means over kinds kind by kind."
     )
-    blocks: list[Block] = [text]
+    return Section(RESULTS, [text, *_tables(gathered, by_kind=False)])
+
+
+def results_by_kind(gathered: Gathered) -> Section | None:
+    """Return the tables that `results` gives as means over kinds, such as formats of traces, for every kind."""
+    blocks = _tables(gathered, by_kind=True)
+    return Section("Results by kind", blocks, in_markdown=False) if blocks else None
+
+
+def _tables(gathered: Gathered, by_kind: bool) -> list[Block]:
+    """Return a heading and a table per measure: all, or those by kind of measures with several kinds and places."""
+    blocks: list[Block] = []
     for measure in IN_TABLES:
         quantities = [q for q in gathered.quantities if q.measure == measure]
-        if quantities:
-            known = MEASURES[measure]
-            better = "" if known.better is None else f"; {'lower' if known.better == 'low' else 'higher'} is better"
-            unit = ", ".join(part for part in (known.unit, f"by {known.at}" if known.at else "") if part)
-            blocks += [Heading(f"{_capital(known.title)} ({unit}{better})"), _table(gathered, quantities)]
-    return Section(RESULTS, blocks)
+        kinds = dict.fromkeys(q.of for q in quantities if q.of not in (MIX, MEAN_OF_KINDS))
+        ats = sorted({q.at for q in quantities if q.at is not None})
+        has_both = len(kinds) > 1 and bool(ats)
+        if not quantities or (by_kind and not has_both):
+            continue
+        known = MEASURES[measure]
+        better = "" if known.better is None else f"; {'lower' if known.better == 'low' else 'higher'} is better"
+        unit = ", ".join(part for part in (known.unit, f"by {known.at}" if known.at else "") if part)
+        means = has_both and not by_kind
+        over = f", mean over {several(len(kinds), known.of)}" if means else ""
+        blocks.append(Heading(f"{_capital(known.title)}{over} ({unit}{better})"))
+        blocks.append(_table(gathered, [Quantity(measure, MEAN, at) for at in ats] if means else quantities))
+    return blocks
 
 
 def between_ranges(gathered: Gathered, differences: Differences) -> Section | None:
@@ -108,13 +128,16 @@ def between_ranges(gathered: Gathered, differences: Differences) -> Section | No
         f"The table holds {several(len(family), 'comparison')} that were fixed before the runs, and Holm's adjustment "
         f"counts them: each arm over all its sizes in {headlines}, which are means over everything that a measure was "
         f"taken of and at. {len(differences.all)} differences were computed in all; they are in differences.csv, and "
-        "those outside of this table are to look at, not to judge by."
+        "those outside of this table are to look at, not to judge by. The HTML page has the headlines by size."
     )
     rows = tuple((*_start(gathered, d), _said(d, gathered.ladder.effect, FIRST), p, p_holm) for d, p, p_holm in judged)
     blocks: list[Block] = [number_of, Table(("arm", *START, "[-1, 1] is", "p", "p, Holm"), rows), ways]
     if scatters:
         blocks.append(f"Pooled scatter of single pairs: {'; '.join(scatters)}.")
-    blocks += [Heading("By size and tokens"), _by_place(gathered, found, "[-1, 1] is", FIRST)]
+    of_loss = [d for d in found if d.quantity == _loss(gathered)]
+    if of_loss:
+        title = f"{_capital(_title(of_loss[0].quantity))} by size and tokens"
+        blocks += [Heading(title), _by_place(gathered, of_loss, "[-1, 1] is", FIRST)]
     return Section(RANGES, blocks)
 
 
@@ -129,7 +152,20 @@ def between_arms(gathered: Gathered, differences: Differences) -> Section | None
         f"Arm - {title} of the same range; an arm without a range is compared with each range of the other. p values "
         "are not adjusted: no comparison here belongs to the family above."
     )
-    return Section("Differences between arms", [text, _by_place(gathered, found, "the arm is", "arm")])
+    over_sizes = [d for d in found if d.place.size == ALL]
+    return Section("Differences between arms", [text, _by_place(gathered, over_sizes, "the arm is", "arm")])
+
+
+def by_size(gathered: Gathered, differences: Differences) -> Section | None:
+    """Return the differences of all headlines by size and tokens; the Markdown leaves most to differences.csv."""
+    ranges = differences.headlines(BETWEEN_RANGES)
+    arms = [d for d in differences.headlines() if d.place.contrast != BETWEEN_RANGES]
+    blocks: list[Block] = []
+    if ranges:
+        blocks += [Heading("Between ranges"), _by_place(gathered, ranges, "[-1, 1] is", FIRST)]
+    if arms:
+        blocks += [Heading("Between arms"), _by_place(gathered, arms, "the arm is", "arm")]
+    return Section("Differences by size and tokens", blocks, in_markdown=False) if blocks else None
 
 
 def learning_rates(gathered: Gathered) -> Section | None:
@@ -232,13 +268,9 @@ def _said(d: Difference, effect: float, first: str) -> str:
 
 def _by_place(gathered: Gathered, found: list[Difference], what: str, first: str) -> Table:
     rows = []
-    places: dict[tuple[Quantity, str, str, str, str], int] = {}  # of an arm, besides the one over all sizes
-    for d in found:
-        key = (d.quantity, d.place.contrast, d.place.arm, d.place.range, d.place.against)
-        places[key] = places.get(key, 0) + (d.place.size != ALL)
-    for d in found:
-        key = (d.quantity, d.place.contrast, d.place.arm, d.place.range, d.place.against)
-        if places[key] == 1 and d.place.size == ALL:
+    keys = [(d.quantity, d.place.contrast, d.place.arm, d.place.range, d.place.against) for d in found]
+    for d, key in zip(found, keys, strict=True):
+        if d.place.size == ALL and keys.count(key) == 2:
             continue  # it would repeat the only size
         measure = d.quantity.measure
         arm, title, mean, pairs, both = _start(gathered, d)
@@ -286,8 +318,8 @@ def _mean_and_error(gathered: Gathered, group: Group, quantity: Quantity) -> str
     fewer = "" if len(values) == len(gathered.groups[group]) else f" (n {len(values)})"
     if len(values) > 1:
         return f"{mean} ± {number(float(np.std(values, ddof=1)) / len(values) ** 0.5, quantity.measure)}{fewer}"
-    figures = (gathered.figure(result, quantity) for result in gathered.groups[group].values())
-    stderr = next(figure.stderr for figure in figures if figure is not None)
+    one = next(r for r in gathered.groups[group].values() if gathered.value(r, quantity) is not None)
+    stderr = gathered.stderr(one, quantity)
     return mean + ("" if stderr is None else f" ± {number(stderr, quantity.measure)} d") + fewer
 
 

@@ -171,4 +171,14 @@ def test_page_and_order(made, tmp_path, monkeypatch):
     # Markdown links to the same pictures, and its other texts are on the page too.
     markdown = (folder / "ladder.md").read_text()
     assert sorted(re.findall(r"!\[.*\]\((.*)\)", markdown)) == [name for name in files if name.endswith(".png")]
-    assert "All differences" in "".join(page.texts) and "## All differences" not in markdown
+    long = ["Results by kind", "Differences by size and tokens", "All differences"]
+    assert set(long) <= set(page.texts) and not any(f"## {title}" in markdown for title in long)
+    # Markdown has the mean over formats of traces, the page each of them.
+    kinds = {text for text in page.texts if text in ("swaps", "modular", "switch", "mean")}
+    assert kinds == {"swaps", "modular", "switch", "mean"} and "| swaps |" not in markdown
+    by_seed = [
+        np.mean([f.value for f in r.figures if (f.measure, f.at) == ("traces_accuracy", 64)])
+        for r in results
+        if r.name.startswith("15m/delta/negative")
+    ]
+    assert f"{np.mean(by_seed):.3f} ± {np.std(by_seed, ddof=1) / 3**0.5:.3f}" in markdown
