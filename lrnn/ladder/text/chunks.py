@@ -142,14 +142,14 @@ def make_chunk(number: int, domains: list[str], text: Path, tokenizer: Path, out
     """
     tokens = 0
     for domain in domains:
-        documents, counts = _encoded(_rows(text / domain, number), tokenizer)
+        documents, counts = encoded(_rows(text / domain, number), tokenizer)
         tokens += len(documents.tokens)
         _write(out, _name(domain, number), documents, counts)
     if number < 0:
-        documents, counts = _encoded(heldout_traces(), tokenizer)
+        documents, counts = encoded(heldout_traces(), tokenizer)
     else:
         traces = (_trace(number * TRACES_APART + i) for i in count())
-        documents, counts = _encoded(traces, tokenizer, int(tokens * TRACES_SHARE / (1 - TRACES_SHARE)))
+        documents, counts = encoded(traces, tokenizer, int(tokens * TRACES_SHARE / (1 - TRACES_SHARE)))
     _write(out, _name(TRACES, number), documents, counts)
     return number
 
@@ -187,7 +187,7 @@ def _rows(folder: Path, number: int) -> Iterator[dict]:
 _tokenizer_of = cache(load_tokenizer)  # loaded once per process
 
 
-def _encoded(rows: Iterable[dict], tokenizer: Path, enough: int | None = None) -> tuple[Documents, dict]:
+def encoded(rows: Iterable[dict], tokenizer: Path, enough: int | None = None) -> tuple[Documents, dict]:
     """Return rows as token ids, and their documents, bytes and tokens by package. Stop at `enough` tokens."""
     tool = _tokenizer_of(tokenizer)
     prefix, suffix = tool.document_prefix, tool.document_suffix

@@ -8,6 +8,8 @@ import os
 import sys
 import tarfile
 import time
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,13 @@ import numpy as np
 
 from lrnn.errors import UserError
 from lrnn.files import new_folder, write_json
-from lrnn.ladder.text.chunks import HELDOUT, Documents
+from lrnn.ladder.text.chunks import HELDOUT, Documents, encoded
 from lrnn.ladder.text.pack import FORMAT
 from lrnn.pretrain.corpus.finish import describe, finish_split
 from lrnn.pretrain.corpus.shard_writer import ShardWriter, watch_parent
 from lrnn.tokenizer import load_tokenizer
 
+HELDOUT_SHARDS = 4  # of a domain: as many processes tokenise its held-out text
 BATCH_TOKENS = 1 << 20  # of a record batch in a shard
 
 
@@ -50,50 +53,66 @@ def unpack(parts: list[Path], out: Path, processes: int) -> dict[str, dict[str, 
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} exists; remove it, or choose another folder")
     with new_folder(out) as new:
-        tasks: dict[str, list[tuple[Path, str]]] = {}
-        for _, part in abouts:
-            with tarfile.open(part) as tar:
-                for member in tar.getnames():
-                    if member.startswith("tokenizer/") or member.endswith(".jsonl.xz"):
-                        target = new / (member.removesuffix(".xz") if member.endswith(".xz") else member)
-                        target.parent.mkdir(exist_ok=True)
-                        content = _member(part, member)
-                        target.write_bytes(_decompressed(content, part) if member.endswith(".xz") else content)
-                    elif member.endswith(".xz"):
-                        tasks.setdefault(member.rpartition("-")[0], []).append((part, member))
-        jobs = []
-        for domain, members in tasks.items():
-            for split in ("train", HELDOUT):
-                (new / domain / split).mkdir(parents=True)
-                mine = [m for m in members if (m[1] == f"{domain}-{HELDOUT}.xz") == (split == HELDOUT)]
-                jobs += [(*m, new / domain / split / f"part-{i:05d}.arrow") for i, m in enumerate(mine)]
+        jobs = list(_jobs([part for _, part in abouts], new))
         if processes == 1:
             entries = [_write_shard(*job) for job in jobs]
         else:
             with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), watch_parent) as pool:
                 entries = list(pool.map(_write_shard, *zip(*jobs, strict=True)))
+        written = [(path, entry) for (path, *_), entry in zip(jobs, entries, strict=True)]
         arguments = {"pack": abouts[0][0]["pack"], "parts": len(abouts)}
-        return {domain: _finish(new, domain, jobs, entries, arguments) for domain in tasks}
+        folders = sorted({path.parents[1] for path, _ in written})
+        return {folder.name: _finish(folder, written, arguments) for folder in folders}
 
 
-def _finish(new: Path, domain: str, jobs: list[tuple], entries: list[dict], arguments: dict) -> dict[str, int]:
+def _jobs(parts: list[Path], new: Path) -> Iterator[tuple[Path, Path, str, int, int]]:
+    """Write the tokenizer and the held-out text of parts, and yield the arguments of `_write_shard` for all shards."""
+    shards: Counter[str] = Counter()  # of the split `train`; not every chunk has a file of every domain
+    for part in parts:
+        with tarfile.open(part) as tar:
+            members = tar.getnames()
+        for member in members:
+            domain, _, number = member.removesuffix(".xz").rpartition("-")
+            if member.startswith("tokenizer/"):
+                (new / "tokenizer").mkdir(exist_ok=True)
+                (new / member).write_bytes(_member(part, member))
+            elif number == f"{HELDOUT}.jsonl":
+                text = new / domain / f"{HELDOUT}.jsonl"
+                (new / domain / HELDOUT).mkdir(parents=True)
+                text.write_bytes(content := _decompressed(_member(part, member), part))
+                count = min(HELDOUT_SHARDS, content.count(b"\n"))
+                for i in range(count):
+                    yield new / domain / HELDOUT / f"part-{i:05d}.arrow", text, "", i, count
+            elif number.isdigit():
+                (new / domain / "train").mkdir(parents=True, exist_ok=True)
+                yield new / domain / "train" / f"part-{shards[domain]:05d}.arrow", part, member, 0, 1
+                shards[domain] += 1
+
+
+def _finish(folder: Path, written: list[tuple[Path, dict]], arguments: dict[str, Any]) -> dict[str, int]:
     """Make the shards of a domain a corpus. Return the tokens of its splits."""
-    folder = new / domain
-    load_tokenizer(new / "tokenizer").save(folder / "tokenizer")
+    load_tokenizer(folder.parent / "tokenizer").save(folder / "tokenizer")
     splits = {}
     for split in ("train", HELDOUT):
-        mine = [e for job, e in zip(jobs, entries, strict=True) if job[2].parent == folder / split]
-        splits[split] = finish_split(folder, split, "uint16", [{"splits": {split: entry}} for entry in mine])
-    if (text := new / f"{domain}-{HELDOUT}.jsonl").is_file():
-        text.rename(folder / f"{HELDOUT}.jsonl")
+        entries = [{"splits": {split: entry}} for path, entry in written if path.parent == folder / split]
+        splits[split] = finish_split(folder, split, "uint16", entries)
     tokenizer = load_tokenizer(folder / "tokenizer")
     write_json(folder / "manifest.json", describe(tokenizer, splits, {}, arguments))
     return {split: entry["tokens"] for split, entry in splits.items()}
 
 
-def _write_shard(part: Path, member: str, path: Path) -> dict[str, Any]:
-    """Write a chunk's documents as a shard. Return its entry in the manifest, with the bytes of its text."""
-    documents = Documents.of(_decompressed(_member(part, member), part))
+def _write_shard(path: Path, source: Path, member: str, index: int, of: int) -> dict[str, Any]:
+    """Write a shard: a chunk of a part, or without `member` slice `index` of `of` of held-out text, which is tokenised.
+
+    Returns:
+        Its entry in the manifest, with the bytes of its text.
+    """
+    if member:
+        documents = Documents.of(_decompressed(_member(source, member), source))
+    else:
+        lines = source.read_bytes().splitlines()
+        rows = map(json.loads, lines[len(lines) * index // of : len(lines) * (index + 1) // of])
+        documents, _ = encoded(rows, source.parents[1] / "tokenizer")
     writer = ShardWriter(path, "uint16")
     ends = np.cumsum(documents.lengths, dtype=np.int64)
     start = first = 0
