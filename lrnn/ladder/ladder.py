@@ -39,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cells", metavar="GLOB", help="run only cells whose names match, such as '15m/*/seed-0'; * matches / too"
     )
     parser.add_argument(
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="stop after so many minutes as a signal would, and start no cell that would not end before, by the time "
+        "that earlier ones took",
+    )
+    parser.add_argument(
         "--redo",
         action="store_true",
         help="run cells again whose results are of other settings: measure again if only what is measured has changed, "
@@ -101,7 +108,7 @@ def main(args: argparse.Namespace) -> int:
         return submit(args, ladder, chosen, left)
     if args.dry_run:
         return _show(ladder, kept, left, args.gpu)
-    return _run(ladder, cells, kept, left, args.redo)
+    return _run(ladder, cells, kept, left, args)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -110,6 +117,12 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--submit submits the cells that are left; leave out --report and --cell")
     if args.cells is not None and (args.report or args.cell is not None):
         raise UserError("--cells chooses among the cells that are left; leave it out beside --report and --cell")
+    if args.minutes is not None and not args.minutes > 0:
+        raise UserError(f"--minutes {args.minutes:g} should be a positive number")
+    if args.minutes is not None and (args.report or args.submit or args.cell is not None or args.dry_run):
+        raise UserError(
+            "--minutes is for cells that run here; leave it out beside --submit, --dry-run, --report and --cell"
+        )
     if args.redo and args.report:
         raise UserError("--redo runs cells again; leave it out beside --report")
     for name in OF_SUBMIT if not args.submit else ():
@@ -144,12 +157,15 @@ def _show(ladder: "LadderConfig", kept: "Kept", left: "list[Cell]", gpu: str) ->
     return 0
 
 
-def _run(ladder: "LadderConfig", cells: "list[Cell]", kept: "Kept", left: "list[Cell]", redo: bool) -> int:
+def _run(
+    ladder: "LadderConfig", cells: "list[Cell]", kept: "Kept", left: "list[Cell]", args: argparse.Namespace
+) -> int:
     """Run what is left, and report. Return the exit status."""
     from lrnn.ladder.devices import Devices, visible_devices
     from lrnn.ladder.measure.measure import check_data
     from lrnn.ladder.processes import write_settings
     from lrnn.ladder.run_here import run_cells
+    from lrnn.ladder.time_limit import TimeLimit
 
     out, status = Path(ladder.out), 0
     devices = Devices(visible_devices())
@@ -162,7 +178,10 @@ def _run(ladder: "LadderConfig", cells: "list[Cell]", kept: "Kept", left: "list[
         print(f"{len(left)} cells to run, {len(kept.done)} with results; on {', '.join(devices.names)}", flush=True)
         if left:
             write_settings(ladder, out / "ladder.yaml")
-            status = run_cells(left, out / "ladder.yaml", devices, redo, lambda text: print(text, flush=True))
+            limit = TimeLimit(args.minutes, left)
+            status = run_cells(
+                left, out / "ladder.yaml", devices, limit, lambda text: print(text, flush=True), args.redo
+            )
         if status not in (0, 1):
             print("stopped; the same command continues, and --report writes the report so far", flush=True)
         else:

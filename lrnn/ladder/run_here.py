@@ -1,16 +1,19 @@
 """Run the cells that are left on the GPUs of this machine, each in a process of its own."""
 
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from lrnn.ladder import processes
 from lrnn.ladder.cell import LOG
 from lrnn.ladder.cells import Cell
 from lrnn.ladder.devices import Devices
 from lrnn.ladder.progress import Progress
+from lrnn.ladder.time_limit import TimeLimit
 from lrnn.pretrain.launch import STOPPED, StopRequest
 
 POLL_S = 0.05
@@ -28,67 +31,93 @@ class _Outcome:
     stopped: list[Cell] = field(default_factory=list)
 
 
-def run_cells(cells: Sequence[Cell], settings: Path, devices: Devices, redo: bool, say: Callable[[str], None]) -> int:
+class _Running(NamedTuple):
+    cell: Cell
+    process: subprocess.Popen
+    started: float  # by time.monotonic
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    settings: Path,
+    devices: Devices,
+    limit: TimeLimit,
+    say: Callable[[str], None],
+    redo: bool = False,
+) -> int:
     """Run cells in their order, as many at once as there is room for.
 
-    After a stop signal no other cell starts, and the running ones write their checkpoints and stop. A cell that fails
-    does not stop the others.
+    After a stop signal, or when the time is over, no other cell starts, and the running ones write their checkpoints
+    and stop. A cell that fails does not stop the others.
 
     Args:
         settings: YAML file of the ladder, which the processes read.
-        redo: replace results and trainings of other settings.
+        limit: cells that would not end in time are left out.
         say: is called with lines for the user.
+        redo: replace results and trainings of other settings.
 
     Returns:
-        The exit status: 0, 1 if a cell failed, or 75 if a signal stopped the command.
+        The exit status: 0, 1 if a cell failed, or 75 if cells were stopped or left out.
     """
     outcome, waiting = _Outcome(), list(cells)
-    running: dict[str, tuple[Cell, subprocess.Popen]] = {}
+    running: dict[str, _Running] = {}
     progress, said = Progress(cells), time.monotonic()
     options = ["--redo"] if redo else []
     try:
         with StopRequest() as stop:
             was_told = False
-            while running or (waiting and stop.signal is None):
-                while waiting and stop.signal is None and (place := devices.place(waiting[0])):
-                    cell = waiting.pop(0)
+            while True:
+                ends = stop.signal or ("the time is over" if limit.is_over and (running or waiting) else None)
+                while not ends and (cell := _next(waiting, limit)) and (place := devices.place(cell)):
+                    waiting.remove(cell)
                     command = ["ladder", str(settings), "--cell", cell.name, *options]
                     process = processes.start(command, _log(cell), **devices.variables(cell, place))
                     devices.add(cell, place)
-                    running[cell.name] = cell, process
+                    running[cell.name] = _Running(cell, process, time.monotonic())
                     say(f"started {cell} on {' and '.join(place)}; log in {_log(cell)}")
-                if stop.signal is not None and not was_told:
+                if ends and not was_told:
                     was_told = True
-                    say(f"{stop.signal}: {len(running)} running cells write their checkpoints and stop")
-                    for _, process in running.values():
-                        process.terminate()
-                for cell, process in list(running.values()):
-                    if process.poll() is not None:
-                        del running[cell.name]
-                        devices.remove(cell)
-                        _note(outcome, cell, process.returncode, was_told, say)
+                    say(f"{ends}: {len(running)} running cells write their checkpoints and stop")
+                    for one in running.values():
+                        one.process.terminate()
+                for one in list(running.values()):
+                    if one.process.poll() is not None:
+                        del running[one.cell.name]
+                        devices.remove(one.cell)
+                        _note(outcome, one, limit, was_told, say)
+                if not running and (ends or _next(waiting, limit) is None):
+                    break
                 if time.monotonic() - said >= SAY_EVERY_S:
                     said = time.monotonic()
-                    say(progress.line(outcome.done, outcome.failed, [cell for cell, _ in running.values()]))
+                    say(progress.line(outcome.done, outcome.failed, [one.cell for one in running.values()]))
                 time.sleep(POLL_S)
     finally:
-        _end([process for _, process in running.values()])
+        _end([one.process for one in running.values()])
+    if waiting and not was_told:
+        say(f"{len(waiting)} cells would not end in the time that is left")
     _say_failures(outcome.failed, say)
-    if was_told or outcome.stopped:
+    if was_told or outcome.stopped or waiting:
         return STOPPED
     return 1 if outcome.failed else 0
+
+
+def _next(waiting: Sequence[Cell], limit: TimeLimit) -> Cell | None:
+    """Return the first cell that ends in time."""
+    return next((cell for cell in waiting if limit.allows(cell)), None)
 
 
 def _log(cell: Cell) -> Path:
     return cell.run_dir / LOG
 
 
-def _note(outcome: _Outcome, cell: Cell, status: int, was_told: bool, say: Callable[[str], None]) -> None:
+def _note(outcome: _Outcome, one: _Running, limit: TimeLimit, was_told: bool, say: Callable[[str], None]) -> None:
     """Note how a cell ended. One that was told to stop before its handlers were there is dead of SIGTERM."""
+    cell, status = one.cell, one.process.returncode
     if status == 0:
         outcome.done.append(cell)
+        limit.note(cell, time.monotonic() - one.started)
         say(f"finished {cell}")
-    elif status == STOPPED or (was_told and status == -15):
+    elif status == STOPPED or (was_told and status == -signal.SIGTERM):
         outcome.stopped.append(cell)
         say(f"stopped {cell}")
     else:

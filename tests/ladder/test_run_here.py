@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,8 @@ from lrnn.ladder import processes, run_here
 from lrnn.ladder.cells import load_ladder
 from lrnn.ladder.devices import Devices, visible_devices
 from lrnn.ladder.progress import Progress, last_step
+from lrnn.ladder.time_limit import TimeLimit
+from lrnn.pretrain.metrics.flops import train_flops_per_token
 from lrnn.run_lock import RunLock
 
 
@@ -28,10 +31,15 @@ def cells(write):
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, cells):
-    """`run(devices, program, {name: program})` runs the cells, and returns the status and the lines for the user."""
+    """`run(devices, program, programs, limit)` runs the cells, and returns the status and the lines for the user.
+
+    `programs` are those of single cells, by name.
+    """
     monkeypatch.setattr(run_here, "POLL_S", 0.01)
 
-    def run(devices: list[str], program: str, programs: dict[str, str] | None = None) -> tuple[int, list[str]]:
+    def run(
+        devices: list[str], program: str, programs: dict[str, str] | None = None, limit: Any = None
+    ) -> tuple[int, list[str]]:
         def start(arguments: list[str], log: Path, **variables: str) -> subprocess.Popen:
             assert arguments[:3] == ["ladder", "ladder.yaml", "--cell"]
             log.parent.mkdir(parents=True)
@@ -41,8 +49,8 @@ def run(monkeypatch, tmp_path, cells):
 
         monkeypatch.setattr(processes, "start", start)
         lines: list[str] = []
-        status = run_here.run_cells(cells, Path("ladder.yaml"), Devices(devices), False, lines.append)
-        return status, lines
+        limit = limit or TimeLimit(None, cells)
+        return run_here.run_cells(cells, Path("ladder.yaml"), Devices(devices), limit, lines.append), lines
 
     return run
 
@@ -95,6 +103,59 @@ def test_a_signal_stops_running_cells_and_starts_no_other(run, cells, tmp_path, 
 
 def test_a_cell_that_was_stopped_by_itself_is_left_for_the_next_time(run, cells):
     assert run(["cpu"], "true", {cells[2].name: "exit 75"})[0] == 75
+
+
+def test_cells_stop_when_the_time_is_over(run, cells):
+    status, lines = run(["0"], "sleep 600", limit=TimeLimit(1 / 60, cells))
+    assert status == 75 and "the time is over: 2 running cells write their checkpoints and stop" in lines
+    assert sum(line.startswith("stopped") for line in lines) == 2
+
+
+class NoTimeAfterTheFirst:
+    """A limit that allows cells until one has ended."""
+
+    is_over, is_tight = False, False
+
+    def allows(self, cell) -> bool:
+        return not self.is_tight
+
+    def note(self, cell, seconds: float) -> None:
+        self.is_tight = True
+
+
+def test_a_cell_that_would_not_end_in_time_does_not_start(run):
+    status, lines = run(["0"], "sleep 0.1", limit=NoTimeAfterTheFirst())
+    assert status == 75 and lines[-1] == "4 cells would not end in the time that is left"
+    assert [line.split()[0] for line in lines[:-1]] == ["started", "started", "finished", "finished"]
+
+
+def test_the_time_that_cells_take(write, written, monkeypatch):
+    """It is proportional to the work of training, by cells of the same size if any has ended."""
+    now = [0.0]
+    monkeypatch.setattr("lrnn.ladder.time_limit.time.monotonic", lambda: now[0])
+    written["grids"] = [{"sizes": ["small", "large"], "arms": ["attention"], "seeds": [0, 1]}]
+    small, short, long, *_ = load_ladder(write())[1]
+    write_steps(long, long.steps // 2)
+    limit = TimeLimit(1.0, [small, short, long])
+    assert limit.allows(long) and not limit.is_over
+    limit.note(small, 10.0)
+    per_token = [train_flops_per_token(cell.model) for cell in (small, short)]
+    seconds = 10.0 * short.tokens / small.tokens * per_token[1] / per_token[0]
+    for left, cell in (
+        (seconds, short),
+        (seconds * long.tokens / short.tokens * (1 - (long.steps // 2) / long.steps), long),
+    ):
+        now[0] = 60.0 - left * 1.01
+        assert limit.allows(cell)
+        now[0] = 60.0 - left * 0.99
+        assert not limit.allows(cell)
+    now[0] = 30.0
+    limit.note(long, 500.0)  # says nothing, because it was begun before
+    assert limit.allows(short)
+    limit.note(short, 31.0)
+    assert not limit.allows(short) and limit.allows(small)
+    now[0] = 60.0
+    assert limit.is_over and not TimeLimit(None, [small]).is_over
 
 
 def test_devices(cells, monkeypatch):
@@ -171,6 +232,8 @@ def test_what_is_missing_is_found_before_anything_runs(write, written, tmp_path,
         (["--time", "1:00:00"], "--time is for SLURM; add --submit"),
         (["--submit", "--report"], "leave out --report"),
         (["--report", "--cells", "*"], "--cells chooses among the cells that are left"),
+        (["--minutes", "0"], "--minutes 0 should be a positive number"),
+        (["--minutes", "5", "--submit"], "--minutes is for cells that run here"),
         (["--report", "--redo"], "--redo runs cells again"),
         (["--report"], None),
     ):
