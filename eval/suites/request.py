@@ -1,6 +1,7 @@
 """What the user asks of `lrnn eval`, and the protocol that makes two results comparable."""
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -59,18 +60,25 @@ class Request:
 
     @property
     def name(self) -> str:
-        """The suite, or the tasks, with what is not the default: the name of the result folder in DIR/eval."""
+        """The suite, or the tasks, with what is not the default: the name of the result folder in DIR/eval.
+
+        So no results replace those of another protocol, or of all documents.
+        """
         tasks = (Path(task).stem if task.endswith(".yaml") else task for task in self.tasks)
-        words = [self.suite or "+".join(re.sub(r"[^\w.,-]+", "_", task) for task in tasks)]
-        shots = self.num_fewshot
+        words = [self.suite or "+".join(tasks)]
+        shots, chat = self.num_fewshot, self.apply_chat_template
         words += [] if shots is None else [f"{shots}-shot"]
-        words += ["chat"] if self.apply_chat_template else []
+        words += [] if not chat else ["chat"] if chat is True else [f"chat-{chat}"]
+        words += ["one-turn"] if chat and not self.multiturn else []
         words += [] if self.bos == "auto" else [f"bos-{self.bos}"]
-        words += [] if self.limit is None else [f"first-{self.limit}"]  # a trial does not replace whole results
-        name = "-".join(words)
+        words += [] if self.limit is None else [f"first-{self.limit}"]
+        said = {"num_fewshot", "apply_chat_template", "fewshot_as_multiturn"}
+        others = {key: value for key, value in self.protocol().items() if key not in said}
+        words += [f"settings-{_digest(json.dumps(others, sort_keys=True, default=str))}"] if others else []
+        name = re.sub(r"[^\w.,+-]+", "_", "-".join(words))
         if len(name) <= LONGEST_NAME:
             return name
-        return f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        return f"{name[:LONGEST_NAME]}-{_digest(name)}"
 
     @property
     def code(self) -> Literal["run", "refuse", "skip"]:
@@ -103,7 +111,8 @@ class Request:
             "metadata": dict(self.metadata),
             "seeds": list(self.seeds) if self.seeds != SEEDS else None,
         }
-        return {key: value for key, value in asked.items() if value not in (None, False, {})}
+        # No examples, 0, were asked for too, although 0 == False.
+        return {key: value for key, value in asked.items() if value is not None and value is not False and value != {}}
 
     def check(self) -> None:
         """Raise UserError if a value cannot be."""
@@ -146,3 +155,7 @@ class Request:
             raise UserError(
                 f"{', '.join(given)}: a suite has a fixed protocol; name its tasks with --tasks to change it"
             )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

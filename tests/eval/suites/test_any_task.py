@@ -1,6 +1,7 @@
 """Test `lrnn eval --tasks`: the numbers are lm-eval's own, results compare, and bad requests are one clear error."""
 
 import json
+import re
 import shutil
 import sys
 from functools import cache
@@ -13,9 +14,11 @@ from task_files import KINDS, write_task, write_tasks
 from torch.utils import collect_env
 
 from lrnn import cli
+from lrnn.errors import UserError
 from lrnn.eval.suites import fetch_data, harness, task_objects
 from lrnn.eval.suites.collect import collect
 from lrnn.eval.suites.compare import compare
+from lrnn.eval.suites.protocol import check_comparable
 from lrnn.eval.suites.request import Request
 
 OPTIONS = {"dtype": "float32", "softmax_dtype": "float32"}
@@ -291,6 +294,29 @@ def test_the_folder_may_follow_the_tasks(folder, monkeypatch, model):
 )
 def test_what_differs_has_a_folder_of_its_own(asked, name):
     assert Request(model=Path("m"), **asked).folder == Path("m/eval") / name
+
+
+def test_other_settings_are_told_apart_by_a_checksum():
+    def name(**asked):
+        return Request(model=Path("m"), tasks=("gsm8k",), **asked).name
+
+    kinds = [{}, {"gen_kwargs": {"temperature": 0.7}}, {"gen_kwargs": {"temperature": 0.8}}, {"seeds": (1, 1, 1, 1)}]
+    kinds += [{"system_instruction": "Be brief."}, {"metadata": {"n": 1}}, {"apply_chat_template": True}]
+    kinds += [{"apply_chat_template": "tools"}, {"apply_chat_template": True, "fewshot_as_multiturn": False}]
+    names = [name(**kind) for kind in kinds]
+    assert len(set(names)) == len(names) and names[0] == "gsm8k" and names[6:8] == ["gsm8k-chat", "gsm8k-chat-tools"]
+    assert names[8] == "gsm8k-chat-one-turn"
+    assert all(re.fullmatch(r"gsm8k-settings-[0-9a-f]{8}", n) for n in names[1:6])
+    assert name(apply_chat_template=True, fewshot_as_multiturn=True) == "gsm8k-chat", "the default, spelled out"
+    assert name(gen_kwargs={"a": 1, "b": 2}) == name(gen_kwargs={"b": 2, "a": 1})
+
+
+def test_no_examples_are_another_protocol_than_those_of_the_task():
+    asked, default = (Request(model=Path("m"), tasks=("gsm8k",), num_fewshot=n).protocol() for n in (0, None))
+    assert asked == {"num_fewshot": 0} and default == {}
+    results = [{"settings": {"bos": "never", "bos_ids": []}, "protocol": protocol} for protocol in (asked, default)]
+    with pytest.raises(UserError, match="num_fewshot is 0 in the first, and the default in the second"):
+        check_comparable(*results)
 
 
 def test_a_long_name_is_cut_and_stays_different():
