@@ -79,7 +79,12 @@ def run(program: str, timeout_s: float = TIMEOUT_S, memory_bytes: int = MEMORY_B
     token = secrets.token_hex(16)
     read_fd, write_fd = os.pipe()
     cpu_s = int(timeout_s) + 1
-    with tempfile.TemporaryDirectory(prefix="lrnn-sandbox-") as root, tempfile.TemporaryFile() as stderr:
+    with (
+        os.fdopen(read_fd, "rb") as status,
+        os.fdopen(write_fd, "wb") as end_of_the_program,
+        tempfile.TemporaryDirectory(prefix="lrnn-sandbox-") as root,
+        tempfile.TemporaryFile() as stderr,
+    ):
         limits = {"RLIMIT_AS": memory_bytes, "RLIMIT_CPU": cpu_s, "RLIMIT_NPROC": PROCESSES}
         limits |= {"RLIMIT_FSIZE": FILE_BYTES, "RLIMIT_CORE": 0}
         limits = {name: min(value, _hard_limit(name)) for name, value in limits.items()}
@@ -94,7 +99,7 @@ def run(program: str, timeout_s: float = TIMEOUT_S, memory_bytes: int = MEMORY_B
             env={},
             start_new_session=True,
         )
-        os.close(write_fd)
+        end_of_the_program.close()
         # The last line proves that all lines before it ran; sys.exit(0) or os._exit(0) before it skip it.
         proof = f"\n__import__('os').write({write_fd}, b'{token}')\n"
         timed_out = False
@@ -106,8 +111,7 @@ def run(program: str, timeout_s: float = TIMEOUT_S, memory_bytes: int = MEMORY_B
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        with os.fdopen(read_fd, "rb") as status:
-            said = status.read(1 + len(token) + 1)
+        said = status.read(1 + len(token) + 1)
         stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - 2000))
         tail = stderr.read().decode("utf-8", "replace")
     if not said.startswith(b"R") and not timed_out:

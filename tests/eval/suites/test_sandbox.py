@@ -1,6 +1,7 @@
 """Test what a program in the sandbox can do, with the real kernel."""
 
 import itertools
+import os
 import socket
 import sys
 import tempfile
@@ -24,6 +25,17 @@ def test_a_program_passes_only_if_it_reaches_its_end():
     assert not sandbox.run("def f(:").passed
     assert not sandbox.run("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)").passed
     assert sandbox.run("print('x' * (64 << 20))").passed, "output is thrown away, not kept in memory"
+
+
+def test_a_process_that_cannot_start_leaves_no_descriptor(monkeypatch):
+    def fail(*arguments, **options):
+        raise BlockingIOError("no process is left")
+
+    monkeypatch.setattr(sandbox.subprocess, "Popen", fail)
+    before = sorted(os.listdir("/proc/self/fd"))
+    with pytest.raises(BlockingIOError):
+        sandbox.run("")
+    assert sorted(os.listdir("/proc/self/fd")) == before
 
 
 def test_an_endless_loop_is_killed_at_the_time_limit():
