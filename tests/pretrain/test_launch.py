@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -382,9 +383,9 @@ def test_one_process_says_that_nproc_is_refused(started, capsys, monkeypatch, ra
 
 def test_the_only_task_of_srun_starts_processes(started, monkeypatch):
     started(SLURM_STEP_ID=0, SLURM_STEP_NUM_TASKS=1, SLURM_PROCID=0, SLURM_LOCALID=0, SLURM_JOB_ID=7)
-    monkeypatch.setattr(command_module, "load_config", lambda path, overrides: None)
+    monkeypatch.setattr(command_module, "load_config", lambda path, overrides: SimpleNamespace(run_dir="none"))
     monkeypatch.setattr(command_module, "load_model_of", lambda config: None)
-    monkeypatch.setattr(command_module, "stages_of", lambda config: [])
+    monkeypatch.setattr(command_module, "stages_left", lambda config, samples: [])
     monkeypatch.setattr(command_module, "launch", lambda processes, command: 40 + processes)
     assert main(["pretrain", "x.yaml", "--nproc", "2"]) == 42
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
