@@ -8,6 +8,7 @@ import pytest
 
 from lrnn.errors import UserError
 from lrnn.eval import statistics
+from lrnn.eval.suites import report
 from lrnn.eval.suites.compare import compare
 
 
@@ -32,6 +33,23 @@ def test_bootstrap_error_is_the_scatter_over_fresh_samples():
         "the same for the same documents"
     )
     assert statistics.bootstrap_stderr("bits_per_byte", documents(1, 0)) is None
+
+
+def test_the_error_of_a_metric_that_is_named_like_another():
+    """A mean that a task calls perplexity keeps lm-eval's error, and a document may have no value."""
+    raw = {
+        "samples": {"t": [{"filter": "none", "perplexity": x} for x in (1.0, 3.0)] + [{"filter": "none"}]},
+        "configs": {"t": {}},
+        "n-shot": {"t": 0},
+        "higher_is_better": {"t": {"perplexity": False}},
+        "n-samples": {"t": {"effective": 3}},
+    }
+    errors = []
+    for value in (2.0, math.exp(-2.0)):
+        results = {"t": {"perplexity,none": value, "perplexity_stderr,none": 0.5}}
+        (row,) = report.metric_rows({**raw, "results": results})
+        errors.append(row["stderr"])
+    assert errors == [0.5, statistics.bootstrap_stderr("perplexity", np.array([1.0, 3.0]))] and errors[1] != 0.5
 
 
 def write_results(folder, pairs, doc_hash="h"):
