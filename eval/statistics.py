@@ -5,6 +5,7 @@ D documents, K groups of tokens (bins of position), M models, R resamples.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +59,16 @@ AGGREGATES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def aggregate(metric: str, values: np.ndarray) -> np.ndarray:
     """Return the value of a metric over documents: `values` is `[..., n]` or, for pairs, `[..., n, 2]` float64."""
     return AGGREGATES[metric](values) if metric in AGGREGATES else values.mean(-1)
+
+
+def is_aggregate(metric: str, values: list[Any], value: float) -> bool:
+    """Return whether a value is that of a metric over documents. A task may mean something else by its name."""
+    if not values:
+        return False
+    try:
+        return bool(np.isclose(aggregate(metric, np.array(values, dtype=np.float64)), value, rtol=1e-6))
+    except (ValueError, TypeError, IndexError):  # they are not of the metric's form
+        return False
 
 
 def resampled(metric: str, values: np.ndarray, rng: np.random.Generator) -> np.ndarray:

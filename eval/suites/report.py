@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lrnn.eval.statistics import AGGREGATES, aggregate, bootstrap_stderr
+from lrnn.eval.statistics import AGGREGATES, bootstrap_stderr, is_aggregate
 from lrnn.eval.suites import sections
 from lrnn.files import replace_folder
 
@@ -35,9 +35,8 @@ def metric_rows(raw: Raw) -> list[Raw]:
             if metric in AGGREGATES and task in raw["samples"]:
                 # A document may have no value of a metric, and a task may call a mean "perplexity".
                 own = [s[metric] for s in raw["samples"][task] if s["filter"] == filter_name and metric in s]
-                of_documents = np.array(own, dtype=np.float64)
-                if np.isclose(aggregate(metric, of_documents), value, rtol=1e-6):
-                    stderr = bootstrap_stderr(metric, of_documents)
+                if is_aggregate(metric, own, value):
+                    stderr = bootstrap_stderr(metric, np.array(own, dtype=np.float64))
             is_number = isinstance(stderr, (int, float)) and math.isfinite(stderr)
             row["stderr"] = float(stderr) if is_number else None
             rows.append(row | (_of_group(raw, row) if task in raw.get("groups", {}) else _of_task(raw, row)))

@@ -52,6 +52,12 @@ def test_the_error_of_a_metric_that_is_named_like_another():
     assert errors == [0.5, statistics.bootstrap_stderr("perplexity", np.array([1.0, 3.0]))] and errors[1] != 0.5
 
 
+@pytest.mark.parametrize("values", [[], [1.0, 3.0], ["a", "b"], [[1.0, 2.0], [3.0]], [{}, {}]])
+def test_values_that_are_not_of_the_metrics_form(values):
+    assert not statistics.is_aggregate("bits_per_byte", values, 2.0)
+    assert statistics.is_aggregate("bits_per_byte", [[-2 * math.log(2), 1], [-2 * math.log(2), 1]], 2.0)
+
+
 def write_results(folder, pairs, doc_hash="h"):
     folder.mkdir()
     value = float(statistics.bits_per_byte(pairs))
