@@ -7,8 +7,8 @@ by lm-eval's own names; their data comes from the hub, or from the cache that `l
 export, or any causal language model that transformers knows, with safetensors and a tokenizer.
 
 Results are written to DIR/eval/NAME: results.json, table.md, lm-eval's own results and its samples. NAME is the suite
-or the tasks. Suites with pass@1 run code written by the model, in a sandbox, and only with --allow-code-execution;
-lm-eval's own tasks run it without a sandbox.
+or the tasks, with what differs from the defaults. Suites with pass@1 run code written by the model, in a sandbox, and
+only with --allow-code-execution; lm-eval's own tasks run it without a sandbox.
 
 lm-eval's own command line runs the same tasks with the same model, rule for bos included:
 
