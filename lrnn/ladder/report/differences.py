@@ -131,12 +131,16 @@ class Differences:
 
     def _pooled(self, values: dict[Place, list[float]]) -> dict[Place, Scatter | None]:
         """Return the pooled scatter of each place. Places that share runs are not pooled: they are not independent."""
-        pooled = {}
-        for place in values:
-            apart = place.range != place.against
-            members = [p for p in values if (p.range, p.against) == (place.range, place.against) or not apart]
-            pooled[place] = scatter([values[p] for p in members if (p.range != p.against) == apart])
-        return pooled
+        return {
+            place: scatter(
+                [
+                    values[other]
+                    for other in values
+                    if place.range == place.against or (other.range, other.against) == (place.range, place.against)
+                ]
+            )
+            for place in values
+        }
 
     def _places(self, contrast: str) -> Iterator[tuple[Place, Group, Group]]:
         """Yield the places of a contrast, with the two groups."""

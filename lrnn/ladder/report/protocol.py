@@ -12,6 +12,7 @@ from lrnn.ladder.results import CellResult
 from lrnn.track.grid import NO_RANGE, RANGE_NAMES
 
 SHOWN_DIGITS = 12  # of a digest
+UNEQUAL = 1.02  # largest ratio of the parameters of arms that are compared at a size
 
 
 def warnings(gathered: Gathered, differences: Differences, cells: Sequence[Cell]) -> Section | None:
@@ -29,6 +30,11 @@ def warnings(gathered: Gathered, differences: Differences, cells: Sequence[Cell]
             f"Parts of {measure} are lacking, so that these cells are left out of its mean: {', '.join(names)}."
         )
     found += differences.mismatched
+    for size in dict.fromkeys(group.size for group in gathered.groups):
+        counts = [result.non_embedding_parameters for result in results if result.size == size]
+        if max(counts) > UNEQUAL * min(counts):
+            least, most = count(min(counts)), count(max(counts))
+            found.append(f"Models of {size} differ in size: they have {least} to {most} non-embedding parameters.")
     sources = Counter(result.environment.get("source", "unknown") for result in results)
     if len(sources) > 1:
         found.append(f"Cells were computed with different versions of the code: {_counts(sources)}.")

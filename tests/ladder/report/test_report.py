@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import functools
 import io
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from lrnn.eval.statistics import bits_per_byte
 from lrnn.ladder.measures import BYTES, MEASURES, NATS
 from lrnn.ladder.report import scaling, write
 from lrnn.ladder.report.differences import ALL, BETWEEN_RANGES, Differences, paired_stderr
+from lrnn.ladder.report.document import Bullets, Heading, Section, Table, to_markdown
 from lrnn.ladder.report.fit import fit
 from lrnn.ladder.report.gathered import MEAN, Gathered, Quantity
 from lrnn.ladder.report.wording import count, decimal, verdict
@@ -71,7 +73,8 @@ def tables(markdown):
     found, rows = [], []
     for line in [*markdown.splitlines(), ""]:
         if line.startswith("|"):
-            rows.append([cell.strip().replace(r"\|", "|") for cell in line.replace(r"\|", "\0").strip("|").split("|")])
+            cells = re.split(r"(?<!\\)\|", line)[1:-1]
+            rows.append([cell.strip().replace(r"\|", "|") for cell in cells])
         elif rows:
             assert {len(row) for row in rows} == {len(rows[0])}, rows
             assert all(set(cell) <= set("-:") for cell in rows[1])
@@ -216,16 +219,18 @@ def test_tables_and_csv(made, tmp_path):
 
 
 def test_what_is_missing_is_named(made, tmp_path):
-    """Cells without results, unequal text, unequal code and devices are said under Warnings; without them, none are."""
+    """Cells without results, unequal text, code, devices and models are said under Warnings; without them, none are."""
     ladder, cells, results = made
     assert "## Warnings" not in report(ladder, cells, results, tmp_path)[0]
     few = results[2:]
     few[0] = dataclasses.replace(few[0], corpora={"code": "ff" * 32})
     few[1] = dataclasses.replace(few[1], environment=few[1].environment | {"source": "ba9876543210", "device": "cpu"})
+    few[2] = dataclasses.replace(few[2], non_embedding_parameters=16_000_000)
     markdown = report(ladder, cells, few, tmp_path)[0]
     warnings = markdown.split("## Warnings")[1].split("\n## ")[0]
     assert f"2 of {len(cells)} cells have no result: {cells[0].name}, {cells[1].name}" in warnings
     assert "different text called code" in warnings and "ffff" in warnings and "abab" not in warnings.split("ffff")[1]
+    assert "Models of 15m differ in size: they have 15.42M to 16M non-embedding parameters" in warnings
     assert "different versions of the code" in warnings and "different devices" in warnings
     assert f"{len(cells) - 2} of {len(cells)} cells have results" in markdown
 
@@ -262,6 +267,18 @@ def test_learning_rates(tmp_path):
         for lr, mark in (("0.001", ""), ("0.002", "best, used"), ("0.004", ""))
     ]
     assert at(differences(ladder, make_results(cells, TRUTH)), size=ALL, arm="delta").seeds == 2
+
+
+def test_markdown_of_blocks():
+    """A table keeps its columns whatever its cells hold, and columns of numbers are to the right."""
+    table = Table(("arm", "loss", "interval"), (("a|b", "-1.5 ± 0.1 d", "[-1, 2]"), ("15m", "2", "-")))
+    section = Section("A title", ["Text.", Heading("Part"), table, Bullets(("one", "two"))])
+    markdown = to_markdown("Report", [section, Section("Long", ["hidden"], in_markdown=False)])
+    assert tables(markdown) == [[list(table.columns), *map(list, table.rows)]]
+    assert "| --- | ---: | ---: |" in markdown and "hidden" not in markdown
+    assert markdown.startswith("# Report\n\n## A title\n\nText.\n\n### Part\n\n|") and markdown.endswith(
+        "- one\n- two\n"
+    )
 
 
 def test_without_results(made, tmp_path):
