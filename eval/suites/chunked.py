@@ -7,9 +7,10 @@ devices, and after an interruption, unless the batch size is chosen by the memor
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ class Helper:
         self._device = options["device"]
         # A process that has used CUDA cannot be forked.
         self._executor = ProcessPoolExecutor(
-            1, mp_context=get_context("spawn"), initializer=_load, initargs=(folder, options, processes)
+            1, mp_context=get_context("spawn"), initializer=_prepare, initargs=(folder, options, processes)
         )
 
     def submit(self, kind: str, texts: list[tuple]) -> Future:
@@ -181,15 +182,19 @@ def share_cores(processes: int) -> None:
     torch.set_num_threads(max(1, usable_cores() // processes))
 
 
-_loaded: Model | None = None  # the model of a helper's process
+_model: Callable[[], Model] | None = None  # that of a helper's process
 
 
-def _load(folder: Path, options: dict[str, Any], processes: int) -> None:
-    global _loaded
+def _prepare(folder: Path, options: dict[str, Any], processes: int) -> None:
+    """Let this process answer.
+
+    The model is loaded with the first answer. An error of this function would only be known as a process that died.
+    """
+    global _model
     share_cores(processes)
-    _loaded = Model(folder, **options)
+    _model = cache(lambda: Model(folder, **options))
 
 
 def _answer_here(kind: str, texts: list[tuple]) -> list[Any]:
-    assert _loaded is not None
-    return answer(_loaded, kind, texts)
+    assert _model is not None
+    return answer(_model(), kind, texts)

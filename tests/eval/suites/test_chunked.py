@@ -135,6 +135,18 @@ def test_a_single_chunk_does_not_wait_for_a_helper_to_start(tmp_path):
     assert len(own.chunks) == 1 and not helper.model.chunks
 
 
+def test_a_helper_says_why_it_cannot_answer(tmp_path, tiny_model, monkeypatch):
+    from lrnn.eval.suites import chunked
+
+    monkeypatch.setattr(chunked, "_model", None)
+    chunked._prepare(tmp_path / "nowhere", {"device": "cpu"}, processes=64)
+    with pytest.raises(UserError, match=r"model folder not found: .*nowhere"):
+        chunked._answer_here("loglikelihood", [("a", "b")])
+    chunked._prepare(tiny_model, {"device": "cpu"}, processes=64)
+    (first,), (again,) = (chunked._answer_here("loglikelihood", [("def f", "(x)")]) for _ in range(2))
+    assert first == again and first[0] < 0
+
+
 def test_two_processes_give_the_results_of_one(tiny_model, heldout, few_documents, tmp_path):
     """The numbers are equal bit by bit."""
     found = {}
