@@ -167,7 +167,7 @@ def open_run_data(config: Config, model_config: LrnnConfig, ranks: Ranks, sample
     return StagedData(
         source=first_part.data,
         description=description,
-        save_tokenizer=tokenizer_writer(str(corpora[0].path)),
+        save_tokenizer=tokenizer_writer(corpora[0]),
         batching=next(part.batching for part in parts if part.batching is not None),
         as_of_0_1_0={"tokenizer": corpora[0].tokenizer_file_sha256},
         stages=facts,

@@ -129,7 +129,7 @@ def open_data(config: Config, model_config: LrnnConfig, ranks: Ranks) -> Trainin
     }
     old = {"tokenizer": corpora[0].tokenizer_file_sha256}
     stages = [facts_of_stage(config, source)]
-    return TrainingData(source, description, tokenizer_writer(d.corpora[0].path), batching, old, stages)
+    return TrainingData(source, description, tokenizer_writer(corpora[0]), batching, old, stages)
 
 
 def facts_of_stage(config: Config, source: CorpusData) -> dict[str, Any]:
@@ -143,16 +143,26 @@ def facts_of_stage(config: Config, source: CorpusData) -> dict[str, Any]:
     }
 
 
-def tokenizer_writer(corpus: str) -> Callable[[Path], object]:
+def tokenizer_writer(corpus: TokenCorpus) -> Callable[[Path], object]:
     """Return a function that writes the tokenizer of a corpus into a folder.
 
     Raises:
-        UserError: see `check_exportable`.
+        UserError: the corpus lacks its tokenizer, or has another one; see also `check_exportable`.
     """
-    tokenizer = Path(corpus) / "tokenizer"
-    if tokenizer.is_dir():
-        check_exportable(load_copy(tokenizer))
-    return partial(copy_files, tokenizer)
+    folder = corpus.path / "tokenizer"
+    if not folder.is_dir():
+        raise UserError(
+            f"corpus {corpus.path}: its folder tokenizer is missing, which every checkpoint copies; copy the whole "
+            "corpus, or build it again"
+        )
+    tokenizer = load_copy(folder)
+    if tokenizer.fingerprint != corpus.tokenizer_fingerprint:
+        raise UserError(
+            f"corpus {corpus.path}: its folder tokenizer holds another tokenizer (fingerprint "
+            f"{tokenizer.fingerprint[:12]}...) than the corpus was made with ({corpus.tokenizer_fingerprint[:12]}...)"
+        )
+    check_exportable(tokenizer)
+    return partial(copy_files, folder)
 
 
 def _open_stream(

@@ -76,9 +76,8 @@ class Beginning:
 
         def opened() -> InitialWeights:
             weights = InitialWeights(path, model, changed)
-            if (found := _tokenizer_of(config)) is not None:
-                notice = weights.check_tokenizer(*found)
-                self._notices += [notice] if notice else []
+            notice = weights.check_tokenizer(*_tokenizer_of(config))
+            self._notices += [notice] if notice else []
             return weights
 
         weights = self._weights = self._ranks.together(opened)
@@ -87,11 +86,10 @@ class Beginning:
         return make_record(path, config.run_dir, facts)
 
 
-def _tokenizer_of(config: Config) -> tuple[Tokenizer, str] | None:
+def _tokenizer_of(config: Config) -> tuple[Tokenizer, str]:
     """Return the tokenizer of the run's data, and where it is. All corpora of a run have the same one."""
     stream = config.data.stream
     if stream is not None:
         return load_tokenizer(stream.tokenizer), stream.tokenizer
     corpora = [*config.data.corpora, *(corpus for stage in config.stages for corpus in stage.corpora)]
-    folder = Path(corpora[0].path) / "tokenizer"
-    return (load_copy(folder), corpora[0].path) if folder.is_dir() else None
+    return load_copy(Path(corpora[0].path) / "tokenizer"), corpora[0].path

@@ -196,6 +196,16 @@ def test_damaged_corpus(refused, corpus):
     assert f"{name}.table, its table of checksums, is corrupt" in refused(override)
 
 
+def test_a_corpus_without_its_tokenizer(refused, corpus, foreign_corpus):
+    """Every checkpoint holds the tokenizer, so none could be written."""
+    path, _ = corpus
+    shutil.rmtree(path / "tokenizer")
+    override = f"data.corpora=[{{path: {path}}}]"
+    assert f"corpus {path}: its folder tokenizer is missing, which every checkpoint copies" in refused(override)
+    shutil.copytree(foreign_corpus / "tokenizer", path / "tokenizer")
+    assert f"corpus {path}: its folder tokenizer holds another tokenizer (fingerprint " in refused(override)
+
+
 def test_no_corpus(refused, corpus, tmp_path):
     path, _ = corpus
     (tmp_path / "empty").mkdir()
