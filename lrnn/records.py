@@ -18,7 +18,7 @@ class DurableLines:
         self.path = path
         self._descriptor: int | None = None
         # After a crash the last line may be cut; the next one must not become part of it.
-        cut = path.exists() and not path.read_bytes().endswith(b"\n")
+        cut = path.exists() and not _ends_with_newline(path)
         self._pending = bytearray(b"\n" if cut else b"")
 
     def write(self, line: str) -> OSError | None:
@@ -47,6 +47,15 @@ class DurableLines:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def _ends_with_newline(path: Path) -> bool:
+    """Return whether a file is empty or its last line is whole. A long run's file is not read for this."""
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
 
 
 def utc_now() -> str:

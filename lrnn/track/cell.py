@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -11,7 +12,7 @@ import torch
 
 from lrnn.environment import describe_environment
 from lrnn.errors import UserError
-from lrnn.files import write_atomically
+from lrnn.files import sync, write_atomically
 from lrnn.pretrain.metrics.eigenvalues import EigenvalueProbe
 from lrnn.records import DurableLines, utc_now
 from lrnn.track.grid import Cell
@@ -108,7 +109,8 @@ def _train(
                     "eigenvalues": probe.describe(values[3]) if len(values) > 3 else {},
                     "time": utc_now(),
                 }
-                log.write(json.dumps(record))
+                if (error := log.write(json.dumps(record))) is not None:
+                    say(f"{cell}: metrics.jsonl is not written: {error.strerror}; its lines wait for the next one")
                 say(f"{cell}: step {record['step']}/{in_all}  loss {record['loss']:.4f}  {speed:.1f} steps/s")
                 marked_at, marked_step = now, training.step
             if warm is None and training.is_warm:
@@ -124,15 +126,20 @@ def _train(
 def _save(cell: Cell, training: Training) -> None:
     partial = cell.folder / ".state.pt.partial"
     torch.save(training.state() | {"fingerprint": cell.fingerprint}, partial)
+    sync(partial)
     os.replace(partial, cell.folder / "state.pt")
 
 
 def _saved_state(cell: Cell, device: torch.device) -> dict[str, Any] | None:
-    """Return what `_save` wrote, or None if it has not."""
+    """Return what `_save` wrote, or None if it has not. Raises UserError if that is damaged."""
     path = cell.folder / "state.pt"
     if not path.is_file():
         return None
-    state = torch.load(path, map_location=device, weights_only=True)
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or ["it is cut short"])[0]
+        raise UserError(f"{path} is damaged ({reason}); remove it to train {cell} again") from None
     _check_same(cell, state["fingerprint"])
     return state
 

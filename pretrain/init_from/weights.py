@@ -51,7 +51,7 @@ class InitialWeights:
         self.differences = dict(compare_models(self.source.config, model))
         for field, (before, now) in self.differences.items():
             name = field.rpartition(" ")[2]
-            if not changed & {name, "mixer"}:
+            if not changed & ({name} if field in OF_THE_MODEL else {name, "mixer"}):
                 raise UserError(
                     f"the model of the run has {field} = {now!r}, that of init_from {init_from} has {before!r}; leave "
                     f"out model (or add model=) to train that of the folder, or give the change alone, as model.{name}"

@@ -127,6 +127,9 @@ def test_a_change_of_the_model_is_made_where_it_is_written(begun, model, tmp_pat
     with pytest.raises(UserError, match=r"has layer 0 allow_neg_eigval = True, .* has False; .* model.allow_neg_eigv"):
         weights_of(begun(model=str(whole)))
     assert weights_of(begun(model={"base": str(whole), "allow_neg_eigval": False})).differences == {}
+    whole.write_text(json.dumps({**model.config.to_dict(), "norm_eps": 1e-3}))  # which no mixer has
+    with pytest.raises(UserError, match=r"has norm_eps = 0.001, .* has 1e-06; .* as model.norm_eps"):
+        weights_of(begun(model={"base": str(whole), "mixer": model.config.mixer}))
     with pytest.raises(UserError, match=r"changed intermediate_size = 32, does not fit .*down_proj.weight of shape"):
         weights_of(begun(model={"intermediate_size": 32}))
 

@@ -10,11 +10,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lrnn import LrnnConfig, LrnnForCausalLM
 from lrnn.cli import main
+from lrnn.model import modeling_lrnn
 from lrnn.model.mixer_attention import Attention
 from lrnn.model.mixers import MIXERS
 from lrnn.pretrain.config import load_config, load_model_of
 from lrnn.pretrain.gpus import find_gpu
 from lrnn.pretrain.muon.matrices import matrices_of
+from lrnn.pretrain.plan import activations
 from lrnn.pretrain.plan.attention import AttentionSizes
 from lrnn.pretrain.plan.choose import choose
 from lrnn.pretrain.plan.estimate import Estimate
@@ -338,3 +340,8 @@ def test_pretrain_says_what_would_be_faster_or_fit(started):
     assert started("", name="Tesla T4") == [
         "no estimate of memory and speed: Tesla T4 is not among the GPUs that `lrnn plan` knows"
     ]
+
+
+def test_the_plain_loss_is_counted_in_the_pieces_that_the_model_takes():
+    """The plan does without the module of the model, which takes a second to import."""
+    assert activations.LOSS_CHUNK == modeling_lrnn.LOSS_CHUNK

@@ -1,9 +1,12 @@
 """Test the step of `lrnn track`: from any state it gives the numbers of a plain loop that draws each batch."""
 
+import errno
+import os
+
 import pytest
 import torch
 
-from lrnn import LrnnForCausalLM
+from lrnn import LrnnForCausalLM, records
 from lrnn.errors import UserError
 from lrnn.model.cache import LrnnCache
 from lrnn.pretrain.optim import parameter_groups
@@ -397,6 +400,29 @@ def test_resuming_from_a_state_with_its_sequences_is_bitwise(tiny_cells, tmp_pat
 def test_sequences_that_cannot_continue(tiny_cells, changes, message):
     with pytest.raises(UserError, match=message):
         tiny_cells(**PASSING | changes)
+
+
+def test_a_damaged_state_is_named(tiny_cells):
+    cell, *_ = tiny_cells()
+    cell.folder.mkdir(parents=True)
+    for content in (b"", b"PK\x03\x04 cut", b"\x80\x02cposix\nsystem\n."):
+        (cell.folder / "state.pt").write_bytes(content)
+        with pytest.raises(UserError, match=r"state\.pt is damaged \(.*\); remove it to train .*parity, .* again"):
+            finish(cell)
+
+
+def test_records_that_the_disk_refuses_are_said_and_come_later(tiny_cells, monkeypatch):
+    (cell, *_), said, tries = tiny_cells(), [], iter([True, True, False])
+
+    def full_at_first(*arguments, open=os.open):
+        if arguments[0] == cell.folder / "metrics.jsonl" and next(tries, False):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return open(*arguments)
+
+    monkeypatch.setattr(records.os, "open", full_at_first)
+    finish(cell, said.append)
+    assert sum("metrics.jsonl is not written: No space left on device" in line for line in said) == 2
+    assert [record["step"] for record in read_metrics(cell.folder)] == [4, 8, 12, 16, 20]
 
 
 def test_a_state_of_an_earlier_version_keeps_its_weight_decay(tiny_cells):
