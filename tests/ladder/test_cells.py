@@ -155,9 +155,13 @@ def test_the_ladder_that_comes_with_lrnn():
     from lrnn.ladder.sizes import count_parameters
 
     ladder, cells = load_ladder("ranges")
-    main = [cell for cell in cells if "/lr-" not in cell.name]
-    assert len(main) == 7 * 3 + 4 * 3 + 2 and len(cells) == len(main) + 4
-    models = {(cell.size, cell.arm): cell for cell in cells}
+    rates = [cell for cell in cells if "/lr-" in cell.name]
+    main = [cell for cell in cells if cell not in rates and cell.budget == ladder.sizes[cell.size].tokens[0]]
+    lengths = [cell for cell in cells if cell not in rates + main]
+    assert [len(rates), len(main), len(lengths)] == [4, 7 * 3 + 4 * 3 + 2, 6]
+    # The full form of the fit needs six pairs of size and tokens.
+    assert len({(cell.size, cell.tokens) for cell in main + lengths}) == 6
+    models = {(cell.size, cell.arm): cell for cell in main}
     assert models.keys() == PARAMETERS.keys()
     for place, cell in models.items():
         total, without_embeddings = count_parameters(cell.model)
