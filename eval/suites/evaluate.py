@@ -50,7 +50,7 @@ def evaluate(request: Request) -> dict[str, Any]:
     if cut:
         print(report.cut_note(cut, max_length), flush=True)
     if CODE_TASKS.intersection(loaded.tasks):
-        sandbox.run("")  # fails now, not after hours of generation, if this system cannot isolate programs
+        sandbox.check()  # fails now, not after hours of generation, if this system cannot isolate programs
     model, helpers = harness.load_model(
         request.model, devices, request.dtype, request.batch_size, max_length, request.bos
     )

@@ -124,6 +124,15 @@ def run(program: str, timeout_s: float = TIMEOUT_S, memory_bytes: int = MEMORY_B
     return Outcome(passed, timed_out, tail)
 
 
+def check() -> None:
+    """Raise UserError unless an empty program passes. Where it does not, no program would."""
+    outcome = run("")
+    if not outcome.passed:
+        said = next(reversed(outcome.stderr.strip().splitlines()), "no message")
+        why = f"takes more than {TIMEOUT_S:g} s" if outcome.timed_out else f"fails ({said})"
+        raise UserError(f"code written by the model cannot be run here: in the sandbox, an empty program {why}")
+
+
 def pass_at_k(references: list[str], predictions: list[list[str]], k: int) -> float:
     """Return the mean over problems of the unbiased pass@k (Chen et al. 2021, equation 1).
 

@@ -27,6 +27,17 @@ def test_a_program_passes_only_if_it_reaches_its_end():
     assert sandbox.run("print('x' * (64 << 20))").passed, "output is thrown away, not kept in memory"
 
 
+def test_a_sandbox_in_which_nothing_passes_is_found_before_an_evaluation(monkeypatch):
+    sandbox.check()
+    for outcome, why in (
+        (sandbox.Outcome(False, True, ""), "an empty program takes more than 10 s"),
+        (sandbox.Outcome(False, False, "Traceback\nMemoryError\n"), r"an empty program fails \(MemoryError\)"),
+    ):
+        monkeypatch.setattr(sandbox, "run", lambda program, outcome=outcome: outcome)
+        with pytest.raises(UserError, match=why):
+            sandbox.check()
+
+
 def test_a_process_that_cannot_start_leaves_no_descriptor(monkeypatch):
     def fail(*arguments, **options):
         raise BlockingIOError("no process is left")
