@@ -224,6 +224,9 @@ class LrnnConfig(PretrainedConfig):
             size = getattr(self, name)
             if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
                 raise ValueError(f"{name} must be a positive integer or null; got {size!r}")
+        for name in ("norm_eps", "initializer_range"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be a number that is not negative; got {getattr(self, name)!r}")
         epsilon = self.gated_norm_eps
         if epsilon is not None and (type(epsilon) not in (int, float) or epsilon < 0):
             raise ValueError(f"gated_norm_eps must be a number that is not negative, or null; got {epsilon!r}")

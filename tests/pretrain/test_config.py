@@ -306,6 +306,8 @@ def test_model_is_what_the_file_says(tmp_path):
         ({"allow_neg_eigval": 0}, "allow_neg_eigval = 0 should be bool"),
         ({"norm_eps": "1e-6"}, "norm_eps = '1e-6' should be float"),
         ({"norm_eps": math.nan}, "norm_eps = nan should be a finite number"),
+        ({"norm_eps": -1e-6}, "norm_eps must be a number that is not negative; got -1e-06"),
+        ({"initializer_range": -0.02}, "initializer_range must be a number that is not negative; got -0.02"),
         ({"initializer_range": math.inf}, "initializer_range = inf should be a finite number"),
         ({"initializer_range": None}, "initializer_range = None should be float"),
         ({"max_position_embeddings": 512.5}, "max_position_embeddings = 512.5 should be int"),
