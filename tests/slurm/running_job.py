@@ -19,6 +19,7 @@ from lrnn.cli import main
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 600
+SLURM_S = 0.5  # between two questions to SLURM, which cost more processor time than a look at a file
 TORTURE = os.environ.get("LRNN_TORTURE") == "1"  # the long form of these tests
 # Each way asks a running job to stop so that it can resume. The comments describe SLURM 22.05.
 ENDINGS = {
@@ -91,15 +92,16 @@ class RunningJob:
             self.slurm.run(*ENDINGS[kind])
         else:
             self.slurm.run(*ENDINGS[kind], self.job)
-        self._wait(lambda: self.show()["Restarts"] == str(before + 1), f"{kind} does not requeue the job")
+        self._wait(lambda: self.show()["Restarts"] == str(before + 1), f"{kind} does not requeue the job", SLURM_S)
         # After `scontrol requeue` the tasks may still be running.
-        self._wait(lambda: self.show()["JobState"] != "COMPLETING", "the tasks do not end")
+        self._wait(lambda: self.show()["JobState"] != "COMPLETING", "the tasks do not end", SLURM_S)
         if kind == "time limit":
             self.slurm.run("scontrol", "update", f"JobId={self.job}", "TimeLimit=30")
 
     def wait_for_start(self) -> None:
         """Wait until the job's tasks run again."""
-        self._wait(lambda: self.slurm.run("squeue", "-h", "--steps", "-o", "%i", "-j", self.job) != "", "no start")
+        steps = ["squeue", "-h", "--steps", "-o", "%i", "-j", self.job]
+        self._wait(lambda: self.slurm.run(*steps) != "", "no start", SLURM_S)
 
     def wait_for_step(self, step: int) -> None:
         self._wait(lambda: self.last_step() >= step, f"step {step} is not reached")
@@ -107,7 +109,7 @@ class RunningJob:
     def wait_for_end(self) -> dict[str, str]:
         """Wait until the job has ended, and return what SLURM knows of it."""
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
-        self._wait(lambda: self.show()["JobState"] in over, "the job does not end", timeout_s=600)
+        self._wait(lambda: self.show()["JobState"] in over, "the job does not end", SLURM_S)
         return self.show()
 
     def show(self) -> dict[str, str]:
@@ -154,9 +156,9 @@ class RunningJob:
         """Wait until there is a checkpoint of the last step."""
         self._wait(lambda: 0 < self.newest_checkpoint() == self.last_step(), "no checkpoint of the last step")
 
-    def _wait(self, condition, failure: str, timeout_s: float = TIMEOUT_S) -> None:
-        deadline = time.monotonic() + timeout_s
+    def _wait(self, condition, failure: str, pause_s: float = 0.1) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
         while not condition():
             log = self.folder / "slurm.log"
             assert time.monotonic() < deadline, f"{failure}: {self.show()}\n{log.read_text() if log.exists() else ''}"
-            time.sleep(0.1)
+            time.sleep(pause_s)
