@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -111,7 +112,8 @@ def replace_folder(out: Path) -> Iterator[Path]:
     If the block fails, the hidden folder is deleted and an existing `out` stays as it was.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (out.with_name(f".{out.name}.{kind}.{os.getpid()}") for kind in ("new", "old"))
+    token = secrets.token_hex(4)  # In a container, a process has the number of one that was killed.
+    new, old = (out.with_name(f".{out.name}.{kind}.{token}") for kind in ("new", "old"))
     new.mkdir()
     try:
         yield new

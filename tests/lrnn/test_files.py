@@ -1,4 +1,4 @@
-"""Test the permissions of files that are copied, or written by libraries that ignore the umask."""
+"""Test the permissions of files that are copied, or written by libraries that ignore the umask, and whole folders."""
 
 import os
 import stat
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lrnn.files import copy_files, use_default_mode
+from lrnn.files import copy_files, replace_folder, use_default_mode
 
 
 def mode(path: Path) -> str:
@@ -40,3 +40,14 @@ def test_copies_do_not_inherit_permissions(tmp_path, modes):
     source.chmod(0o700)  # so that it can be deleted
     assert (mode(tmp_path / "copy/a"), mode(tmp_path / "copy")) == modes
     assert (tmp_path / "copy/a").read_text() == "content"
+
+
+def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path):
+    """In a container, the next process has the same number."""
+    left = tmp_path / f".out.new.{os.getpid()}"
+    left.mkdir()
+    for text in ("first", "second"):
+        with replace_folder(tmp_path / "out") as new:
+            (new / "file").write_text(text)
+        assert (tmp_path / "out/file").read_text() == text
+    assert sorted(os.listdir(tmp_path)) == [left.name, "out"]
