@@ -171,3 +171,7 @@ def test_table_adds_up_tokens_of_all_text_from_those_of_the_chunks_that_were_mad
     ]
     assert rows[2] == ["aaa", "1", "MIT", "5.0", "10", "30.0", "10.00", "3.00", "1", "1.00"]
     assert rows[-1] == ["**all text**", "", "", "10.0", "30", "90.0", "30.00", "3.00", "3", "3.00"]
+    counts["train"]["code"]["bbb"] = {"documents": 10, "bytes": 30_000_000, "tokens": 9_000_000}  # all of it
+    assert "| bbb | 1 | MIT | 5.0 | 10 | 30.0 | 9.00 | 3.33 | 1 | 1.00 |" in report.table(
+        {"packages": packages}, counts
+    )

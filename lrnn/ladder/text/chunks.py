@@ -41,7 +41,7 @@ TRACES_APART = 1 << 32  # numbers of documents of programs from one chunk to the
 HELDOUT_TRACES = 200  # documents
 HELDOUT = "heldout"
 # Ids are two bytes: pb and lp of 1 say so. The window covers a chunk of code. Preset 6 takes 4 times as long and saves
-# 14%, which does not save a part of those that a run needs; the text itself compresses to the same size as its ids.
+# 14%; the text itself compresses to the same size as its ids.
 XZ = [{"id": lzma.FILTER_LZMA2, "preset": 1, "dict_size": 1 << 25, "lc": 3, "lp": 1, "pb": 1}]
 BATCH_CHARACTERS = 1 << 20
 

@@ -45,7 +45,11 @@ def _row(name: str, package: dict[str, Any], domain: str, counts: dict[str, Any]
     """Return name, version, licence, bytes to download, documents, bytes, tokens; and held-out documents and tokens."""
     text = package["text"][domain].get("train", {"documents": 0, "bytes": 0})
     made, held = (counts[split].get(domain, {}).get(name, {}) for split in ("train", HELDOUT))
-    size, tokens = (made.get(key, 0) + held.get(key, 0) for key in ("bytes", "tokens"))
+    if made.get("bytes") == text["bytes"]:
+        tokens = made["tokens"]
+    else:
+        size, some = (made.get(key, 0) + held.get(key, 0) for key in ("bytes", "tokens"))
+        tokens = text["bytes"] * some / size if size else 0
     download = package["download_bytes"] if domain == next(iter(package["text"])) else 0
     return [
         name,
@@ -54,7 +58,7 @@ def _row(name: str, package: dict[str, Any], domain: str, counts: dict[str, Any]
         download,
         text["documents"],
         text["bytes"],
-        text["bytes"] * tokens / size if size else 0,
+        tokens,
         held.get("documents", 0),
         held.get("tokens", 0),
     ]
