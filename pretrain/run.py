@@ -379,7 +379,7 @@ class Run:
         return model_config, data, HeldOut(self.config, self.ranks, samples)
 
     def _read_engine_copy(self) -> dict[str, str]:
-        """Return the files of a checkpoint that keep the DeepSpeed JSON, which may change while the run goes on."""
+        """Return the files of a checkpoint that keep the DeepSpeed JSON, which may change while the run continues."""
         path = self.config.deepspeed
         return {} if path is None else {COPY: json.dumps(read_json(path, "DeepSpeed configuration"), indent=2)}
 

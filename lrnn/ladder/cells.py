@@ -14,7 +14,7 @@ from lrnn.pretrain.changes import changes_results, flatten
 from lrnn.pretrain.config import Config, load_model_of, model_fields, parse_config
 from lrnn.pretrain.corpus.reader import read_manifest
 from lrnn.settings import load
-from lrnn.track.grid import NO_RANGE, RANGE_NAMES, changed_fields, has_range
+from lrnn.track.grid import NO_RANGE, changed_fields, has_range
 
 # Keys of a run that follow from other keys of the ladder, and what to change instead.
 OF_THE_LADDER = {
@@ -230,9 +230,3 @@ def _digest(path: str) -> str:
     splits = read_manifest(path)["splits"]
     sums = [f"{split}:{shard['sha256']}" for split in sorted(splits) for shard in splits[split]["shards"]]
     return hashlib.sha256("\n".join(sums).encode()).hexdigest()
-
-
-def title_of(cell: Cell, ladder: LadderConfig) -> str:
-    """Return what a cell is called for readers: arm and range."""
-    title = ladder.arms[cell.arm].title or cell.arm
-    return title if cell.range == NO_RANGE else f"{title} {RANGE_NAMES[cell.range]}"

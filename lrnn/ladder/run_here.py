@@ -123,7 +123,7 @@ def _note(outcome: _Outcome, one: _Running, limit: TimeLimit, was_told: bool, sa
     else:
         outcome.failed.append(cell)
         how = f"was killed by signal {-status}" if status < 0 else f"failed with status {status}"
-        say(f"{cell} {how}; the others go on")
+        say(f"{cell} {how}; the others continue")
 
 
 def _say_failures(failed: Sequence[Cell], say: Callable[[str], None]) -> None:

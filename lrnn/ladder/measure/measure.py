@@ -26,7 +26,7 @@ from lrnn.ladder.measures import MEASURES, MIX
 from lrnn.ladder.results import Figure
 from lrnn.records import read_metrics
 
-VERSION = 1  # of the files that keep parts; another one begins anew
+VERSION = 1  # of the files that keep parts; parts of another version are not used
 FOLDER = "measures"  # of a run, with these files
 MOST_SHOWN = 10  # figures of a line
 

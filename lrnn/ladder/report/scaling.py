@@ -110,7 +110,7 @@ def _trend(found: Trend) -> str:
     if found.at_target.high - found.at_target.low > WIDEST_DIFFERENCE:
         return text + f"; at 1.3B parameters not determined (interval wider than {WIDEST_DIFFERENCE:g})."
     there = f"{decimal(found.target, 4, True)} {interval(found.at_target, LOSS)}"
-    return text + f"; at 1.3B parameters, if the line goes on so far, {there}."
+    return text + f"; at 1.3B parameters, if the line continues so far, {there}."
 
 
 def _parameter(name: str, estimate: Estimate) -> tuple[str, str]:
