@@ -181,7 +181,7 @@ def fake_wandb(monkeypatch, init) -> None:
 
 
 def test_wandb_that_does_not_start_or_ends(config, monkeypatch, capsys):
-    """A run is not started without it, but goes on."""
+    """A run does not start without it, but continues."""
 
     def fail(*arguments: object, **options: object) -> None:
         raise sys.modules["wandb"].errors.Error("api_key not configured\n(no-tty)")

@@ -25,7 +25,7 @@ RAW_FACTOR = 15  # a page of HTML is at most so many times as long as its text
 
 
 class Entry(NamedTuple):
-    """A line of the index: where a document stands in the file of its package, and what decides about it.
+    """A line of the index: where a document is in the file of its package, and what decides about it.
 
     Attributes:
         offset, length: bytes of its line.

@@ -95,7 +95,7 @@ def test_segments(monkeypatch):
 
 @pytest.mark.parametrize("n_h", [2, 3])
 def test_few_tokens_without_gradients(n_h):
-    """They take the recurrence, from which the chunks may go on."""
+    """They take the recurrence, from which the chunks may continue."""
     x = factors(2, 5, n_h, raw=True, dtype=FP32)
     o_true, final_true = raw_truth(**x, output_final_state=True)
     with torch.no_grad():

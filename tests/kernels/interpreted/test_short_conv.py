@@ -79,7 +79,7 @@ def test_documents(lengths):
 
 @pytest.mark.parametrize(("T", "taps"), [(35, 4), (3, 3), (2, 2), *([(64, 4), (33, 2), (1, 4)] if TORTURE else [])])
 def test_documents_behind_inputs(T, taps):
-    """The inputs ahead belong to the first document of a row, which may be short or go on to the row's end."""
+    """The inputs ahead belong to the first document of a row, which may be short or reach the row's end."""
     compare(T, B=3, taps=taps, before=True, cu_seqlens=boundaries([1, T - 1, 0, T - 1, 1, T]))
 
 
