@@ -96,7 +96,7 @@ def test_commands_work_in_an_empty_folder(installed, tmp_path):
 @pytest.mark.skipif(os.environ.get("LRNN_TORTURE") != "1", reason="takes minutes: set LRNN_TORTURE=1")
 def test_the_whole_job_in_an_empty_folder(installed, tmp_path):
     command = [sys.executable, installed / "bin" / "lrnn"]
-    done = run(*command, "quickstart", "--steps", "8", cwd=tmp_path, PYTHONPATH=str(installed))
+    done = run(*command, "quickstart", "--steps", "20", cwd=tmp_path, PYTHONPATH=str(installed))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "The model continues" in done.stdout and "Next:" in done.stdout
     done = run(*command, "pretrain", "tiny", "steps=2", "schedule.warmup_steps=1", cwd=tmp_path,
