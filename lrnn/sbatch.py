@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from filelock import FileLock, Timeout
 
@@ -17,6 +18,8 @@ OVER = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
     "TIMEOUT",
 }  # fmt: skip
+# Options of an array that the job after it needs too.
+OF_FOLLOWING = ("account", "partition", "qos", "reservation", "clusters")
 LOCK_WAIT_S = 60  # wait for another `lrnn submit` of the folder; squeue and sbatch take seconds at most
 DIRECTIVE = re.compile(r"^#SBATCH[ \t]+--([a-z-]+)(?:[ \t]*[= \t](.*?))?[ \t]*$", re.MULTILINE)
 SHORT = re.compile(r"^#SBATCH[ \t]+-[A-Za-z].*$", re.MULTILINE)
@@ -30,6 +33,35 @@ class Job:
     state: str
     reason: str  # why the job is pending
     comment: str
+
+
+@dataclass(frozen=True)
+class Submission:
+    """The files of one submission of an array and the job after it, which are in `root`/slurm and end with a number.
+
+    Attributes:
+        root: the folder of results.
+        number: of the submission.
+    """
+
+    root: Path
+    number: int
+
+    @classmethod
+    def next(cls, root: Path, name: str) -> Self:
+        """Return the submission after all that have written a file such as jobs.tsv."""
+        stem, _, suffix = name.rpartition(".")
+        numbers = [path.stem.removeprefix(f"{stem}-") for path in (root / "slurm").glob(f"{stem}-*.{suffix}")]
+        return cls(root, 1 + max((int(number) for number in numbers if number.isdigit()), default=0))
+
+    def file(self, name: str) -> Path:
+        """Return the path of a file such as jobs.tsv."""
+        stem, _, suffix = name.rpartition(".")
+        return self.root / "slurm" / f"{stem}-{self.number}.{suffix}"
+
+    def log(self, name: str) -> str:
+        """Return the option `output` for a file name in which sbatch replaces %A and others."""
+        return f"{pattern(self.root / 'slurm')}/{name}"
 
 
 def read_template(path: Path) -> str:

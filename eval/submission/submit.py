@@ -2,7 +2,6 @@
 
 import argparse
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from lrnn import container, sbatch, shipped
@@ -19,29 +18,6 @@ RESERVED = {
     "gpus-per-node": "use --gpus-per-node",
     "time": "use --time",
 }
-OF_BOTH = ("account", "partition", "qos", "reservation", "clusters")  # options that the collecting job needs too
-
-
-@dataclass(frozen=True)
-class Submission:
-    """The files of one submission, which are in `root`/slurm and end with a number.
-
-    Attributes:
-        root: the results of the first run or model folder; the table of all results is written here.
-        number: of the submission.
-    """
-
-    root: Path
-    number: int
-
-    def file(self, name: str) -> Path:
-        """Return the path of a file such as jobs.tsv."""
-        stem, _, suffix = name.rpartition(".")
-        return self.root / "slurm" / f"{stem}-{self.number}.{suffix}"
-
-    def log(self, name: str) -> str:
-        """Return the option `output` for a file name in which sbatch replaces %A and others."""
-        return f"{sbatch.pattern(self.root / 'slurm')}/{name}"
 
 
 def submit_evaluations(args: argparse.Namespace, options: list[str]) -> int:
@@ -62,7 +38,7 @@ def submit_evaluations(args: argparse.Namespace, options: list[str]) -> int:
     left = [evaluation for evaluation in every if not evaluation.is_done]
     done = f"{len(every) - len(left)} with results"
     if args.dry_run:
-        plan = Submission(roots[0], _next_number(roots[0]))
+        plan = sbatch.Submission.next(roots[0], "jobs.tsv")
         print(_script(template, directives, args, plan, left, options) if left else "# nothing to submit")
         print("".join(f"# {evaluation.line}" for evaluation in left), end="")
         print(f"# {len(left)} to evaluate, {done}; not submitted, and SLURM not asked what is queued (--dry-run)")
@@ -79,7 +55,7 @@ def submit_evaluations(args: argparse.Namespace, options: list[str]) -> int:
         if not left:
             print(f"nothing to submit: {done}")
             return 0
-        plan = Submission(roots[0], _next_number(roots[0]))
+        plan = sbatch.Submission.next(roots[0], "jobs.tsv")
         script = _script(template, directives, args, plan, left, options)
         jobs = _submit(plan, script, left, _collecting(directives, args, plan, roots))
     print(
@@ -110,7 +86,7 @@ def _script(
     template: str,
     directives: dict[str, str | None],
     args: argparse.Namespace,
-    plan: Submission,
+    plan: sbatch.Submission,
     left: list[Evaluation],
     options: list[str],
 ) -> str:
@@ -136,7 +112,7 @@ def _container(args: argparse.Namespace, left: list[Evaluation], options: list[s
 
 
 def _collecting(
-    directives: dict[str, str | None], args: argparse.Namespace, plan: Submission, roots: list[Path]
+    directives: dict[str, str | None], args: argparse.Namespace, plan: sbatch.Submission, roots: list[Path]
 ) -> str:
     """Return the batch script of the job that collects, without its dependency."""
     own = {
@@ -144,20 +120,14 @@ def _collecting(
         "chdir": sbatch.pattern(Path.cwd()),
         "output": plan.log("collect-%j.log"),
     }
-    shared = {name: value for name, value in directives.items() if name in OF_BOTH}
+    shared = {name: value for name, value in directives.items() if name in sbatch.OF_FOLLOWING}
     arguments = [str(plan.root), *map(str, roots)]
     return sbatch.fill(
         sbatch.read_template(COLLECT), {**own, **shared}, arguments, container.words(args.container, roots)
     )
 
 
-def _next_number(root: Path) -> int:
-    """Return a number that no submission has had."""
-    numbers = [path.stem.removeprefix("jobs-") for path in (root / "slurm").glob("jobs-*.tsv")]
-    return 1 + max((int(number) for number in numbers if number.isdigit()), default=0)
-
-
-def _submit(plan: Submission, script: str, left: list[Evaluation], collecting: str) -> tuple[str, str]:
+def _submit(plan: sbatch.Submission, script: str, left: list[Evaluation], collecting: str) -> tuple[str, str]:
     """Write the files, submit both jobs, and return their numbers. If the second is refused, the first is cancelled."""
     texts = {
         "jobs.tsv": "".join(evaluation.line for evaluation in left),

@@ -28,7 +28,6 @@ RESERVED = {
     "nodes": "a cell runs on one node",
     "time": "use --time",
 }
-OF_BOTH = ("account", "partition", "qos", "reservation", "clusters")  # options that the reporting job needs too
 
 
 @dataclass(frozen=True)
@@ -37,23 +36,6 @@ class Array:
 
     gpus: int
     cells: Sequence[Cell]
-
-
-@dataclass(frozen=True)
-class Submission:
-    """The files of one submission, which are in OUT/slurm and end with a number."""
-
-    out: Path
-    number: int
-
-    def file(self, name: str) -> Path:
-        """Return the path of a file such as ladder.yaml."""
-        stem, _, suffix = name.rpartition(".")
-        return self.out / "slurm" / f"{stem}-{self.number}.{suffix}"
-
-    def log(self, name: str) -> str:
-        """Return the option `output` for a file name in which sbatch replaces %A and others."""
-        return f"{sbatch.pattern(self.out / 'slurm')}/{name}"
 
 
 def submit(args: argparse.Namespace, ladder: LadderConfig, chosen: Sequence[Cell], left: Sequence[Cell]) -> int:
@@ -75,7 +57,7 @@ def submit(args: argparse.Namespace, ladder: LadderConfig, chosen: Sequence[Cell
     check_data(ladder.measure)
     done = f"{len(chosen) - len(left)} with results"
     if args.dry_run:
-        plan = Submission(out, _next_number(out))
+        plan = sbatch.Submission.next(out, "ladder.yaml")
         for array in _arrays(left, args.gpus_per_node):
             print(_script(template, directives, args, ladder, plan, array))
             print("".join(f"# {cell}\n" for cell in array.cells))
@@ -91,7 +73,7 @@ def submit(args: argparse.Namespace, ladder: LadderConfig, chosen: Sequence[Cell
         if not left:
             print(f"nothing to submit: {done}")
             return 0
-        plan = Submission(out, _next_number(out))
+        plan = sbatch.Submission.next(out, "ladder.yaml")
         write_settings(ladder, plan.file("ladder.yaml"))
         scripts = [
             (array, _script(template, directives, args, ladder, plan, array))
@@ -129,14 +111,14 @@ def _script(
     directives: dict[str, str | None],
     args: argparse.Namespace,
     ladder: LadderConfig,
-    plan: Submission,
+    plan: sbatch.Submission,
     array: Array,
 ) -> str:
     """Return the batch script of an array."""
     limit = f"%{args.max_concurrent}" if args.max_concurrent is not None else ""
     table, settings = plan.file(_table(array)), plan.file("ladder.yaml")
     own = {
-        "job-name": f"lrnn-ladder-{plan.out.name}",
+        "job-name": f"lrnn-ladder-{plan.root.name}",
         "comment": f"{MARK}{table}",
         "chdir": sbatch.pattern(Path.cwd()),
         "output": plan.log("%A-%a.log"),
@@ -146,7 +128,7 @@ def _script(
     }
     words = [str(table), str(settings), *(["--redo"] if args.redo else [])]
     read = container.paths_in([*(cell.config.model_dump() for cell in array.cells), ladder.measure.model_dump()])
-    out = plan.out if plan.out.is_dir() else plan.out.parent  # it may not exist yet if this is a dry run
+    out = plan.root if plan.root.is_dir() else plan.root.parent  # it may not exist yet if this is a dry run
     return sbatch.fill(template, {**own, **directives}, words, container.words(args.container, [out, *read]))
 
 
@@ -155,22 +137,16 @@ def _table(array: Array) -> str:
     return f"cells-on-{array.gpus}.txt"
 
 
-def _reporting(directives: dict[str, str | None], args: argparse.Namespace, plan: Submission) -> str:
+def _reporting(directives: dict[str, str | None], args: argparse.Namespace, plan: sbatch.Submission) -> str:
     """Return the batch script of the job that reports."""
     own = {
-        "job-name": f"lrnn-report-{plan.out.name}",
+        "job-name": f"lrnn-report-{plan.root.name}",
         "chdir": sbatch.pattern(Path.cwd()),
         "output": plan.log("report-%j.log"),
     }
-    shared = {name: value for name, value in directives.items() if name in OF_BOTH}
-    words = container.words(args.container, [plan.out])
+    shared = {name: value for name, value in directives.items() if name in sbatch.OF_FOLLOWING}
+    words = container.words(args.container, [plan.root])
     return sbatch.fill(sbatch.read_template(REPORT), {**own, **shared}, [str(plan.file("ladder.yaml"))], words)
-
-
-def _next_number(out: Path) -> int:
-    """Return a number that no submission has had."""
-    numbers = [path.stem.removeprefix("ladder-") for path in (out / "slurm").glob("ladder-*.yaml")]
-    return 1 + max((int(number) for number in numbers if number.isdigit()), default=0)
 
 
 def _queued(out: Path) -> set[str]:
@@ -189,7 +165,7 @@ def _queued(out: Path) -> set[str]:
     return found
 
 
-def _submit(plan: Submission, scripts: Sequence[tuple[Array, str]], reporting: str) -> tuple[list[str], str]:
+def _submit(plan: sbatch.Submission, scripts: Sequence[tuple[Array, str]], reporting: str) -> tuple[list[str], str]:
     """Write the files and submit all jobs. Return the numbers of the arrays, and that of the job that reports.
 
     If one is refused, those before it are cancelled.
@@ -200,7 +176,7 @@ def _submit(plan: Submission, scripts: Sequence[tuple[Array, str]], reporting: s
             write_atomically(plan.file(_table(array)), "".join(f"{cell}\n" for cell in array.cells))
             write_atomically(plan.file(f"cells-on-{array.gpus}.sbatch"), script)
     except OSError as error:
-        raise sbatch.not_writable(plan.out, "out", error) from None
+        raise sbatch.not_writable(plan.root, "out", error) from None
     jobs: list[str] = []
     try:
         for array, _ in scripts:

@@ -203,7 +203,7 @@ def test_what_is_finished_is_not_repeated(export, files, run, monkeypatch):
     assert again == first and values.keys() == same.keys() and not computed
     assert all((values[key] == same[key]).all() for key in values)
     other = settings(files, tokens=1000)
-    with pytest.raises(AttributeError):  # what `computed` stands in for is not a part
+    with pytest.raises(AttributeError):  # the stand-in returns None, which is no part
         measuring.measure(run, export, other, "cpu", print)
     assert len(computed) == 1
     kept = next((run / "measures").glob("held-out-prose.npz"))

@@ -2,7 +2,7 @@
 
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ from cluster import Cluster, install
 
 from lrnn.cli import main
 
+ROOT = Path(__file__).parents[2]
 STUB = """\
 #!/bin/sh
 # Counts jobs from 4711 and puts those of an array into the queue, task by task.
@@ -37,6 +38,23 @@ def slurm() -> Iterator[Cluster]:
     cluster = Cluster()
     yield cluster
     cluster.stop()
+
+
+@pytest.fixture
+def enter_cluster(tmp_path, monkeypatch) -> Callable[[Cluster, str], None]:
+    """Return a function that changes to `tmp_path` and takes the commands of a cluster, and a script for `lrnn`."""
+
+    def enter(cluster: Cluster, script: str) -> None:
+        program = tmp_path / "bin" / "lrnn"
+        program.parent.mkdir()
+        program.write_text(script)
+        program.chmod(0o755)
+        variables = {**cluster.env, "PATH": f"{program.parent}:{cluster.env['PATH']}", "PYTHONPATH": str(ROOT)}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.chdir(tmp_path)
+
+    return enter
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,6 @@ import pytest
 from lrnn.cli import main
 from lrnn.pretrain.checkpoint.format import manifest_text
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture
 def submit(fake_slurm, capsys):
@@ -242,14 +240,9 @@ sample["arguments"] = dict(gen_args_0=dict(arg_0="question", arg_1="answer"))
 
 
 @pytest.mark.skipif(os.environ.get("LRNN_TORTURE") != "1", reason="a minute of SLURM; set LRNN_TORTURE=1")
-def test_on_a_cluster(slurm, tmp_path, monkeypatch, capsys):
+def test_on_a_cluster(slurm, enter_cluster, tmp_path, capsys):
     """The array runs, one checkpoint fails, the rest is collected. What is queued or done is not submitted again."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/lrnn").write_text(LRNN)
-    (tmp_path / "bin/lrnn").chmod(0o755)
-    for name, value in {**slurm.env, "PATH": f"{tmp_path}/bin:{slurm.env['PATH']}", "PYTHONPATH": str(ROOT)}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(tmp_path)
+    enter_cluster(slurm, LRNN)
     for step in (1, 2, 3):
         folder = tmp_path / f"my run/checkpoints/step-0000000{step}"
         folder.mkdir(parents=True)

@@ -203,14 +203,9 @@ exec {sys.executable} -m lrnn.cli "$@"
 
 
 @pytest.mark.skipif(os.environ.get("LRNN_TORTURE") != "1", reason="minutes of SLURM; set LRNN_TORTURE=1")
-def test_on_a_cluster(slurm, tmp_path, monkeypatch, capsys):
+def test_on_a_cluster(slurm, enter_cluster, tmp_path, capsys):
     """The cells run as tasks, one is requeued, and the report follows. What is queued is not submitted again."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/lrnn").write_text(LRNN)
-    (tmp_path / "bin/lrnn").chmod(0o755)
-    for name, value in {**slurm.env, "PATH": f"{tmp_path}/bin:{slurm.env['PATH']}", "PYTHONPATH": str(ROOT)}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(tmp_path)
+    enter_cluster(slurm, LRNN)
     command = ["ladder", str(write_ladder(tmp_path)), "--submit", "--cells", "*/attention/*", "--gpus-per-node", "0"]
     command += ["--sbatch", "cpus-per-task=1"]
 

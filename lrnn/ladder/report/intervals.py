@@ -84,7 +84,8 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
 
     A value of None counts among the comparisons as the smallest, and stays None.
     """
-    order = sorted(range(len(p)), key=lambda i: -1.0 if p[i] is None else p[i])  # type: ignore[arg-type, return-value]
+    ranked = [-1.0 if value is None else value for value in p]
+    order = sorted(range(len(p)), key=ranked.__getitem__)
     adjusted: list[float | None] = [None] * len(p)
     largest = 0.0
     for rank, i in enumerate(order):

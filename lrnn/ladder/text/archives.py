@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -77,7 +78,7 @@ def _tar_of_deb(file: Path) -> Iterator[IO[bytes]]:
     assert process.stdout is not None and process.stderr is not None
     try:
         yield process.stdout
-        process.stdout.read()  # what stands behind the end of the archive
+        process.stdout.read()  # what follows the end of the archive
         if process.wait():
             raise tarfile.ReadError("dpkg-deb failed")
     except (tarfile.TarError, EOFError) as error:
@@ -102,4 +103,4 @@ def _of_zip(archive: zipfile.ZipFile) -> Iterator[Member]:
     with archive:
         for info in archive.infolist():
             if not info.is_dir():
-                yield Member(info.filename, info.file_size, lambda info=info: archive.read(info))  # type: ignore[misc]
+                yield Member(info.filename, info.file_size, partial(archive.read, info))

@@ -15,7 +15,7 @@ CHUNKS = 64  # train-*.jsonl of a domain; the files of one number hold the same 
 LEAST_BYTES = 100_000  # of a train-*.jsonl; a domain with less text has fewer files
 LARGEST = 0.5  # share of what is held out of a package that one subtree may be
 LONG_LINE = 50  # characters; shorter lines are alike by chance
-MOST_KNOWN = 0.5  # share of a held-out document's bytes in long lines that may stand in the train documents as well
+MOST_KNOWN = 0.5  # share of a held-out document's bytes in long lines that may be in the train documents as well
 
 
 class Placed(NamedTuple):
