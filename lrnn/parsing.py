@@ -51,7 +51,7 @@ def parse_yaml(text: str, origin: str) -> Parsed:
         lines: dict[Key, int] = {}
         # Merged keys (`<<`) are in the nodes only now, after construction.
         return Parsed(_read_lines(loader, node, value, (), lines), lines)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number that is none
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an invalid date or number
         if isinstance(error, UserError):
             raise
         reason = " ".join(str(error).split())  # PyYAML explains in several lines

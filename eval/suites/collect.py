@@ -1,6 +1,7 @@
 """Collect many results in one table, with a row for each model and a column for each metric."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ class Collection:
     def name(self, key: ModelKey) -> str:
         """Return a name that no other model has: the label, with the step unless it says that."""
         label, step = self.labels[key], key[1]
-        return label if step < 0 or str(step) in label else f"{label}, step {step}"
+        said = any(int(number) == step for number in re.findall(r"step-(\d+)", label))
+        return label if step < 0 or said else f"{label}, step {step}"
 
 
 def collect(folders: list[Path]) -> str:

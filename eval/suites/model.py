@@ -35,7 +35,8 @@ class Model(HFLM):
 
     Greedy generation of a model of lrnn runs on CUDA graphs, and ends a row at any of its stop strings.
 
-    Prompts are tokenised on all cores. On one, long prompts with several answers take longer than a small model does.
+    Prompts with answers to score are tokenised on as many threads as torch has. On one, long prompts with several
+    answers take longer than a small model does.
     """
 
     _bar: tqdm | None = None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lrnn.bench.peers import Contender, Inputs, find_peers, fla_guard_lifted
-from lrnn.errors import UserError
+from lrnn.errors import UserError, first_line
 from lrnn.kernels.delta_rule.heads import check_sizes
 from lrnn.model.mixer_deltanet import HeadSizes
 
@@ -149,7 +149,7 @@ def measure(contender: Contender, batch_size: int, seq_len: int, heads: HeadSize
         except Exception as error:
             if contender.name in OURS:
                 raise
-            result.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            result.error = f"{type(error).__name__}: {first_line(error)}"
     return result
 
 

@@ -87,7 +87,7 @@ def measure_loader(
 
 
 def bench_data(args: argparse.Namespace) -> None:
-    """Print the table of `lrnn bench data`. Raises UserError for a size or time that cannot be."""
+    """Print the table of `lrnn bench data`. Raises UserError for an invalid size or time."""
     _check(args)
     with tempfile.TemporaryDirectory(prefix="lrnn-bench-") as temporary:
         path = args.corpus

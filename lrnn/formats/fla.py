@@ -173,7 +173,7 @@ def from_fla_config(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_sizes(fla: Any, kind: str, path: Path) -> None:
-    """Raise UserError for a size from which others are computed that is none. fla checks few of them."""
+    """Raise UserError if a size from which others are computed is not a positive number. fla checks few of them."""
     whole = ["hidden_size", "num_heads", "num_hidden_layers", *(["head_dim"] if kind != "delta_net" else [])]
     for field in (*whole, *(["expand_k"] if kind == "delta_net" else []), "expand_v"):
         value = getattr(fla, field)

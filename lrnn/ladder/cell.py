@@ -169,7 +169,7 @@ def _clear(run_dir: Path) -> None:
 
 def _tidy(run_dir: Path, keep: str) -> None:
     """Remove what is not kept of a run that has a result; see `LadderConfig.keep`."""
-    if keep == "export":
-        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+    if keep == "export" and (run_dir / "checkpoints").exists():
+        shutil.rmtree(run_dir / "checkpoints")
     elif keep == "nothing":
         _clear(run_dir)

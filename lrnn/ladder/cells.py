@@ -84,9 +84,17 @@ class Cell:
         """Tokens that it trains on: the budget, rounded up to whole steps."""
         return self.steps * self.tokens_per_step
 
-    def corpora(self) -> dict[str, str]:
-        """Return a digest of the content of each corpus. Raises UserError if one is not there."""
-        return {Path(source.path).name: _digest(source.path) for source in self.config.data.corpora}
+    def corpora(self, if_here: bool = False) -> dict[str, str]:
+        """Return a digest of the content of each corpus.
+
+        Args:
+            if_here: leave out corpora that are not there.
+
+        Raises:
+            UserError: a corpus is not there, or damaged.
+        """
+        sources = [source for source in self.config.data.corpora if not if_here or Path(source.path).exists()]
+        return {Path(source.path).name: _digest(source.path) for source in sources}
 
     def __str__(self) -> str:
         return self.name

@@ -23,13 +23,11 @@ class Kept:
 
     Attributes:
         done: cells with a result of the same settings, and the results, in the same order.
-        left: cells without a result.
         changed: cells with a result of other settings, and the keys that differ, by the cell's name.
     """
 
     done: list[Cell] = field(default_factory=list)
     results: list[CellResult] = field(default_factory=list)
-    left: list[Cell] = field(default_factory=list)
     changed: dict[str, Changes] = field(default_factory=dict)
 
     @classmethod
@@ -38,7 +36,6 @@ class Kept:
         kept = cls()
         for cell in cells:
             if not has_result(cell.result_folder):
-                kept.left.append(cell)
                 continue
             result = read_result(cell.result_folder)
             if changes := result_changes(cell, result):
@@ -76,14 +73,9 @@ def settings_with_corpora(cell: Cell, if_here: bool = False) -> dict[str, Any]:
         if_here: leave out corpora that are not here.
 
     Raises:
-        UserError: a corpus is not here.
+        UserError: a corpus is not here, or damaged.
     """
-    try:
-        digests = cell.corpora()
-    except UserError:
-        if not if_here:
-            raise
-        digests = {}
+    digests = cell.corpora(if_here)
     return cell.settings | {f"{CORPORA}{name}": digest for name, digest in digests.items()}
 
 

@@ -83,7 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command. Return the exit status: 0, 1 if cells failed, or 75 if a signal stopped it."""
+    """Run the command. Return the exit status.
+
+    It is 0, 1 if cells failed, 2 if there is nothing to report, or 75 if a signal or `--minutes` left some.
+    """
     _check(args)
     from lrnn.ladder.cells import load_ladder
 

@@ -50,12 +50,12 @@ class CellResult:
         parameters, non_embedding_parameters: of the model; embeddings and head are left out of the latter.
         steps, tokens_per_step: of the training.
         settings: all that decides the result, by dotted key.
-        corpora: SHA-256 of the manifest of each corpus, by its folder's name.
+        corpora: SHA-256 of the checksums of each corpus's shards, by its folder's name.
         figures: what was measured.
         training: facts of the training, such as seconds, tokens per second, loss and spikes.
         environment: what it was computed with.
         documents: float64 arrays of values by document, in the same order for all cells: [n] means, or [n, 2] nats
-            and bytes of which the ratio of sums is the value.
+            and bytes or tokens, of which the ratio of sums is the value.
         metrics: records of the run, thinned.
     """
 

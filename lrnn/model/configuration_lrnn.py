@@ -224,12 +224,11 @@ class LrnnConfig(PretrainedConfig):
             size = getattr(self, name)
             if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
                 raise ValueError(f"{name} must be a positive integer or null; got {size!r}")
-        for name in ("norm_eps", "initializer_range"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be a number that is not negative; got {getattr(self, name)!r}")
-        epsilon = self.gated_norm_eps
-        if epsilon is not None and (type(epsilon) not in (int, float) or epsilon < 0):
-            raise ValueError(f"gated_norm_eps must be a number that is not negative, or null; got {epsilon!r}")
+        for name, nullable in (("norm_eps", False), ("initializer_range", False), ("gated_norm_eps", True)):
+            value = getattr(self, name)
+            if not (nullable and value is None) and (type(value) not in (int, float) or not value >= 0):
+                more = ", or null" * nullable
+                raise ValueError(f"{name} must be a number that is not negative{more}; got {value!r}")
         if self.norm_position not in NORM_POSITIONS:
             raise ValueError(f"norm_position {self.norm_position!r} is not one of {', '.join(NORM_POSITIONS)}")
         if self.num_householder > 4:

@@ -29,5 +29,5 @@ def training_document(number: int, most_changes: int) -> str:
 
 
 def answer_spans(text: str) -> list[tuple[int, int]]:
-    """Return where the answers are in a training document: from the first character to before the last's end."""
+    """Return where the answers are in a training document, as (start, end) in characters without the end."""
     return [found.span() for found in ANSWER.finditer(text)]

@@ -36,7 +36,7 @@ class HeldOut:
         UserError: `log.heldout_every` is set, and the data is a stream or a held-out split is smaller than one sample.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, samples: int = 0):
+    def __init__(self, config: Config, ranks: Ranks, samples: int):
         self._every, self._steps, self._device = config.log.heldout_every, config.steps, ranks.device
         self._batches: list[dict[str, list[MicroBatch]]] = []  # by stage and by the name of the loss
         if self._every:

@@ -135,7 +135,7 @@ class StagedData(TrainingData):
             yield max(0, end - part.stage.first_sample)
 
 
-def open_run_data(config: Config, model_config: LrnnConfig, ranks: Ranks, samples: int = 0) -> TrainingData:
+def open_run_data(config: Config, model_config: LrnnConfig, ranks: Ranks, samples: int) -> TrainingData:
     """Open and check the data of a run, of all of its stages if it has some.
 
     Args:

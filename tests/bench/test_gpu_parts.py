@@ -99,7 +99,7 @@ def test_some_of_the_parts(start):
 
 @pytest.mark.parametrize("file", sorted((SCRIPT.parent / "parts").glob("*.yaml")), ids=lambda file: file.stem)
 def test_the_lists_of_parts(file):
-    """Their files, tests and options exist, and so do the runs that they name."""
+    """Their commands are shell, their files exist, and runs of 340m that they quote are valid."""
     sys.path.append(str(SCRIPT.parent))
     from gpu_parts import read_parts
 

@@ -25,7 +25,7 @@ def run(write, monkeypatch):
 
     `training` is the program that stands for the training.
     """
-    monkeypatch.setattr("lrnn.ladder.cells.Cell.corpora", lambda cell: {"code": "a", "prose": "b"})
+    monkeypatch.setattr("lrnn.ladder.cells.Cell.corpora", lambda cell, if_here=False: {"code": "a", "prose": "b"})
     monkeypatch.setattr(one_cell, "choose_threads", lambda: None)
     done: list[str] = []
     program: list[str] = []

@@ -6,12 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from lrnn.errors import UserError
 from lrnn.ladder.cells import load_ladder
-from lrnn.ladder.config import LadderConfig
-from lrnn.pretrain.config import Config
 
 
 def cells_of(path, *overrides):
@@ -174,10 +171,11 @@ def test_the_ladder_that_comes_with_lrnn():
 def test_keys_of_a_run_keep_their_paths(tmp_path, monkeypatch, write):
     """Paths within `run` start where those of a run's own file would, `~` and variables included."""
     monkeypatch.setenv("CORPORA", "/data")
-    (cell, *_) = cells_of(write(), "run.data.corpora=[{path: $CORPORA/code}]")
-    assert cell.config.data.corpora[0].path == "/data/code"
-    assert LadderConfig.model_fields["run"].metadata[0].schema is Config
-    assert yaml.safe_load((tmp_path / "ladder.yaml").read_text())["run"]["data"]["corpora"][0]["path"] == "corpora/code"
+    monkeypatch.setenv("HOME", "/home/me")
+    for given, found in (("$CORPORA/code", "/data/code"), ("~/code", "/home/me/code")):
+        (cell, *_) = cells_of(write(), f"run.data.corpora=[{{path: {given}}}]")
+        assert cell.config.data.corpora[0].path == found
+    assert cells_of(write())[0].config.data.corpora[0].path == str(tmp_path / "corpora/code")
 
 
 def test_the_example_of_the_documentation(tmp_path):

@@ -1,6 +1,7 @@
 """Test which cells count as done, and that results of other settings are refused with what differs."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from ladder_results import result_of
@@ -18,7 +19,7 @@ def test_cells_with_results_of_these_settings_are_done(write):
     write_result(cells[1].result_folder, result_of(cells[1], settings=settings))
     kept = Kept.of(cells)
     assert [cell.name for cell in kept.done] == [cells[0].name] == [result.name for result in kept.results]
-    assert kept.left == cells[2:] and kept.changed == {cells[1].name: {"run.optim.lr": (0.5, 1e-3)}}
+    assert kept.changed == {cells[1].name: {"run.optim.lr": (0.5, 1e-3)}}
     with pytest.raises(UserError, match=rf"{cells[1]} has run\.optim\.lr = 0\.5 \(now 0\.001\); .*--redo"):
         kept.refuse_changed()
 
@@ -34,7 +35,7 @@ def test_a_setting_of_a_newer_version_had_its_default(write):
 def test_the_content_of_corpora_is_compared_where_they_are(write, monkeypatch):
     _, (cell, *_) = load_ladder(write())
     assert result_changes(cell, result_of(cell)) == {}  # no corpus is here
-    monkeypatch.setattr(type(cell), "corpora", lambda self: {"code": "a", "prose": "c"})
+    monkeypatch.setattr(type(cell), "corpora", lambda self, if_here=False: {"code": "a", "prose": "c"})
     assert result_changes(cell, result_of(cell)) == {"corpora.prose": ("b", "c")}
 
 
@@ -46,3 +47,14 @@ def test_a_training_of_other_settings_is_known(write):
     assert not begin_training(cell, cell.settings | {"measure.tokens": 5})
     assert begin_training(cell, cell.settings | {"run.optim.lr": 5.0})
     assert not begin_training(replace(cell), cell.settings)  # the refused ones are not noted
+
+
+def test_a_corpus_that_is_not_here_hides_no_other(write, monkeypatch):
+    """Of two corpora one is here, with other content than a result has: the result is of other settings."""
+    _, (cell, *_) = load_ladder(write())
+    sources = cell.config.data.corpora
+    (here,) = [source for source in sources if source.path.endswith("code")]
+    Path(here.path).mkdir(parents=True)
+    monkeypatch.setattr("lrnn.ladder.cells._digest", lambda path: "now")
+    names = {Path(source.path).name: "then" for source in sources}
+    assert result_changes(cell, result_of(cell, corpora=names)) == {"corpora.code": ("then", "now")}

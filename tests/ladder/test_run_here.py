@@ -216,7 +216,7 @@ def test_progress(cells, monkeypatch):
 def test_two_commands_of_a_ladder(write, tmp_path, capsys, monkeypatch):
     """The second is refused, while the first runs."""
     monkeypatch.setattr("lrnn.run_lock.WAIT_S", 0.0)
-    monkeypatch.setattr("lrnn.ladder.cells.Cell.corpora", lambda cell: {})
+    monkeypatch.setattr("lrnn.ladder.cells.Cell.corpora", lambda cell, if_here=False: {})
     path = write()
     with RunLock(tmp_path / "out", "out"):
         assert main(["ladder", str(path)]) == 2

@@ -110,7 +110,7 @@ def test_the_samples_of_each_stage(staged, tmp_path):
     whole = open_data(config := parse_config({**raw, "stages": [], "steps": 6}, "test"), load_model_of(config), LONE)
     raw["stages"] = [{"steps": 2}, {"steps": 1, "micro_batch_size": 4}, raw["stages"][1], {"steps": 9}]
     config = parse_config(raw, "test")
-    data = open_run_data(config, load_model_of(config), LONE)
+    data = open_run_data(config, load_model_of(config), LONE, 0)
     assert load_model_of(config).max_position_embeddings == 128
     b = TokenCorpus(raw["data"]["corpora"][1]["path"])
     windows = {corpus: (TokenCorpus(c["path"]).num_tokens - 1) // 64 for corpus, c in enumerate(raw["data"]["corpora"])}
@@ -143,7 +143,7 @@ def test_no_window_comes_again_before_a_corpus_is_through(staged):
     mixes = [{}, {"corpora": [b]}, {"steps": 512}, {"corpora": [b | {"weight": 0.3}, a]}, {"corpora": [a]}]
     raw["stages"] = [{"steps": 700, **mix} for mix in mixes]
     config = parse_config(raw, "test")
-    parts = open_run_data(config, load_model_of(config), LONE).parts
+    parts = open_run_data(config, load_model_of(config), LONE, 0).parts
     seen = {a["path"]: [], b["path"]: []}
     for part in parts:
         corpus, epoch, window = part.data._order(np.arange(part.start, part.start + part.stage.samples))
@@ -238,7 +238,7 @@ def test_a_stage_that_does_not_fit(staged, build_corpus, text_folder, tmp_path):
         raw["stages"][1] |= changes
         config = parse_config(raw, "test")
         with pytest.raises(UserError, match=rf"^stage 2 \(long\): .*{message}"):
-            open_run_data(config, load_model_of(config), LONE)
+            open_run_data(config, load_model_of(config), LONE, 0)
 
 
 def test_batches_of_stages_that_are_over_need_not_fit_the_processes(staged):
@@ -253,7 +253,7 @@ def test_batches_of_stages_that_are_over_need_not_fit_the_processes(staged):
             open_run_data(config, model, many[0], samples)
         with pytest.raises(UserError, match=r"^stage 1: global_batch_size=8 has too few samples for 16 processes"):
             HeldOut(config, many[0], samples)
-    alone = open_run_data(config, model, LONE).loader(24, None, False)
+    alone = open_run_data(config, model, LONE, 0).loader(24, None, False)
     found = [open_run_data(config, model, ranks, 24).loader(24, None, False) for ranks in many]
     with alone as expected:
         step = torch.cat([batch.input_ids for batch in next(expected)])
@@ -283,7 +283,7 @@ def resume(staged, tmp_path):
         data = {}
         for name, raw in (("before", before), ("now", now)):
             config = parse_config(raw, "test")
-            data[name] = config, open_run_data(config, load_model_of(config), LONE)
+            data[name] = config, open_run_data(config, load_model_of(config), LONE, 0)
         (config, old), (changed, new) = data["before"], data["now"]
         (tmp_path / "run.yaml").write_text(dump(config))
         progress = {"progress": {"samples": samples}, "data": old.description}

@@ -1,12 +1,12 @@
 """`lrnn submit --eval` with stubs of SLURM's commands: the table, the array, the job that collects, the refusals."""
 
 import os
-import shlex
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from filled_scripts import arguments, directives
 
 from lrnn.cli import main
 from lrnn.pretrain.checkpoint.format import manifest_text
@@ -37,15 +37,6 @@ def run_dir(submit, tmp_path) -> Path:
 
 def lines(file: Path) -> list[list[str]]:
     return [line.split("\t") for line in file.read_text().splitlines()]
-
-
-def directives(script: Path) -> dict[str, str]:
-    found = [shlex.split(line)[1] for line in script.read_text().splitlines() if line.startswith("#SBATCH --")]
-    return dict(option.removeprefix("--").partition("=")[::2] for option in found)
-
-
-def arguments(script: Path) -> list[str]:
-    return shlex.split(next(line for line in script.read_text().splitlines() if line.startswith("set -- ")))[2:]
 
 
 def finish(out: Path) -> None:

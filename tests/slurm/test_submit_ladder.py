@@ -1,7 +1,6 @@
 """`lrnn ladder --submit` with stubs of SLURM's commands: arrays by number of GPUs, the report, what is left out."""
 
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filled_scripts import arguments, directives
 from ladder_results import result_of
 from tiny_ladder import NAMES, write_ladder
 
@@ -40,7 +40,7 @@ def ladder(fake_slurm, monkeypatch) -> Path:
             {"sizes": ["small"], "arms": ["attention"], "seeds": [0, 1]},
         ],
     }  # fmt: skip
-    monkeypatch.setattr(Cell, "corpora", lambda cell: {"code": "a"})
+    monkeypatch.setattr(Cell, "corpora", lambda cell, if_here=False: {"code": "a"})
     (fake_slurm / "ladder.yaml").write_text(yaml.safe_dump(content))
     return fake_slurm / "ladder.yaml"
 
@@ -55,15 +55,6 @@ def submit(ladder, capsys):
         return status, output.out, output.err
 
     return run
-
-
-def directives(script: Path) -> dict[str, str]:
-    found = [shlex.split(line)[1] for line in script.read_text().splitlines() if line.startswith("#SBATCH --")]
-    return dict(option.removeprefix("--").partition("=")[::2] for option in found)
-
-
-def arguments(script: Path) -> list[str]:
-    return shlex.split(next(line for line in script.read_text().splitlines() if line.startswith("set -- ")))[2:]
 
 
 def test_arrays_and_a_report(submit, tmp_path):

@@ -98,7 +98,7 @@ def _trends(gathered: Gathered) -> list[Block]:
         return []
     lead = (
         "Whether the difference [-1, 1] - [0, 1] in held-out loss changes with size, by a line through the pairs over "
-        "log N with Student's intervals:"
+        "log N, of all lengths of training together, with Student's intervals:"
     )
     return [lead, Bullets(tuple(items))]
 

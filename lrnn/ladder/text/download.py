@@ -24,8 +24,8 @@ def fetch(name: str, package: Package, folder: Path, newest: bool) -> Path:
         before = set(folder.iterdir())
         _run(name, None, package.source, folder)
         new = set(folder.iterdir()) - before
-        file = new.pop() if new else max(folder.glob(f"{name}[_-]*"), key=lambda path: path.stat().st_mtime)
-        return file
+        known = [path for pattern in (f"{name}_*.deb", f"{name}-[0-9]*") for path in folder.glob(pattern)]
+        return new.pop() if new else max(known, key=lambda path: path.stat().st_mtime)
     if found is None:
         _run(name, package.version, package.source, folder)
         found = _find(name, package.version, folder)

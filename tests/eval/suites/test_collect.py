@@ -7,7 +7,7 @@ import pytest
 
 from lrnn.cli import main
 from lrnn.errors import UserError
-from lrnn.eval.suites.collect import collect
+from lrnn.eval.suites.collect import Collection, collect
 
 
 def write(folder: Path, step: int, values: dict[str, float], limit: int | None = None) -> None:
@@ -98,3 +98,10 @@ def test_models_of_one_name_are_told_apart_by_their_runs(tmp_path):
         (folder / "results.json").write_text(json.dumps(results))
     table = collect([tmp_path])
     assert "| a/step-20 | 20 | 0.2500" in table and "| b/step-20 | 20 | 0.5000" in table
+
+
+def test_names_tell_checkpoints_apart():
+    """A step that happens to be part of a folder's name does not name it."""
+    keys = [("340m", 34, "a"), ("340m", 40, "b"), ("step-00000040", 40, "c"), ("hf", -1, "d")]
+    collection = Collection({}, {}, {key: key[0] for key in keys}, [])
+    assert [collection.name(key) for key in keys] == ["340m, step 34", "340m, step 40", "step-00000040", "hf"]

@@ -42,7 +42,7 @@ def test_holm_by_hand():
 
 
 def test_both_errors_by_hand():
-    """Variances add: 3 and 4 make 5, with 625 / (81 / 2 + 256 / 8) degrees of freedom."""
+    """Variances add: 3 and 4 make 5, with 625 / (81 / 20 + 256 / 8) degrees of freedom."""
     interval = both_errors(0.0, (3.0, 20), (4.0, 8))
     df = 625 / (81 / 20 + 256 / 8)
     assert interval.high == pytest.approx(student(0.0, 5.0, df).high) == -interval.low
@@ -52,7 +52,7 @@ def test_both_errors_by_hand():
 
 
 def test_coverage():
-    """Intervals over 3 seeds and 40 documents hold the true difference in at least 95% of trials, and are not vain."""
+    """Intervals over 3 seeds and 40 documents hold the true difference in 94.5% of trials or more, and are not vain."""
     rng = np.random.default_rng(0)
     trials, seeds, n = 4000, 3, 40
     hits = 0

@@ -47,7 +47,7 @@ def test_the_windows_of_each_corpus_are_those_of_all(base):
 def test_one_corpus_has_one_loss(base):
     config = parse_config(base(), "test")
     config.data.corpora = config.data.corpora[:1]
-    (found,) = HeldOut(config, Ranks(0, 1, torch.device("cpu"), None))._batches
+    (found,) = HeldOut(config, Ranks(0, 1, torch.device("cpu"), None), 0)._batches
     assert list(found) == ["heldout_loss"] and Path(config.data.corpora[0].path).name == "a"
 
 
